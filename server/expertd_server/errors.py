@@ -1,0 +1,139 @@
+"""Every error that this package raises on purpose, by what the caller should do about it.
+
+ExpertdServerError
+├── InvalidArgumentError     fix the request: names each offending field
+├── LayerNotFoundError       ask ListLayers
+├── VersionNotHeldError      ask for a version that is held, or for none
+├── OverloadedError          come back after retry_delay_s
+├── UnavailableError         starting or draining: try another server, or come back
+├── RequestTimeoutError      the deadline passed before the request was computed
+├── RequestCancelledError    the caller left before the request was computed
+├── BackendError             the device failed; this batch is lost, the next may do
+├── CheckpointError          fix the checkpoint: names the tensor
+└── ConfigError              fix the option: names it
+
+`code` is the name of a google.rpc.Code and `reason` the stable machine-readable word of google.rpc.ErrorInfo; the
+service maps them to gRPC, nothing else has to know about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "ExpertdServerError",
+    "FieldViolation",
+    "InvalidArgumentError",
+    "LayerNotFoundError",
+    "OverloadedError",
+    "RequestCancelledError",
+    "RequestTimeoutError",
+    "UnavailableError",
+    "VersionNotHeldError",
+]
+
+
+class ExpertdServerError(Exception):
+    """Root of the tree."""
+
+    code: ClassVar[str] = "INTERNAL"
+    reason: ClassVar[str] = "INTERNAL"
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """One thing wrong with a request: `field` is a path such as `hidden_states.shape`."""
+
+    field: str
+    description: str
+
+
+class InvalidArgumentError(ExpertdServerError, ValueError):
+    """The request cannot be served as it is.
+
+    violations: at least one; the message joins them, so that it is useful without the details.
+    """
+
+    code = "INVALID_ARGUMENT"
+    reason = "INVALID_ARGUMENT"
+
+    def __init__(self, violations: Sequence[FieldViolation]) -> None:
+        self.violations = tuple(violations)
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in self.violations))
+
+    @classmethod
+    def of(cls, field: str, description: str) -> InvalidArgumentError:
+        """The common case of one violation."""
+        return cls([FieldViolation(field, description)])
+
+
+class LayerNotFoundError(ExpertdServerError, LookupError):
+    """No layer of that name is held here."""
+
+    code = "NOT_FOUND"
+    reason = "LAYER_NOT_FOUND"
+
+
+class VersionNotHeldError(ExpertdServerError, LookupError):
+    """The layer is held, but not in the asked version of its weights."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "WEIGHTS_VERSION_NOT_HELD"
+
+
+class OverloadedError(ExpertdServerError):
+    """The queue is full. retry_delay_s: when to come back."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "QUEUE_FULL"
+
+    def __init__(self, message: str, retry_delay_s: float) -> None:
+        self.retry_delay_s = retry_delay_s
+        super().__init__(message)
+
+
+class UnavailableError(ExpertdServerError):
+    """The server or the layer does not answer at present: it starts, or it drains."""
+
+    code = "UNAVAILABLE"
+    reason = "NOT_SERVING"
+
+
+class RequestTimeoutError(ExpertdServerError, TimeoutError):
+    """The deadline passed while the request waited; it was not computed."""
+
+    code = "DEADLINE_EXCEEDED"
+    reason = "DEADLINE_EXCEEDED"
+
+
+class RequestCancelledError(ExpertdServerError):
+    """The caller left while the request waited; it was not computed."""
+
+    code = "CANCELLED"
+    reason = "CANCELLED"
+
+
+class BackendError(ExpertdServerError, RuntimeError):
+    """The device or a kernel failed."""
+
+    code = "INTERNAL"
+    reason = "BACKEND_FAILED"
+
+
+class CheckpointError(ExpertdServerError, ValueError):
+    """A checkpoint cannot be served as it is; the message names the tensor or the config key."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "BAD_CHECKPOINT"
+
+
+class ConfigError(ExpertdServerError, ValueError):
+    """An option has a value that cannot be used; the message names the option."""
+
+    code = "INVALID_ARGUMENT"
+    reason = "BAD_CONFIG"
