@@ -42,7 +42,7 @@ class Activation(enum.IntEnum):
 
     @property
     def is_gated(self) -> bool:
-        """Whether gemm1_weights holds an up and a gate half: 2 * intermediate_size rows instead of intermediate_size."""
+        """Whether gemm1_weights holds an up and a gate half: 2 * intermediate_size rows, not intermediate_size."""
         return self in (Activation.SWIGLU, Activation.GEGLU)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,7 +49,8 @@ class ExpertWeights:
 
     def to(self, device: torch.device | str) -> ExpertWeights:
         """The same weights on another device."""
-        return dataclasses.replace(self, **{name: t.to(device) for name, t in self._tensors().items()})
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        return dataclasses.replace(self, **moved)
 
     def check(self, spec: LayerSpec) -> None:
         """Raise TypeError or ValueError, naming the tensor, unless every tensor is what `spec` needs."""
