@@ -1,0 +1,49 @@
+# Everything happens in .venv; nothing is needed before `make demo` or `make test` but python3 and make.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+EXTRAS ?= dev
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format proto proto-check cuda bench clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed  ## create .venv and install client and server, editable
+
+$(VENV)/.installed: pyproject.toml client/pyproject.toml constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ./client -e '.[$(EXTRAS)]'
+	touch $@
+
+demo: install  ## build a small checkpoint, serve it, check every answer
+	$(BIN)/expertd-server demo
+
+test: install  ## run every test that this machine can run
+	$(BIN)/python -m pytest
+
+lint: install proto-check  ## ruff, mypy --strict, clang-format, buf, generated files up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy server client
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cu csrc/*.cuh csrc/*.cpp csrc/*.h)
+	sh -n scripts/*.sh
+
+format: install  ## rewrite files the way `make lint` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.cu csrc/*.cuh csrc/*.cpp csrc/*.h)
+	$(BIN)/buf format -w proto
+
+proto: install  ## regenerate client/expertd/v1 from proto/
+	scripts/proto.sh generate $(BIN)
+
+proto-check: install
+	scripts/proto.sh check $(BIN)
+
+bench: install  ## time the CPU backend; see benchmarks/ for the others
+	$(BIN)/python benchmarks/bench_layer.py
+
+clean:  ## remove .venv and build output
+	rm -rf $(VENV) .venv-proto build dist

@@ -1,0 +1,115 @@
+// One plain struct per kernel. T tokens, H hidden size, I intermediate size, E experts, L local experts, K top_k,
+// R rows = expanded (token, local expert) pairs, grouped by local expert in ascending id, by token inside an expert.
+#pragma once
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace expertd {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Tokens that one routing block handles: one bit each in a 64-bit word per expert.
+constexpr int kRouteBlockTokens = 64;
+constexpr int kMaxExperts = 1024;
+constexpr int kMaxTopK = 32;
+
+// What routing tells the matrix products. A token tile is up to tile_n consecutive rows of one expert.
+struct Schedule {
+  int num_token_tiles;
+  int num_rows;
+  int next_tile[2];  // dynamic tile counters of the two products, zeroed by routing
+};
+
+// Token tile: {expert | tiles_in_block << 16, first row, rows, first tile of the block}.
+// Blocks group the token tiles of one expert that share a pass over its weights.
+using TokenTile = int4;
+
+struct RouteParams {
+  const void* logits;       // [T, E] float32 or bfloat16; null: pre-routed
+  DType logits_dtype;
+  const void* bias;         // [E] or null
+  DType bias_dtype;
+  const int* in_ids;        // [T, K] pre-routed global ids, -1 = empty; null: from logits
+  const void* in_weights;   // [T, K] float32 or bfloat16
+  DType in_weights_dtype;
+  const int* num_valid;     // device scalar or null: tokens at or past it are left alone
+  int num_tokens, num_experts, top_k, local_offset, num_local;
+  int method, n_group, topk_group;
+  float routed_scaling_factor;
+  bool norm_topk_prob;
+  // The token tiles: at most tile_n rows each, cut in multiples of tile_quantum, tiles_per_block of them side by side.
+  int tile_n, tile_quantum, tiles_per_block;
+  int* topk_ids;            // [T, K]
+  uint16_t* topk_weights;   // [T, K] bfloat16
+  int16_t* replay;          // [T, K] or null
+  uint64_t* bitmaps;        // [ceil(T / 64), L] which tokens of a block chose an expert
+  uint8_t* counts;          // [ceil(T / 64), L] how many
+  int* expanded_to_row;     // [T * K]
+  int* row_token;           // [R]
+  float* row_weight;        // [R] or null: routing weight per row
+  Schedule* schedule;
+  TokenTile* tiles;
+};
+
+struct GemmParams {
+  const uint8_t* x;         // gather: [T, H] fp8; otherwise unused (read through the tensor map)
+  const int* row_token;     // gather: [R]
+  const float* row_weight;  // [R] or null: multiplies the accumulators (routing scales on input)
+  const float* scale_gate;  // [L] product 1 only
+  const float* scale;       // [L] product 1: scale of the up half, or of the activation where not gated; product 2: of g
+  void* out;                // product 1: [R, I] fp8; product 2: [R, H] bfloat16
+  int out_columns;          // I or H
+  int k;                    // length of the sums: H or I
+  int weight_rows;          // rows of one expert's weights: M or H
+  int activation;
+  Schedule* schedule;
+  const TokenTile* tiles;
+};
+
+struct FinalizeParams {
+  const uint16_t* rows;        // [R, H] bfloat16
+  const int* expanded_to_row;  // [T * K]
+  const uint16_t* weights;     // [T, K] bfloat16; null: weight 1
+  const int* num_valid;        // device scalar or null
+  void* out;                   // [T, H]
+  DType out_dtype;
+  int num_tokens, hidden_size, top_k;
+};
+
+struct QuantizeParams {
+  const void* x;  // [T, H]
+  DType dtype;
+  float scale;
+  const int* num_valid;
+  uint8_t* out;  // [T, H] fp8
+  int num_tokens, hidden_size;
+};
+
+struct LaunchConfig {
+  cudaStream_t stream;
+  bool pdl;
+};
+
+void launch_route(const RouteParams& p, const LaunchConfig& launch);
+void launch_finalize(const FinalizeParams& p, const LaunchConfig& launch);
+void launch_quantize(const QuantizeParams& p, const LaunchConfig& launch);
+
+// Launches one kernel with the attribute for programmatic dependent launch where asked.
+template <class Kernel, class... Args>
+cudaError_t launch_kernel(Kernel kernel, int grid, int block, int smem, const LaunchConfig& launch, const Args&... args) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(block);
+  config.dynamicSmemBytes = smem;
+  config.stream = launch.stream;
+  config.attrs = &attribute;
+  config.numAttrs = launch.pdl ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+}  // namespace expertd
