@@ -12,11 +12,10 @@
 
 #include <cstdint>
 
+#include "gemm.h"
 #include "sm90.cuh"
 
 namespace expertd {
-
-enum Activation { kGelu = 0, kSwiglu = 3, kGeglu = 4, kRelu2 = 6, kIdentity = 7 };
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, __fadd_rn(1.0f, __expf(-x))); }
 
@@ -25,11 +24,12 @@ __device__ __forceinline__ float gelu(float x) {
   return __fmul_rn(__fmul_rn(0.5f, x), erfcf(__fmul_rn(x, -0.70710678118654752f)));
 }
 
-template <bool kGated>
-__device__ __forceinline__ float activate(int activation, float x) {
-  if constexpr (kGated) return activation == kSwiglu ? silu(x) : gelu(x);
-  if (activation == kRelu2) return x <= 0.0f ? 0.0f : __fmul_rn(x, x);  // NaN passes
-  return activation == kIdentity ? x : gelu(x);
+template <Output kOut>
+__device__ __forceinline__ float activate(float x) {
+  if constexpr (kOut == kSwiglu) return silu(x);
+  if constexpr (kOut == kGeglu || kOut == kGelu) return gelu(x);
+  if constexpr (kOut == kRelu2) return x <= 0.0f ? 0.0f : __fmul_rn(x, x);  // NaN passes
+  return x;
 }
 
 __device__ __forceinline__ uint32_t pack_fp8(float a, float b) {
@@ -71,9 +71,10 @@ struct EpilogueTile {
 };
 
 // Product 1: activation and requantisation. Atoms: 64 weight rows = 32 features where gated, 64 where not.
-template <bool kGated, int kAtoms, int kTileN, int kPassTokens, int kPitch>
-__device__ __forceinline__ void store_activated(const float* acc, const EpilogueTile& t, uint8_t* out, int columns,
-                                                int activation) {
+template <Output kOut, int kAtoms, int kTileN, int kPassTokens, int kPitch>
+__device__ __forceinline__ void store_activated(const float* acc, const EpilogueTile& t, uint8_t* out,
+                                                int columns) {
+  constexpr bool kGated = kOut == kSwiglu || kOut == kGeglu;
   constexpr int kFeatures = kGated ? 32 : 64, kChunks = kFeatures * kAtoms / 16;
   const int thread = t.warp * 32 + t.lane;
 #pragma unroll
@@ -99,15 +100,15 @@ __device__ __forceinline__ void store_activated(const float* acc, const Epilogue
             v[0] = __fmul_rn(v[0], w0), v[1] = __fmul_rn(v[1], w1), v[2] = __fmul_rn(v[2], w0), v[3] = __fmul_rn(v[3], w1);
           }
           if constexpr (kGated) {
-            const float g0 = activate<true>(activation, __fmul_rn(v[2], t.scale_gate));
-            const float g1 = activate<true>(activation, __fmul_rn(v[3], t.scale_gate));
+            const float g0 = activate<kOut>(__fmul_rn(v[2], t.scale_gate));
+            const float g1 = activate<kOut>(__fmul_rn(v[3], t.scale_gate));
             const uint32_t two = pack_fp8(__fmul_rn(g0, __fmul_rn(v[0], t.scale)), __fmul_rn(g1, __fmul_rn(v[1], t.scale)));
             packed[0][g >> 1] |= two << (16 * (g & 1));
           } else {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-              const float g0 = activate<false>(activation, __fmul_rn(v[2 * h], t.scale_gate));
-              const float g1 = activate<false>(activation, __fmul_rn(v[2 * h + 1], t.scale_gate));
+              const float g0 = activate<kOut>(__fmul_rn(v[2 * h], t.scale_gate));
+              const float g1 = activate<kOut>(__fmul_rn(v[2 * h + 1], t.scale_gate));
               packed[h][g >> 1] |= pack_fp8(__fmul_rn(g0, t.scale), __fmul_rn(g1, t.scale)) << (16 * (g & 1));
             }
           }

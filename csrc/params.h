@@ -63,7 +63,6 @@ struct GemmParams {
   int out_columns;          // I or H
   int k;                    // length of the sums: H or I
   int weight_rows;          // rows of one expert's weights: M or H
-  int activation;
   Schedule* schedule;
   const TokenTile* tiles;
 };

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +12,9 @@ import torch
 from expertd_server.types import LayerSpec
 from expertd_server.weights import ExpertWeights
 
-__all__ = ["Backend", "MoEOutput", "PreparedLayer"]
+__all__ = ["Backend", "MoEOutput", "PreparedLayer", "select_backend"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,3 +85,42 @@ class Backend(Protocol):
         num_valid_tokens: int32 scalar tensor on the device, at most T; rows at or past it are neither read nor written.
         """
         ...
+
+
+def select_backend(device: torch.device | str = "auto") -> Backend:
+    """The best backend for a device: "cuda" on a Hopper GPU whose kernels are installed, "torch" on any other CUDA
+    device (and its log says why), "cpu" on the CPU.
+
+    device: "cpu", "cuda", "cuda:1", ..., or "auto": the current CUDA device where torch sees one, else the CPU.
+    Raises ValueError, naming the device, where there is no such device.
+    """
+    # Imported here: the backends import this module, and the kernels exist only where they were compiled.
+    from expertd_server.backend_cpu import TorchBackend  # noqa: PLC0415
+
+    has_cuda = torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if has_cuda else "cpu"
+    device = torch.device(device)
+    if device.type == "cpu":
+        return TorchBackend(device)
+    if device.type != "cuda" or not has_cuda:
+        raise ValueError(f"device is {device}, expected {'auto, cpu or cuda' if has_cuda else 'cpu (no CUDA device)'}")
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    reason = _why_no_kernels(device)
+    if reason is None:
+        from expertd_server.backend_cuda import CudaBackend  # noqa: PLC0415
+
+        return CudaBackend(device)
+    _log.warning("backend 'torch' (plain torch, not the Hopper kernels) on %s: %s", device, reason)
+    return TorchBackend(device)
+
+
+def _why_no_kernels(device: torch.device) -> str | None:
+    """None where the Hopper kernels run on this CUDA device, else the reason why they do not."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, the kernels need 9.0"
+    if importlib.util.find_spec("expertd_server._cuda") is None:
+        return "expertd_server._cuda is not installed; install with EXPERTD_CUDA=on where nvcc is found"
+    return None

@@ -1,0 +1,172 @@
+"""One request for many servers: which tokens go to which slice of the experts, and the sum of what comes back. No I/O.
+
+A slice gets the rows of those tokens that chose one of its experts, with every foreign slot emptied (id -1). Its answers
+are summed in float32 in ascending order of the slices, so the bits of the sum depend on the request and on the slices
+alone: not on which answer came first, nor on which replica gave it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+
+from expertd.tensors import WireTensor
+from expertd.v1 import expertd_pb2 as pb
+
+__all__ = ["Part", "combine", "combine_rows", "owners", "split"]
+
+Ints: TypeAlias = "np.ndarray[Any, np.dtype[np.int32]]"
+Rows: TypeAlias = "np.ndarray[Any, np.dtype[np.intp]]"
+AnyArray: TypeAlias = "np.ndarray[Any, Any]"
+
+NO_SHARD = -1
+_BLOCK_TOKENS = 64  # summed at a time, so that their float32 sums stay close to the core
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one slice of the experts has to do for a request. K top_k, H hidden_size."""
+
+    shard: int
+    """Index of the slice, in ascending order of its experts."""
+    rows: Rows
+    """[n] the request's tokens that this part holds, ascending."""
+    hidden_states: WireTensor
+    """[n, H]."""
+    topk_ids: WireTensor
+    """[n, K] int32, -1 in slots of other slices."""
+    topk_weights: WireTensor
+    """[n, K] bfloat16."""
+
+    @property
+    def num_tokens(self) -> int:
+        """n."""
+        return len(self.rows)
+
+
+def owners(topk_ids: Ints, num_experts: int, shards: Sequence[range]) -> AnyArray:
+    """[T, K] int16: the index of the shard that holds each slot's expert, NO_SHARD for empty slots and gaps.
+
+    topk_ids: [T, K] int32, -1 ... num_experts - 1. shards: disjoint slices of the experts.
+    """
+    table = np.full(num_experts + 1, NO_SHARD, dtype=np.int16)  # the last entry is what id -1 finds
+    for index, experts in enumerate(shards):
+        table[experts.start : experts.stop] = index
+    return table[topk_ids]
+
+
+def split(
+    hidden_states: WireTensor,
+    topk_ids: Ints,
+    topk_weights: AnyArray,
+    slot_owners: AnyArray,
+    max_rows: Sequence[int],
+    *,
+    broadcast: bool = False,
+) -> list[Part]:
+    """The parts of a request, in ascending order of shard and then of token. T num_tokens, K top_k.
+
+    hidden_states: [T, H]. topk_ids: [T, K] int32. topk_weights: [T, K] bfloat16. slot_owners: see `owners`.
+    max_rows: for each shard, the most tokens in one part. broadcast: every token goes to every shard.
+    """
+    num_tokens = topk_ids.shape[0]
+    hidden_rows = hidden_states.data.reshape(num_tokens, hidden_states.row_nbytes)
+    parts = []
+    for shard, limit in enumerate(max_rows):
+        is_mine = slot_owners == shard
+        rows = np.arange(num_tokens) if broadcast else np.flatnonzero(is_mine.any(axis=1))
+        my_ids = np.where(is_mine, topk_ids, np.int32(-1))
+        for start in range(0, len(rows), limit):
+            some = rows[start : start + limit]
+            everything = len(some) == num_tokens
+            parts.append(
+                Part(
+                    shard,
+                    some,
+                    hidden_states if everything else _wire(hidden_states.dtype, hidden_rows[some], hidden_states),
+                    _wire(pb.DATA_TYPE_INT32, my_ids[some]),
+                    _wire(pb.DATA_TYPE_BFLOAT16, topk_weights[some]),
+                )
+            )
+    return parts
+
+
+def combine(num_tokens: int, hidden_size: int, parts: Sequence[tuple[Rows, AnyArray]], dtype: Any) -> AnyArray:
+    """The sum of the parts' outputs: [num_tokens, hidden_size] in `dtype`, rounded once from float32.
+
+    parts: rows [n] ascending and output [n, hidden_size] of each part, in the order in which they are to be summed. The
+    sum starts from zero, so a token without any part is all zeros.
+    """
+    out = np.empty((num_tokens, hidden_size), dtype=dtype)
+    sums = np.zeros((min(_BLOCK_TOKENS, num_tokens), hidden_size), dtype=np.float32)
+    addends = np.empty_like(sums)
+    edges = [*range(0, num_tokens, _BLOCK_TOKENS), num_tokens]
+    aligned = [_Aligned(rows, output, edges) for rows, output in parts]
+    for block, (start, stop) in enumerate(itertools.pairwise(edges)):
+        total, addend = sums[: stop - start], addends[: stop - start]
+        total.fill(0)
+        for part in aligned:
+            if part.fill(addend, block, start):
+                total += addend
+        out[start:stop] = total
+    return out
+
+
+class _Aligned:
+    """One part's output, laid out by the request's tokens, a block of them at a time."""
+
+    def __init__(self, rows: Rows, output: AnyArray, edges: Sequence[int]) -> None:
+        is_absent = np.ones(edges[-1], dtype=np.bool_)
+        is_absent[rows] = False
+        self._rows, self._absent, self._output = rows, np.flatnonzero(is_absent), output
+        self._row_bounds = np.searchsorted(rows, edges).tolist()
+        self._absent_bounds = np.searchsorted(self._absent, edges).tolist()
+
+    def fill(self, addend: AnyArray, block: int, start: int) -> bool:
+        """Write the block's rows, zeros for absent ones; False, and nothing written, when all are absent."""
+        low, high = self._row_bounds[block : block + 2]
+        if low == high:
+            return False
+        if high - low == len(addend):
+            addend[...] = self._output[low:high]
+        else:
+            addend[self._rows[low:high] - start] = self._output[low:high]
+            absent_low, absent_high = self._absent_bounds[block : block + 2]
+            addend[self._absent[absent_low:absent_high] - start] = 0
+        return True
+
+
+def combine_rows(
+    topk_ids: Ints, parts: Sequence[tuple[Rows, AnyArray, Ints]], hidden_size: int
+) -> tuple[AnyArray, Ints]:
+    """gemm2_output [P, H] bfloat16 and expanded_idx_to_permuted_idx [T * K] int32 of the whole request.
+
+    topk_ids: [T, K]. parts: rows [n], gemm2_output [p, H] and expanded_idx_to_permuted_idx [n * K] of each part. The
+    rows are grouped by expert in ascending id and then by token, without padding; a slot that no part holds is -1.
+    """
+    top_k = topk_ids.shape[1]
+    found = np.full(topk_ids.shape, -1, dtype=np.int64)  # row in all parts' outputs, one below the other
+    first_row = 0
+    for rows, output, index in parts:
+        mine = index.reshape(len(rows), top_k)
+        found[rows] = np.where(mine >= 0, mine + first_row, found[rows])
+        first_row += len(output)
+    flat, experts = found.reshape(-1), topk_ids.reshape(-1)
+    slots = np.flatnonzero(flat >= 0)
+    slots = slots[np.argsort(experts[slots], kind="stable")]
+    permuted = np.full(flat.size, -1, dtype=np.int32)
+    permuted[slots] = np.arange(slots.size, dtype=np.int32)
+    if not parts:
+        return np.empty((0, hidden_size), dtype=ml_dtypes.bfloat16), permuted
+    return np.concatenate([output for _, output, _ in parts])[flat[slots]], permuted
+
+
+def _wire(dtype: int, rows: AnyArray, like: WireTensor | None = None) -> WireTensor:
+    """Contiguous rows as bytes; their columns are those of `like`, where the bytes do not say."""
+    columns = rows.shape[1:] if like is None else like.shape[1:]
+    return WireTensor(dtype, (rows.shape[0], *columns), rows.reshape(-1).view(np.uint8))

@@ -1,0 +1,342 @@
+"""How the synchronous client puts requests on the wire: on long-lived streams, or as one call each.
+
+A transport takes an encoded request and a callback. The callback comes exactly once, from a thread of the transport,
+unless the request is abandoned first.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeAlias
+
+import grpc
+
+from expertd._base import (
+    CLOSED_IN_FLIGHT,
+    FORWARD,
+    FORWARD_STREAM,
+    Metadata,
+    NewMetadata,
+    Outcome,
+    parse,
+    stream_outcome,
+    timeout_ms,
+)
+from expertd._wire import Encoded, encode_stream_request
+from expertd.errors import (
+    ClosedError,
+    ExpertdError,
+    ProtocolError,
+    TimeoutError,
+    UnavailableError,
+    error_from_rpc,
+    stream_broken,
+)
+from expertd.v1 import expertd_pb2 as pb
+
+__all__ = ["OnDone", "Slots", "StreamTransport", "Ticket", "Transport", "UnaryTransport"]
+
+OnDone: TypeAlias = Callable[[Outcome], None]
+
+_JOIN_TIMEOUT_S = 5.0
+
+
+class Ticket(Protocol):
+    """A request on the wire."""
+
+    def abandon(self) -> None:
+        """Forget the request: its place is free at once and its answer, should it still come, is dropped."""
+
+
+class Transport(Protocol):
+    """Puts encoded requests on the wire. Thread-safe."""
+
+    def submit(self, body: Encoded, deadline: float, on_done: OnDone) -> Ticket:
+        """Send one request. deadline: on time.monotonic(). Waits for a place among max_in_flight.
+
+        Raises TimeoutError when no place was free by the deadline, ClosedError after close().
+        """
+
+    def close(self) -> None:
+        """Fail what is in flight with ClosedError, stop all threads."""
+
+
+class Slots:
+    """The places on the wire. What bounds the memory of a client, however slow its reader."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._free = count
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def acquire(self, deadline: float) -> None:
+        """Take a place. Raises TimeoutError when none was free by the deadline, ClosedError after close()."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._free > 0, deadline - time.monotonic())
+            if self._closed:
+                raise ClosedError("the client is closed")
+            if self._free == 0:
+                raise TimeoutError(
+                    f"all {self._count} places were taken until the deadline; raise max_in_flight or send less"
+                )
+            self._free -= 1
+
+    def release(self) -> None:
+        """Give a place back."""
+        with self._changed:
+            self._free += 1
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Wake everyone who waits."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class StreamTransport:
+    """One ForwardStream on each channel, opened when needed and again when it broke."""
+
+    def __init__(self, channels: list[grpc.Channel], slots: Slots, new_metadata: NewMetadata) -> None:
+        self._methods = [channel.stream_stream(FORWARD_STREAM, None, None) for channel in channels]
+        self._slots = slots
+        self._new_metadata = new_metadata
+        self._lock = threading.Lock()
+        self._streams: list[_Stream | None] = [None] * len(channels)
+        self._retiring: list[_Stream] = []
+        self._closed = False
+
+    def submit(self, body: Encoded, deadline: float, on_done: OnDone) -> Ticket:
+        """See Transport."""
+        self._slots.acquire(deadline)
+        try:
+            while True:
+                stream = self._least_loaded()
+                ticket = stream.send(body, timeout_ms(deadline - time.monotonic()), on_done)
+                if ticket is not None:
+                    return ticket
+        except BaseException:
+            self._slots.release()
+            raise
+
+    def close(self) -> None:
+        """See Transport."""
+        with self._lock:
+            self._closed = True
+            streams = [*self._retiring, *(stream for stream in self._streams if stream is not None)]
+        for stream in streams:
+            stream.close()
+        for stream in streams:
+            stream.join()
+
+    def _least_loaded(self) -> _Stream:
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the client is closed")
+            loads = [0 if stream is None or not stream.is_open else stream.in_flight for stream in self._streams]
+            index = loads.index(min(loads))
+            stream = self._streams[index]
+            if stream is None or not stream.is_open:
+                # A retiring stream still has answers to deliver; a finished one may be forgotten.
+                self._retiring = [old for old in (*self._retiring, stream) if old is not None and old.is_alive]
+                stream = self._streams[index] = _Stream(self._methods[index], self._slots.release, self._new_metadata())
+            return stream
+
+
+class _Stream:
+    """One open ForwardStream: a sender (gRPC's own thread, through _requests) and a reader thread."""
+
+    def __init__(
+        self,
+        method: grpc.StreamStreamMultiCallable[bytes, bytes],
+        release: Callable[[], None],
+        metadata: tuple[Metadata, str | None],
+    ) -> None:
+        self._release = release
+        headers, self._request_id = metadata
+        self._lock = threading.Lock()
+        self._sendable = threading.Condition(self._lock)
+        self._to_send: dict[int, bytes] = {}
+        self._pending: dict[int, OnDone] = {}
+        self._ids = itertools.count(1)
+        self._open = True
+        self._closing = False
+        self._call: Any = method(self._requests(), metadata=headers)
+        self._reader = threading.Thread(target=self._read, name="expertd-stream-reader", daemon=True)
+        self._reader.start()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes requests."""
+        return self._open
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether answers may still come."""
+        return self._reader.is_alive()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests without an answer."""
+        return len(self._pending)
+
+    def send(self, body: Encoded, timeout_ms: int, on_done: OnDone) -> Ticket | None:
+        """Queue a request; None when the stream takes no more. The queue is bounded by the places (Slots)."""
+        request_id = next(self._ids)
+        # Encoding copies the tensors: not under the lock, where it would hold up the reader.
+        message = encode_stream_request(request_id, body, timeout_ms)
+        with self._lock:
+            if not self._open:
+                return None
+            self._pending[request_id] = on_done
+            self._to_send[request_id] = message
+            self._sendable.notify()
+        return _StreamTicket(self, request_id)
+
+    def abandon(self, request_id: int) -> None:
+        """See Ticket. A request that still waits to be sent is not sent at all."""
+        with self._lock:
+            if self._pending.pop(request_id, None) is None:
+                return
+            self._to_send.pop(request_id, None)
+            self._sendable.notify()
+        self._release()
+
+    def close(self) -> None:
+        """Take no more requests and end the call; the reader then fails what is in flight."""
+        with self._lock:
+            self._open = False
+            self._closing = True
+            self._sendable.notify()
+        self._call.cancel()
+
+    def join(self) -> None:
+        """Wait for the reader to end."""
+        self._reader.join(_JOIN_TIMEOUT_S)
+
+    def _requests(self) -> Iterator[bytes]:
+        while True:
+            with self._lock:
+                # Ends the call's sending side when the stream is retired and every answer is there, or broken.
+                self._sendable.wait_for(lambda: self._to_send or (not self._open and not self._pending))
+                if not self._to_send:
+                    return
+                message = self._to_send.pop(next(iter(self._to_send)))
+            yield message
+            del message  # the next wait may be long, and the message large
+
+    def _read(self) -> None:
+        end: ExpertdError = UnavailableError("the server ended the stream")
+        try:
+            for data in self._call:
+                self._deliver(parse(pb.ForwardStreamResponse.FromString, data))
+        except grpc.RpcError:
+            end = error_from_rpc(self._call, request_id=self._request_id)
+        except ProtocolError as error:
+            end = error
+            self._call.cancel()
+        with self._lock:
+            self._open = False
+            pending, self._pending = self._pending, {}
+            self._to_send.clear()
+            self._sendable.notify()
+        failure = ClosedError(CLOSED_IN_FLIGHT) if self._closing else stream_broken(end)
+        for on_done in pending.values():
+            self._release()
+            on_done(copy.copy(failure))  # an exception carries the traceback of the one caller that raises it
+
+    def _deliver(self, message: pb.ForwardStreamResponse) -> None:
+        outcome = stream_outcome(message, self._request_id)
+        with self._lock:
+            on_done = self._pending.pop(message.id, None)
+            if isinstance(outcome, UnavailableError):
+                # This server starts or drains: new requests go on a new stream, which may reach another one.
+                self._open = False
+            self._sendable.notify()
+        if on_done is not None:  # None: abandoned
+            self._release()
+            on_done(outcome)
+
+
+class _StreamTicket:
+    __slots__ = ("_request_id", "_stream")
+
+    def __init__(self, stream: _Stream, request_id: int) -> None:
+        self._stream = stream
+        self._request_id = request_id
+
+    def abandon(self) -> None:
+        """See Ticket."""
+        self._stream.abandon(self._request_id)
+
+
+class UnaryTransport:
+    """One Forward call for each request."""
+
+    def __init__(self, channels: list[grpc.Channel], slots: Slots, new_metadata: NewMetadata) -> None:
+        self._methods = [channel.unary_unary(FORWARD, None, None) for channel in channels]
+        self._slots = slots
+        self._new_metadata = new_metadata
+        self._lock = threading.Lock()
+        self._turn = 0
+        self._closed = False
+        self._calls: set[Any] = set()
+
+    def submit(self, body: Encoded, deadline: float, on_done: OnDone) -> Ticket:
+        """See Transport."""
+        self._slots.acquire(deadline)
+        try:
+            metadata, request_id = self._new_metadata()
+            message = body.to_bytes()
+            with self._lock:
+                if self._closed:
+                    raise ClosedError("the client is closed")
+                self._turn += 1
+                method = self._methods[self._turn % len(self._methods)]
+                call: Any = method.future(message, timeout=deadline - time.monotonic(), metadata=metadata)
+                self._calls.add(call)
+        except BaseException:
+            self._slots.release()
+            raise
+        call.add_done_callback(lambda done: self._finish(done, request_id, on_done))
+        return _UnaryTicket(call)
+
+    def close(self) -> None:
+        """See Transport."""
+        with self._lock:
+            self._closed = True
+            calls = list(self._calls)
+        for call in calls:
+            call.cancel()
+
+    def _finish(self, call: Any, request_id: str | None, on_done: OnDone) -> None:
+        with self._lock:
+            self._calls.discard(call)
+        self._slots.release()
+        on_done(self._outcome(call, request_id))
+
+    def _outcome(self, call: Any, request_id: str | None) -> Outcome:
+        if call.code() is grpc.StatusCode.OK:
+            try:
+                return parse(pb.ForwardResponse.FromString, call.result())
+            except ProtocolError as error:
+                return error
+        if self._closed:
+            return ClosedError(CLOSED_IN_FLIGHT)
+        return error_from_rpc(call, request_id=request_id)
+
+
+class _UnaryTicket:
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def abandon(self) -> None:
+        """See Ticket."""
+        self._call.cancel()

@@ -1,0 +1,230 @@
+"""How the asynchronous client puts requests on the wire: on long-lived streams, or as one call each."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import itertools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import grpc
+
+from expertd._base import (
+    CLOSED_IN_FLIGHT,
+    FORWARD,
+    FORWARD_STREAM,
+    Metadata,
+    NewMetadata,
+    Outcome,
+    parse,
+    stream_outcome,
+    timeout_ms,
+)
+from expertd._wire import Encoded, encode_stream_request
+from expertd.errors import (
+    ClosedError,
+    ExpertdError,
+    ProtocolError,
+    UnavailableError,
+    error_from_trailers,
+    stream_broken,
+)
+from expertd.v1 import expertd_pb2 as pb
+
+__all__ = ["AsyncStreamTransport", "AsyncTransport", "AsyncUnaryTransport", "error_from_aio"]
+
+
+class AsyncTransport(Protocol):
+    """Puts encoded requests on the wire. Cancelling a call of forward abandons the request."""
+
+    async def forward(self, body: Encoded, deadline: float) -> Outcome:
+        """Send one request and wait for its answer. deadline: on the loop's clock, for the server; the caller's own
+        waiting is bounded by the caller. Raises ClosedError after close()."""
+
+    async def close(self) -> None:
+        """Fail what is in flight with ClosedError, end all tasks."""
+
+
+class AsyncStreamTransport:
+    """One ForwardStream on each channel, opened when needed and again when it broke."""
+
+    def __init__(self, channels: Sequence[grpc.aio.Channel], new_metadata: NewMetadata) -> None:
+        self._methods = [channel.stream_stream(FORWARD_STREAM, None, None) for channel in channels]
+        self._new_metadata = new_metadata
+        self._streams: list[_Stream | None] = [None] * len(channels)
+        self._retiring: list[_Stream] = []
+        self._closed = False
+
+    async def forward(self, body: Encoded, deadline: float) -> Outcome:
+        """See AsyncTransport."""
+        if self._closed:
+            raise ClosedError("the client is closed")
+        loads = [0 if stream is None or not stream.is_open else stream.in_flight for stream in self._streams]
+        index = loads.index(min(loads))
+        stream = self._streams[index]
+        if stream is None or not stream.is_open:
+            # A retiring stream still has answers to deliver; a finished one may be forgotten.
+            self._retiring = [old for old in (*self._retiring, stream) if old is not None and old.is_alive]
+            stream = self._streams[index] = _Stream(self._methods[index], self._new_metadata())
+        return await stream.forward(body, deadline)
+
+    async def close(self) -> None:
+        """See AsyncTransport."""
+        self._closed = True
+        for stream in (*self._retiring, *self._streams):
+            if stream is not None:
+                await stream.close()
+
+
+class _Stream:
+    """One open ForwardStream with a task that sends and a task that reads.
+
+    Sending has its own task because gRPC cancels the whole stream when a task is cancelled inside write().
+    """
+
+    def __init__(self, method: Any, metadata: tuple[Metadata, str | None]) -> None:
+        headers, self._request_id = metadata
+        self._to_send: dict[int, bytes] = {}
+        self._wake_sender = asyncio.Event()
+        self._pending: dict[int, asyncio.Future[Outcome]] = {}
+        self._ids = itertools.count(1)
+        self._open = True
+        self._closing = False
+        self._call = method(metadata=headers)
+        self._sender = asyncio.create_task(self._send(), name="expertd-stream-sender")
+        self._reader = asyncio.create_task(self._read(), name="expertd-stream-reader")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes requests."""
+        return self._open
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether answers may still come."""
+        return not self._reader.done()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests without an answer."""
+        return len(self._pending)
+
+    async def forward(self, body: Encoded, deadline: float) -> Outcome:
+        """Send a request and wait for its answer. What waits to be sent is bounded by the places of the client."""
+        loop = asyncio.get_running_loop()
+        request_id = next(self._ids)
+        answer: asyncio.Future[Outcome] = loop.create_future()
+        self._to_send[request_id] = encode_stream_request(request_id, body, timeout_ms(deadline - loop.time()))
+        self._pending[request_id] = answer
+        self._wake_sender.set()
+        try:
+            return await answer
+        finally:
+            self._pending.pop(request_id, None)
+            self._to_send.pop(request_id, None)
+            self._wake_sender.set()
+
+    async def close(self) -> None:
+        """Take no more requests, end the call and both tasks; what is in flight fails with ClosedError."""
+        self._open = False
+        self._closing = True
+        self._call.cancel()
+        self._wake_sender.set()
+        await asyncio.gather(self._reader, self._sender, return_exceptions=True)
+
+    async def _send(self) -> None:
+        try:
+            while True:
+                while self._to_send:
+                    await self._call.write(self._to_send.pop(next(iter(self._to_send))))
+                if not self._open and not self._pending:
+                    await self._call.done_writing()
+                    return
+                self._wake_sender.clear()
+                await self._wake_sender.wait()
+        except (grpc.RpcError, asyncio.InvalidStateError, asyncio.CancelledError):
+            # The call is over. The reader sees how it ended; a cancelled call shows in write() as CancelledError.
+            return
+
+    async def _read(self) -> None:
+        end: ExpertdError = UnavailableError("the server ended the stream")
+        try:
+            while isinstance(data := await self._call.read(), bytes):  # and not grpc.aio.EOF
+                self._deliver(parse(pb.ForwardStreamResponse.FromString, data))
+            if await self._call.code() is not grpc.StatusCode.OK:
+                end = await error_from_aio(self._call, self._request_id)
+        except grpc.RpcError:
+            end = await error_from_aio(self._call, self._request_id)
+        except asyncio.CancelledError:
+            end = UnavailableError("the stream was cancelled")
+        except ProtocolError as error:
+            end = error
+            self._call.cancel()
+        finally:
+            self._open = False
+            self._to_send.clear()
+            failure = ClosedError(CLOSED_IN_FLIGHT) if self._closing else stream_broken(end)
+            for answer in self._pending.values():
+                if not answer.done():
+                    answer.set_result(copy.copy(failure))
+            self._pending.clear()
+            self._wake_sender.set()
+
+    def _deliver(self, message: pb.ForwardStreamResponse) -> None:
+        outcome = stream_outcome(message, self._request_id)
+        if isinstance(outcome, UnavailableError):
+            # This server starts or drains: new requests go on a new stream, which may reach another one.
+            self._open = False
+        answer = self._pending.get(message.id)
+        if answer is not None and not answer.done():  # otherwise the caller has left
+            answer.set_result(outcome)
+
+
+class AsyncUnaryTransport:
+    """One Forward call for each request."""
+
+    def __init__(self, channels: Sequence[grpc.aio.Channel], new_metadata: NewMetadata) -> None:
+        self._methods = itertools.cycle([channel.unary_unary(FORWARD, None, None) for channel in channels])
+        self._new_metadata = new_metadata
+        self._calls: set[Any] = set()
+        self._closed = False
+
+    async def forward(self, body: Encoded, deadline: float) -> Outcome:
+        """See AsyncTransport."""
+        if self._closed:
+            raise ClosedError("the client is closed")
+        metadata, request_id = self._new_metadata()
+        timeout_s = deadline - asyncio.get_running_loop().time()
+        call: Any = next(self._methods)(body.to_bytes(), timeout=timeout_s, metadata=metadata)
+        self._calls.add(call)
+        try:
+            return parse(pb.ForwardResponse.FromString, await call)
+        except grpc.RpcError:
+            return await error_from_aio(call, request_id)
+        except ProtocolError as error:
+            return error
+        except asyncio.CancelledError:
+            # gRPC raises this both when the caller's task is cancelled and when the call is, as close() does.
+            if self._closed and not _cancelling():
+                return ClosedError(CLOSED_IN_FLIGHT)
+            raise
+        finally:
+            self._calls.discard(call)
+
+    async def close(self) -> None:
+        """See AsyncTransport."""
+        self._closed = True
+        for call in list(self._calls):
+            call.cancel()
+
+
+async def error_from_aio(call: Any, request_id: str | None) -> ExpertdError:
+    """The error for a finished call of the asynchronous gRPC API."""
+    code, message, trailers = await call.code(), await call.details(), await call.trailing_metadata()
+    return error_from_trailers(code, message or "", tuple(trailers or ()), request_id=request_id)
+
+
+def _cancelling() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

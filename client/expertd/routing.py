@@ -1,0 +1,138 @@
+"""Choosing experts on the client: from logits to global expert ids and bfloat16 weights, in numpy.
+
+A group of servers must agree on which experts a token goes to, so the choice is made once, here, and sent along. The
+rules are the server's: float32 arithmetic, of equal scores the smaller id wins. A token's bits do not depend on the
+tokens beside it: sums over experts are a fixed tree of element-wise additions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+
+from expertd.errors import InvalidRequestError
+from expertd.types import LayerInfo, RoutingMethod
+
+__all__ = ["route"]
+
+_Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
+_Keys: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
+
+_COLUMN_BITS = 10  # the layer has at most 1024 experts
+_COLUMN_MASK = (1 << _COLUMN_BITS) - 1
+_EXCLUDED = np.iinfo(np.int64).min
+_EPSILON = np.float32(1e-20)  # keeps the renormalisation of all-zero sigmoids finite
+_ZERO = np.float32(0)
+_ONE = np.float32(1)
+
+
+def route(
+    layer: LayerInfo, routing_logits: np.ndarray[Any, Any]
+) -> tuple[np.ndarray[Any, np.dtype[np.int32]], np.ndarray[Any, Any]]:
+    """Select top_k experts for each token. T num_tokens, E num_experts, K top_k.
+
+    routing_logits: [T, E] float32 or bfloat16. Method, bias and groups are those of `layer`.
+    Returns topk_ids [T, K] int32, slots by descending selection score and of equal scores the smaller id first, and
+    topk_weights [T, K] bfloat16.
+    Raises InvalidRequestError naming the first row that holds NaN, or whose infinities leave no weights.
+    """
+    expected = (routing_logits.shape[0] if routing_logits.ndim else 0, layer.num_experts)
+    if routing_logits.shape != expected:
+        raise InvalidRequestError.of(
+            "routing_logits.shape", f"is {routing_logits.shape}, layer {layer.name!r} expects [T, {layer.num_experts}]"
+        )
+    logits: _Floats = routing_logits.astype(np.float32, copy=False)
+    _refuse_nan(logits, "holds NaN")
+    # Infinite logits overflow on purpose (sigmoid is then 0) or end as NaN weights, which are refused below.
+    with np.errstate(over="ignore", invalid="ignore"):
+        scores = _scores(layer.routing_method, logits)
+        selection = scores if layer.routing_bias is None else scores + layer.routing_bias.astype(np.float32, copy=False)
+        ids = _top_k(_masked_to_best_groups(layer, selection), layer.top_k)
+        weights = _weights(layer, np.take_along_axis(scores, ids, axis=1))
+    _refuse_nan(weights, "has infinities that leave no finite routing weights")
+    return ids.astype(np.int32), weights.astype(ml_dtypes.bfloat16)
+
+
+def _refuse_nan(rows: _Floats, problem: str) -> None:
+    if np.isnan(rows).any():
+        row = int(np.isnan(rows).any(axis=1).argmax())
+        raise InvalidRequestError.of("routing_logits", f"row {row} {problem}; expected numbers")
+
+
+def _scores(method: RoutingMethod, logits: _Floats) -> _Floats:
+    match method:
+        case RoutingMethod.DEFAULT | RoutingMethod.RENORMALIZE_NAIVE:
+            return _softmax(logits)
+        case RoutingMethod.RENORMALIZE | RoutingMethod.LLAMA4 | RoutingMethod.TOPK:
+            return logits
+        case _:
+            return _sigmoid(logits)
+
+
+def _weights(layer: LayerInfo, chosen: _Floats) -> _Floats:
+    """Routing weights [T, K] of the chosen experts from their scores [T, K]."""
+    match layer.routing_method:
+        case RoutingMethod.RENORMALIZE:
+            return _softmax(chosen)
+        case RoutingMethod.LLAMA4:
+            return _sigmoid(chosen)
+        case RoutingMethod.RENORMALIZE_NAIVE if layer.norm_topk_prob:
+            return chosen / _row_sum(chosen)
+        case RoutingMethod.SIGMOID_RENORM if layer.norm_topk_prob:
+            return chosen / (_row_sum(chosen) + _EPSILON)
+        case RoutingMethod.DEEPSEEK_V3 | RoutingMethod.MINIMAX2:
+            factor = 1.0 if layer.routed_scaling_factor is None else layer.routed_scaling_factor
+            return chosen / (_row_sum(chosen) + _EPSILON) * np.float32(factor)
+        case _:
+            return chosen
+
+
+def _masked_to_best_groups(layer: LayerInfo, selection: _Floats) -> _Keys:
+    """Keys of all experts [T, E], those outside the topk_group best groups below every other."""
+    keys = _keys(selection)
+    if layer.routing_method is not RoutingMethod.DEEPSEEK_V3 or layer.n_group <= 1:
+        return keys
+    num_tokens = selection.shape[0]
+    groups = selection.reshape(num_tokens, layer.n_group, -1)
+    best_two = np.partition(groups, -2, axis=2)[:, :, -2:]
+    kept = _top_k(_keys(best_two[:, :, 0] + best_two[:, :, 1]), layer.topk_group)
+    is_excluded = np.ones((num_tokens, layer.n_group), dtype=np.bool_)
+    np.put_along_axis(is_excluded, kept, False, axis=1)
+    keys[np.repeat(is_excluded, layer.num_experts // layer.n_group, axis=1)] = _EXCLUDED
+    return keys
+
+
+def _keys(scores: _Floats) -> _Keys:
+    """Distinct int64 for [T, N] float32: ordered by score, then by descending column."""
+    # -0.0 + 0.0 is 0.0: zeros tie whatever their sign.
+    bits = (scores + _ZERO).view(np.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFF_FFFF)  # IEEE bits of negatives run the other way
+    descending_columns = _COLUMN_MASK - np.arange(scores.shape[1], dtype=np.int64)
+    return (ordered.astype(np.int64) << _COLUMN_BITS) | descending_columns
+
+
+def _top_k(keys: _Keys, k: int) -> _Keys:
+    """Columns [T, k] of the k greatest keys, greatest first."""
+    ascending = np.sort(keys, axis=1)[:, -k:]  # at these widths a vectorised sort is as fast as a partition
+    return _COLUMN_MASK - (ascending[:, ::-1] & _COLUMN_MASK)
+
+
+def _softmax(x: _Floats) -> _Floats:
+    e = np.exp(x - x.max(axis=1, keepdims=True))
+    return e / _row_sum(e)
+
+
+def _sigmoid(x: _Floats) -> _Floats:
+    return _ONE / (_ONE + np.exp(-x))
+
+
+def _row_sum(x: _Floats) -> _Floats:
+    """[T, N] to [T, 1], as a binary tree of element-wise additions."""
+    while x.shape[1] > 1:
+        half, odd = divmod(x.shape[1], 2)
+        total = x[:, : half + odd].copy()
+        total[:, :half] += x[:, half + odd :]
+        x = total
+    return x

@@ -1,0 +1,172 @@
+// The Python module expertd_server._cuda: integers only. Pointers are addresses, dtypes the ids of DType, the stream a
+// handle; ownership, shapes and checks stay in Python. Launches on the current device; never allocates or synchronises.
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+
+#include "gemm.h"
+#include "params.h"
+#include "tensor_map.h"
+
+namespace py = pybind11;
+using namespace expertd;
+using Address = uintptr_t;
+
+namespace {
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+LaunchConfig launch_config(Address stream, bool pdl) { return {pointer<CUstream_st>(stream), pdl}; }
+
+void check_aligned(Address address, const char* name) {
+  require(address % 16 == 0, std::string(name) + " is not 16-byte aligned; pass a contiguous tensor that owns its storage");
+}
+
+py::list list_families() {
+  py::list result;
+  for (const FamilyInfo& f : families()) {
+    result.append(py::make_tuple(f.name, f.tile_m, f.tile_n, f.tile_quantum, f.ctas_per_sm));
+  }
+  return result;
+}
+
+void route(Address logits, int logits_dtype, Address bias, int bias_dtype, Address in_ids, Address in_weights,
+           int in_weights_dtype, Address num_valid, int num_tokens, int num_experts, int top_k, int local_offset,
+           int num_local, int method, int n_group, int topk_group, float routed_scaling_factor, bool norm_topk_prob,
+           int tile_n, int tile_quantum, int tiles_per_block, Address topk_ids, Address topk_weights, Address replay,
+           Address bitmaps, Address counts, Address expanded_to_row, Address row_token, Address row_weight,
+           Address schedule, Address tiles, Address stream, bool pdl) {
+  RouteParams p = {};
+  p.logits = pointer<void>(logits);
+  p.logits_dtype = static_cast<DType>(logits_dtype);
+  p.bias = pointer<void>(bias);
+  p.bias_dtype = static_cast<DType>(bias_dtype);
+  p.in_ids = pointer<int>(in_ids);
+  p.in_weights = pointer<void>(in_weights);
+  p.in_weights_dtype = static_cast<DType>(in_weights_dtype);
+  p.num_valid = pointer<int>(num_valid);
+  p.num_tokens = num_tokens;
+  p.num_experts = num_experts;
+  p.top_k = top_k;
+  p.local_offset = local_offset;
+  p.num_local = num_local;
+  p.method = method;
+  p.n_group = n_group;
+  p.topk_group = topk_group;
+  p.routed_scaling_factor = routed_scaling_factor;
+  p.norm_topk_prob = norm_topk_prob;
+  p.tile_n = tile_n;
+  p.tile_quantum = tile_quantum;
+  p.tiles_per_block = tiles_per_block;
+  p.topk_ids = pointer<int>(topk_ids);
+  p.topk_weights = pointer<uint16_t>(topk_weights);
+  p.replay = pointer<int16_t>(replay);
+  p.bitmaps = pointer<uint64_t>(bitmaps);
+  p.counts = pointer<uint8_t>(counts);
+  p.expanded_to_row = pointer<int>(expanded_to_row);
+  p.row_token = pointer<int>(row_token);
+  p.row_weight = pointer<float>(row_weight);
+  p.schedule = pointer<Schedule>(schedule);
+  p.tiles = pointer<TokenTile>(tiles);
+  launch_route(p, launch_config(stream, pdl));
+}
+
+void grouped_gemm(int family, int output, Address maps, Address x, Address row_token, Address row_weight,
+                  Address scale_gate, Address scale, Address out, int out_columns, int k, int weight_rows,
+                  Address schedule, Address tiles, int grid, Address stream, bool pdl) {
+  require(family >= 0 && family < static_cast<int>(families().size()), "family is not an index of families()");
+  check_aligned(x, "hidden_states");
+  check_aligned(out, "the output of a grouped GEMM");
+  GemmMaps gemm_maps;
+  std::memcpy(&gemm_maps, pointer<void>(maps), sizeof(gemm_maps));
+  GemmParams p = {};
+  p.x = pointer<uint8_t>(x);
+  p.row_token = pointer<int>(row_token);
+  p.row_weight = pointer<float>(row_weight);
+  p.scale_gate = pointer<float>(scale_gate);
+  p.scale = pointer<float>(scale);
+  p.out = pointer<void>(out);
+  p.out_columns = out_columns;
+  p.k = k;
+  p.weight_rows = weight_rows;
+  p.schedule = pointer<Schedule>(schedule);
+  p.tiles = pointer<TokenTile>(tiles);
+  families()[family].launch(static_cast<Output>(output), gemm_maps, p, grid, launch_config(stream, pdl));
+}
+
+void finalize(Address rows, Address expanded_to_row, Address weights, Address num_valid, Address out, int out_dtype,
+              int num_tokens, int hidden_size, int top_k, Address stream, bool pdl) {
+  check_aligned(rows, "rows");
+  check_aligned(out, "out");
+  const FinalizeParams p = {pointer<uint16_t>(rows),
+                            pointer<int>(expanded_to_row),
+                            pointer<uint16_t>(weights),
+                            pointer<int>(num_valid),
+                            pointer<void>(out),
+                            static_cast<DType>(out_dtype),
+                            num_tokens,
+                            hidden_size,
+                            top_k};
+  launch_finalize(p, launch_config(stream, pdl));
+}
+
+void quantize(Address x, int dtype, float scale, Address num_valid, Address out, int num_tokens, int hidden_size,
+              Address stream, bool pdl) {
+  check_aligned(x, "hidden_states");
+  const QuantizeParams p = {pointer<void>(x),      static_cast<DType>(dtype), scale,      pointer<int>(num_valid),
+                            pointer<uint8_t>(out), num_tokens,                hidden_size};
+  launch_quantize(p, launch_config(stream, pdl));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "FP8 mixture-of-experts kernels for Hopper (sm_90a). See docs/kernels.md.";
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.attr("TENSOR_MAP_BYTES") = sizeof(CUtensorMap);
+  m.attr("SCHEDULE_BYTES") = sizeof(Schedule);
+  m.attr("TOKEN_TILE_BYTES") = sizeof(TokenTile);
+  m.attr("ROUTE_BLOCK_TOKENS") = kRouteBlockTokens;
+  m.attr("OUTPUT_BFLOAT16") = static_cast<int>(kBFloat16);
+  m.def("families", &list_families, "(name, tile_m, tile_n, tile_quantum, ctas_per_sm) of each tile family");
+  m.def(
+      "encode_weight_rows",
+      [](Address map, Address data, uint64_t experts, uint64_t rows, uint64_t k, uint32_t box_rows) {
+        encode_weight_rows(pointer<CUtensorMap>(map), pointer<void>(data), experts, rows, k, box_rows);
+      },
+      py::arg("map"), py::arg("data"), py::arg("experts"), py::arg("rows"), py::arg("k"), py::arg("box_rows"),
+      release());
+  m.def(
+      "encode_gate_up",
+      [](Address map, Address data, uint64_t experts, uint64_t inter, uint64_t k, uint32_t box_rows) {
+        encode_gate_up(pointer<CUtensorMap>(map), pointer<void>(data), experts, inter, k, box_rows);
+      },
+      py::arg("map"), py::arg("data"), py::arg("experts"), py::arg("inter"), py::arg("k"), py::arg("box_rows"),
+      release());
+  m.def(
+      "encode_rows",
+      [](Address map, Address data, uint64_t rows, uint64_t k, uint32_t box_rows) {
+        encode_rows(pointer<CUtensorMap>(map), pointer<void>(data), rows, k, box_rows);
+      },
+      py::arg("map"), py::arg("data"), py::arg("rows"), py::arg("k"), py::arg("box_rows"), release());
+  m.def("route", &route, py::kw_only(), py::arg("logits"), py::arg("logits_dtype"), py::arg("bias"),
+        py::arg("bias_dtype"), py::arg("in_ids"), py::arg("in_weights"), py::arg("in_weights_dtype"),
+        py::arg("num_valid"), py::arg("num_tokens"), py::arg("num_experts"), py::arg("top_k"), py::arg("local_offset"),
+        py::arg("num_local"), py::arg("method"), py::arg("n_group"), py::arg("topk_group"),
+        py::arg("routed_scaling_factor"), py::arg("norm_topk_prob"), py::arg("tile_n"), py::arg("tile_quantum"),
+        py::arg("tiles_per_block"), py::arg("topk_ids"), py::arg("topk_weights"), py::arg("replay"),
+        py::arg("bitmaps"), py::arg("counts"), py::arg("expanded_to_row"), py::arg("row_token"), py::arg("row_weight"),
+        py::arg("schedule"), py::arg("tiles"), py::arg("stream"), py::arg("pdl"), release());
+  m.def("grouped_gemm", &grouped_gemm, py::kw_only(), py::arg("family"), py::arg("output"), py::arg("maps"),
+        py::arg("x"), py::arg("row_token"), py::arg("row_weight"), py::arg("scale_gate"), py::arg("scale"),
+        py::arg("out"), py::arg("out_columns"), py::arg("k"), py::arg("weight_rows"), py::arg("schedule"),
+        py::arg("tiles"), py::arg("grid"), py::arg("stream"), py::arg("pdl"), release());
+  m.def("finalize", &finalize, py::kw_only(), py::arg("rows"), py::arg("expanded_to_row"), py::arg("weights"),
+        py::arg("num_valid"), py::arg("out"), py::arg("out_dtype"), py::arg("num_tokens"), py::arg("hidden_size"),
+        py::arg("top_k"), py::arg("stream"), py::arg("pdl"), release());
+  m.def("quantize", &quantize, py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("scale"), py::arg("num_valid"),
+        py::arg("out"), py::arg("num_tokens"), py::arg("hidden_size"), py::arg("stream"), py::arg("pdl"), release());
+}

@@ -1,0 +1,57 @@
+// The tile families of the grouped matrix products. All give the same bits; they differ in speed.
+#pragma once
+#include <array>
+
+#include "check.h"
+#include "params.h"
+
+namespace expertd {
+
+// What a product makes of its sums: product 1 one of the published activations and fp8, product 2 bfloat16.
+enum Output : int { kGelu = 0, kSwiglu = 3, kGeglu = 4, kRelu2 = 6, kIdentity = 7, kBFloat16 = 100 };
+
+struct GemmMaps {
+  CUtensorMap weights, tokens, tokens_part;
+};
+
+// kTileM weight rows by up to kTileN tokens in steps of kTileQuantum; kStages of 128 bytes of K.
+template <int kM, int kN, int kQuantum, int kStages_, int kCtas>
+struct Family {
+  static constexpr int kTileM = kM, kTileN = kN, kTileQuantum = kQuantum, kStages = kStages_, kCtasPerSm = kCtas;
+};
+
+using FamilyS16 = Family<64, 16, 8, 10, 2>;     // few tiles: one token per expert and few experts
+using FamilyD32 = Family<128, 32, 8, 5, 2>;     // decode
+using FamilyD64 = Family<128, 64, 16, 4, 2>;    // decode, more tokens per expert
+using FamilyM128 = Family<128, 128, 32, 6, 1>;  // between decode and prefill
+using FamilyP160 = Family<256, 160, 32, 4, 1>;  // prefill
+
+struct FamilyInfo {
+  const char* name;
+  int tile_m, tile_n, tile_quantum, ctas_per_sm;
+  void (*launch)(Output, const GemmMaps&, const GemmParams&, int grid, const LaunchConfig&);
+};
+
+template <class F>
+void launch_family(Output output, const GemmMaps& maps, const GemmParams& p, int grid, const LaunchConfig& launch);
+
+extern template void launch_family<FamilyS16>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
+extern template void launch_family<FamilyD32>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
+extern template void launch_family<FamilyD64>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
+extern template void launch_family<FamilyM128>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
+extern template void launch_family<FamilyP160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
+
+template <class F>
+constexpr FamilyInfo family_info(const char* name) {
+  return {name, F::kTileM, F::kTileN, F::kTileQuantum, F::kCtasPerSm, &launch_family<F>};
+}
+
+inline const std::array<FamilyInfo, 5>& families() {
+  static const std::array<FamilyInfo, 5> table = {
+      family_info<FamilyS16>("s16"), family_info<FamilyD32>("d32"), family_info<FamilyD64>("d64"),
+      family_info<FamilyM128>("m128"), family_info<FamilyP160>("p160"),
+  };
+  return table;
+}
+
+}  // namespace expertd

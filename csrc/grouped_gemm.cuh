@@ -1,0 +1,394 @@
+// The grouped matrix products: out[rows of expert e] = x[rows of e] * weights[e]^T, weights as the M operand of wgmma
+// and tokens as N, so that few tokens cost few columns. One kernel template for both products and all sizes.
+//
+// A CTA takes tiles (weight rows x tokens) from a dynamic counter. One warpgroup produces: it streams 128 bytes of K per
+// stage into a ring, weights by TMA, tokens by TMA (product 2) or gathered row by row with cp.async (product 1).
+// The others consume: wgmma over the ring, then the epilogue, while the producer already fills the next tile's stages.
+//
+// NOTE: every output element is one chain over K in ascending order by one warpgroup, whatever the family. The tensor
+// core's sum does not depend on N or on neighbouring columns, so all families give the same bits. Do not split K.
+#pragma once
+#include "epilogue.cuh"
+#include "gemm.h"
+#include "params.h"
+#include "sm90.cuh"
+#include "wgmma.cuh"
+
+namespace expertd {
+
+constexpr int kBlockK = 128;  // bytes of K per stage: one row of the 128-byte swizzle
+
+template <class F_, Output kOut_>
+struct GemmTraits {
+  using F = F_;
+  static constexpr Output kOut = kOut_;
+  static constexpr bool kGated = kOut == kSwiglu || kOut == kGeglu;
+  static constexpr bool kGather = kOut != kBFloat16;
+  static constexpr int kWarpgroups = F::kTileM == 64 ? 1 : 2;
+  static constexpr int kAtoms = F::kTileM / (64 * kWarpgroups);
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kWeightBytes = F::kTileM * kBlockK, kTokenBytes = F::kTileN * kBlockK;
+  static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
+  static constexpr int kPassTokens = F::kTileN < 32 ? F::kTileN : 32;
+  static constexpr int kPitch = kOut == kBFloat16 ? 144 : (kGated ? 32 : 64) * kAtoms + 16;
+  static constexpr int kStagingBytes = kPassTokens * kPitch;
+  static constexpr int kBarriers = 2 * F::kStages + 4;
+  static constexpr int kSmem =
+      1024 + F::kStages * kStageBytes + kWarpgroups * kStagingBytes + ((kBarriers * 8 + 15) & ~15) + 2 * 16;
+  static constexpr int kAccumulators = kAtoms * F::kTileN / 2;
+  // Wide tiles move registers from the producers to the consumers; the sums must fit what the launch allocated.
+  static constexpr int kProducerRegs = F::kTileM != 256 ? 0 : kGather ? 56 : 40;
+  static constexpr int kConsumerRegs = F::kTileM != 256 ? 0 : kGather ? 224 : 232;
+  static_assert(kSmem <= 232448 / F::kCtasPerSm - (F::kCtasPerSm > 1 ? 1024 : 0), "shared memory");
+};
+
+// Shared-memory addresses of a CTA.
+template <class G>
+struct Ring {
+  uint32_t base, staging, full, empty, tile_full, tile_empty, slots;
+
+  __device__ __forceinline__ explicit Ring(const void* smem) {
+    base = (sm90::smem_address(smem) + 1023u) & ~1023u;  // the swizzle wants stages on 1024-byte boundaries
+    staging = base + G::F::kStages * G::kStageBytes;
+    full = staging + G::kWarpgroups * G::kStagingBytes;
+    empty = full + G::F::kStages * 8;
+    tile_full = empty + G::F::kStages * 8;
+    tile_empty = tile_full + 16;
+    slots = tile_empty + 16;
+  }
+  __device__ __forceinline__ uint32_t stage(uint32_t s) const { return base + s * G::kStageBytes; }
+};
+
+// ---- tiles
+
+// {weight row tile, expert, first row, rows}; x < 0: no more tiles.
+using Tile = int4;
+
+// Tile q of the list. The token tiles of a block share the weights of each row tile, token tile fastest.
+__device__ __forceinline__ Tile find_tile(const GemmParams& p, int q, int num_tiles, int m_tiles) {
+  if (q >= num_tiles) return make_int4(-1, 0, 0, 0);
+  const TokenTile near = __ldcg(p.tiles + q / m_tiles);  // some token tile of the same block
+  const int in_block = near.x >> 16, local = q - near.w * m_tiles;
+  if (in_block == 1) return make_int4(local, near.x & 0xffff, near.y, near.z);
+  const TokenTile own = __ldcg(p.tiles + near.w + local % in_block);
+  return make_int4(local / in_block, own.x & 0xffff, own.y, own.z);
+}
+
+template <int kQuantum>
+__device__ __forceinline__ int tile_width(int rows) {
+  return (rows + kQuantum - 1) / kQuantum * kQuantum;
+}
+
+// ---- producer
+
+template <class G>
+__device__ __forceinline__ void load_weights(const CUtensorMap* map, uint32_t dst, uint32_t bar, int step, const Tile& t,
+                                             uint64_t policy) {
+  if constexpr (G::kGated) {
+    sm90::cp_async_bulk_tensor_5d(dst, map, bar, step * kBlockK, 0, 0, t.x * (G::F::kTileM / 16), t.y, policy);
+  } else {
+    sm90::cp_async_bulk_tensor_3d(dst, map, bar, step * kBlockK, t.x * G::F::kTileM, t.y, policy);
+  }
+}
+
+// One thread picks the tiles and hands them to everybody through two slots.
+template <class G>
+struct TileQueue {
+  const GemmParams& p;
+  const Ring<G>& ring;
+  int next = blockIdx.x;
+
+  __device__ __forceinline__ TileQueue(const GemmParams& p, const Ring<G>& ring) : p(p), ring(ring) {}
+  // NOTE: reads the number of tiles each time; the producers of wide tiles have no register to keep it in.
+  __device__ __forceinline__ Tile load() const {
+    const int m_tiles = (p.weight_rows + G::F::kTileM - 1) / G::F::kTileM;
+    return find_tile(p, next, __ldcg(&p.schedule->num_token_tiles) * m_tiles, m_tiles);
+  }
+  __device__ __forceinline__ void advance() {
+    next = gridDim.x + atomicAdd(&p.schedule->next_tile[G::kOut == kBFloat16], 1);
+  }
+  __device__ __forceinline__ void publish(const Tile& t, uint32_t n) const {
+    sm90::mbarrier_wait(ring.tile_empty + (n & 1) * 8, ((n >> 1) & 1) ^ 1);
+    sm90::st_shared_v4(ring.slots + (n & 1) * 16, t);
+    sm90::mbarrier_arrive(ring.tile_full + (n & 1) * 8);
+  }
+};
+
+template <class G>
+__device__ __forceinline__ uint64_t weight_policy() {
+  // Decode reads weights once; wide tiles share them between neighbouring token tiles.
+  return G::F::kTileM == 256 ? sm90::createpolicy_evict_normal() : sm90::createpolicy_evict_first();
+}
+
+// Product 2: the rows of a tile lie side by side. Runs in one thread.
+template <class G>
+__device__ __forceinline__ void produce_by_tma(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map_w,
+                                               const CUtensorMap* map_x, const CUtensorMap* map_x_part) {
+  using F = typename G::F;
+  const uint64_t policy_w = weight_policy<G>(), policy_x = sm90::createpolicy_evict_last();
+  const int steps = (p.k + kBlockK - 1) / kBlockK;
+  // NOTE: the tile list is older than the rows: product 1 lets this kernel start only after it has itself waited for
+  // routing. So the first weights can be under way before product 1 ends.
+  TileQueue<G> queue(p, ring);
+  Tile t = queue.load();
+  int preloaded = 0;
+  if (t.x >= 0) {
+    const int width = tile_width<F::kTileQuantum>(t.w);
+    for (; preloaded < min(F::kStages, steps); ++preloaded) {
+      const uint32_t full = ring.full + preloaded * 8;
+      sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes + width * kBlockK);
+      load_weights<G>(map_w, ring.stage(preloaded), full, preloaded, t, policy_w);
+    }
+  }
+  sm90::griddepcontrol_wait();
+  sm90::griddepcontrol_launch_dependents();
+  uint32_t step = 0;
+  for (uint32_t n = 0;; ++n) {
+    queue.publish(t, n);
+    if (t.x < 0) break;
+    queue.advance();
+    const int width = tile_width<F::kTileQuantum>(t.w);
+    Tile next = t;
+    for (int ks = 0; ks < steps; ++ks, ++step) {
+      const uint32_t s = step % F::kStages, phase = (step / F::kStages) & 1;
+      const uint32_t full = ring.full + s * 8, tokens = ring.stage(s) + G::kWeightBytes;
+      if (ks >= preloaded) {
+        sm90::mbarrier_wait(ring.empty + s * 8, phase ^ 1);
+        sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes + width * kBlockK);
+        load_weights<G>(map_w, ring.stage(s), full, ks, t, policy_w);
+      }
+      if (width == F::kTileN) {
+        sm90::cp_async_bulk_tensor_2d(tokens, map_x, full, ks * kBlockK, t.z, policy_x);
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < width; i += F::kTileQuantum) {
+          sm90::cp_async_bulk_tensor_2d(tokens + i * kBlockK, map_x_part, full, ks * kBlockK, t.z + i, policy_x);
+        }
+      }
+      if (ks == min(1, steps - 1)) next = queue.load();
+    }
+    preloaded = 0;
+    t = next;
+  }
+}
+
+// Product 1: the rows of a tile are gathered from wherever their tokens are. Runs in the whole producer warpgroup.
+template <class G>
+__device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map_w) {
+  using F = typename G::F;
+  constexpr int kRowStride = 16, kRowsPerThread = (F::kTileN + kRowStride - 1) / kRowStride;
+  constexpr bool kPreload = F::kTileM != 256;
+  const uint64_t policy_w = weight_policy<G>();
+  const int steps = (p.k + kBlockK - 1) / kBlockK;
+  const int thread = threadIdx.x - 128 * G::kWarpgroups, lane = thread & 31;
+  const int chunk = thread & 7, row0 = thread >> 3;  // 16 bytes of rows row0, row0 + 16, ...
+  const uint32_t offset0 = G::kWeightBytes + row0 * kBlockK + ((chunk ^ (row0 & 7)) << 4);  // the swizzle by hand
+  TileQueue<G> queue(p, ring);
+  Tile next = make_int4(-1, 0, 0, 0);
+  if (thread == 0) next = queue.load();
+  uint32_t step = 0;
+  for (uint32_t n = 0;; ++n) {
+    int preloaded = 0;
+    if (thread == 0) {
+      queue.publish(next, n);
+      if (kPreload && n == 0 && next.x >= 0) {  // weights need not wait for the rows' addresses
+        for (; preloaded < min(F::kStages, steps); ++preloaded) {
+          const uint32_t full = ring.full + preloaded * 8;
+          sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
+          load_weights<G>(map_w, ring.stage(preloaded), full, preloaded, next, policy_w);
+        }
+      }
+    }
+    __syncwarp();
+    sm90::mbarrier_wait(ring.tile_full + (n & 1) * 8, (n >> 1) & 1);
+    const Tile t = sm90::ld_shared_v4(ring.slots + (n & 1) * 16);
+    __syncwarp();
+    if (lane == 0) sm90::mbarrier_arrive(ring.tile_empty + (n & 1) * 8);
+    if (t.x < 0) break;
+    if (thread == 0) queue.advance();
+    const int width = tile_width<F::kTileQuantum>(t.w);
+    uint32_t source[kRowsPerThread];  // fits: T * H stays below 2^32 in one call
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread; ++i) {
+      const int row = min(row0 + kRowStride * i, t.w - 1);  // padding columns repeat a valid row; nobody stores them
+      source[i] = static_cast<uint32_t>(__ldcg(p.row_token + t.z + row)) * static_cast<uint32_t>(p.k) + chunk * 16;
+    }
+    for (int ks = 0; ks < steps; ++ks, ++step) {
+      const uint32_t s = step % F::kStages, phase = (step / F::kStages) & 1;
+      const uint32_t stage = ring.stage(s), full = ring.full + s * 8;
+      sm90::mbarrier_wait(ring.empty + s * 8, phase ^ 1);
+      if (thread == 0 && ks >= preloaded) {
+        sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
+        load_weights<G>(map_w, stage, full, ks, t, policy_w);
+      }
+      if (thread == 0 && ks == min(1, steps - 1)) next = queue.load();
+      // Past the end of K both operands must be true zeros: the other one may hold anything, and 0 * NaN is NaN.
+      const bool inside = ks * kBlockK + chunk * 16 < p.k;
+      const uint8_t* x = p.x + ks * kBlockK;
+#pragma unroll
+      for (int i = 0; i < kRowsPerThread; ++i) {
+        if (F::kTileQuantum % kRowStride == 0 ? kRowStride * i < width : row0 + kRowStride * i < width) {
+          sm90::cp_async_16(stage + offset0 + i * (kRowStride * kBlockK), x + source[i], inside ? 16 : 0);
+        }
+      }
+      sm90::cp_async_mbarrier_arrive_noinc(full);
+    }
+  }
+  sm90::cp_async_wait_all();
+}
+
+// ---- consumers
+
+// All of K for one tile of N tokens.
+template <class G, int N>
+__device__ __forceinline__ void multiply(float* acc, uint32_t& step, int steps, const Ring<G>& ring,
+                                         uint32_t weight_offset, int lane) {
+  constexpr uint32_t kStages = G::F::kStages;
+  for (int ks = 0; ks < steps; ++ks, ++step) {
+    const uint32_t s = step % kStages, phase = (step / kStages) & 1;
+    sm90::mbarrier_wait(ring.full + s * 8, phase);
+    if constexpr (G::kGather) sm90::fence_proxy_async_shared();  // cp.async wrote through the generic proxy
+    const uint64_t w = sm90::matrix_descriptor(ring.stage(s) + weight_offset);
+    const uint64_t x = sm90::matrix_descriptor(ring.stage(s) + G::kWeightBytes);
+    sm90::wgmma_fence();
+#pragma unroll
+    for (int kk = 0; kk < 4; ++kk) {
+#pragma unroll
+      for (int atom = 0; atom < G::kAtoms; ++atom) {
+        sm90::Wgmma<N>::mma(acc + atom * (G::F::kTileN / 2), w + atom * 512 + kk * 2, x + kk * 2, (ks | kk) != 0);
+      }
+    }
+    sm90::wgmma_commit_group();
+    sm90::wgmma_wait_group<1>();  // the previous step is done
+    if (ks > 0 && lane == 0) sm90::mbarrier_arrive(ring.empty + ((step - 1) % kStages) * 8);
+  }
+  sm90::wgmma_wait_group<0>();
+  if (lane == 0) sm90::mbarrier_arrive(ring.empty + ((step - 1) % kStages) * 8);
+}
+
+template <class G, int kUnits = 1>
+__device__ __forceinline__ void multiply_width(int units, float* acc, uint32_t& step, int steps, const Ring<G>& ring,
+                                               uint32_t weight_offset, int lane) {
+  constexpr int kWidth = kUnits * G::F::kTileQuantum;
+  if constexpr (kWidth >= G::F::kTileN) {
+    multiply<G, kWidth>(acc, step, steps, ring, weight_offset, lane);
+  } else {
+    if (units == kUnits) {
+      multiply<G, kWidth>(acc, step, steps, ring, weight_offset, lane);
+    } else {
+      multiply_width<G, kUnits + 1>(units, acc, step, steps, ring, weight_offset, lane);
+    }
+  }
+}
+
+template <class G>
+__device__ __forceinline__ void consume(const GemmParams& p, const Ring<G>& ring, int warp, int lane) {
+  using F = typename G::F;
+  const int group = warp >> 2, steps = (p.k + kBlockK - 1) / kBlockK;
+  uint32_t step = 0;
+  sm90::mbarrier_wait(ring.tile_full, 0);
+  Tile t = sm90::ld_shared_v4(ring.slots);
+  // NOTE: nothing may follow this loop, and nothing may leave it by break: ptxas 13.0 would then drop the register
+  // budget that setmaxnreg raised, and spill.
+  for (uint32_t n = 0; t.x >= 0;) {
+    float acc[G::kAccumulators];
+    multiply_width<G>(tile_width<F::kTileQuantum>(t.w) / F::kTileQuantum, acc, step, steps, ring,
+                      group * (64 * G::kAtoms * kBlockK), lane);
+#pragma unroll
+    for (int i = 0; i < G::kAccumulators; ++i) asm volatile("" : "+f"(acc[i])::"memory");
+    __syncwarp();
+    if (lane == 0) sm90::mbarrier_arrive(ring.tile_empty + (n & 1) * 8);
+    EpilogueTile e;
+    e.scale = __ldg(p.scale + t.y);
+    e.scale_gate = G::kGather ? __ldg(p.scale_gate + t.y) : 0.0f;
+    e.first_row = t.z;
+    e.num_rows = t.w;
+    e.first_column = (t.x * F::kTileM + group * 64 * G::kAtoms) / (G::kGated ? 2 : 1);
+    e.warp = warp & 3;
+    e.lane = lane;
+    e.barrier = 1 + group;
+    e.staging = ring.staging + group * G::kStagingBytes;
+    e.row_weight = p.row_weight;
+    if constexpr (G::kOut == kBFloat16) {
+      store_bfloat16<G::kAtoms, F::kTileN, G::kPassTokens>(acc, e, static_cast<__nv_bfloat16*>(p.out), p.out_columns);
+    } else {
+      store_activated<G::kOut, G::kAtoms, F::kTileN, G::kPassTokens, G::kPitch>(acc, e, static_cast<uint8_t*>(p.out),
+                                                                               p.out_columns);
+    }
+    ++n;
+    sm90::mbarrier_wait(ring.tile_full + (n & 1) * 8, (n >> 1) & 1);
+    t = sm90::ld_shared_v4(ring.slots + (n & 1) * 16);
+  }
+}
+
+// ---- kernel
+
+template <class G>
+__global__ void __launch_bounds__(G::kThreads, G::F::kCtasPerSm)
+    grouped_gemm_kernel(const __grid_constant__ CUtensorMap map_w, const __grid_constant__ CUtensorMap map_x,
+                        const __grid_constant__ CUtensorMap map_x_part, const __grid_constant__ GemmParams p) {
+  extern __shared__ uint8_t smem[];
+  const Ring<G> ring(smem);
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    constexpr int kConsumerWarps = 4 * G::kWarpgroups;
+    for (int s = 0; s < G::F::kStages; ++s) {
+      sm90::mbarrier_init(ring.full + s * 8, G::kGather ? 1 + 128 : 1);
+      sm90::mbarrier_init(ring.empty + s * 8, kConsumerWarps);
+    }
+    for (int i = 0; i < 2; ++i) {
+      sm90::mbarrier_init(ring.tile_full + i * 8, 1);
+      sm90::mbarrier_init(ring.tile_empty + i * 8, kConsumerWarps + (G::kGather ? 4 : 0));
+    }
+    sm90::fence_mbarrier_init();
+    sm90::prefetch_tensormap(&map_w);
+    if constexpr (!G::kGather) {
+      sm90::prefetch_tensormap(&map_x);
+      sm90::prefetch_tensormap(&map_x_part);
+    }
+  }
+  __syncthreads();
+  if constexpr (G::kGather) {
+    sm90::griddepcontrol_wait();
+    sm90::griddepcontrol_launch_dependents();
+  }
+  if (warp >= 4 * G::kWarpgroups) {
+    if constexpr (G::kProducerRegs > 0) sm90::setmaxnreg_dec<G::kProducerRegs>();
+    if constexpr (G::kGather) {
+      produce_by_gather<G>(p, ring, &map_w);
+    } else {
+      // NOTE: only this thread waits for product 1; the others touch nothing of it before its loads have arrived.
+      if (threadIdx.x == 128 * G::kWarpgroups) produce_by_tma<G>(p, ring, &map_w, &map_x, &map_x_part);
+    }
+  } else {
+    if constexpr (G::kConsumerRegs > 0) sm90::setmaxnreg_inc<G::kConsumerRegs>();
+    consume<G>(p, ring, warp, lane);
+  }
+}
+
+// ---- launch
+
+template <class F, Output kOut>
+void launch_grouped_gemm(const GemmMaps& maps, const GemmParams& p, int grid, const LaunchConfig& launch) {
+  using G = GemmTraits<F, kOut>;
+  const auto kernel = grouped_gemm_kernel<G>;
+  require(p.k % 16 == 0 && p.out_columns % 16 == 0, "hidden_size and intermediate_size must be multiples of 16");
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, G::kSmem),
+             "raising the shared memory limit of a grouped GEMM");
+  check_cuda(launch_kernel(kernel, grid, G::kThreads, G::kSmem, launch, maps.weights, maps.tokens, maps.tokens_part, p),
+             "launching a grouped GEMM");
+}
+
+template <class F>
+void launch_family(Output output, const GemmMaps& maps, const GemmParams& p, int grid, const LaunchConfig& launch) {
+  switch (output) {
+    case kGelu: return launch_grouped_gemm<F, kGelu>(maps, p, grid, launch);
+    case kSwiglu: return launch_grouped_gemm<F, kSwiglu>(maps, p, grid, launch);
+    case kGeglu: return launch_grouped_gemm<F, kGeglu>(maps, p, grid, launch);
+    case kRelu2: return launch_grouped_gemm<F, kRelu2>(maps, p, grid, launch);
+    case kIdentity: return launch_grouped_gemm<F, kIdentity>(maps, p, grid, launch);
+    case kBFloat16: return launch_grouped_gemm<F, kBFloat16>(maps, p, grid, launch);
+  }
+}
+
+}  // namespace expertd

@@ -1,0 +1,541 @@
+"""The Hopper backend: routing, two grouped FP8 products and the weighted sum, in four to six kernel launches.
+
+A call allocates nothing but its results, never looks at device data and never waits, so that it can be captured in a
+CUDA graph. Its scratch memory belongs to the stream: layers share it, streams do not.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from expertd_server import tuning
+from expertd_server.backend import MoEOutput, PreparedLayer
+from expertd_server.types import Activation, LayerSpec, RoutingMethod
+from expertd_server.weights import ExpertWeights
+
+try:
+    from expertd_server import _cuda
+except ImportError as error:
+    raise ImportError(
+        "expertd_server was installed without its CUDA extension: install it where nvcc 12.5 or newer is on the PATH "
+        "(EXPERTD_CUDA=on makes a missing compiler an error), or use the CPU backend"
+    ) from error
+
+__all__ = ["CudaBackend", "Family"]
+
+_ALIGN = 256
+_TILE_MULTIPLE = 16
+_BLOCK_TOKENS = 2048
+"""Tokens of one expert that share a pass over its weights: what their rows fill stays in L2."""
+_DTYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One shape of tile of the matrix products. All families give the same bits."""
+
+    index: int
+    name: str
+    tile_m: int
+    tile_n: int
+    tile_quantum: int
+    ctas_per_sm: int
+
+    @property
+    def tiles_per_block(self) -> int:
+        """Token tiles of an expert that share a pass over its weights."""
+        return max(1, _BLOCK_TOKENS // self.tile_n)
+
+
+FAMILIES = {f[0]: Family(i, *f) for i, f in enumerate(_cuda.families())}
+
+
+class CudaBackend:
+    """Runs layers on one Hopper GPU.
+
+    Calls on different streams may overlap. Graphs captured on one stream share its scratch memory: replay them one
+    after the other.
+    Raises RuntimeError where the device is not a Hopper GPU.
+    """
+
+    name = "cuda"
+
+    def __init__(self, device: torch.device | str = "cuda", *, tuning_cache: str | None = None) -> None:
+        device = torch.device(device)
+        if device.type != "cuda":
+            raise RuntimeError(f"device is {device}, the CUDA backend needs a CUDA device")
+        if not torch.cuda.is_available():
+            raise RuntimeError("no CUDA device is available: check the driver, or use the CPU backend")
+        self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        properties = torch.cuda.get_device_properties(self.device)
+        if (properties.major, properties.minor) != (9, 0):
+            raise RuntimeError(
+                f"{properties.name} has compute capability {properties.major}.{properties.minor}, these kernels need "
+                f"9.0 (Hopper); use the torch backend"
+            )
+        self.device_name = properties.name
+        self.num_sms = properties.multi_processor_count
+        self.force_family: str | None = None
+        """Name of the family that every call uses, for tests and the tuner; None: the best known."""
+        self._tuned = tuning.TuningCache(tuning_cache)
+        self._workspaces = _Workspaces(self.device)
+
+    # ---- planning
+
+    def prepare(self, spec: LayerSpec, weights: ExpertWeights, *, max_num_tokens: int = 8192) -> PreparedLayer:
+        """See `Backend.prepare`. Reserves the current stream's scratch memory for calls of max_num_tokens."""
+        for name in ("hidden_size", "intermediate_size"):
+            if getattr(spec, name) % _TILE_MULTIPLE:
+                raise ValueError(
+                    f"{name} is {getattr(spec, name)}, the CUDA backend needs a multiple of {_TILE_MULTIPLE}: pad the "
+                    f"weights with zeros"
+                )
+        if max_num_tokens < 1:
+            raise ValueError(f"max_num_tokens is {max_num_tokens}, expected at least 1")
+        weights.check(spec)
+        weights = weights.to(self.device)
+        layer = _CudaLayer(spec, weights, max_num_tokens)
+        layer.tuned = self._tuned.lookup(self.device_name, tuning.layer_key(spec))
+        self._workspaces.reserve(layer.scratch(max_num_tokens).nbytes)
+        with torch.cuda.device(self.device):
+            self._workspaces.current()
+        return PreparedLayer(spec=spec, weights=weights, nbytes=weights.nbytes, state=layer)
+
+    def family(self, layer: PreparedLayer, num_tokens: int) -> Family:
+        """The tile family that a call of num_tokens uses."""
+        if self.force_family is not None:
+            return FAMILIES[self.force_family]
+        tuned = layer.state.tuned
+        return FAMILIES[tuning.choose_family(tuned, layer.spec, num_tokens, self.num_sms)]
+
+    def poison_workspaces(self) -> None:
+        """For tests: make what a call reads without having written it show as NaN."""
+        self._workspaces.poison()
+
+    # ---- running
+
+    def forward(
+        self,
+        layer: PreparedLayer,
+        hidden_states: torch.Tensor,
+        *,
+        routing_logits: torch.Tensor | None = None,
+        topk_ids: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        output_dtype: torch.dtype = torch.bfloat16,
+        do_finalize: bool = True,
+        out: torch.Tensor | None = None,
+        routing_replay_out: torch.Tensor | None = None,
+        num_valid_tokens: torch.Tensor | None = None,
+        enable_pdl: bool | None = None,
+    ) -> MoEOutput:
+        """See `Backend.forward`. enable_pdl: programmatic dependent launch; None: yes."""
+        spec = layer.spec
+        num_tokens = hidden_states.shape[0]
+        with torch.cuda.device(self.device):
+            ids = torch.empty(num_tokens, spec.top_k, dtype=torch.int32, device=self.device)
+            weights = torch.empty(num_tokens, spec.top_k, dtype=torch.bfloat16, device=self.device)
+            call = _Call(
+                hidden_states=hidden_states,
+                logits=routing_logits,
+                in_ids=topk_ids,
+                in_weights=topk_weights,
+                topk_ids=ids,
+                topk_weights=weights,
+                replay=routing_replay_out,
+                num_valid=num_valid_tokens,
+                pdl=enable_pdl is not False,
+                stream=torch.cuda.current_stream().cuda_stream,
+            )
+            if not do_finalize:
+                return self._forward_rows(layer, call)
+            if out is None:
+                out = torch.empty(num_tokens, spec.hidden_size, dtype=output_dtype, device=self.device)
+            for part, out_part in call.chunks(out, layer.state.max_num_tokens):
+                self._run(layer, part, out_part)
+            return MoEOutput(output=out, expert_weights=weights, topk_ids=ids)
+
+    def _forward_rows(self, layer: PreparedLayer, call: _Call) -> MoEOutput:
+        spec, num_tokens = layer.spec, call.num_tokens
+        # NOTE: how many rows there are is known on the device only: those that no slot maps to stay zero.
+        rows = torch.zeros(
+            num_tokens * min(spec.top_k, spec.num_local), spec.hidden_size, dtype=torch.bfloat16, device=self.device
+        )
+        slots = torch.full((num_tokens * spec.top_k,), -1, dtype=torch.int32, device=self.device)
+        if num_tokens:
+            self._run(layer, call, None, rows=rows, expanded_to_row=slots)
+        return MoEOutput(
+            topk_ids=call.topk_ids,
+            expert_weights=call.topk_weights,
+            gemm2_output=rows,
+            expanded_idx_to_permuted_idx=slots,
+        )
+
+    def _run(
+        self,
+        layer: PreparedLayer,
+        call: _Call,
+        out: torch.Tensor | None,
+        *,
+        rows: torch.Tensor | None = None,
+        expanded_to_row: torch.Tensor | None = None,
+    ) -> None:
+        state: _CudaLayer = layer.state
+        num_tokens = call.num_tokens
+        planned = max(num_tokens, state.max_num_tokens)
+        workspace = self._workspaces.current(state.scratch(planned).nbytes)
+        plan = state.plan(workspace, planned)
+        family = self.family(layer, num_tokens)
+        if rows is not None:
+            plan = plan.with_results(rows, expanded_to_row)
+        hidden_states = call.hidden_states
+        x = hidden_states.data_ptr()
+        if hidden_states.dtype != torch.float8_e4m3fn:
+            self.quantize(layer, plan, call)
+            x = plan.hidden_states
+        self.route(layer, plan, call, family)
+        self.gemm1(layer, plan, call, family, x)
+        self.gemm2(layer, plan, call, family)
+        if out is not None:
+            self.finalize(layer, plan, call, out)
+
+    # ---- stages, one launch each (routing two, for more than 64 tokens); public for the benchmark
+
+    def quantize(self, layer: PreparedLayer, plan: _Plan, call: _Call) -> None:
+        """hidden_states [T, H] -> fp8 in the workspace."""
+        scale = layer.weights.hidden_states_scale
+        if scale is None:
+            raise TypeError(f"hidden_states is {call.hidden_states.dtype}, but the layer has no hidden_states_scale")
+        _cuda.quantize(
+            x=call.hidden_states.data_ptr(),
+            dtype=_DTYPE_IDS[call.hidden_states.dtype],
+            scale=scale,
+            num_valid=_address(call.num_valid),
+            out=plan.hidden_states,
+            num_tokens=call.num_tokens,
+            hidden_size=layer.spec.hidden_size,
+            stream=call.stream,
+            pdl=call.pdl,
+        )
+
+    def route(self, layer: PreparedLayer, plan: _Plan, call: _Call, family: Family) -> None:
+        """Logits or ready ids -> ids, weights, and the rows and tiles of the products."""
+        spec, bias = layer.spec, layer.weights.routing_bias
+        grouped = spec.is_grouped
+        _cuda.route(
+            logits=_address(call.logits),
+            logits_dtype=_dtype_id(call.logits),
+            bias=_address(bias),
+            bias_dtype=_dtype_id(bias),
+            in_ids=_address(call.in_ids),
+            in_weights=_address(call.in_weights),
+            in_weights_dtype=_dtype_id(call.in_weights),
+            num_valid=_address(call.num_valid),
+            num_tokens=call.num_tokens,
+            num_experts=spec.num_experts,
+            top_k=spec.top_k,
+            local_offset=spec.local_expert_offset,
+            num_local=spec.num_local,
+            method=int(spec.routing_method),
+            n_group=(spec.n_group or 0) if grouped else 0,
+            topk_group=(spec.topk_group or 0) if grouped else 0,
+            routed_scaling_factor=_scaling_factor(spec),
+            norm_topk_prob=spec.norm_topk_prob,
+            tile_n=family.tile_n,
+            tile_quantum=family.tile_quantum,
+            tiles_per_block=family.tiles_per_block,
+            topk_ids=call.topk_ids.data_ptr(),
+            topk_weights=call.topk_weights.data_ptr(),
+            replay=_address(call.replay),
+            bitmaps=plan.bitmaps,
+            counts=plan.counts,
+            expanded_to_row=plan.expanded_to_row,
+            row_token=plan.row_token,
+            row_weight=plan.row_weight if spec.use_routing_scales_on_input else 0,
+            schedule=plan.schedule,
+            tiles=plan.tiles,
+            stream=call.stream,
+            pdl=call.pdl,
+        )
+
+    def gemm1(self, layer: PreparedLayer, plan: _Plan, call: _Call, family: Family, x: int) -> None:
+        """Rows of x [T, H] fp8 -> activated rows [R, I] fp8."""
+        spec, weights = layer.spec, layer.weights
+        _cuda.grouped_gemm(
+            family=family.index,
+            output=int(spec.activation),
+            maps=plan.maps(family, 0),
+            x=x,
+            row_token=plan.row_token,
+            row_weight=plan.row_weight if spec.use_routing_scales_on_input else 0,
+            scale_gate=weights.output1_scales_gate_scalar.data_ptr(),
+            scale=weights.output1_scales_scalar.data_ptr(),
+            out=plan.inter,
+            out_columns=spec.intermediate_size,
+            k=spec.hidden_size,
+            weight_rows=spec.gemm1_rows,
+            schedule=plan.schedule,
+            tiles=plan.tiles,
+            grid=self._grid(spec, family, call.num_tokens, spec.gemm1_rows),
+            stream=call.stream,
+            pdl=call.pdl,
+        )
+
+    def gemm2(self, layer: PreparedLayer, plan: _Plan, call: _Call, family: Family) -> None:
+        """Activated rows [R, I] fp8 -> rows [R, H] bfloat16."""
+        spec, weights = layer.spec, layer.weights
+        _cuda.grouped_gemm(
+            family=family.index,
+            output=_cuda.OUTPUT_BFLOAT16,
+            maps=plan.maps(family, 1),
+            x=0,
+            row_token=0,
+            row_weight=0,
+            scale_gate=0,
+            scale=weights.output2_scales_scalar.data_ptr(),
+            out=plan.rows,
+            out_columns=spec.hidden_size,
+            k=spec.intermediate_size,
+            weight_rows=spec.hidden_size,
+            schedule=plan.schedule,
+            tiles=plan.tiles,
+            grid=self._grid(spec, family, call.num_tokens, spec.hidden_size),
+            stream=call.stream,
+            pdl=call.pdl,
+        )
+
+    def finalize(self, layer: PreparedLayer, plan: _Plan, call: _Call, out: torch.Tensor) -> None:
+        """Rows [R, H] bfloat16 -> out [T, H], weighted and summed over the slots of a token."""
+        spec = layer.spec
+        _cuda.finalize(
+            rows=plan.rows,
+            expanded_to_row=plan.expanded_to_row,
+            weights=0 if spec.use_routing_scales_on_input else call.topk_weights.data_ptr(),
+            num_valid=_address(call.num_valid),
+            out=out.data_ptr(),
+            out_dtype=_DTYPE_IDS[out.dtype],
+            num_tokens=call.num_tokens,
+            hidden_size=spec.hidden_size,
+            top_k=spec.top_k,
+            stream=call.stream,
+            pdl=call.pdl,
+        )
+
+    def _grid(self, spec: LayerSpec, family: Family, num_tokens: int, weight_rows: int) -> int:
+        tiles = _max_token_tiles(spec, num_tokens, family.tile_n) * -(-weight_rows // family.tile_m)
+        return min(tiles, self.num_sms * family.ctas_per_sm)
+
+
+def _scaling_factor(spec: LayerSpec) -> float:
+    scaled = spec.routing_method in (RoutingMethod.DEEPSEEK_V3, RoutingMethod.MINIMAX2)
+    return spec.routed_scaling_factor if scaled and spec.routed_scaling_factor is not None else 1.0
+
+
+def _max_rows(spec: LayerSpec, num_tokens: int) -> int:
+    return num_tokens * min(spec.top_k, spec.num_local)
+
+
+def _max_token_tiles(spec: LayerSpec, num_tokens: int, tile_n: int) -> int:
+    rows = _max_rows(spec, num_tokens)
+    return rows // tile_n + min(spec.num_local, rows)
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _dtype_id(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else _DTYPE_IDS[tensor.dtype]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The tensors of one call, or of a chunk of it."""
+
+    hidden_states: torch.Tensor
+    logits: torch.Tensor | None
+    in_ids: torch.Tensor | None
+    in_weights: torch.Tensor | None
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    replay: torch.Tensor | None
+    num_valid: torch.Tensor | None
+    pdl: bool
+    stream: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.hidden_states.shape[0]
+
+    def chunks(self, out: torch.Tensor, max_num_tokens: int) -> Iterator[tuple[_Call, torch.Tensor]]:
+        """Parts of at most max_num_tokens tokens. Rows do not depend on one another, so this cannot change bits."""
+        if self.num_tokens <= max_num_tokens:
+            if self.num_tokens:
+                yield self, out
+            return
+        for start in range(0, self.num_tokens, max_num_tokens):
+            part = slice(start, min(start + max_num_tokens, self.num_tokens))
+            yield (
+                _Call(
+                    hidden_states=self.hidden_states[part],
+                    logits=None if self.logits is None else self.logits[part],
+                    in_ids=None if self.in_ids is None else self.in_ids[part],
+                    in_weights=None if self.in_weights is None else self.in_weights[part],
+                    topk_ids=self.topk_ids[part],
+                    topk_weights=self.topk_weights[part],
+                    replay=None if self.replay is None else self.replay[part],
+                    num_valid=None if self.num_valid is None else self.num_valid - start,
+                    pdl=self.pdl,
+                    stream=self.stream,
+                ),
+                out[part],
+            )
+
+
+# ---- scratch memory
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """Where the parts of the scratch memory lie, in bytes from its start."""
+
+    offsets: dict[str, int]
+    nbytes: int
+
+    @classmethod
+    def of(cls, spec: LayerSpec, num_tokens: int, *, quantizes: bool) -> _Scratch:
+        rows = _max_rows(spec, num_tokens)
+        blocks = -(-num_tokens // _cuda.ROUTE_BLOCK_TOKENS)
+        tiles = max(_max_token_tiles(spec, num_tokens, f.tile_n) for f in FAMILIES.values())
+        sizes = {
+            "schedule": _cuda.SCHEDULE_BYTES,
+            "tiles": tiles * _cuda.TOKEN_TILE_BYTES,
+            "bitmaps": blocks * spec.num_local * 8,
+            "counts": blocks * spec.num_local,
+            "expanded_to_row": num_tokens * spec.top_k * 4,
+            "row_token": rows * 4,
+            "row_weight": rows * 4,
+            "hidden_states": num_tokens * spec.hidden_size if quantizes else 0,
+            "inter": rows * spec.intermediate_size,
+            "rows": rows * spec.hidden_size * 2,
+        }
+        offsets, at = {}, 0
+        for name, size in sizes.items():
+            offsets[name] = at
+            at += -(-size // _ALIGN) * _ALIGN
+        return cls(offsets, at)
+
+
+class _Workspaces:
+    """One slab of device memory per stream, shared by the layers that run there one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._lock = threading.Lock()
+        self._nbytes = 0
+        self._slabs: dict[int, torch.Tensor] = {}
+        self._retired: list[torch.Tensor] = []
+
+    def reserve(self, nbytes: int) -> None:
+        """Every slab from now on has at least nbytes."""
+        self._nbytes = max(self._nbytes, nbytes)
+
+    def current(self, nbytes: int = 0) -> torch.Tensor:
+        """The current stream's slab, of nbytes at least. Allocates only where the stream has none as large."""
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        slab = self._slabs.get(stream)
+        if slab is None or slab.numel() < max(nbytes, self._nbytes):
+            with self._lock:
+                if slab is not None:
+                    self._retired.append(slab)  # NOTE: captured graphs keep its address, so it is never freed
+                self._nbytes = max(self._nbytes, nbytes)
+                slab = torch.empty(self._nbytes, dtype=torch.uint8, device=self._device)
+                self._slabs[stream] = slab
+        return slab
+
+    def poison(self) -> None:
+        """Fill every slab with bytes that are NaN in fp8, bfloat16 and float32."""
+        for slab in self._slabs.values():
+            slab.fill_(0xFF)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Addresses for a layer in one slab, and the tensor maps that hold them."""
+
+    schedule: int
+    tiles: int
+    bitmaps: int
+    counts: int
+    expanded_to_row: int
+    row_token: int
+    row_weight: int
+    hidden_states: int
+    inter: int
+    rows: int
+    tensor_maps: torch.Tensor
+    """[families, 2 products, 3 maps, bytes] on the host: weights, token tile, part of a token tile."""
+
+    def maps(self, family: Family, product: int) -> int:
+        """Host address of the three maps of a product."""
+        return self.tensor_maps.data_ptr() + (family.index * 2 + product) * 3 * _cuda.TENSOR_MAP_BYTES
+
+    def with_results(self, rows: torch.Tensor, expanded_to_row: torch.Tensor | None) -> _Plan:
+        """The same plan, writing the second product's rows and their places to tensors of the caller's."""
+        fields = {**self.__dict__, "rows": rows.data_ptr()}
+        if expanded_to_row is not None:
+            fields["expanded_to_row"] = expanded_to_row.data_ptr()
+        return _Plan(**fields)
+
+
+@dataclass
+class _CudaLayer:
+    """What CudaBackend keeps for a layer."""
+
+    spec: LayerSpec
+    weights: ExpertWeights
+    max_num_tokens: int
+    tuned: dict[int, str] | None = None
+    _scratch: dict[int, _Scratch] = field(default_factory=dict)
+    _plans: dict[tuple[int, int], _Plan] = field(default_factory=dict)
+
+    def scratch(self, num_tokens: int) -> _Scratch:
+        """The layout for calls of num_tokens."""
+        found = self._scratch.get(num_tokens)
+        if found is None:
+            quantizes = self.weights.hidden_states_scale is not None
+            found = self._scratch[num_tokens] = _Scratch.of(self.spec, num_tokens, quantizes=quantizes)
+        return found
+
+    def plan(self, slab: torch.Tensor, num_tokens: int) -> _Plan:
+        """The layer's addresses and tensor maps in a slab."""
+        key = (slab.data_ptr(), num_tokens)
+        found = self._plans.get(key)
+        if found is None:
+            base = slab.data_ptr()
+            addresses = {name: base + offset for name, offset in self.scratch(num_tokens).offsets.items()}
+            maps = _tensor_maps(self.spec, self.weights, addresses["inter"], _max_rows(self.spec, num_tokens))
+            found = self._plans[key] = _Plan(**addresses, tensor_maps=maps)
+        return found
+
+
+def _tensor_maps(spec: LayerSpec, weights: ExpertWeights, inter: int, rows: int) -> torch.Tensor:
+    size = _cuda.TENSOR_MAP_BYTES
+    maps = torch.zeros(len(FAMILIES), 2, 3, size, dtype=torch.uint8)
+    w1, w2 = weights.gemm1_weights.data_ptr(), weights.gemm2_weights.data_ptr()
+    experts, hidden, intermediate = spec.num_local, spec.hidden_size, spec.intermediate_size
+    for family in FAMILIES.values():
+        at = maps[family.index].data_ptr()
+        if spec.activation in (Activation.SWIGLU, Activation.GEGLU):
+            _cuda.encode_gate_up(at, w1, experts, intermediate, hidden, family.tile_m)
+        else:
+            _cuda.encode_weight_rows(at, w1, experts, intermediate, hidden, family.tile_m)
+        at += 3 * size
+        _cuda.encode_weight_rows(at, w2, experts, hidden, intermediate, family.tile_m)
+        _cuda.encode_rows(at + size, inter, rows, intermediate, family.tile_n)
+        _cuda.encode_rows(at + 2 * size, inter, rows, intermediate, family.tile_quantum)
+    return maps

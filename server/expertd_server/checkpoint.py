@@ -1,0 +1,429 @@
+"""Reading the experts of a Hugging Face checkpoint into the form that the layer takes.
+
+    checkpoint = open_checkpoint("/models/Mixtral-8x7B-FP8")
+    spec, weights = checkpoint.load("model.layers.0", experts=range(0, 4))
+
+Nothing is used that was not expected and nothing expected is made up: `Checkpoint.account` lists both, and `load`
+refuses a layer whose account does not balance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from expertd_server.calibration import Calibration, InputScales, measure_input_scales
+from expertd_server.dialects import Architecture, Kind, Projection, read_architecture
+from expertd_server.errors import CheckpointError
+from expertd_server.fp8 import FP8_MAX, to_fp8
+from expertd_server.quantization import HOW_TO_CONVERT, check_quantization
+from expertd_server.tensor_files import TensorFiles, read_json
+from expertd_server.types import LayerSpec
+from expertd_server.weights import ExpertWeights
+
+__all__ = ["Checkpoint", "LayerAccount", "open_checkpoint"]
+
+FP8 = "F8_E4M3"
+UNQUANTISED = ("BF16", "F16", "F32")
+SCALE_DTYPES = ("F32", "BF16", "F16")
+MAX_PROBLEMS_SHOWN = 8
+NO_INPUT_SCALES = (
+    "the checkpoint has no static input scales (it is not quantised, or its activations are quantised dynamically, "
+    "which would make an answer depend on its batch): give a calibration file or input scales"
+)
+
+
+@dataclass(frozen=True)
+class LayerAccount:
+    """Every tensor of one layer: what the chosen experts need, and what else there is."""
+
+    layer_name: str
+    spec: LayerSpec
+    tensors: dict[tuple[int, Projection, Kind], str]
+    """Of every expert of the layer, local or not: (global expert id, projection, kind) to tensor name."""
+    is_quantised: bool
+    """Whether the experts' weights are FP8 in the file."""
+    has_input_scales: bool
+    """Whether the checkpoint brings static input scales for this layer."""
+    problems: tuple[str, ...]
+    """Why the layer cannot be loaded, one sentence per tensor: missing, not expected, of a wrong shape or type."""
+    left_to_client: tuple[str, ...]
+    """Tensors of the block that are outside the layer: router, shared experts, latent projections."""
+
+    def raise_problems(self) -> None:
+        """Raise CheckpointError with the first few problems, if there is one."""
+        if self.problems:
+            shown = list(self.problems[:MAX_PROBLEMS_SHOWN])
+            if len(self.problems) > len(shown):
+                shown.append(f"and {len(self.problems) - len(shown)} more")
+            raise CheckpointError(f"layer {self.layer_name!r}: " + "; ".join(shown))
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint directory, or one .safetensors file with its config.json beside it; reads no weights.
+
+    Raises CheckpointError when a file is missing or damaged, the model family is not one that is read, or the
+    quantisation is not FP8 with one scale per tensor.
+    """
+    return Checkpoint(Path(path))
+
+
+class Checkpoint:
+    """One checkpoint on disk. See `open_checkpoint`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        directory = path if path.is_dir() else path.parent
+        config_path = directory / "config.json"
+        if not config_path.is_file():
+            also = (
+                " (params.json is the consolidated layout, which is not read)" if _has(directory, "params.json") else ""
+            )
+            raise CheckpointError(
+                f"{config_path} is missing{also}; expected a Hugging Face checkpoint: config.json and safetensors files"
+            )
+        config = read_json(config_path)
+        own = directory / "hf_quant_config.json"
+        self.quantization = check_quantization(config, read_json(own) if own.is_file() else None)
+        self.architecture: Architecture = read_architecture(config)
+        self.files = TensorFiles(path)
+        self._names_of_layer = self._group_names()
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The MoE layers, in the order of the model."""
+        return [self.architecture.dialect.layer_name(n) for n in self.architecture.moe_layers]
+
+    def stray_layers(self) -> list[str]:
+        """Layers that hold experts although config.json has no such MoE layer (multi-token prediction, for one)."""
+        dialect = self.architecture.dialect
+        known = set(self.layer_names)
+        return [
+            name
+            for name, tensors in self._names_of_layer.items()
+            if name not in known and any(t.startswith(dialect.experts_prefix(name)) for t in tensors)
+        ]
+
+    def spec(self, layer_name: str, experts: range | None = None) -> LayerSpec:
+        """Shape and routing of a layer that holds `experts` (global ids, consecutive; None: all of them).
+
+        Raises CheckpointError naming the layer or the range that there is not.
+        """
+        if layer_name not in self.layer_names:
+            raise CheckpointError(f"layer {layer_name!r} is not in {self.path}; it has {', '.join(self.layer_names)}")
+        whole = self.architecture.spec
+        if experts is None:
+            return whole
+        if experts.step != 1 or not len(experts) or experts.start < 0 or experts.stop > whole.num_experts:
+            raise CheckpointError(
+                f"experts is {experts}, expected consecutive ids inside 0 ... {whole.num_experts - 1} of {layer_name!r}"
+            )
+        return dataclasses.replace(whole, local_expert_offset=experts.start, local_num_experts=len(experts))
+
+    def nbytes(self, layer_name: str, experts: range | None = None) -> int:
+        """Bytes of FP8 weights that `load` of the same arguments returns."""
+        spec = self.spec(layer_name, experts)
+        return spec.num_local * (spec.gemm1_rows + spec.intermediate_size) * spec.hidden_size
+
+    def account(self, layer_name: str, experts: range | None = None, *, need_input_scales: bool = True) -> LayerAccount:
+        """Hold what the layer needs against what the files have; reads headers only.
+
+        need_input_scales: False where they come from a calibration.
+        """
+        spec = self.spec(layer_name, experts)
+        tensors, problems = self._sort_names(layer_name)
+        wanted = [p for p in Projection if p in self.architecture.dialect.projections.values()]
+        local = range(spec.local_expert_offset, spec.local_expert_offset + spec.num_local)
+        is_quantised = False
+        for expert in local:
+            for projection in wanted:
+                is_fp8, found = self._check_weight(layer_name, tensors, expert, projection)
+                is_quantised |= is_fp8
+                problems += found
+        has_input_scales = any(kind is Kind.INPUT_SCALE for _, _, kind in tensors)
+        if need_input_scales:
+            problems += self._check_input_scales(layer_name, tensors, wanted)
+        if spec.routing_method.reads_bias and self._bias_name(layer_name) is None:
+            problems.append(f"{' or '.join(self._bias_candidates(layer_name))} is missing: the routing reads a bias")
+        block = self.architecture.dialect.block_prefix(layer_name)
+        experts_prefix = self.architecture.dialect.experts_prefix(layer_name)
+        return LayerAccount(
+            layer_name=layer_name,
+            spec=spec,
+            tensors=tensors,
+            is_quantised=is_quantised,
+            has_input_scales=has_input_scales,
+            problems=tuple(problems),
+            left_to_client=tuple(
+                name
+                for name in self._names_of_layer.get(layer_name, ())
+                if name.startswith(block) and not name.startswith(experts_prefix)
+            ),
+        )
+
+    def load(
+        self,
+        layer_name: str,
+        experts: range | None = None,
+        calibration: Calibration | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> tuple[LayerSpec, ExpertWeights]:
+        """Read one layer, or the slice `experts` of it; of the other experts only the input scales are read.
+
+        Those of all experts count because the layer has one input scale, the largest of them: slices on different
+        servers then quantise the hidden states alike.
+        calibration: input scales to use instead of the checkpoint's own; needed where it has none.
+        progress: called with the number of bytes of FP8 weights after each projection.
+        Returns CPU tensors that own their memory. Raises CheckpointError naming the tensor.
+        """
+        account = self.account(layer_name, experts, need_input_scales=calibration is None)
+        account.raise_problems()
+        spec = account.spec
+        inputs = self.input_scales(account, calibration)
+        gemm2_input_scales = inputs.of_experts(spec.num_experts)
+        size, rows = spec.intermediate_size, spec.gemm1_rows
+        gemm1 = torch.empty((spec.num_local, rows, spec.hidden_size), dtype=torch.float8_e4m3fn)
+        gemm2 = torch.empty((spec.num_local, spec.hidden_size, size), dtype=torch.float8_e4m3fn)
+        output1, output1_gate, output2 = (torch.empty(spec.num_local, dtype=torch.float32) for _ in range(3))
+        for local in range(spec.num_local):
+            expert = spec.local_expert_offset + local
+            places = {Projection.UP: gemm1[local, :size], Projection.DOWN: gemm2[local]}
+            if spec.activation.is_gated:
+                places[Projection.GATE] = gemm1[local, size:]
+            scales: dict[Projection, float] = {}
+            for projection, place in places.items():
+                scales[projection] = self._read_weight(account, expert, projection, place)
+                if progress is not None:
+                    progress(place.numel())
+            a1, a2 = inputs.gemm1, gemm2_input_scales[expert]
+            # Python floats are float64: each product is rounded to float32 once, where it is stored.
+            if spec.activation.is_gated:
+                output1[local] = scales[Projection.UP] * a1 / a2
+                output1_gate[local] = scales[Projection.GATE] * a1
+            else:
+                output1[local] = 1.0 / a2
+                output1_gate[local] = scales[Projection.UP] * a1
+            output2[local] = scales[Projection.DOWN] * a2
+        weights = ExpertWeights(
+            gemm1_weights=gemm1,
+            output1_scales_scalar=output1,
+            output1_scales_gate_scalar=output1_gate,
+            gemm2_weights=gemm2,
+            output2_scales_scalar=output2,
+            routing_bias=self._read_bias(layer_name) if spec.routing_method.reads_bias else None,
+            hidden_states_scale=1.0 / inputs.gemm1,
+        )
+        try:
+            weights.check(spec)
+        except ValueError as error:
+            raise CheckpointError(f"layer {layer_name!r}: scales whose product leaves float32: {error}") from error
+        return spec, weights
+
+    def input_scales(self, account: LayerAccount, calibration: Calibration | None = None) -> InputScales:
+        """Input scales of a layer, from `calibration` or from the checkpoint: gate and up of all experts share one."""
+        name, num_experts = account.layer_name, account.spec.num_experts
+        if calibration is not None:
+            scales = calibration.of(name)
+            try:
+                scales.of_experts(num_experts)
+            except ValueError as error:
+                raise CheckpointError(f"{calibration.source}, layer {name!r}: {error}") from error
+            return scales
+        found = {
+            (expert, projection): self.scale(tensor)
+            for (expert, projection, kind), tensor in account.tensors.items()
+            if kind is Kind.INPUT_SCALE
+        }
+        return InputScales(
+            gemm1=max(scale for (_, projection), scale in found.items() if projection is not Projection.DOWN),
+            gemm2=tuple(found[expert, Projection.DOWN] for expert in range(num_experts)),
+        )
+
+    def scale(self, name: str) -> float:
+        """One scale whose header is right. Raises CheckpointError unless it is a positive finite number."""
+        value = self.scale_value(name)
+        if not math.isfinite(value) or value <= 0:
+            raise CheckpointError(
+                f"{name} is {value}, expected a positive finite number: calibration did not reach this expert, or the "
+                f"export is broken. Calibrate again, or give input scales in a calibration file"
+            )
+        return value
+
+    def scale_problem(self, name: str) -> str | None:
+        """Why a tensor cannot be one scale, by its header; None: it can."""
+        info = self.files.info(name)
+        if info.dtype not in SCALE_DTYPES:
+            return f"{name} is {info.dtype}, expected {', '.join(SCALE_DTYPES)}"
+        if info.shape not in ((), (1,)):
+            return (
+                f"{name} has shape {info.shape}, expected one scale per tensor: these are scales per row or per block. "
+                f"{HOW_TO_CONVERT}"
+            )
+        return None
+
+    def scale_value(self, name: str) -> float:
+        """The number that a scale tensor of one element holds, whatever it is."""
+        return float(self.files.read(name).to(torch.float32).reshape(()))
+
+    def router(self, layer_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The router of a layer, which is the client's to run: weight [E, H] as stored, and bias [E] float32 or None.
+
+        H is the router's own, `architecture.router_hidden_size`.
+        """
+        spec = self.spec(layer_name)
+        name = self.architecture.dialect.router_name(layer_name)
+        weight = self._read_shaped(name, (spec.num_experts, self.architecture.router_hidden_size))
+        return weight, self._read_bias(layer_name) if spec.routing_method.reads_bias else None
+
+    def projection(self, layer_name: str, expert: int, projection: Projection) -> torch.Tensor:
+        """The real weight of one expert's projection as a float32 copy: gate and up [I, H], down [H, I]."""
+        account = self.account(layer_name, range(expert, expert + 1), need_input_scales=False)
+        account.raise_problems()
+        weight = self.files.read(account.tensors[expert, projection, Kind.WEIGHT]).to(torch.float32, copy=True)
+        scale_name = account.tensors.get((expert, projection, Kind.WEIGHT_SCALE))
+        return weight if scale_name is None else weight * self.scale(scale_name)
+
+    def measure(self, layer_name: str, hidden_states: torch.Tensor, topk_ids: torch.Tensor) -> InputScales:
+        """Measure a layer's input scales on real tokens, for `calibration.write_calibration`.
+
+        hidden_states: [T, H] floating point, what the layer gets in the model; topk_ids: [T, K] what the router chose.
+        """
+        spec = self.spec(layer_name)
+
+        def gemm1_weights_of(expert: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+            gate = self.projection(layer_name, expert, Projection.GATE) if spec.activation.is_gated else None
+            return gate, self.projection(layer_name, expert, Projection.UP)
+
+        return measure_input_scales(hidden_states, topk_ids, spec.num_experts, spec.activation, gemm1_weights_of)
+
+    def _group_names(self) -> dict[str, list[str]]:
+        dialect = self.architecture.dialect
+        grouped: dict[str, list[str]] = {}
+        for name in self.files.names:
+            index = dialect.layer_index(name)
+            if index is not None:
+                grouped.setdefault(dialect.layer_name(index), []).append(name)
+        return grouped
+
+    def _sort_names(self, layer_name: str) -> tuple[dict[tuple[int, Projection, Kind], str], list[str]]:
+        """Tensors of a layer's experts by meaning, and a sentence about each that has none."""
+        dialect, num_experts = self.architecture.dialect, self.architecture.spec.num_experts
+        tensors: dict[tuple[int, Projection, Kind], str] = {}
+        problems: list[str] = []
+        for name in self._names_of_layer.get(layer_name, ()):
+            if not name.startswith(dialect.experts_prefix(layer_name)):
+                continue
+            meaning = dialect.parse(layer_name, name)
+            if meaning is None:
+                problems.append(
+                    f"{name} is not expected: experts are spelt "
+                    f"{dialect.spell(layer_name, 0, Projection.UP, '{weight,weight_scale,input_scale}')}"
+                )
+            elif meaning.expert >= num_experts:
+                problems.append(f"{name} is not expected: config.json has {num_experts} experts")
+            elif (key := (meaning.expert, meaning.projection, meaning.kind)) in tensors:
+                problems.append(f"{name} is not expected: {tensors[key]} is the {meaning.kind} already")
+            else:
+                tensors[key] = name
+        return tensors, problems
+
+    def _check_weight(
+        self,
+        layer_name: str,
+        tensors: dict[tuple[int, Projection, Kind], str],
+        expert: int,
+        projection: Projection,
+    ) -> tuple[bool, list[str]]:
+        """Whether a weight is FP8, and what is wrong with it and its scale."""
+        spec, dialect = self.architecture.spec, self.architecture.dialect
+        name = tensors.get((expert, projection, Kind.WEIGHT))
+        scale_name = tensors.get((expert, projection, Kind.WEIGHT_SCALE))
+        if name is None:
+            return False, [f"{dialect.spell(layer_name, expert, projection, 'weight')} is missing"]
+        info, problems = self.files.info(name), []
+        shape = (spec.intermediate_size, spec.hidden_size)
+        if projection is Projection.DOWN:
+            shape = shape[::-1]
+        if info.shape != shape:
+            problems.append(f"{name} has shape {info.shape}, expected {shape} by config.json")
+        if info.dtype not in (FP8, *UNQUANTISED):
+            problems.append(f"{name} is {info.dtype}, expected {FP8} or {', '.join(UNQUANTISED)}. {HOW_TO_CONVERT}")
+        if info.dtype == FP8 and scale_name is None:
+            problems.append(f"{dialect.spell(layer_name, expert, projection, 'weight_scale')} is missing")
+        if info.dtype in UNQUANTISED and scale_name is not None:
+            problems.append(f"{scale_name} is not expected: {name} is {info.dtype}, not FP8")
+        if scale_name is not None and (problem := self.scale_problem(scale_name)) is not None:
+            problems.append(problem)
+        return info.dtype == FP8, problems
+
+    def _check_input_scales(
+        self,
+        layer_name: str,
+        tensors: dict[tuple[int, Projection, Kind], str],
+        wanted: list[Projection],
+    ) -> list[str]:
+        """What is wrong with the input scales of all experts, local or not: the layer's is the largest of them."""
+        present = [name for (_, _, kind), name in tensors.items() if kind is Kind.INPUT_SCALE]
+        if not present:
+            return [NO_INPUT_SCALES]
+        spell = self.architecture.dialect.spell
+        missing = [
+            f"{spell(layer_name, expert, projection, 'input_scale')} is missing"
+            for expert in range(self.architecture.spec.num_experts)
+            for projection in wanted
+            if (expert, projection, Kind.INPUT_SCALE) not in tensors
+        ]
+        return missing + [problem for name in present if (problem := self.scale_problem(name)) is not None]
+
+    def _read_weight(self, account: LayerAccount, expert: int, projection: Projection, place: torch.Tensor) -> float:
+        """Copy or quantise one weight into `place` (float8_e4m3fn) and return its scale."""
+        name = account.tensors[expert, projection, Kind.WEIGHT]
+        stored = self.files.read(name)
+        if stored.dtype is torch.float8_e4m3fn:
+            place.copy_(stored)
+            largest_code = int((place.view(torch.uint8) & 0x7F).max())
+            if largest_code == 0x7F:
+                raise CheckpointError(f"{name} holds NaN: a broken export, or E4M3FNUZ data that is marked as E4M3FN")
+            if largest_code == 0:
+                raise CheckpointError(f"{name} is all zeros: an unfinished download or a broken export")
+            return self.scale(account.tensors[expert, projection, Kind.WEIGHT_SCALE])
+        real = stored.to(torch.float32)
+        amax = float(real.abs().max())
+        if not math.isfinite(amax):
+            raise CheckpointError(f"{name} holds values that are not finite")
+        if amax == 0:
+            raise CheckpointError(f"{name} is all zeros: an unfinished download or a broken export")
+        scale = amax / FP8_MAX
+        place.copy_(to_fp8(real / scale))
+        return scale
+
+    def _bias_candidates(self, layer_name: str) -> list[str]:
+        dialect = self.architecture.dialect
+        return [dialect.block_prefix(layer_name) + name for name in dialect.bias_names]
+
+    def _bias_name(self, layer_name: str) -> str | None:
+        present = set(self._names_of_layer.get(layer_name, ()))
+        return next((name for name in self._bias_candidates(layer_name) if name in present), None)
+
+    def _read_bias(self, layer_name: str) -> torch.Tensor:
+        """The routing bias, [E] float32."""
+        name = self._bias_name(layer_name) or self._bias_candidates(layer_name)[0]
+        bias = self._read_shaped(name, (self.architecture.spec.num_experts,)).to(torch.float32)
+        if not bool(torch.isfinite(bias).all()):
+            raise CheckpointError(f"{name} holds values that are not finite")
+        return bias
+
+    def _read_shaped(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        info = self.files.info(name)
+        if info.shape != shape:
+            raise CheckpointError(f"{name} has shape {info.shape}, expected {shape} by config.json")
+        return self.files.read(name).clone()
+
+
+def _has(directory: Path, name: str) -> bool:
+    return (directory / name).is_file()

@@ -1,0 +1,54 @@
+"""One layer that is ready to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from expertd_server.backend import Backend, MoEOutput, PreparedLayer
+from expertd_server.types import LayerSpec
+
+__all__ = ["MoELayer"]
+
+
+@dataclass(frozen=True, eq=False)
+class MoELayer:
+    """A name, a version, and the prepared weights on the backend that runs them."""
+
+    name: str
+    prepared: PreparedLayer
+    backend: Backend
+    weights_version: int = 1
+    """At least 1: a request's weights_version 0 means the current one."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("name is empty, expected a layer name such as 'model.layers.0'")
+        if self.weights_version < 1:
+            raise ValueError(f"weights_version is {self.weights_version}, expected at least 1")
+
+    @property
+    def spec(self) -> LayerSpec:
+        """The layer's shape and routing."""
+        return self.prepared.spec
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the layer holds on the backend's device."""
+        return self.prepared.nbytes
+
+    @property
+    def hidden_states_scale(self) -> float | None:
+        """Factor by which hidden states are quantised; None: the layer takes FP8 hidden states only."""
+        return self.prepared.weights.hidden_states_scale
+
+    @property
+    def routing_bias(self) -> torch.Tensor | None:
+        """[E] float32 or bfloat16."""
+        return self.prepared.weights.routing_bias
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> MoEOutput:
+        """Run the layer; arguments and answer as in `Backend.forward`."""
+        return self.backend.forward(self.prepared, hidden_states, **arguments)

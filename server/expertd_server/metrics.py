@@ -1,0 +1,225 @@
+"""What the server counts, in Prometheus' terms. Every label has a bounded set of values."""
+
+from __future__ import annotations
+
+import platform
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+__all__ = ["ExpertLoad", "Metrics", "MetricsEndpoint"]
+
+_DURATION_BUCKETS_S = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_SIZE_BUCKETS = tuple(2**n for n in range(15))
+
+# The imbalance ratio looks back this far, in slices that are forgotten one at a time.
+_SLICE_S = 10.0
+_NUM_SLICES = 6
+
+
+class ExpertLoad:
+    """Tokens that each local expert of one layer got, ever and of late.
+
+    local_expert_offset, local_num_experts: the slice of global expert ids held here; ids outside are not counted.
+    clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, local_expert_offset: int, local_num_experts: int, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._offset = local_expert_offset
+        self._count = local_num_experts
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._total = np.zeros(local_num_experts, np.int64)
+        self._recent: deque[tuple[float, npt.NDArray[np.int64]]] = deque(maxlen=_NUM_SLICES)
+
+    def add(self, topk_ids: npt.NDArray[np.int32]) -> None:
+        """Count the selected global expert ids of some tokens; -1 is an empty slot."""
+        local = topk_ids.reshape(-1) - self._offset
+        counts = np.bincount(local[(local >= 0) & (local < self._count)], minlength=self._count)
+        with self._lock:
+            self._total += counts
+            start_s = self._clock() // _SLICE_S * _SLICE_S
+            if not self._recent or self._recent[-1][0] != start_s:
+                self._recent.append((start_s, np.zeros(self._count, np.int64)))
+            self._recent[-1][1][:] += counts
+
+    def total(self) -> list[int]:
+        """Tokens of each local expert since the start; [L]."""
+        with self._lock:
+            return [int(count) for count in self._total]
+
+    def imbalance_ratio(self) -> float | None:
+        """Tokens of the busiest local expert over the mean of all, in the last minute; None when there were none."""
+        with self._lock:
+            since_s = self._clock() - _SLICE_S * _NUM_SLICES
+            slices = [counts for start_s, counts in self._recent if start_s > since_s]
+        counts = np.sum(slices, axis=0) if slices else np.zeros(1, np.int64)
+        return float(counts.max() / counts.mean()) if counts.any() else None
+
+
+class Metrics:
+    """Every metric of one server, in a registry of its own.
+
+    count_expert_tokens: also export tokens by layer and expert, a time series for each pair.
+    """
+
+    def __init__(self, *, count_expert_tokens: bool = False) -> None:
+        self.registry = CollectorRegistry()
+        self._count_expert_tokens = count_expert_tokens
+        self._loads: dict[str, tuple[int, ExpertLoad]] = {}
+        self.requests = Counter(
+            "expertd_requests",
+            "Requests answered, by method and google.rpc.Code; the requests of a stream count one by one.",
+            ["method", "code"],
+            registry=self.registry,
+        )
+        self.request_duration = Histogram(
+            "expertd_request_duration_seconds",
+            "Where the time of answered Forward requests went; total is from arrival to the written answer.",
+            ["phase"],
+            buckets=_DURATION_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.in_flight_requests = Gauge(
+            "expertd_in_flight_requests",
+            "Forward requests that have arrived and are not answered yet.",
+            registry=self.registry,
+        )
+        self.open_streams = Gauge("expertd_open_streams", "Open ForwardStream calls.", registry=self.registry)
+        self.batch_tokens = Histogram(
+            "expertd_batch_tokens", "Tokens of each batch.", buckets=_SIZE_BUCKETS, registry=self.registry
+        )
+        self.batch_requests = Histogram(
+            "expertd_batch_requests", "Requests of each batch.", buckets=_SIZE_BUCKETS, registry=self.registry
+        )
+        self._queue_tokens = Gauge("expertd_queue_tokens", "Tokens that wait for a batch.", registry=self.registry)
+        self._queue_requests = Gauge(
+            "expertd_queue_requests", "Requests that wait for a batch.", registry=self.registry
+        )
+        self._layer_weights_bytes = Gauge(
+            "expertd_layer_weights_bytes",
+            "Bytes of device memory that a layer holds.",
+            ["layer"],
+            registry=self.registry,
+        )
+        self._layer_info = Gauge(
+            "expertd_layer_info",
+            "Always 1; the labels say what the layer is.",
+            [
+                "layer",
+                "weights_version",
+                "hidden_size",
+                "intermediate_size",
+                "experts",
+                "top_k",
+                "routing",
+                "activation",
+            ],
+            registry=self.registry,
+        )
+        self._backend_info = Gauge(
+            "expertd_backend_info",
+            "Always 1; the labels say what runs the layers.",
+            ["backend", "device"],
+            registry=self.registry,
+        )
+        self._build_info = Gauge(
+            "expertd_build_info", "Always 1; the labels say what runs.", ["version", "python"], registry=self.registry
+        )
+        self.registry.register(_ExpertCollector(self))
+
+    def observe_phases(self, **seconds: float) -> None:
+        """Record how long each phase of one request took."""
+        for phase, value in seconds.items():
+            self.request_duration.labels(phase).observe(value)
+
+    def observe_batch(self, layer: str, requests: int, tokens: int, topk_ids: Iterable[npt.NDArray[np.int32]]) -> None:
+        """Record a batch and the global expert ids that it selected."""
+        self.batch_requests.observe(requests)
+        self.batch_tokens.observe(tokens)
+        if layer in self._loads:
+            for ids in topk_ids:
+                self._loads[layer][1].add(ids)
+
+    def watch_queue(self, tokens: Callable[[], float], requests: Callable[[], float]) -> None:
+        """Read the depth of the queue from these when scraped."""
+        self._queue_tokens.set_function(tokens)
+        self._queue_requests.set_function(requests)
+
+    def set_server(self, *, version: str, backend: str, device: str) -> None:
+        """Say what runs."""
+        self._backend_info.labels(backend, device).set(1)
+        self._build_info.labels(version, platform.python_version()).set(1)
+
+    def add_layer(
+        self,
+        name: str,
+        *,
+        weights_version: int,
+        hidden_size: int,
+        intermediate_size: int,
+        local_expert_offset: int,
+        local_num_experts: int,
+        top_k: int,
+        routing: str,
+        activation: str,
+        nbytes: int,
+    ) -> None:
+        """Say that a layer is held, and count its experts' tokens from now on."""
+        self._layer_weights_bytes.labels(name).set(nbytes)
+        experts = f"{local_expert_offset}-{local_expert_offset + local_num_experts - 1}"
+        labels = (weights_version, hidden_size, intermediate_size, experts, top_k, routing, activation)
+        self._layer_info.labels(name, *map(str, labels)).set(1)
+        self._loads[name] = (local_expert_offset, ExpertLoad(local_expert_offset, local_num_experts))
+
+    def collect_experts(self) -> Iterable[Metric]:
+        """The metrics by expert, counted when scraped."""
+        imbalance = GaugeMetricFamily(
+            "expertd_expert_imbalance_ratio",
+            "Tokens of a layer's busiest expert over the mean of its experts, in the last minute.",
+            labels=["layer"],
+        )
+        tokens = CounterMetricFamily(
+            "expertd_expert_tokens", "Tokens that selected an expert held here.", labels=["layer", "expert"]
+        )
+        for layer, (offset, load) in list(self._loads.items()):
+            ratio = load.imbalance_ratio()
+            if ratio is not None:
+                imbalance.add_metric([layer], ratio)
+            if self._count_expert_tokens:
+                for expert, count in enumerate(load.total(), start=offset):
+                    tokens.add_metric([layer, str(expert)], count)
+        yield imbalance
+        if self._count_expert_tokens:
+            yield tokens
+
+
+class MetricsEndpoint:
+    """The registry over HTTP, at /metrics. port 0: any free one; `port` has the real number."""
+
+    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
+        self._server, self._thread = start_http_server(port, host, registry)
+        self.port: int = self._server.server_port
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _ExpertCollector(Collector):
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics.collect_experts()

@@ -1,0 +1,323 @@
+"""Bytes to typed calls and back: the only place that knows how the layer's vocabulary is spelled in protobuf.
+
+Published routing and activation ids are shifted by one on the wire (see the proto). Answers are a hand-made header
+joined with the tensors' bytes: building them through protobuf would copy every tensor twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Final, TypeVar
+
+import numpy as np
+import torch
+from google.protobuf.message import DecodeError
+
+from expertd.v1 import expertd_pb2 as pb
+from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming, HostTensor
+from expertd_server.errors import FieldViolation, InvalidArgumentError
+from expertd_server.layer import MoELayer
+from expertd_server.store import LayerStore
+from expertd_server.types import LayerSpec
+
+__all__ = [
+    "MAX_NAME_LENGTH",
+    "checked_name",
+    "decode",
+    "encode_response",
+    "encode_stream_error",
+    "encode_stream_response",
+    "layer_info",
+    "read_call",
+]
+
+# A layer name is repeated in error messages, which travel in size-limited gRPC metadata.
+MAX_NAME_LENGTH: Final = 256
+
+_TORCH_DTYPES: Final[dict[int, torch.dtype]] = {
+    pb.DATA_TYPE_FLOAT32: torch.float32,
+    pb.DATA_TYPE_BFLOAT16: torch.bfloat16,
+    pb.DATA_TYPE_FLOAT16: torch.float16,
+    pb.DATA_TYPE_FLOAT8_E4M3FN: torch.float8_e4m3fn,
+    pb.DATA_TYPE_INT32: torch.int32,
+}
+_WIRE_DTYPES: Final = {dtype: value for value, dtype in _TORCH_DTYPES.items()}
+_FP8_ONLY: Final = (pb.DATA_TYPE_FLOAT8_E4M3FN,)
+_HIDDEN_DTYPES: Final = (*_FP8_ONLY, pb.DATA_TYPE_BFLOAT16, pb.DATA_TYPE_FLOAT16, pb.DATA_TYPE_FLOAT32)
+_REAL_DTYPES: Final = (pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_BFLOAT16)
+_ID_DTYPES: Final = (pb.DATA_TYPE_INT32,)
+_OUTPUT_DTYPES: Final = (pb.DATA_TYPE_BFLOAT16, pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_FLOAT16)
+
+_Message = TypeVar("_Message", pb.ForwardRequest, pb.ForwardStreamRequest)
+
+
+def decode(kind: type[_Message], data: bytes) -> _Message:
+    """Parse a message. Raises InvalidArgumentError on bytes that are none."""
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise InvalidArgumentError.of("request", f"{len(data)} bytes are no {kind.__name__}: {error}") from None
+
+
+def checked_name(name: str) -> str:
+    """A layer name that is fit to look up and to repeat. Raises InvalidArgumentError."""
+    if not name:
+        raise InvalidArgumentError.of("layer", "is empty, expected a name that ListLayers gives")
+    if len(name) > MAX_NAME_LENGTH:
+        raise InvalidArgumentError.of("layer", f"has {len(name)} characters, expected at most {MAX_NAME_LENGTH}")
+    return name
+
+
+def read_call(
+    request: pb.ForwardRequest, store: LayerStore, *, max_batch_tokens: int, max_message_bytes: int
+) -> ForwardCall:
+    """Check everything about a request, and type it.
+
+    Raises InvalidArgumentError, with a violation for every field that is wrong, and what `LayerStore.get` raises.
+    """
+    layer = store.get(checked_name(request.layer), request.weights_version or None)
+    spec = layer.spec
+    checks = _Checks()
+
+    takes = _FP8_ONLY if layer.hidden_states_scale is None else _HIDDEN_DTYPES
+    hidden_states = checks.tensor(request, "hidden_states", takes, spec.hidden_size)
+    num_tokens = None if hidden_states is None else hidden_states.shape[0]
+    if num_tokens is not None and num_tokens > max_batch_tokens:
+        checks.add("hidden_states.shape", f"has {num_tokens} tokens, expected at most {max_batch_tokens}; split it")
+
+    logits = ids = weights = None
+    has_logits = request.HasField("routing_logits")
+    if has_logits == (request.HasField("topk_ids") or request.HasField("topk_weights")):
+        given = "is given together with topk_ids or topk_weights" if has_logits else "is missing"
+        checks.add("routing_logits", f"{given}, expected either routing_logits or both topk_ids and topk_weights")
+    elif has_logits:
+        logits = checks.tensor(request, "routing_logits", _REAL_DTYPES, spec.num_experts, num_tokens)
+        checks.no_nan("routing_logits", logits)
+    else:
+        ids = checks.tensor(request, "topk_ids", _ID_DTYPES, spec.top_k, num_tokens)
+        weights = checks.tensor(request, "topk_weights", _REAL_DTYPES, spec.top_k, num_tokens)
+        checks.ids_in_range("topk_ids", ids, spec.num_experts)
+        checks.no_nan("topk_weights", weights)
+
+    options = request.options
+    output_dtype = options.output_dtype or pb.DATA_TYPE_BFLOAT16
+    do_finalize = options.do_finalize if options.HasField("do_finalize") else True
+    if output_dtype not in _OUTPUT_DTYPES:
+        checks.add("options.output_dtype", f"is {_dtype_name(output_dtype)}, expected {_choice(_OUTPUT_DTYPES)}")
+    elif num_tokens is not None:
+        answer_bytes = _answer_bytes(spec, num_tokens, _TORCH_DTYPES[output_dtype].itemsize, do_finalize)
+        if answer_bytes > max_message_bytes:
+            checks.add(
+                "hidden_states.shape",
+                f"has {num_tokens} tokens, whose answer takes {answer_bytes} bytes, expected at most "
+                f"{max_message_bytes}; split it",
+            )
+    checks.finish()
+    assert hidden_states is not None
+    return ForwardCall(
+        layer,
+        hidden_states,
+        routing_logits=logits,
+        topk_ids=ids,
+        topk_weights=weights,
+        output_dtype=_TORCH_DTYPES[output_dtype],
+        do_finalize=do_finalize,
+        return_routing=options.return_routing,
+    )
+
+
+class _Checks:
+    """Collects what is wrong with a request, field by field."""
+
+    def __init__(self) -> None:
+        self._violations: list[FieldViolation] = []
+
+    def add(self, field: str, description: str) -> None:
+        self._violations.append(FieldViolation(field, description))
+
+    def finish(self) -> None:
+        if self._violations:
+            raise InvalidArgumentError(self._violations)
+
+    def tensor(
+        self, request: pb.ForwardRequest, field: str, dtypes: Sequence[int], columns: int, rows: int | None = None
+    ) -> HostTensor | None:
+        """The [rows, columns] tensor of a field; None, with a violation, when it is not one. rows None: any number."""
+        if not request.HasField(field):
+            self.add(field, f"is missing, expected a [num_tokens, {columns}] tensor")
+            return None
+        message: pb.Tensor = getattr(request, field)
+        before = len(self._violations)
+        if message.dtype not in dtypes:
+            self.add(f"{field}.dtype", f"is {_dtype_name(message.dtype)}, expected {_choice(dtypes)}")
+        shape = tuple(message.shape[:3])
+        expected = f"[{'num_tokens' if rows is None else rows}, {columns}]"
+        if len(message.shape) != 2:
+            self.add(f"{field}.shape", f"has {len(message.shape)} dimensions, expected {expected}")
+        elif shape[1] != columns or rows not in (None, shape[0]):
+            self.add(f"{field}.shape", f"is {list(shape)}, expected {expected}")
+        if len(self._violations) > before:
+            return None
+        dtype = _TORCH_DTYPES[message.dtype]
+        data = message.data  # NOTE: protobuf makes the bytes object here, at each access
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if len(data) != num_bytes:
+            self.add(f"{field}.data", f"has {len(data)} bytes, expected {num_bytes} for {list(shape)} {dtype}")
+            return None
+        return HostTensor(dtype, shape, data)
+
+    def no_nan(self, field: str, tensor: HostTensor | None) -> None:
+        if tensor is None:
+            return
+        if tensor.dtype == torch.float32:
+            is_nan = np.isnan(np.frombuffer(tensor.data, "<f4"))
+        else:  # bfloat16, which numpy does not know: all exponent bits, and a mantissa
+            is_nan = (np.frombuffer(tensor.data, "<u2") & 0x7FFF) > 0x7F80
+        if is_nan.any():
+            row, column = divmod(int(is_nan.argmax()), tensor.shape[1])
+            self.add(f"{field}.data", f"row {row} holds NaN (column {column}), expected numbers")
+
+    def ids_in_range(self, field: str, tensor: HostTensor | None, num_experts: int) -> None:
+        if tensor is None:
+            return
+        ids = np.frombuffer(tensor.data, "<i4")
+        is_out = (ids < -1) | (ids >= num_experts)
+        if is_out.any():
+            at = int(is_out.argmax())
+            row, slot = divmod(at, tensor.shape[1])
+            self.add(
+                f"{field}.data",
+                f"row {row} slot {slot} is {ids[at]}, expected an expert id from 0 to "
+                f"{num_experts - 1}, or -1 for an empty slot",
+            )
+
+
+def encode_response(result: ForwardResult, queue_depth_tokens: int) -> bytes:
+    """A serialised ForwardResponse."""
+    return b"".join(_response(result, queue_depth_tokens))
+
+
+def encode_stream_response(request_id: int, result: ForwardResult, queue_depth_tokens: int) -> bytes:
+    """A serialised ForwardStreamResponse that holds an answer."""
+    return b"".join([_number(1, request_id), *_nested(2, _response(result, queue_depth_tokens))])
+
+
+def encode_stream_error(request_id: int, error: pb.StreamError) -> bytes:
+    """A serialised ForwardStreamResponse that holds an error."""
+    return pb.ForwardStreamResponse(id=request_id, error=error).SerializeToString()
+
+
+def layer_info(layer: MoELayer, versions: Iterable[int]) -> pb.LayerInfo:
+    """What ListLayers and GetLayer say about a layer that answers."""
+    spec = layer.spec
+    info = pb.LayerInfo(
+        name=layer.name,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_experts=spec.num_experts,
+        local_expert_offset=spec.local_expert_offset,
+        local_num_experts=spec.num_local,
+        top_k=spec.top_k,
+        routing_method=pb.RoutingMethod.Name(spec.routing_method + 1),
+        activation=pb.Activation.Name(spec.activation + 1),
+        n_group=spec.n_group or 0,
+        topk_group=spec.topk_group or 0,
+        routed_scaling_factor=spec.routed_scaling_factor,
+        norm_topk_prob=spec.norm_topk_prob,
+        use_routing_scales_on_input=spec.use_routing_scales_on_input,
+        hidden_states_scale=layer.hidden_states_scale,
+        weights_version=layer.weights_version,
+        weights_bytes=layer.nbytes,
+        state=pb.LAYER_STATE_READY,
+        weights_versions=versions,
+    )
+    if layer.routing_bias is not None:
+        bias = layer.routing_bias.float().cpu()
+        info.routing_bias.CopyFrom(
+            pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=tuple(bias.shape), data=_tensor_bytes(bias).tobytes())
+        )
+    return info
+
+
+# The writer. Parts are bytes or views of tensors; nothing is copied before the one join.
+
+_Parts = list[bytes | memoryview]
+
+
+def _response(result: ForwardResult, queue_depth_tokens: int) -> _Parts:
+    parts: _Parts = []
+    tensors = (
+        result.output,
+        result.gemm2_output,
+        result.expert_weights,
+        result.topk_ids,
+        result.expanded_idx_to_permuted_idx,
+    )
+    for field, tensor in enumerate(tensors, start=1):
+        if tensor is not None:
+            parts += _nested(field, _tensor(tensor))
+    parts += _nested(6, [_timing(result.timing, queue_depth_tokens)])
+    parts.append(_number(7, result.weights_version))
+    return parts
+
+
+def _tensor(tensor: torch.Tensor) -> _Parts:
+    shape = b"".join(map(_varint, tensor.shape))
+    parts: _Parts = [_number(1, _WIRE_DTYPES[tensor.dtype]), *_nested(2, [shape])]
+    if tensor.numel():  # an empty field is left out
+        parts += _nested(3, [_tensor_bytes(tensor)])
+    return parts
+
+
+def _timing(timing: ForwardTiming, queue_depth_tokens: int) -> bytes:
+    values = (
+        timing.queue_us,
+        timing.copy_in_us,
+        timing.compute_us,
+        timing.copy_out_us,
+        timing.batch_tokens,
+        timing.batch_requests,
+        queue_depth_tokens,
+    )
+    return b"".join(_number(field, value) for field, value in enumerate(values, start=1))
+
+
+def _nested(field: int, parts: _Parts) -> _Parts:
+    """A length-delimited field."""
+    return [_varint(field << 3 | 2), _varint(sum(map(len, parts))), *parts]
+
+
+def _number(field: int, value: int) -> bytes:
+    """A varint field, left out when zero."""
+    return _varint(field << 3) + _varint(value) if value else b""
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The elements of a contiguous host tensor, as a flat view of bytes."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _answer_bytes(spec: LayerSpec, num_tokens: int, itemsize: int, do_finalize: bool) -> int:
+    """Most bytes that an answer can take, a header's worth rounded up generously."""
+    slots = num_tokens * spec.top_k
+    rows = num_tokens * itemsize if do_finalize else slots * 2
+    return rows * spec.hidden_size + slots * (4 + 4 + 2) + 4096
+
+
+def _dtype_name(value: int) -> str:
+    name = pb.DataType.Name(value).removeprefix("DATA_TYPE_") if value in pb.DataType.values() else "unknown"
+    return f"{name} ({value})"
+
+
+def _choice(dtypes: Iterable[int]) -> str:
+    return " or ".join(pb.DataType.Name(dtype).removeprefix("DATA_TYPE_") for dtype in dtypes)

@@ -1,0 +1,106 @@
+"""A row's bits depend on the row and the layer alone; streams and graphs change nothing either."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from expertd_server.backend_cuda import CudaBackend
+
+pytestmark = pytest.mark.gpu
+gpu_layers = pytest.importorskip("gpu_layers", reason="needs the compiled kernels", exc_type=ImportError)
+
+from gpu_layers import make_inputs, prepared, same_bits  # noqa: E402
+
+from expertd_server.types import Activation, RoutingMethod  # noqa: E402
+
+FAMILIES = ("s16", "d32", "d64", "m128", "p160")
+SIZES = (1, 2, 7, 8, 33, 64, 129, 500, 2048, 8192)
+
+
+@pytest.mark.parametrize("activation", [Activation.SWIGLU, Activation.RELU2], ids=lambda a: a.name)
+def test_batch_size_and_family(backend: CudaBackend, activation: Activation) -> None:
+    layer = prepared(
+        backend, 21, max_num_tokens=8192, hidden_size=1040, intermediate_size=528, num_experts=32, activation=activation
+    )
+    hidden_states, logits = make_inputs(layer.spec, max(SIZES), 1, skew=0.5)
+    expected = backend.forward(layer, hidden_states, routing_logits=logits, output_dtype=torch.float32)
+    assert expected.output is not None
+    shuffle = torch.randperm(max(SIZES), device="cuda")
+    for family in FAMILIES:
+        backend.force_family = family
+        for num_tokens in SIZES:
+            for order in (torch.arange(num_tokens, device="cuda"), shuffle[:num_tokens]):
+                x = hidden_states.view(torch.uint8)[order].view(torch.float8_e4m3fn)
+                result = backend.forward(layer, x, routing_logits=logits[order], output_dtype=torch.float32)
+                assert result.output is not None
+                assert same_bits(result.output, expected.output[order]), f"{family}, T {num_tokens}"
+                assert same_bits(result.expert_weights, expected.expert_weights[order]), f"{family}, T {num_tokens}"
+
+
+def test_pdl_and_chunks(backend: CudaBackend) -> None:
+    layer = prepared(backend, 22, max_num_tokens=2048)
+    chunked = backend.prepare(layer.spec, layer.weights, max_num_tokens=100)
+    for num_tokens in (3, 64, 1000):
+        hidden_states, logits = make_inputs(layer.spec, num_tokens, 2)
+        outputs = [
+            backend.forward(chosen, hidden_states, routing_logits=logits, enable_pdl=pdl).output
+            for chosen, pdl in ((layer, None), (layer, False), (layer, True), (chunked, True))
+        ]
+        assert all(same_bits(outputs[0], other) for other in outputs[1:])
+
+
+def test_long_calls(backend: CudaBackend) -> None:
+    layer = prepared(backend, 23, max_num_tokens=65536, hidden_size=64, intermediate_size=32)
+    hidden_states, logits = make_inputs(layer.spec, 65536, 3)
+    whole = backend.forward(layer, hidden_states, routing_logits=logits).output
+    part = backend.forward(layer, hidden_states[60000:60100], routing_logits=logits[60000:60100]).output
+    assert same_bits(whole[60000:60100], part)
+
+
+def test_repeated_runs(backend: CudaBackend) -> None:
+    layer = prepared(backend, 24, max_num_tokens=512, num_experts=64, top_k=8)
+    hidden_states, logits = make_inputs(layer.spec, 300, 4)
+    first = backend.forward(layer, hidden_states, routing_logits=logits).output
+    for _ in range(50):
+        assert same_bits(first, backend.forward(layer, hidden_states, routing_logits=logits).output)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 300])
+def test_graph_replay(backend: CudaBackend, num_tokens: int) -> None:
+    layer = prepared(backend, 25, max_num_tokens=512, routing_method=RoutingMethod.RENORMALIZE_NAIVE)
+    hidden_states, logits = make_inputs(layer.spec, num_tokens, 5)
+    valid = torch.tensor(num_tokens, dtype=torch.int32, device="cuda")
+    out = torch.empty(num_tokens, layer.spec.hidden_size, dtype=torch.bfloat16, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # the first call on this stream
+        backend.forward(layer, hidden_states, routing_logits=logits, out=out, num_valid_tokens=valid)
+    for seed in range(6, 10):
+        fresh_states, fresh_logits = make_inputs(layer.spec, num_tokens, 2 * seed + 1)
+        hidden_states.copy_(fresh_states)
+        logits.copy_(fresh_logits)
+        graph.replay()
+        replayed = out.clone()
+        assert same_bits(replayed, backend.forward(layer, hidden_states, routing_logits=logits).output)
+
+
+def test_two_streams(backend: CudaBackend) -> None:
+    layers = [prepared(backend, seed, max_num_tokens=512, num_experts=8) for seed in (26, 27)]
+    inputs = [make_inputs(layer.spec, 257, seed) for seed, layer in enumerate(layers)]
+    expected = [
+        backend.forward(layer, x, routing_logits=r).output for layer, (x, r) in zip(layers, inputs, strict=True)
+    ]
+    streams = [torch.cuda.Stream() for _ in layers]
+    torch.cuda.synchronize()
+    outputs: list[list[torch.Tensor]] = [[], []]
+    for _ in range(30):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                x, logits = inputs[i]
+                outputs[i].append(backend.forward(layers[i], x, routing_logits=logits).output)
+    torch.cuda.synchronize()
+    for i in range(2):
+        assert all(same_bits(expected[i], output) for output in outputs[i])

@@ -1,0 +1,362 @@
+"""The batcher under a clock of its own: who runs with whom, when, and what happens to those who fail or leave."""
+
+from __future__ import annotations
+
+import random
+import threading
+from concurrent.futures import Future
+
+import pytest
+
+from expertd_server.batcher import Batch, Batcher, Limits
+from expertd_server.errors import OverloadedError, RequestTimeoutError, UnavailableError
+
+PATIENCE_S = 30.0
+
+
+class Clock:
+    """Seconds, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Bench:
+    """A batcher that records its batches; a payload that is an exception is raised."""
+
+    def __init__(self, *, batch_s: float = 0.0, **limits: float) -> None:
+        self.clock = Clock()
+        self.batches: list[tuple[object, list[str]]] = []
+        self.finished: list[int] = []
+        self._batch_s = batch_s
+        defaults = {"max_batch_tokens": 10, "max_queue_tokens": 100, "max_queue_requests": 50}
+        self.batcher: Batcher[str | Exception, str] = Batcher(
+            self._run,
+            Limits(**{**defaults, **limits}),  # type: ignore[arg-type]
+            on_batch=lambda batch, _ran_s: self.finished.append(batch.num_tokens),
+            clock=self.clock,
+        )
+
+    def _run(self, batch: Batch[str | Exception, str]) -> list[str]:
+        self.batches.append((batch.key, [str(entry.payload) for entry in batch.entries]))
+        self.clock.now_s += self._batch_s
+        for entry in batch.entries:
+            if isinstance(entry.payload, Exception):
+                raise entry.payload
+        return [f"{entry.payload} done" for entry in batch.entries]
+
+    def submit(
+        self, payload: str | Exception, key: str = "a", tokens: int = 1, deadline_s: float | None = None
+    ) -> Future[str]:
+        return self.batcher.submit(key, payload, tokens, deadline_s=deadline_s)
+
+    def run_all(self) -> None:
+        while self.batcher.run_once():
+            pass
+
+
+def test_what_waits_for_one_key_runs_together_in_order_of_arrival() -> None:
+    bench = Bench()
+    futures = [bench.submit(name, tokens=3) for name in "wxyz"]
+    bench.run_all()
+    assert bench.batches == [("a", ["w", "x", "y"]), ("a", ["z"])]
+    assert [future.result(0) for future in futures] == ["w done", "x done", "y done", "z done"]
+    assert bench.finished == [9, 3]
+
+
+def test_a_large_request_is_not_passed_by_small_ones_behind_it() -> None:
+    bench = Bench()
+    for name, tokens in (("small", 4), ("large", 10), ("tiny", 1)):
+        bench.submit(name, tokens=tokens)
+    bench.run_all()
+    assert [members for _, members in bench.batches] == [["small"], ["large"], ["tiny"]]
+
+
+def test_the_key_whose_first_request_is_oldest_runs_first() -> None:
+    bench = Bench()
+    for key, name in (("b", "b0"), ("a", "a0"), ("b", "b1"), ("c", "c0"), ("a", "a1")):
+        bench.submit(name, key=key)
+    bench.run_all()
+    assert bench.batches == [("b", ["b0", "b1"]), ("a", ["a0", "a1"]), ("c", ["c0"])]
+
+
+def test_a_busy_key_starves_no_other() -> None:
+    bench = Bench()
+    for n in range(30):
+        bench.submit(f"busy{n}", key="busy", tokens=5)
+    bench.submit("lone", key="lone")
+    for n in range(30):
+        bench.batcher.run_once()
+        if bench.batcher.queue_tokens <= 90:
+            bench.submit(f"more{n}", key="busy", tokens=5)
+    ran = [members for key, members in bench.batches if key == "lone"]
+    assert ran == [["lone"]]
+    assert [key for key, _ in bench.batches].index("lone") == 15, "after the 15 batches that were older, no later"
+
+
+def test_an_empty_request_runs_too() -> None:
+    bench = Bench()
+    future = bench.submit("empty", tokens=0)
+    bench.run_all()
+    assert future.result(0) == "empty done"
+
+
+def test_nothing_due_is_no_batch() -> None:
+    assert Bench().batcher.run_once() is False
+
+
+@pytest.mark.parametrize(("tokens", "requests"), [(101, 1000), (1000, 5)])
+def test_a_full_queue_refuses_and_says_when_to_come_back(tokens: int, requests: int) -> None:
+    bench = Bench(max_queue_tokens=tokens, max_queue_requests=requests, batch_s=2.0)
+    bench.submit("first", tokens=10)
+    bench.run_all()  # 10 tokens in 2 s
+    admitted = []
+    with pytest.raises(OverloadedError, match="queue is full") as caught:
+        while True:
+            admitted.append(bench.submit("x", tokens=10))
+    assert len(admitted) == min(tokens // 10, requests)
+    assert caught.value.retry_delay_s == pytest.approx(min(10.0, 2.0 * len(admitted)))
+    bench.run_all()
+    assert all(future.result(0) == "x done" for future in admitted), "those admitted are served"
+    bench.submit("there is room again", tokens=10)
+
+
+def test_a_request_beyond_a_batch_is_a_mistake_of_the_caller() -> None:
+    with pytest.raises(ValueError, match="num_tokens is 11, expected at most 10"):
+        Bench().submit("x", tokens=11)
+
+
+def test_a_deadline_that_passed_is_honoured_before_compute() -> None:
+    bench = Bench()
+    late, fine = bench.submit("late", deadline_s=101.0), bench.submit("fine", deadline_s=103.0)
+    bench.clock.now_s = 102.0
+    bench.run_all()
+    assert bench.batches == [("a", ["fine"])]
+    assert fine.result(0) == "fine done"
+    with pytest.raises(RequestTimeoutError, match=r"2\.000 s"):
+        late.result(0)
+    assert bench.batcher.queue_tokens == 0
+
+
+def test_expired_members_leave_room_for_others() -> None:
+    bench = Bench()
+    for n in range(3):
+        bench.submit(f"late{n}", tokens=10, deadline_s=101.0)
+    bench.submit("fine", tokens=10)
+    bench.clock.now_s = 102.0
+    bench.batcher.run_once()
+    assert bench.batches == [("a", ["fine"])]
+
+
+def test_a_cancelled_caller_is_skipped_and_frees_its_room_at_once() -> None:
+    bench = Bench(max_queue_tokens=10)
+    gone, stays = bench.submit("gone", tokens=6), bench.submit("stays", tokens=4)
+    assert gone.cancel()
+    assert (bench.batcher.queue_tokens, bench.batcher.queue_requests) == (4, 1)
+    bench.submit("new", tokens=6)
+    bench.run_all()
+    assert bench.batches == [("a", ["stays", "new"])]
+    assert stays.result(0) == "stays done"
+
+
+def test_a_caller_who_leaves_while_its_batch_runs_kills_nothing() -> None:
+    bench = Bench()
+    neighbours: list[Future[str]] = []
+
+    def run(batch: Batch[str, str]) -> list[str]:
+        assert not neighbours[0].cancel(), "a running request is not cancelled"
+        neighbours[0].set_result("completed by somebody else")  # the rudest caller there can be
+        return ["done"] * len(batch.entries)
+
+    batcher: Batcher[str, str] = Batcher(
+        run, Limits(max_batch_tokens=10, max_queue_tokens=10, max_queue_requests=10), clock=bench.clock
+    )
+    neighbours += [batcher.submit("a", "x", 1), batcher.submit("a", "y", 1)]
+    batcher.run_once()
+    assert neighbours[1].result(0) == "done"
+
+
+def test_a_poisoned_request_fails_alone() -> None:
+    bench = Bench()
+    before, poison, after = bench.submit("before"), bench.submit(ValueError("poison")), bench.submit("after")
+    other = bench.submit("other", key="b")
+    bench.run_all()
+    assert before.result(0) == "before done"
+    assert after.result(0) == "after done"
+    assert other.result(0) == "other done"
+    with pytest.raises(ValueError, match="poison"):
+        poison.result(0)
+    assert bench.finished == [3, 1], "a batch counts once, however often its members ran"
+
+
+def test_a_batch_that_fails_whole_reaches_each_of_its_waiters_and_no_other() -> None:
+    bench = Bench()
+    failing = [bench.submit(RuntimeError(f"device {n}")) for n in range(4)]
+    fine = bench.submit("fine", key="b")
+    bench.run_all()
+    for n, future in enumerate(failing):
+        with pytest.raises(RuntimeError, match=f"device {n}"):
+            future.result(0)
+    assert fine.result(0) == "fine done"
+
+
+def test_members_whose_deadline_passes_in_the_failed_batch_do_not_run_again() -> None:
+    bench = Bench(batch_s=5.0)
+    bench.submit(RuntimeError("poison"))
+    late = bench.submit("late", deadline_s=103.0)
+    bench.run_all()
+    with pytest.raises(RequestTimeoutError):
+        late.result(0)
+
+
+def test_a_run_that_returns_too_few_results_fails_its_waiters() -> None:
+    batcher: Batcher[str, str] = Batcher(
+        lambda batch: [], Limits(max_batch_tokens=10, max_queue_tokens=10, max_queue_requests=10)
+    )
+    future = batcher.submit("a", "x", 1)
+    batcher.run_once()
+    with pytest.raises(RuntimeError, match="0 results for 1 requests"):
+        future.result(0)
+
+
+def test_queued_seconds_run_from_admission_to_the_start_of_the_batch() -> None:
+    seen: list[float] = []
+    clock = Clock()
+
+    def run(batch: Batch[str, str]) -> list[str]:
+        seen.extend(entry.queued_s for entry in batch.entries)
+        return ["done"] * len(batch.entries)
+
+    batcher: Batcher[str, str] = Batcher(
+        run, Limits(max_batch_tokens=10, max_queue_tokens=10, max_queue_requests=10), clock=clock
+    )
+    batcher.submit("a", "x", 1)
+    clock.now_s += 1.5
+    batcher.submit("a", "y", 1)
+    clock.now_s += 0.25
+    batcher.run_once()
+    assert seen == [1.75, 0.25]
+
+
+class TestQueueDelay:
+    """max_queue_delay_s = 1."""
+
+    def test_a_batch_waits_for_company_until_the_delay_is_over(self) -> None:
+        bench = Bench(max_queue_delay_s=1.0)
+        bench.submit("x")
+        bench.clock.now_s += 0.9
+        assert not bench.batcher.run_once()
+        bench.submit("y")
+        bench.clock.now_s += 0.1
+        bench.run_all()
+        assert bench.batches == [("a", ["x", "y"])]
+
+    def test_a_full_batch_does_not_wait(self) -> None:
+        bench = Bench(max_queue_delay_s=1.0)
+        bench.submit("x", tokens=10)
+        bench.run_all()
+        assert bench.batches == [("a", ["x"])]
+
+    def test_a_near_deadline_does_not_wait(self) -> None:
+        bench = Bench(max_queue_delay_s=1.0)
+        bench.submit("x")
+        future = bench.submit("y", deadline_s=bench.clock.now_s + 0.5)
+        bench.run_all()
+        assert future.result(0) == "y done"
+
+    def test_a_draining_batcher_does_not_wait(self) -> None:
+        bench = Bench(max_queue_delay_s=1.0)
+        future = bench.submit("x")
+        assert not bench.batcher.drain(0.0)
+        bench.run_all()
+        assert future.result(0) == "x done"
+        assert bench.batcher.drain(0.0)
+
+
+def test_a_draining_batcher_refuses_and_finishes() -> None:
+    bench = Bench()
+    admitted = bench.submit("x")
+    assert not bench.batcher.drain(0.0), "one request is left"
+    with pytest.raises(UnavailableError, match="draining"):
+        bench.submit("y")
+    bench.run_all()
+    assert admitted.result(0) == "x done"
+    assert bench.batcher.drain(0.0)
+
+
+def test_stop_fails_those_that_still_wait() -> None:
+    bench = Bench()
+    waiting = [bench.submit("x"), bench.submit("y", key="b")]
+    assert bench.batcher.stop(0.0)
+    for future in waiting:
+        with pytest.raises(UnavailableError, match="stopped"):
+            future.result(0)
+    assert (bench.batcher.queue_tokens, bench.batcher.queue_requests) == (0, 0)
+
+
+def test_the_thread_outlives_a_metrics_hook_that_raises() -> None:
+    def hook(_batch: Batch[str, str], _ran_s: float) -> None:
+        raise RuntimeError("hook")
+
+    batcher: Batcher[str, str] = Batcher(
+        lambda batch: ["done"] * len(batch.entries),
+        Limits(max_batch_tokens=10, max_queue_tokens=10, max_queue_requests=10),
+        on_batch=hook,
+    )
+    batcher.start()
+    try:
+        for _ in range(3):
+            assert batcher.submit("a", "x", 1).result(PATIENCE_S) == "done"
+    finally:
+        assert batcher.stop(PATIENCE_S)
+
+
+def test_accounts_balance_under_eight_threads_that_submit_cancel_and_expire() -> None:
+    seed = 20261123
+    results = {"done": 0, "cancelled": 0, "timeout": 0, "overloaded": 0}
+    lock = threading.Lock()
+    biggest = 0
+
+    def run(batch: Batch[int, int]) -> list[int]:
+        nonlocal biggest
+        biggest = max(biggest, batch.num_tokens)
+        assert len({entry.key for entry in batch.entries} | {batch.key}) == 1
+        return [entry.payload for entry in batch.entries]
+
+    batcher: Batcher[int, int] = Batcher(
+        run, Limits(max_batch_tokens=16, max_queue_tokens=200, max_queue_requests=40)
+    )
+    batcher.start()
+
+    def work(thread: int) -> None:
+        chance = random.Random(seed + thread)
+        for n in range(300):
+            outcome = "done"
+            try:
+                deadline_s = 0.0 if chance.random() < 0.1 else None
+                future = batcher.submit(chance.randrange(3), n, chance.randrange(17), deadline_s=deadline_s)
+                if chance.random() < 0.2 and future.cancel():
+                    outcome = "cancelled"
+                else:
+                    assert future.result(PATIENCE_S) == n, f"seed {seed} thread {thread} request {n}"
+            except RequestTimeoutError:
+                outcome = "timeout"
+            except OverloadedError:
+                outcome = "overloaded"
+            with lock:
+                results[outcome] += 1
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert sum(results.values()) == 2400, f"seed {seed}: a caller hangs or failed, {results}"
+    assert results["done"] > 1000, results
+    assert biggest <= 16
+    assert batcher.drain(PATIENCE_S)
+    assert (batcher.queue_tokens, batcher.queue_requests) == (0, 0)
+    assert batcher.stop(PATIENCE_S)

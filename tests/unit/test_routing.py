@@ -1,0 +1,120 @@
+"""Routing against the reference: every method, on random and adversarial logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import LOGIT_PATTERNS, every_method, make_logits, make_spec, make_weights, spec_id
+
+from expertd_server import reference
+from expertd_server.routing import route
+from expertd_server.types import LayerSpec, RoutingMethod
+
+SEEDS = range(3)
+
+
+@pytest.mark.parametrize("pattern", LOGIT_PATTERNS)
+@pytest.mark.parametrize("spec", every_method(), ids=spec_id)
+def test_route_agrees_with_the_reference(spec: LayerSpec, pattern: str) -> None:
+    for seed in SEEDS:
+        case = f"seed {seed}, {pattern}, {spec}"
+        logits = make_logits(spec, 9, seed, pattern)
+        bias = make_weights(make_spec_of_weights(spec), seed).routing_bias
+        ids, weights = route(spec, logits, bias)
+        expected_ids, expected_weights = reference.route(spec, logits, bias)
+        assert ids.dtype == torch.int32
+        assert weights.dtype == torch.bfloat16
+        _check_ids(spec, ids, case)
+        scores = reference.selection_scores(spec, logits, bias)
+        for t in (ids != expected_ids).any(dim=1).nonzero().flatten().tolist():
+            chosen, expected = scores[t, ids[t].long()], scores[t, expected_ids[t].long()]
+            gap = ((chosen - expected).abs() / expected.abs()).max()
+            assert gap <= 1e-6, f"{case}: row {t} chose {ids[t].tolist()}, expected {expected_ids[t].tolist()}"
+        same = (ids == expected_ids).all(dim=1)
+        torch.testing.assert_close(
+            weights[same].float(), expected_weights[same].float(), rtol=2**-8, atol=0.0, equal_nan=True, msg=case
+        )
+        assert (weights[same] == expected_weights[same]).float().mean() > 0.99 or weights.isnan().any(), case
+
+
+def make_spec_of_weights(spec: LayerSpec) -> LayerSpec:
+    """A layer with the same experts and bias, but tiny matrices."""
+    return make_spec(
+        hidden_size=1, intermediate_size=1, num_experts=spec.num_experts, top_k=1, routing_method=spec.routing_method
+    )
+
+
+def _check_ids(spec: LayerSpec, ids: torch.Tensor, case: str) -> None:
+    assert int(ids.min()) >= 0, case
+    assert int(ids.max()) < spec.num_experts, case
+    for row in ids.tolist():
+        assert len(set(row)) == spec.top_k, f"{case}: {row} are not distinct"
+
+
+@pytest.mark.parametrize("pattern", ["all_equal", "signed_zeros", "saturated_high", "saturated_low"])
+@pytest.mark.parametrize("method", [RoutingMethod.SIGMOID, RoutingMethod.SIGMOID_RENORM])
+def test_saturated_sigmoids_tie_and_the_smaller_id_wins(method: RoutingMethod, pattern: str) -> None:
+    spec = make_spec(routing_method=method)
+    ids, _ = route(spec, make_logits(spec, 5, 0, pattern).clamp(-250.0, 250.0), None)
+    if pattern != "saturated_high":  # 40 + 10 x goes below saturation for some x
+        assert ids.tolist() == [[0, 1, 2, 3]] * 5
+    high = torch.linspace(20.0, 300.0, spec.num_experts)[None]
+    assert route(spec, high, None)[0].tolist() == [[0, 1, 2, 3]]
+    # The logits themselves do not saturate.
+    by_logit = make_spec(routing_method=RoutingMethod.TOPK)
+    assert route(by_logit, high, None)[0].tolist() == [[15, 14, 13, 12]]
+
+
+def test_all_zero_sigmoids_renormalise_to_zero() -> None:
+    spec = make_spec(routing_method=RoutingMethod.SIGMOID_RENORM)
+    _, weights = route(spec, torch.full((1, 16), -1000.0), None)
+    assert weights.tolist() == [[0.0] * 4]
+
+
+@pytest.mark.parametrize("spec", every_method(), ids=spec_id)
+def test_nan_stays_in_its_row(spec: LayerSpec) -> None:
+    for seed in SEEDS:
+        clean = make_logits(spec, 16, seed)
+        poisoned = clean.clone()
+        poisoned[3, 1] = torch.nan
+        poisoned[7] = torch.nan
+        poisoned[12, -1] = torch.inf
+        bias = make_weights(make_spec_of_weights(spec), seed).routing_bias
+        ids, weights = route(spec, poisoned, bias)
+        _check_ids(spec, ids, f"seed {seed}, {spec}")
+        assert weights[3].isnan().any()
+        assert weights[7].isnan().any()
+        others = [t for t in range(16) if t not in (3, 7, 12)]
+        clean_ids, clean_weights = route(spec, clean, bias)
+        assert torch.equal(ids[others], clean_ids[others])
+        assert torch.equal(weights[others], clean_weights[others])
+
+
+@pytest.mark.parametrize("spec", every_method(), ids=spec_id)
+def test_a_row_has_the_same_bits_in_any_batch(spec: LayerSpec) -> None:
+    num_tokens = 1000 if spec.num_experts <= 16 else 150  # more than one thread's share of an element-wise operation
+    logits = make_logits(spec, num_tokens, 5)
+    bias = make_weights(make_spec_of_weights(spec), 5).routing_bias
+    ids, weights = route(spec, logits, bias)
+    for t in [*range(40), num_tokens - 2, num_tokens - 1]:
+        for rows in (slice(t, t + 1), slice(max(0, t - 3), t + 1), slice(max(0, t - 31), t + 1)):
+            alone_ids, alone_weights = route(spec, logits[rows].clone(), bias)
+            assert torch.equal(alone_ids[-1], ids[t]), f"row {t} in {rows}, {spec}"
+            assert torch.equal(alone_weights[-1].view(torch.int16), weights[t].view(torch.int16)), f"row {t}, {spec}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_and_bias_of_either_type(dtype: torch.dtype) -> None:
+    spec = make_spec(routing_method=RoutingMethod.DEEPSEEK_V3)
+    logits, bias = make_logits(spec, 8, 2).to(dtype), make_weights(spec, 2).routing_bias
+    assert bias is not None
+    ids, weights = route(spec, logits, bias.to(dtype))
+    same_ids, same_weights = route(spec, logits.float(), bias.to(dtype).float())
+    assert torch.equal(ids, same_ids)
+    assert torch.equal(weights, same_weights)
+
+
+@pytest.mark.parametrize("spec", every_method(), ids=spec_id)
+def test_no_tokens(spec: LayerSpec) -> None:
+    ids, weights = route(spec, torch.empty(0, spec.num_experts), None)
+    assert ids.shape == weights.shape == (0, spec.top_k)
