@@ -29,6 +29,7 @@ from _common import header, write_json
 
 from expertd_server.backend import PreparedLayer
 from expertd_server.backend_cuda import FAMILIES, CudaBackend, _Call
+from expertd_server.routing import route
 from expertd_server.types import Activation, LayerSpec, RoutingMethod
 from expertd_server.weights import ExpertWeights
 
@@ -192,7 +193,7 @@ def make_layer(backend: CudaBackend, spec: LayerSpec, max_num_tokens: int) -> Pr
         output1_scales_gate_scalar=ones / hidden**0.5,
         gemm2_weights=random_fp8(experts, hidden, inter),
         output2_scales_scalar=ones / (16 * inter**0.5),
-        routing_bias=torch.randn(spec.num_experts, device="cuda") * 0.1 if spec.routing_method.reads_bias else None,
+        routing_bias=torch.randn(spec.num_experts, device="cuda") * 0.01 if spec.routing_method.reads_bias else None,
     )
     return backend.prepare(spec, weights, max_num_tokens=max_num_tokens)
 
@@ -206,10 +207,20 @@ def make_logits(spec: LayerSpec, num_tokens: int, zipf: bool) -> torch.Tensor:
     return logits
 
 
-def make_call(spec: LayerSpec, num_tokens: int, zipf: bool) -> _Call:
+def make_call(layer: PreparedLayer, num_tokens: int, zipf: bool, touched: int | None) -> _Call:
+    """Random inputs; touched: drawn until that many local experts are chosen, so that runs compare."""
+    spec = layer.spec
+    for _ in range(300):
+        logits = make_logits(spec, num_tokens, zipf)
+        if touched is None or zipf:
+            break
+        ids, _ = route(spec, logits, layer.weights.routing_bias)
+        local = ids[(ids >= spec.local_expert_offset) & (ids < spec.local_expert_offset + spec.num_local)]
+        if int(local.unique().numel()) == touched:
+            break
     return _Call(
         hidden_states=random_fp8(num_tokens, spec.hidden_size),
-        logits=make_logits(spec, num_tokens, zipf),
+        logits=logits,
         in_ids=None,
         in_weights=None,
         topk_ids=torch.empty(num_tokens, spec.top_k, dtype=torch.int32, device="cuda"),
@@ -358,14 +369,15 @@ def main() -> int:  # noqa: PLR0915
     peers = json.loads(Path(args.peers).read_text()) if Path(args.peers).exists() else None
 
     cells: list[dict[str, Any]] = []
-    print(f"{'case':9} {'T':>5} {'routing':7} {'rows':>6} {'max':>5} {'floor':>7} {'us':>8} {'/floor':>6} {'peer':>6} "
+    print(f"{'case':9} {'T':>5} {'routing':7} {'rows':>6} {'max':>5} {'exp':>3} {'floor':>7} {'us':>8} {'/floor':>6} {'peer':>6} "
           f"{'error':>7} family and stages")  # fmt: skip
     for name in args.cases:
         spec = CASES[name]
         layer = make_layer(backend, spec, max(args.tokens))
         for num_tokens in args.tokens:
             for zipf in (False, True) if args.zipf else (False,):
-                call = make_call(spec, num_tokens, zipf)
+                touched = peers["experts_touched"].get(name, {}).get(str(num_tokens)) if peers else None
+                call = make_call(layer, num_tokens, zipf, touched)
                 backend.force_family = None
                 cell = time_cell(backend, layer, call, timer, stages=args.stages, check_rows=args.check_rows)
                 cell |= {"case": name, "tokens": num_tokens, "routing": "zipf" if zipf else "even"}
@@ -385,7 +397,7 @@ def main() -> int:  # noqa: PLR0915
                             extra += f" ({timed['gemm1_us']:.1f} {timed['gemm2_us']:.1f})"
                 error = cell.get("error", math.nan)
                 best_peer = min(peers["us"].get(name, {}).get(str(num_tokens), [math.nan])) if peers else math.nan
-                print(f"{name:9} {num_tokens:5} {cell['routing']:7} {cell['rows']:6} {cell['max_rows']:5} "
+                print(f"{name:9} {num_tokens:5} {cell['routing']:7} {cell['rows']:6} {cell['max_rows']:5} {cell['experts']:3} "
                       f"{cell['floor_us']:7.1f} {cell['us']:8.1f} {cell['us'] / cell['floor_us']:6.2f} "
                       f"{best_peer:6.0f} {error:7.4f} {cell['family']} {extra}", flush=True)  # fmt: skip
                 cells.append(cell)

@@ -76,7 +76,7 @@ void route(Address logits, int logits_dtype, Address bias, int bias_dtype, Addre
 
 void grouped_gemm(int family, int output, Address maps, Address x, Address row_token, Address row_weight,
                   Address scale_gate, Address scale, Address out, int out_columns, int k, int weight_rows,
-                  Address schedule, Address tiles, int grid, Address stream, bool pdl) {
+                  int max_token_tiles, Address schedule, Address tiles, int grid, Address stream, bool pdl) {
   require(family >= 0 && family < static_cast<int>(families().size()), "family is not an index of families()");
   check_aligned(x, "hidden_states");
   check_aligned(out, "the output of a grouped GEMM");
@@ -92,6 +92,7 @@ void grouped_gemm(int family, int output, Address maps, Address x, Address row_t
   p.out_columns = out_columns;
   p.k = k;
   p.weight_rows = weight_rows;
+  p.max_token_tiles = max_token_tiles;
   p.schedule = pointer<Schedule>(schedule);
   p.tiles = pointer<TokenTile>(tiles);
   families()[family].launch(static_cast<Output>(output), gemm_maps, p, grid, launch_config(stream, pdl));
@@ -162,8 +163,8 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("schedule"), py::arg("tiles"), py::arg("stream"), py::arg("pdl"), release());
   m.def("grouped_gemm", &grouped_gemm, py::kw_only(), py::arg("family"), py::arg("output"), py::arg("maps"),
         py::arg("x"), py::arg("row_token"), py::arg("row_weight"), py::arg("scale_gate"), py::arg("scale"),
-        py::arg("out"), py::arg("out_columns"), py::arg("k"), py::arg("weight_rows"), py::arg("schedule"),
-        py::arg("tiles"), py::arg("grid"), py::arg("stream"), py::arg("pdl"), release());
+        py::arg("out"), py::arg("out_columns"), py::arg("k"), py::arg("weight_rows"), py::arg("max_token_tiles"),
+        py::arg("schedule"), py::arg("tiles"), py::arg("grid"), py::arg("stream"), py::arg("pdl"), release());
   m.def("finalize", &finalize, py::kw_only(), py::arg("rows"), py::arg("expanded_to_row"), py::arg("weights"),
         py::arg("num_valid"), py::arg("out"), py::arg("out_dtype"), py::arg("num_tokens"), py::arg("hidden_size"),
         py::arg("top_k"), py::arg("stream"), py::arg("pdl"), release());

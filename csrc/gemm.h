@@ -14,9 +14,10 @@ struct GemmMaps {
   CUtensorMap weights, tokens, tokens_part;
 };
 
-// kTileM weight rows by up to kTileN tokens in steps of kTileQuantum; kStages of 128 bytes of K.
-template <int kM, int kN, int kQuantum, int kStages_, int kCtas>
+// kTileM weight rows by up to kTileN tokens in steps of kTileQuantum; kStages stages of kBoxes * 128 bytes of K.
+template <int kM, int kN, int kQuantum, int kStages_, int kCtas, int kBoxes_ = 1>
 struct Family {
+  static constexpr int kBoxes = kBoxes_;
   static constexpr int kTileM = kM, kTileN = kN, kTileQuantum = kQuantum, kStages = kStages_, kCtasPerSm = kCtas;
 };
 
@@ -24,6 +25,9 @@ using FamilyS16 = Family<64, 16, 8, 10, 2>;     // few tiles: one token per expe
 using FamilyD32 = Family<128, 32, 8, 5, 2>;     // decode
 using FamilyD64 = Family<128, 64, 16, 4, 2>;    // decode, more tokens per expert
 using FamilyM128 = Family<128, 128, 32, 6, 1>;  // between decode and prefill
+using FamilyS16B = Family<64, 16, 8, 5, 2, 2>;
+using FamilyD32C = Family<128, 32, 8, 3, 3>;
+using FamilyM128B = Family<128, 128, 32, 3, 2>;
 using FamilyP160 = Family<256, 160, 32, 4, 1>;  // prefill
 
 struct FamilyInfo {
@@ -41,15 +45,20 @@ extern template void launch_family<FamilyD64>(Output, const GemmMaps&, const Gem
 extern template void launch_family<FamilyM128>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyP160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 
+extern template void launch_family<FamilyS16B>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
+extern template void launch_family<FamilyD32C>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
+extern template void launch_family<FamilyM128B>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
+
 template <class F>
 constexpr FamilyInfo family_info(const char* name) {
   return {name, F::kTileM, F::kTileN, F::kTileQuantum, F::kCtasPerSm, &launch_family<F>};
 }
 
-inline const std::array<FamilyInfo, 5>& families() {
-  static const std::array<FamilyInfo, 5> table = {
+inline const std::array<FamilyInfo, 8>& families() {
+  static const std::array<FamilyInfo, 8> table = {
       family_info<FamilyS16>("s16"), family_info<FamilyD32>("d32"), family_info<FamilyD64>("d64"),
       family_info<FamilyM128>("m128"), family_info<FamilyP160>("p160"),
+      family_info<FamilyS16B>("s16b"), family_info<FamilyD32C>("d32c"), family_info<FamilyM128B>("m128b"),
   };
   return table;
 }

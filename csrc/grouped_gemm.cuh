@@ -1,8 +1,8 @@
 // The grouped matrix products: out[rows of expert e] = x[rows of e] * weights[e]^T, weights as the M operand of wgmma
 // and tokens as N, so that few tokens cost few columns. One kernel template for both products and all sizes.
 //
-// A CTA takes tiles (weight rows x tokens) from a dynamic counter. One warpgroup produces: it streams 128 bytes of K per
-// stage into a ring, weights by TMA, tokens by TMA (product 2) or gathered row by row with cp.async (product 1).
+// A CTA takes tiles (weight rows x tokens) from a dynamic counter. One warpgroup produces: it streams 128 bytes of K (or
+// more) per stage into a ring, weights by TMA, tokens by TMA (product 2) or gathered row by row with cp.async (product 1).
 // The others consume: wgmma over the ring, then the epilogue, while the producer already fills the next tile's stages.
 //
 // NOTE: every output element is one chain over K in ascending order by one warpgroup, whatever the family. The tensor
@@ -16,7 +16,7 @@
 
 namespace expertd {
 
-constexpr int kBlockK = 128;  // bytes of K per stage: one row of the 128-byte swizzle
+constexpr int kBoxK = 128;  // bytes of K in one box: a row of the 128-byte swizzle
 
 template <class F_, Output kOut_>
 struct GemmTraits {
@@ -26,8 +26,13 @@ struct GemmTraits {
   static constexpr bool kGather = kOut != kBFloat16;
   static constexpr int kWarpgroups = F::kTileM == 64 ? 1 : 2;
   static constexpr int kAtoms = F::kTileM / (64 * kWarpgroups);
-  static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  static constexpr int kWeightBytes = F::kTileM * kBlockK, kTokenBytes = F::kTileN * kBlockK;
+  // Two CTAs of 384 threads would have 80 registers a thread, too few for 64 accumulators.
+  static constexpr int kProducerWarps = F::kTileN == 128 && F::kCtasPerSm == 2 ? 2 : 4;
+  static constexpr int kProducerThreads = 32 * kProducerWarps;
+  static constexpr int kThreads = 128 * kWarpgroups + kProducerThreads;
+  static constexpr int kStepK = F::kBoxes * kBoxK;  // bytes of K per stage: boxes side by side
+  static constexpr int kWeightBox = F::kTileM * kBoxK, kTokenBox = F::kTileN * kBoxK;
+  static constexpr int kWeightBytes = F::kBoxes * kWeightBox, kTokenBytes = F::kBoxes * kTokenBox;
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
   static constexpr int kPassTokens = F::kTileN < 32 ? F::kTileN : 32;
   static constexpr int kPitch = kOut == kBFloat16 ? 144 : (kGated ? 32 : 64) * kAtoms + 16;
@@ -37,8 +42,8 @@ struct GemmTraits {
       1024 + F::kStages * kStageBytes + kWarpgroups * kStagingBytes + ((kBarriers * 8 + 15) & ~15) + 2 * 16;
   static constexpr int kAccumulators = kAtoms * F::kTileN / 2;
   // Wide tiles move registers from the producers to the consumers; the sums must fit what the launch allocated.
-  static constexpr int kProducerRegs = F::kTileM != 256 ? 0 : kGather ? 56 : 40;
-  static constexpr int kConsumerRegs = F::kTileM != 256 ? 0 : kGather ? 224 : 232;
+  static constexpr bool kMoveRegs = F::kTileM == 256;
+  static constexpr int kProducerRegs = kGather ? 56 : 40, kConsumerRegs = kGather ? 224 : 232;
   static_assert(kSmem <= 232448 / F::kCtasPerSm - (F::kCtasPerSm > 1 ? 1024 : 0), "shared memory");
 };
 
@@ -65,9 +70,10 @@ struct Ring {
 using Tile = int4;
 
 // Tile q of the list. The token tiles of a block share the weights of each row tile, token tile fastest.
-__device__ __forceinline__ Tile find_tile(const GemmParams& p, int q, int num_tiles, int m_tiles) {
-  if (q >= num_tiles) return make_int4(-1, 0, 0, 0);
-  const TokenTile near = __ldcg(p.tiles + q / m_tiles);  // some token tile of the same block
+__device__ __forceinline__ Tile find_tile(const GemmParams& p, int q, int m_tiles) {
+  const int near_index = q / m_tiles;  // of some token tile of the same block
+  const TokenTile near = __ldcg(p.tiles + min(near_index, p.max_token_tiles - 1));
+  if (near_index >= __ldcg(&p.schedule->num_token_tiles)) return make_int4(-1, 0, 0, 0);
   const int in_block = near.x >> 16, local = q - near.w * m_tiles;
   if (in_block == 1) return make_int4(local, near.x & 0xffff, near.y, near.z);
   const TokenTile own = __ldcg(p.tiles + near.w + local % in_block);
@@ -84,11 +90,20 @@ __device__ __forceinline__ int tile_width(int rows) {
 template <class G>
 __device__ __forceinline__ void load_weights(const CUtensorMap* map, uint32_t dst, uint32_t bar, int step, const Tile& t,
                                              uint64_t policy) {
-  if constexpr (G::kGated) {
-    sm90::cp_async_bulk_tensor_5d(dst, map, bar, step * kBlockK, 0, 0, t.x * (G::F::kTileM / 16), t.y, policy);
-  } else {
-    sm90::cp_async_bulk_tensor_3d(dst, map, bar, step * kBlockK, t.x * G::F::kTileM, t.y, policy);
+#pragma unroll
+  for (int box = 0; box < G::F::kBoxes; ++box) {
+    const int k = step * G::kStepK + box * kBoxK;
+    if constexpr (G::kGated) {
+      sm90::cp_async_bulk_tensor_5d(dst + box * G::kWeightBox, map, bar, k, 0, 0, t.x * (G::F::kTileM / 16), t.y, policy);
+    } else {
+      sm90::cp_async_bulk_tensor_3d(dst + box * G::kWeightBox, map, bar, k, t.x * G::F::kTileM, t.y, policy);
+    }
   }
+}
+
+template <class G>
+__device__ __forceinline__ int num_steps(const GemmParams& p) {
+  return (p.k + G::kStepK - 1) / G::kStepK;
 }
 
 // One thread picks the tiles and hands them to everybody through two slots.
@@ -99,10 +114,8 @@ struct TileQueue {
   int next = blockIdx.x;
 
   __device__ __forceinline__ TileQueue(const GemmParams& p, const Ring<G>& ring) : p(p), ring(ring) {}
-  // NOTE: reads the number of tiles each time; the producers of wide tiles have no register to keep it in.
   __device__ __forceinline__ Tile load() const {
-    const int m_tiles = (p.weight_rows + G::F::kTileM - 1) / G::F::kTileM;
-    return find_tile(p, next, __ldcg(&p.schedule->num_token_tiles) * m_tiles, m_tiles);
+    return find_tile(p, next, (p.weight_rows + G::F::kTileM - 1) / G::F::kTileM);
   }
   __device__ __forceinline__ void advance() {
     next = gridDim.x + atomicAdd(&p.schedule->next_tile[G::kOut == kBFloat16], 1);
@@ -120,69 +133,84 @@ __device__ __forceinline__ uint64_t weight_policy() {
   return G::F::kTileM == 256 ? sm90::createpolicy_evict_normal() : sm90::createpolicy_evict_first();
 }
 
-// Product 2: the rows of a tile lie side by side. Runs in one thread.
+// Product 2, weights; in one thread.
+// NOTE: does not wait for product 1. The tile list is older than that: product 1 let this kernel start only after it had
+// itself waited for routing. So the first weights are under way before product 1 ends.
 template <class G>
-__device__ __forceinline__ void produce_by_tma(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map_w,
-                                               const CUtensorMap* map_x, const CUtensorMap* map_x_part) {
+__device__ __forceinline__ void produce_weights(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map) {
   using F = typename G::F;
-  const uint64_t policy_w = weight_policy<G>(), policy_x = sm90::createpolicy_evict_last();
-  const int steps = (p.k + kBlockK - 1) / kBlockK;
-  // NOTE: the tile list is older than the rows: product 1 lets this kernel start only after it has itself waited for
-  // routing. So the first weights can be under way before product 1 ends.
+  const uint64_t policy = weight_policy<G>();
+  const int steps = num_steps<G>(p);
   TileQueue<G> queue(p, ring);
   Tile t = queue.load();
-  int preloaded = 0;
-  if (t.x >= 0) {
-    const int width = tile_width<F::kTileQuantum>(t.w);
-    for (; preloaded < min(F::kStages, steps); ++preloaded) {
-      const uint32_t full = ring.full + preloaded * 8;
-      sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes + width * kBlockK);
-      load_weights<G>(map_w, ring.stage(preloaded), full, preloaded, t, policy_w);
-    }
-  }
-  sm90::griddepcontrol_wait();
-  sm90::griddepcontrol_launch_dependents();
   uint32_t step = 0;
   for (uint32_t n = 0;; ++n) {
     queue.publish(t, n);
     if (t.x < 0) break;
     queue.advance();
-    const int width = tile_width<F::kTileQuantum>(t.w);
     Tile next = t;
-    for (int ks = 0; ks < steps; ++ks, ++step) {
-      const uint32_t s = step % F::kStages, phase = (step / F::kStages) & 1;
-      const uint32_t full = ring.full + s * 8, tokens = ring.stage(s) + G::kWeightBytes;
-      if (ks >= preloaded) {
-        sm90::mbarrier_wait(ring.empty + s * 8, phase ^ 1);
-        sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes + width * kBlockK);
-        load_weights<G>(map_w, ring.stage(s), full, ks, t, policy_w);
-      }
-      if (width == F::kTileN) {
-        sm90::cp_async_bulk_tensor_2d(tokens, map_x, full, ks * kBlockK, t.z, policy_x);
-      } else {
 #pragma unroll 1
-        for (int i = 0; i < width; i += F::kTileQuantum) {
-          sm90::cp_async_bulk_tensor_2d(tokens + i * kBlockK, map_x_part, full, ks * kBlockK, t.z + i, policy_x);
-        }
-      }
+    for (int ks = 0; ks < steps; ++ks, ++step) {
+      const uint32_t s = step % F::kStages, phase = (step / F::kStages) & 1, full = ring.full + s * 8;
+      sm90::mbarrier_wait(ring.empty + s * 8, phase ^ 1);
+      sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
+      load_weights<G>(map, ring.stage(s), full, ks, t, policy);
       if (ks == min(1, steps - 1)) next = queue.load();
     }
-    preloaded = 0;
     t = next;
   }
 }
 
-// Product 1: the rows of a tile are gathered from wherever their tokens are. Runs in the whole producer warpgroup.
+// Product 2, tokens: the rows of a tile lie side by side. In one thread of another warp: one thread alone cannot issue
+// both operands' copies as fast as memory delivers them.
+template <class G>
+__device__ __forceinline__ void produce_tokens(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map,
+                                               const CUtensorMap* map_part) {
+  using F = typename G::F;
+  const uint64_t policy = sm90::createpolicy_evict_last();
+  const int steps = num_steps<G>(p);
+  sm90::griddepcontrol_wait();
+  sm90::griddepcontrol_launch_dependents();
+  uint32_t step = 0;
+  for (uint32_t n = 0;; ++n) {
+    sm90::mbarrier_wait(ring.tile_full + (n & 1) * 8, (n >> 1) & 1);
+    const Tile t = sm90::ld_shared_v4(ring.slots + (n & 1) * 16);
+    sm90::mbarrier_arrive(ring.tile_empty + (n & 1) * 8);
+    if (t.x < 0) break;
+    const int width = tile_width<F::kTileQuantum>(t.w);
+#pragma unroll 1
+    for (int ks = 0; ks < steps; ++ks, ++step) {
+      const uint32_t s = step % F::kStages, phase = (step / F::kStages) & 1, full = ring.full + s * 8;
+      sm90::mbarrier_wait(ring.empty + s * 8, phase ^ 1);
+      sm90::mbarrier_arrive_expect_tx(full, F::kBoxes * width * kBoxK);
+#pragma unroll
+      for (int box = 0; box < F::kBoxes; ++box) {
+        const uint32_t dst = ring.stage(s) + G::kWeightBytes + box * G::kTokenBox;
+        const int k = ks * G::kStepK + box * kBoxK;
+        if (width == F::kTileN) {
+          sm90::cp_async_bulk_tensor_2d(dst, map, full, k, t.z, policy);
+        } else {
+#pragma unroll 1
+          for (int i = 0; i < width; i += F::kTileQuantum) {
+            sm90::cp_async_bulk_tensor_2d(dst + i * kBoxK, map_part, full, k, t.z + i, policy);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Product 1: the rows of a tile are gathered from wherever their tokens are. Runs in all producer warps.
 template <class G>
 __device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map_w) {
   using F = typename G::F;
-  constexpr int kRowStride = 16, kRowsPerThread = (F::kTileN + kRowStride - 1) / kRowStride;
+  constexpr int kRowStride = 4 * G::kProducerWarps, kRowsPerThread = (F::kTileN + kRowStride - 1) / kRowStride;
   constexpr bool kPreload = F::kTileM != 256;
   const uint64_t policy_w = weight_policy<G>();
-  const int steps = (p.k + kBlockK - 1) / kBlockK;
+  const int steps = num_steps<G>(p);
   const int thread = threadIdx.x - 128 * G::kWarpgroups, lane = thread & 31;
-  const int chunk = thread & 7, row0 = thread >> 3;  // 16 bytes of rows row0, row0 + 16, ...
-  const uint32_t offset0 = G::kWeightBytes + row0 * kBlockK + ((chunk ^ (row0 & 7)) << 4);  // the swizzle by hand
+  const int chunk = thread & 7, row0 = thread >> 3;  // 16 bytes of rows row0, row0 + stride, ...
+  const uint32_t offset0 = G::kWeightBytes + row0 * kBoxK + ((chunk ^ (row0 & 7)) << 4);  // the swizzle by hand
   TileQueue<G> queue(p, ring);
   Tile next = make_int4(-1, 0, 0, 0);
   if (thread == 0) next = queue.load();
@@ -222,13 +250,18 @@ __device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Rin
         load_weights<G>(map_w, stage, full, ks, t, policy_w);
       }
       if (thread == 0 && ks == min(1, steps - 1)) next = queue.load();
-      // Past the end of K both operands must be true zeros: the other one may hold anything, and 0 * NaN is NaN.
-      const bool inside = ks * kBlockK + chunk * 16 < p.k;
-      const uint8_t* x = p.x + ks * kBlockK;
 #pragma unroll
-      for (int i = 0; i < kRowsPerThread; ++i) {
-        if (F::kTileQuantum % kRowStride == 0 ? kRowStride * i < width : row0 + kRowStride * i < width) {
-          sm90::cp_async_16(stage + offset0 + i * (kRowStride * kBlockK), x + source[i], inside ? 16 : 0);
+      for (int box = 0; box < F::kBoxes; ++box) {
+        // Past the end of K both operands must be true zeros: the other one may hold anything, and 0 * NaN is NaN.
+        const int k = ks * G::kStepK + box * kBoxK;
+        const uint32_t bytes = k + chunk * 16 < p.k ? 16 : 0;
+        const uint8_t* x = p.x + k;
+        const uint32_t dst = stage + offset0 + box * G::kTokenBox;
+#pragma unroll
+        for (int i = 0; i < kRowsPerThread; ++i) {
+          if (F::kTileQuantum % kRowStride == 0 ? kRowStride * i < width : row0 + kRowStride * i < width) {
+            sm90::cp_async_16(dst + i * (kRowStride * kBoxK), x + source[i], bytes);
+          }
         }
       }
       sm90::cp_async_mbarrier_arrive_noinc(full);
@@ -252,10 +285,12 @@ __device__ __forceinline__ void multiply(float* acc, uint32_t& step, int steps, 
     const uint64_t x = sm90::matrix_descriptor(ring.stage(s) + G::kWeightBytes);
     sm90::wgmma_fence();
 #pragma unroll
-    for (int kk = 0; kk < 4; ++kk) {
+    for (int kk = 0; kk < 4 * G::F::kBoxes; ++kk) {
+      const uint64_t w_box = w + kk / 4 * (G::kWeightBox / 16) + kk % 4 * 2;
+      const uint64_t x_box = x + kk / 4 * (G::kTokenBox / 16) + kk % 4 * 2;
 #pragma unroll
       for (int atom = 0; atom < G::kAtoms; ++atom) {
-        sm90::Wgmma<N>::mma(acc + atom * (G::F::kTileN / 2), w + atom * 512 + kk * 2, x + kk * 2, (ks | kk) != 0);
+        sm90::Wgmma<N>::mma(acc + atom * (G::F::kTileN / 2), w_box + atom * 512, x_box, (ks | kk) != 0);
       }
     }
     sm90::wgmma_commit_group();
@@ -284,7 +319,7 @@ __device__ __forceinline__ void multiply_width(int units, float* acc, uint32_t& 
 template <class G>
 __device__ __forceinline__ void consume(const GemmParams& p, const Ring<G>& ring, int warp, int lane) {
   using F = typename G::F;
-  const int group = warp >> 2, steps = (p.k + kBlockK - 1) / kBlockK;
+  const int group = warp >> 2, steps = num_steps<G>(p);
   uint32_t step = 0;
   sm90::mbarrier_wait(ring.tile_full, 0);
   Tile t = sm90::ld_shared_v4(ring.slots);
@@ -293,7 +328,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Ring<G>& ring
   for (uint32_t n = 0; t.x >= 0;) {
     float acc[G::kAccumulators];
     multiply_width<G>(tile_width<F::kTileQuantum>(t.w) / F::kTileQuantum, acc, step, steps, ring,
-                      group * (64 * G::kAtoms * kBlockK), lane);
+                      group * (64 * G::kAtoms * kBoxK), lane);
 #pragma unroll
     for (int i = 0; i < G::kAccumulators; ++i) asm volatile("" : "+f"(acc[i])::"memory");
     __syncwarp();
@@ -333,12 +368,12 @@ __global__ void __launch_bounds__(G::kThreads, G::F::kCtasPerSm)
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = 4 * G::kWarpgroups;
     for (int s = 0; s < G::F::kStages; ++s) {
-      sm90::mbarrier_init(ring.full + s * 8, G::kGather ? 1 + 128 : 1);
+      sm90::mbarrier_init(ring.full + s * 8, G::kGather ? 1 + G::kProducerThreads : 2);
       sm90::mbarrier_init(ring.empty + s * 8, kConsumerWarps);
     }
     for (int i = 0; i < 2; ++i) {
       sm90::mbarrier_init(ring.tile_full + i * 8, 1);
-      sm90::mbarrier_init(ring.tile_empty + i * 8, kConsumerWarps + (G::kGather ? 4 : 0));
+      sm90::mbarrier_init(ring.tile_empty + i * 8, kConsumerWarps + (G::kGather ? G::kProducerWarps : 1));
     }
     sm90::fence_mbarrier_init();
     sm90::prefetch_tensormap(&map_w);
@@ -353,15 +388,16 @@ __global__ void __launch_bounds__(G::kThreads, G::F::kCtasPerSm)
     sm90::griddepcontrol_launch_dependents();
   }
   if (warp >= 4 * G::kWarpgroups) {
-    if constexpr (G::kProducerRegs > 0) sm90::setmaxnreg_dec<G::kProducerRegs>();
+    if constexpr (G::kMoveRegs) sm90::setmaxnreg_dec<G::kProducerRegs>();
     if constexpr (G::kGather) {
       produce_by_gather<G>(p, ring, &map_w);
     } else {
-      // NOTE: only this thread waits for product 1; the others touch nothing of it before its loads have arrived.
-      if (threadIdx.x == 128 * G::kWarpgroups) produce_by_tma<G>(p, ring, &map_w, &map_x, &map_x_part);
+      // NOTE: only the tokens' thread waits for product 1; nobody touches its rows before that thread's copies arrive.
+      if (threadIdx.x == 128 * G::kWarpgroups) produce_weights<G>(p, ring, &map_w);
+      if (threadIdx.x == 128 * G::kWarpgroups + 32) produce_tokens<G>(p, ring, &map_x, &map_x_part);
     }
   } else {
-    if constexpr (G::kConsumerRegs > 0) sm90::setmaxnreg_inc<G::kConsumerRegs>();
+    if constexpr (G::kMoveRegs) sm90::setmaxnreg_inc<G::kConsumerRegs>();
     consume<G>(p, ring, warp, lane);
   }
 }

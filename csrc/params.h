@@ -63,6 +63,7 @@ struct GemmParams {
   int out_columns;          // I or H
   int k;                    // length of the sums: H or I
   int weight_rows;          // rows of one expert's weights: M or H
+  int max_token_tiles;      // room in tiles
   Schedule* schedule;
   const TokenTile* tiles;
 };

@@ -42,6 +42,10 @@ struct Smem {
   long long warp_sums[kWarps];
 };
 
+// What experts are chosen by. NOTE: a routing kernel runs once per layer, its instructions long evicted by the weights:
+// fetching them is most of its time. So the kernel is compiled per kind and its loops stay rolled.
+enum Score { kByLogit, kBySoftmax, kBySigmoid };
+
 __device__ __forceinline__ float load_float(const void* data, DType dtype, size_t i) {
   if (dtype == DType::kFloat32) return __ldg(static_cast<const float*>(data) + i);
   return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
@@ -69,158 +73,142 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return __fdiv_rn(1.0f, __fadd_rn(1.0f, expf(-x))); }
-
-// What the selection and the weight of one expert of a token are made of.
-struct Scores {
-  float max, sum;  // softmax over all experts, where the method asks for it
-};
-__device__ __forceinline__ bool uses_softmax(int method) { return method == kDefault || method == kRenormalizeNaive; }
-
-__device__ __forceinline__ float selection_score(const RouteParams& p, const Scores& s, float logit, int expert) {
-  switch (p.method) {
-    case kDefault:
-    case kRenormalizeNaive: return __fdiv_rn(expf(__fsub_rn(logit, s.max)), s.sum);
-    case kRenormalize:
-    case kLlama4:
-    case kTopK: return logit;
-    case kDeepSeekV3:
-    case kMiniMax2: {
-      const float score = sigmoid(logit);
-      return p.bias == nullptr ? score : __fadd_rn(score, load_float(p.bias, p.bias_dtype, expert));
-    }
-    default: return sigmoid(logit);
-  }
-}
-
-// Weight of slot `lane` (< top_k) from the logit it selected.
-__device__ __forceinline__ float slot_weight(const RouteParams& p, const Scores& s, float logit, bool active) {
-  switch (p.method) {
-    case kDefault: return __fdiv_rn(expf(__fsub_rn(logit, s.max)), s.sum);
-    case kRenormalize: {
-      const float top = warp_max(active ? logit : -INFINITY);
-      const float e = active ? expf(__fsub_rn(logit, top)) : 0.0f;
-      return __fdiv_rn(e, warp_sum(e));
-    }
-    case kRenormalizeNaive: {
-      const float v = active ? __fdiv_rn(expf(__fsub_rn(logit, s.max)), s.sum) : 0.0f;
-      return p.norm_topk_prob ? __fdiv_rn(v, warp_sum(v)) : v;
-    }
-    case kTopK: return logit;
-    case kLlama4:
-    case kSigmoid: return sigmoid(logit);
-    default: {
-      const float v = active ? sigmoid(logit) : 0.0f;
-      const float share = __fdiv_rn(v, __fadd_rn(warp_sum(v), 1e-20f));
-      if (p.method == kSigmoidRenorm) return p.norm_topk_prob ? share : v;
-      return __fmul_rn(share, p.routed_scaling_factor);
-    }
-  }
-}
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, __fadd_rn(1.0f, expf(-x))); }
 
 // Excludes the experts of all but the topk_group best groups. A group's score: the sum of its two highest.
-template <int kPerLane>
-__device__ __forceinline__ void keep_groups(const RouteParams& p, uint32_t (&keys)[kPerLane], uint32_t* group_keys,
-                                            int lane) {
+__device__ __forceinline__ void keep_groups(const RouteParams& p, uint32_t* keys, uint32_t* group_keys, int lane) {
   const int size = p.num_experts / p.n_group;
-  for (int g = 0; g < p.n_group; ++g) {
-    const int first = g * size, last = first + size;
-    uint32_t first_key = 0, second_key = 0;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int expert = lane + 32 * i;
-      if (i * 32 + 31 < first || i * 32 >= last) continue;  // uniform: no lane of this line is in the group
-      const uint32_t key = expert >= first && expert < last ? keys[i] : 0;
-      second_key = max(second_key, min(first_key, key));
-      first_key = max(first_key, key);
+  int lanes = 1;  // that share a group
+  while (2 * lanes * p.n_group <= 32) lanes *= 2;
+  const int part = lane & (lanes - 1);
+#pragma unroll 1
+  for (int g0 = 0; g0 < p.n_group; g0 += 32 / lanes) {
+    const int g = g0 + lane / lanes;
+    uint32_t first = 0, second = 0;
+    if (g < p.n_group) {
+#pragma unroll 4
+      for (int i = part; i < size; i += lanes) {
+        // Start at another member in each group: the same one would be in the same bank.
+        int member = i + lane / lanes * lanes;
+        while (member >= size) member -= size;
+        const uint32_t key = keys[g * size + member];
+        second = max(second, min(first, key));
+        first = max(first, key);
+      }
     }
-    const uint32_t best = __reduce_max_sync(kAll, first_key);
-    const unsigned holders = __ballot_sync(kAll, first_key == best);
-    const uint32_t rest = first_key == best && __popc(holders) == 1 ? second_key : first_key;
-    const uint32_t second = __reduce_max_sync(kAll, rest);
-    if (lane == 0) group_keys[g] = order_key(__fadd_rn(key_value(best), key_value(second)));
+#pragma unroll 1
+    for (int mask = lanes / 2; mask > 0; mask /= 2) {
+      const uint32_t other_first = __shfl_xor_sync(kAll, first, mask), other_second = __shfl_xor_sync(kAll, second, mask);
+      second = max(min(first, other_first), max(second, other_second));
+      first = max(first, other_first);
+    }
+    if (part == 0 && g < p.n_group) group_keys[g] = order_key(__fadd_rn(key_value(first), key_value(second)));
   }
   __syncwarp();
-  // Each lane ranks its experts' groups; E / n_group >= 2, so a lane does at most kPerLane of them.
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int expert = lane + 32 * i;
-    if (expert < p.num_experts) {
-      const int group = expert / size;
-      const uint32_t mine = group_keys[group];
-      int better = 0;
-      for (int g = 0; g < p.n_group; ++g) {
-        const uint32_t other = group_keys[g];
-        better += other > mine || (other == mine && g < group);
+#pragma unroll 1
+  for (int g0 = 0; g0 < p.n_group; g0 += 32) {
+    const int g = g0 + lane;
+    int better = 0;
+    const uint32_t mine = g < p.n_group ? group_keys[g] : 0;
+#pragma unroll 4
+    for (int other = 0; other < p.n_group; ++other) {
+      const uint32_t key = group_keys[other];
+      better += key > mine || (key == mine && other < g);
+    }
+    if (g < p.n_group && better >= p.topk_group) {
+#pragma unroll 1
+      for (int i = 0; i < size; ++i) {
+        int member = i + lane;
+        while (member >= size) member -= size;
+        keys[g * size + member] = 0;
       }
-      if (better >= p.topk_group) keys[i] = 0;
     }
   }
   __syncwarp();
 }
 
-// Selects top_k experts of a token; lane k returns the id of slot k.
-template <int kPerLane>
-__device__ __forceinline__ int select_experts(const RouteParams& p, uint32_t (&keys)[kPerLane], int lane) {
-  uint32_t best = 0;
-  int best_i = 0;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    if (keys[i] > best) best = keys[i], best_i = i;  // the first of equals: the smaller id
+// The best of a lane's experts lane, lane + 32, ...; of equals the smaller id.
+__device__ __forceinline__ void best_of_lane(const uint32_t* keys, int num_experts, int lane, uint32_t& key, int& id) {
+  key = 0;
+  id = lane;
+#pragma unroll 4
+  for (int e = lane; e < num_experts; e += 32) {
+    const uint32_t k = keys[e];
+    if (k > key) key = k, id = e;
   }
-  int mine = 0;
-  for (int k = 0; k < p.top_k; ++k) {
-    const uint32_t top = __reduce_max_sync(kAll, best);
-    const int id = __reduce_min_sync(kAll, best == top ? lane + 32 * best_i : INT_MAX);
-    if (lane == k) mine = id;
-    if (lane == (id & 31)) {  // only the owner looks again
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        if (i == best_i) keys[i] = 0;
-      }
-      best = 0;
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        if (keys[i] > best) best = keys[i], best_i = i;
-      }
-    }
-  }
-  return mine;
 }
 
-template <int kPerLane>
-__device__ __forceinline__ int route_token(const RouteParams& p, int token, uint32_t* group_keys, int lane,
-                                           float& weight) {
+// Routes one token in one warp; `keys` is the warp's, of num_experts. Lane k returns the id and the weight of slot k.
+template <Score kScore>
+__device__ __forceinline__ int route_token(const RouteParams& p, int token, uint32_t* keys, uint32_t* group_keys,
+                                           int lane, float& weight) {
   const size_t row = static_cast<size_t>(token) * p.num_experts;
-  float logits[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int expert = lane + 32 * i;
-    logits[i] = expert < p.num_experts ? load_float(p.logits, p.logits_dtype, row + expert) : -INFINITY;
-  }
-  Scores s = {0.0f, 1.0f};
-  if (uses_softmax(p.method)) {
-    float top = -INFINITY, sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) top = fmaxf(top, logits[i]);
-    s.max = warp_max(top);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (lane + 32 * i < p.num_experts) sum = __fadd_rn(sum, expf(__fsub_rn(logits[i], s.max)));
+  float top = 0.0f, inverse = 1.0f;
+#pragma unroll 4
+  for (int e = lane; e < p.num_experts; e += 32) {
+    const float logit = load_float(p.logits, p.logits_dtype, row + e);
+    if constexpr (kScore == kBySigmoid) {
+      float score = sigmoid(logit);
+      if (p.bias != nullptr) score = __fadd_rn(score, load_float(p.bias, p.bias_dtype, e));
+      keys[e] = order_key(score);
+    } else if constexpr (kScore == kByLogit) {
+      keys[e] = order_key(logit);
+    } else {
+      keys[e] = __float_as_uint(logit);
     }
-    s.sum = warp_sum(sum);
   }
-  uint32_t keys[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int expert = lane + 32 * i;
-    keys[i] = expert < p.num_experts ? order_key(selection_score(p, s, logits[i], expert)) : 0;
+  if constexpr (kScore == kBySoftmax) {
+    top = -INFINITY;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int e = lane; e < p.num_experts; e += 32) top = fmaxf(top, __uint_as_float(keys[e]));
+    top = warp_max(top);
+#pragma unroll 4
+    for (int e = lane; e < p.num_experts; e += 32) {
+      const float value = expf(__fsub_rn(__uint_as_float(keys[e]), top));
+      keys[e] = __float_as_uint(value);
+      sum = __fadd_rn(sum, value);
+    }
+    inverse = __fdividef(1.0f, warp_sum(sum));
+#pragma unroll 4
+    for (int e = lane; e < p.num_experts; e += 32) keys[e] = order_key(__fmul_rn(__uint_as_float(keys[e]), inverse));
   }
-  if (p.n_group > 1) keep_groups<kPerLane>(p, keys, group_keys, lane);
-  const int id = select_experts<kPerLane>(p, keys, lane);
+  __syncwarp();
+  if (kScore == kBySigmoid && p.n_group > 1) keep_groups(p, keys, group_keys, lane);
+
+  uint32_t best;
+  int best_id, id = 0;
+  best_of_lane(keys, p.num_experts, lane, best, best_id);
+#pragma unroll 1
+  for (int k = 0; k < p.top_k; ++k) {
+    const uint32_t greatest = __reduce_max_sync(kAll, best);
+    const int chosen = __reduce_min_sync(kAll, best == greatest ? best_id : INT_MAX);
+    if (lane == k) id = chosen;
+    if (lane == (chosen & 31)) {  // only the owner looks again
+      keys[chosen] = 0;
+      best_of_lane(keys, p.num_experts, lane, best, best_id);
+    }
+  }
+
+  // Weights: lane k < top_k holds slot k, the others zeros.
   const bool active = lane < p.top_k;
   const float logit = active ? load_float(p.logits, p.logits_dtype, row + id) : 0.0f;
-  weight = slot_weight(p, s, logit, active);
+  if constexpr (kScore == kBySoftmax) {
+    weight = active ? __fmul_rn(expf(__fsub_rn(logit, top)), inverse) : 0.0f;
+    if (p.method == kRenormalizeNaive && p.norm_topk_prob) weight = __fdividef(weight, warp_sum(weight));
+  } else if constexpr (kScore == kByLogit) {
+    weight = logit;
+    if (p.method == kLlama4) weight = sigmoid(logit);
+    if (p.method == kRenormalize) {
+      const float e = active ? expf(__fsub_rn(logit, warp_max(active ? logit : -INFINITY))) : 0.0f;
+      weight = __fdividef(e, warp_sum(e));
+    }
+  } else {
+    weight = active ? sigmoid(logit) : 0.0f;
+    const bool shares = p.method != kSigmoid && (p.method != kSigmoidRenorm || p.norm_topk_prob);
+    if (shares) weight = __fdividef(weight, __fadd_rn(warp_sum(weight), 1e-20f));
+    if (p.method == kDeepSeekV3 || p.method == kMiniMax2) weight = __fmul_rn(weight, p.routed_scaling_factor);
+  }
   return id;
 }
 
@@ -270,6 +258,7 @@ __device__ __forceinline__ void write_permutation(const RouteParams& p, Smem& sm
     // Near-equal tiles: 130 rows in tiles of up to 128 become 96 + 34 rather than 128 + 2.
     const int units = (rows + p.tile_quantum - 1) / p.tile_quantum;
     int at = 0;
+#pragma unroll 1
     for (int i = 0; i < tiles; ++i) {
       const int count = min(p.tile_quantum * (units / tiles + (i < units % tiles)), rows - at);
       const int first = i / p.tiles_per_block * p.tiles_per_block;
@@ -281,6 +270,7 @@ __device__ __forceinline__ void write_permutation(const RouteParams& p, Smem& sm
 
   const int first_token = block * kRouteBlockTokens;
   const int tokens = min(kRouteBlockTokens, num_valid_tokens(p) - first_token);
+#pragma unroll 1
   for (int i = threadIdx.x; i < tokens * p.top_k; i += kThreads) {
     const int local = smem.ids[i], t = i / p.top_k;
     const size_t slot = static_cast<size_t>(first_token) * p.top_k + i;
@@ -297,10 +287,10 @@ __device__ __forceinline__ void write_permutation(const RouteParams& p, Smem& sm
   }
 }
 
-template <int kPerLane>
+template <Score kScore>
 __global__ void __launch_bounds__(kThreads, 1) route_kernel(const __grid_constant__ RouteParams p) {
   __shared__ Smem smem;
-  extern __shared__ uint32_t group_keys[];  // [warps, n_group]
+  extern __shared__ uint32_t scratch[];  // [warps, num_experts + n_group]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x < p.num_local) {
     smem.bitmaps[threadIdx.x][0] = smem.bitmaps[threadIdx.x][1] = 0;
@@ -311,13 +301,16 @@ __global__ void __launch_bounds__(kThreads, 1) route_kernel(const __grid_constan
   sm90::griddepcontrol_launch_dependents();
   const int first_token = blockIdx.x * kRouteBlockTokens;
   const int tokens = min(kRouteBlockTokens, num_valid_tokens(p) - first_token);
+  uint32_t* keys = scratch + warp * (p.num_experts + p.n_group);
+#pragma unroll 1
   for (int t = warp; t < tokens; t += kWarps) {
     const int token = first_token + t;
     const size_t slot = static_cast<size_t>(token) * p.top_k + lane;
     float weight = 0.0f;
     int id = -1;
     if (p.logits != nullptr) {
-      id = route_token<kPerLane>(p, token, group_keys + warp * max(p.n_group, 0), lane, weight);
+      __syncwarp();  // the last token's keys have been read
+      id = route_token<kScore>(p, token, keys, keys + p.num_experts, lane, weight);
     } else if (lane < p.top_k) {
       id = p.in_ids[slot];
       weight = load_float(p.in_weights, p.in_weights_dtype, slot);
@@ -385,14 +378,12 @@ __global__ void __launch_bounds__(kThreads, 1) permute_kernel(const __grid_const
   write_permutation(p, smem, block, num_blocks);
 }
 
-template <int kPerLane>
+template <Score kScore>
 void launch_route_kernel(const RouteParams& p, int blocks, const LaunchConfig& launch) {
-  const int smem = p.n_group > 1 ? kWarps * p.n_group * 4 : 0;
-  if (smem > 16 * 1024) {
-    check_cuda(cudaFuncSetAttribute(route_kernel<kPerLane>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem),
-               "raising the shared memory limit of the routing kernel");
-  }
-  check_cuda(launch_kernel(route_kernel<kPerLane>, blocks, kThreads, smem, launch, p), "launching the routing kernel");
+  const int smem = p.logits == nullptr ? 0 : kWarps * (p.num_experts + p.n_group) * 4;
+  check_cuda(cudaFuncSetAttribute(route_kernel<kScore>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem),
+             "raising the shared memory limit of the routing kernel");
+  check_cuda(launch_kernel(route_kernel<kScore>, blocks, kThreads, smem, launch, p), "launching the routing kernel");
 }
 
 }  // namespace
@@ -403,17 +394,13 @@ void launch_route(const RouteParams& p, const LaunchConfig& launch) {
   require(p.local_offset >= 0 && p.num_local >= 1 && p.local_offset + p.num_local <= p.num_experts,
           "the local experts must lie inside 0 ... num_experts - 1");
   const int blocks = std::max(1, (p.num_tokens + kRouteBlockTokens - 1) / kRouteBlockTokens);
-  const int lines = p.logits == nullptr ? 1 : (p.num_experts + 31) / 32;
-  if (lines <= 1) {
-    launch_route_kernel<1>(p, blocks, launch);
-  } else if (lines <= 4) {
-    launch_route_kernel<4>(p, blocks, launch);
-  } else if (lines <= 8) {
-    launch_route_kernel<8>(p, blocks, launch);
-  } else if (lines <= 16) {
-    launch_route_kernel<16>(p, blocks, launch);
-  } else {
-    launch_route_kernel<32>(p, blocks, launch);
+  switch (p.method) {
+    case kRenormalize:
+    case kLlama4:
+    case kTopK: launch_route_kernel<kByLogit>(p, blocks, launch); break;
+    case kDefault:
+    case kRenormalizeNaive: launch_route_kernel<kBySoftmax>(p, blocks, launch); break;
+    default: launch_route_kernel<kBySigmoid>(p, blocks, launch); break;
   }
   if (blocks > 1) {
     check_cuda(launch_kernel(permute_kernel, blocks, kThreads, 0, launch, p), "launching the permutation kernel");

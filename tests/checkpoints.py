@@ -173,15 +173,15 @@ def save_static_fp8(source: Path, target: Path, input_scales: Mapping[str, Input
 
 
 def save_dequantised(source: Path, target: Path) -> None:
-    """Write the plain float32 copy of an FP8 static checkpoint: weight times scale, for the model's own code to load."""
+    """Write the plain bfloat16 copy of an FP8 static checkpoint: weight times scale, for the model's own code."""
     config = json.loads((source / "config.json").read_text())
     del config["quantization_config"]
     stored = {name: tensor for path in source.glob("*.safetensors") for name, tensor in load_file(path).items()}
     tensors = {
-        name: tensor.float() * stored.get(f"{name}_scale", torch.ones(()))
+        name: (tensor.float() * stored.get(f"{name}_scale", torch.ones(()))).bfloat16()
         for name, tensor in stored.items()
         if not name.endswith("_scale")
     }
     target.mkdir(parents=True)
-    (target / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    (target / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})

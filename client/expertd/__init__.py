@@ -22,10 +22,12 @@ from expertd.errors import (
     InvalidRequestError,
     LayerNotFoundError,
     MessageTooLargeError,
+    NoReplicaError,
     OverloadedError,
     ProtocolError,
     ServerError,
     TimeoutError,
+    TopologyError,
     UnavailableError,
     VersionNotHeldError,
 )
@@ -60,6 +62,7 @@ __all__ = [
     "LayerNotFoundError",
     "LayerState",
     "MessageTooLargeError",
+    "NoReplicaError",
     "OverloadedError",
     "ProtocolError",
     "RetryPolicy",
@@ -68,6 +71,7 @@ __all__ = [
     "ServerInfo",
     "TimeoutError",
     "Timing",
+    "TopologyError",
     "UnavailableError",
     "VersionNotHeldError",
 ]

@@ -15,7 +15,7 @@ from expertd.tensors import ArrayKind, WireTensor, dtype_to_wire, from_message, 
 from expertd.types import ForwardRequest, ForwardResult, LayerInfo, Timing
 from expertd.v1 import expertd_pb2 as pb
 
-__all__ = ["Part", "Plan", "PreparedRequest", "prepare"]
+__all__ = ["Part", "Plan", "PreparedRequest", "prepare", "timing_of"]
 
 _FLOATS = ("float32", "bfloat16")
 _HIDDEN_DTYPES = ("float8_e4m3fn", "bfloat16", "float16", "float32")
@@ -173,7 +173,7 @@ class Plan:
             topk_ids=deliver(topk_ids if request.return_routing else None),
             expanded_idx_to_permuted_idx=deliver(permuted_idx),
             weights_version=answers[0].weights_version,
-            timings=tuple(_timing(answer.timing) for answer in answers),
+            timings=tuple(timing_of(answer.timing) for answer in answers),
         )
 
     def _joined(
@@ -324,7 +324,8 @@ def _check_index(rows: WireTensor, index: WireTensor) -> None:
         )
 
 
-def _timing(timing: pb.Timing) -> Timing:
+def timing_of(timing: pb.Timing) -> Timing:
+    """A Timing message as the caller sees it."""
     return Timing(
         queue_us=timing.queue_us,
         copy_in_us=timing.copy_in_us,

@@ -1,8 +1,8 @@
-"""One request for many servers: which tokens go to which slice of the experts, and the sum of what comes back. No I/O.
+"""One request for many servers: which tokens go to which slice of the experts, and the sum of what comes back.
 
-A slice gets the rows of those tokens that chose one of its experts, with every foreign slot emptied (id -1). Its answers
-are summed in float32 in ascending order of the slices, so the bits of the sum depend on the request and on the slices
-alone: not on which answer came first, nor on which replica gave it.
+A slice gets the rows of those tokens that chose one of its experts, with every foreign slot emptied (id -1). The slices'
+answers are summed in float32 in ascending order of their experts, so the bits of the sum depend on the request and on
+the slices alone: not on which answer came first, nor on which replica gave it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def combine(num_tokens: int, hidden_size: int, parts: Sequence[tuple[Rows, AnyAr
         for part in aligned:
             if part.fill(addend, block, start):
                 total += addend
-        out[start:stop] = total
+        with np.errstate(over="ignore"):  # float16: infinity, as everywhere
+            out[start:stop] = total
     return out
 
 

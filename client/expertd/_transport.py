@@ -204,7 +204,7 @@ class _Stream:
             if self._pending.pop(request_id, None) is None:
                 return
             self._to_send.pop(request_id, None)
-            self._sendable.notify()
+            self._end_if_idle()
         self._release()
 
     def close(self) -> None:
@@ -229,6 +229,11 @@ class _Stream:
                 message = self._to_send.pop(next(iter(self._to_send)))
             yield message
             del message  # the next wait may be long, and the message large
+
+    def _end_if_idle(self) -> None:
+        """Under the lock. Wakes the sender for nothing else: with the stream open that would cost every answer."""
+        if not self._open and not self._pending:
+            self._sendable.notify()
 
     def _read(self) -> None:
         end: ExpertdError = UnavailableError("the server ended the stream")
@@ -257,7 +262,7 @@ class _Stream:
             if isinstance(outcome, UnavailableError):
                 # This server starts or drains: new requests go on a new stream, which may reach another one.
                 self._open = False
-            self._sendable.notify()
+            self._end_if_idle()
         if on_done is not None:  # None: abandoned
             self._release()
             on_done(outcome)

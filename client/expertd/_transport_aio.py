@@ -32,7 +32,7 @@ from expertd.errors import (
 )
 from expertd.v1 import expertd_pb2 as pb
 
-__all__ = ["AsyncStreamTransport", "AsyncTransport", "AsyncUnaryTransport", "error_from_aio"]
+__all__ = ["AsyncStreamTransport", "AsyncTransport", "AsyncUnaryTransport", "caller_is_cancelled", "error_from_aio"]
 
 
 class AsyncTransport(Protocol):
@@ -123,7 +123,8 @@ class _Stream:
         finally:
             self._pending.pop(request_id, None)
             self._to_send.pop(request_id, None)
-            self._wake_sender.set()
+            if not self._open and not self._pending:
+                self._wake_sender.set()  # nothing is left to send: it ends the call's sending side
 
     async def close(self) -> None:
         """Take no more requests, end the call and both tasks; what is in flight fails with ClosedError."""
@@ -206,7 +207,7 @@ class AsyncUnaryTransport:
             return error
         except asyncio.CancelledError:
             # gRPC raises this both when the caller's task is cancelled and when the call is, as close() does.
-            if self._closed and not _cancelling():
+            if self._closed and not caller_is_cancelled():
                 return ClosedError(CLOSED_IN_FLIGHT)
             raise
         finally:
@@ -225,6 +226,7 @@ async def error_from_aio(call: Any, request_id: str | None) -> ExpertdError:
     return error_from_trailers(code, message or "", tuple(trailers or ()), request_id=request_id)
 
 
-def _cancelling() -> bool:
+def caller_is_cancelled() -> bool:
+    """Whether the running task is being cancelled; otherwise a CancelledError came from a cancelled gRPC call."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

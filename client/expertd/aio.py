@@ -26,7 +26,13 @@ from expertd._base import (
     layer_info,
 )
 from expertd._plan import Part, Plan, PreparedRequest, prepare
-from expertd._transport_aio import AsyncStreamTransport, AsyncTransport, AsyncUnaryTransport, error_from_aio
+from expertd._transport_aio import (
+    AsyncStreamTransport,
+    AsyncTransport,
+    AsyncUnaryTransport,
+    caller_is_cancelled,
+    error_from_aio,
+)
 from expertd.config import ClientConfig
 from expertd.errors import (
     ClosedError,
@@ -285,6 +291,10 @@ class AsyncClient(BaseClient):
             return answer
         except grpc.RpcError as error:
             raise await error_from_aio(call, request_id) from error
+        except asyncio.CancelledError as error:
+            if self._closed.is_set() and not caller_is_cancelled():
+                raise ClosedError("the client was closed") from error
+            raise
 
     def _connected(self) -> AsyncTransport:
         if self._closed.is_set():

@@ -116,7 +116,8 @@ def _keys(scores: _Floats) -> _Keys:
 def _top_k(keys: _Keys, k: int) -> _Keys:
     """Columns [T, k] of the k greatest keys, greatest first."""
     ascending = np.sort(keys, axis=1)[:, -k:]  # at these widths a vectorised sort is as fast as a partition
-    return _COLUMN_MASK - (ascending[:, ::-1] & _COLUMN_MASK)
+    columns: _Keys = _COLUMN_MASK - (ascending[:, ::-1] & _COLUMN_MASK)
+    return columns
 
 
 def _softmax(x: _Floats) -> _Floats:
@@ -132,7 +133,6 @@ def _row_sum(x: _Floats) -> _Floats:
     """[T, N] to [T, 1], as a binary tree of element-wise additions."""
     while x.shape[1] > 1:
         half, odd = divmod(x.shape[1], 2)
-        total = x[:, : half + odd].copy()
-        total[:, :half] += x[:, half + odd :]
-        x = total
+        halves: _Floats = x[:, :half] + x[:, half + odd :]
+        x = np.concatenate([halves, x[:, half : half + odd]], axis=1) if odd else halves
     return x

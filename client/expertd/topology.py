@@ -6,7 +6,7 @@ Addresses come from targets: "host:port", a DNS name that stands for many hosts,
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import json
 import os
 import socket
@@ -26,6 +26,7 @@ __all__ = [
     "Shard",
     "Targets",
     "TopologyFile",
+    "distinct",
     "place_layer",
     "resolver_for",
 ]
@@ -249,7 +250,7 @@ def _cover(slices: Iterable[tuple[int, int]], num_experts: int) -> list[tuple[in
     edges = sorted({0, num_experts, *(edge for bounds in slices for edge in bounds)})
     # From each edge, going backwards: experts left out on the best way to the end, its slices.
     best: dict[int, tuple[int, int, list[tuple[int, int]]]] = {num_experts: (0, 0, [])}
-    for edge, following in reversed(list(zip(edges, edges[1:], strict=False))):
+    for edge, following in reversed(list(itertools.pairwise(edges))):
         left_out, count, way = best[following]
         ways = [(left_out + following - edge, count, way)]
         for stop in by_start.get(edge, ()):
@@ -290,8 +291,8 @@ def _same(field: str, one: tuple[str, LayerInfo], other: tuple[str, LayerInfo], 
     if a != b:
         values = "differs" if isinstance(a, bytes) or isinstance(b, bytes) else f"is {a!r} and {b!r}"
         raise TopologyError(
-            f"layer {one[1].name!r}: {field} {values} on {one[0]} and {other[0]}, expected the same; serve one checkpoint "
-            f"from all servers of a group"
+            f"layer {one[1].name!r}: {field} {values} on {one[0]} and {other[0]}, expected the same; serve one "
+            f"checkpoint from all servers of a group"
         )
 
 
@@ -305,9 +306,3 @@ def distinct(members: Iterable[Member]) -> list[Member]:
     for member in sorted(members, key=lambda each: each.address):
         by_instance.setdefault(member.server.instance_id or member.address, member)
     return list(by_instance.values())
-
-
-def without_layers(member: Member, names: Iterable[str]) -> Member:
-    """The member as if it did not hold these layers."""
-    gone = set(names)
-    return dataclasses.replace(member, layers={name: layer for name, layer in member.layers.items() if name not in gone})

@@ -30,6 +30,9 @@ Array: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
 ArrayT = TypeVar("ArrayT", "np.ndarray[Any, Any]", "torch.Tensor")
 """Results come as the kind of array that hidden_states was."""
 
+MaybeNone: TypeAlias = Any
+"""None where the caller did not ask for the field; typed so that those who did ask need no assert."""
+
 
 class RoutingMethod(enum.IntEnum):
     """How logits become expert ids and weights; the published ids of the operator's `routing_method_type`."""
@@ -172,15 +175,15 @@ class ForwardResult(Generic[ArrayT]):
     of the received message.
     """
 
-    output: ArrayT | None
+    output: ArrayT | MaybeNone
     """[T, H] in output_dtype; None when do_finalize is False."""
-    gemm2_output: ArrayT | None
+    gemm2_output: ArrayT | MaybeNone
     """[P, H] bfloat16, one row per (token, local expert) pair, grouped by expert; only when do_finalize is False."""
-    expert_weights: ArrayT | None
+    expert_weights: ArrayT | MaybeNone
     """[T, K] bfloat16; when do_finalize is False or return_routing is True."""
-    topk_ids: ArrayT | None
+    topk_ids: ArrayT | MaybeNone
     """[T, K] int32 global expert ids in slot order; when return_routing is True."""
-    expanded_idx_to_permuted_idx: ArrayT | None
+    expanded_idx_to_permuted_idx: ArrayT | MaybeNone
     """[T * K] int32, row of gemm2_output for slot t * K + k, or -1 where the expert is not held by the server; only
     when do_finalize is False."""
     weights_version: int

@@ -60,6 +60,7 @@ def grouped_gemm(
     out_columns: int,
     k: int,
     weight_rows: int,
+    max_token_tiles: int,
     schedule: int,
     tiles: int,
     grid: int,

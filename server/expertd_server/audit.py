@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from expertd_server.checkpoint import Checkpoint, LayerAccount, open_checkpoint
+from expertd_server.accounting import LayerAccount, scale_problem
+from expertd_server.checkpoint import Checkpoint, open_checkpoint
 from expertd_server.dialects import Kind, Projection
 
 __all__ = ["print_audit"]
@@ -29,7 +30,7 @@ def print_audit(path: str | Path, console: Console | None = None) -> bool:
     checkpoint = open_checkpoint(path)
     accounts = [_account(checkpoint, name) for name in checkpoint.layer_names]
     _print_summary(checkpoint, console)
-    table = Table("layer", "experts", "weights", "weight scales", "input scales", "bad scales", "gate ≠ up")
+    table = Table("layer", "experts", "weights", "weight scales", "input scales", "bad scales", "gate and up differ")
     problems: list[str] = []
     for account in accounts:
         values = _scale_values(checkpoint, account)
@@ -76,7 +77,7 @@ def _scale_values(checkpoint: Checkpoint, account: LayerAccount) -> dict[str, fl
     """Every scale of a layer by tensor name; those of a wrong shape or type are among the account's problems."""
     values: dict[str, float] = {}
     for (_, _, kind), name in account.tensors.items():
-        if kind is not Kind.WEIGHT and checkpoint.scale_problem(name) is None:
+        if kind is not Kind.WEIGHT and scale_problem(checkpoint.files, name) is None:
             values[name] = checkpoint.scale_value(name)
     return values
 
@@ -87,7 +88,7 @@ def _layer_row(account: LayerAccount, values: dict[str, float]) -> list[str]:
     return [
         account.layer_name,
         str(len({expert for expert, _, _ in account.tensors})),
-        f"{weights} {'FP8' if account.is_quantised else 'not quantised'}",
+        f"{account.num_fp8_weights} FP8, {weights - account.num_fp8_weights} wider",
         _span(values[n] for (_, _, kind), n in account.tensors.items() if kind is Kind.WEIGHT_SCALE and n in values),
         _span(values[n] for (_, _, kind), n in account.tensors.items() if kind is Kind.INPUT_SCALE and n in values),
         ", ".join(f"{count} {what}" for what, count in sorted(bad.items())) or "none",
@@ -97,7 +98,7 @@ def _layer_row(account: LayerAccount, values: dict[str, float]) -> list[str]:
 
 def _span(values: Iterable[float]) -> str:
     finite = [value for value in values if math.isfinite(value)]
-    return f"{min(finite):.3g} … {max(finite):.3g}" if finite else "none"
+    return f"{min(finite):.3g} to {max(finite):.3g}" if finite else "none"
 
 
 def _unequal(account: LayerAccount, values: dict[str, float], kind: Kind) -> int:

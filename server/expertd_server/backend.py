@@ -50,7 +50,7 @@ class Backend(Protocol):
     """Runs layers on one device. Calls may come from any thread, one at a time for each backend object."""
 
     name: str
-    """"cpu", "torch" or "cuda", as in GetServerInfo."""
+    """"cpu", "torch", "cuda" or, in benchmarks, "noop", as in GetServerInfo."""
     device: torch.device
 
     def prepare(self, spec: LayerSpec, weights: ExpertWeights, *, max_num_tokens: int = 8192) -> PreparedLayer:
@@ -91,12 +91,17 @@ def select_backend(device: torch.device | str = "auto") -> Backend:
     """The best backend for a device: "cuda" on a Hopper GPU whose kernels are installed, "torch" on any other CUDA
     device (and its log says why), "cpu" on the CPU.
 
-    device: "cpu", "cuda", "cuda:1", ..., or "auto": the current CUDA device where torch sees one, else the CPU.
+    device: "cpu", "cuda", "cuda:1", ..., "auto": the current CUDA device where torch sees one, else the CPU; or "noop",
+    which answers with zeros, for benchmarks.
     Raises ValueError, naming the device, where there is no such device.
     """
     # Imported here: the backends import this module, and the kernels exist only where they were compiled.
     from expertd_server.backend_cpu import TorchBackend  # noqa: PLC0415
 
+    if device == "noop":
+        from expertd_server.backend_noop import NoopBackend  # noqa: PLC0415
+
+        return NoopBackend()
     has_cuda = torch.cuda.is_available()
     if device == "auto":
         device = "cuda" if has_cuda else "cpu"

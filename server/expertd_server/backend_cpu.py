@@ -27,7 +27,7 @@ __all__ = ["TorchBackend"]
 _log = logging.getLogger(__name__)
 _ROW_BLOCK = 64
 _PROBE_ROWS = 130  # two blocks and a bit
-_FINALIZE_BLOCK_TOKENS = 32  # the expert outputs of a block stay in the cache while they are summed
+_FINALIZE_BLOCK_TOKENS = 16  # the expert outputs of a block stay in the cache while they are summed
 
 
 class TorchBackend:

@@ -12,56 +12,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from expertd_server.accounting import LayerAccount, account_layer
 from expertd_server.calibration import Calibration, InputScales, measure_input_scales
 from expertd_server.dialects import Architecture, Kind, Projection, read_architecture
 from expertd_server.errors import CheckpointError
 from expertd_server.fp8 import FP8_MAX, to_fp8
-from expertd_server.quantization import HOW_TO_CONVERT, check_quantization
+from expertd_server.quantization import check_quantization
 from expertd_server.tensor_files import TensorFiles, read_json
 from expertd_server.types import LayerSpec
 from expertd_server.weights import ExpertWeights
 
 __all__ = ["Checkpoint", "LayerAccount", "open_checkpoint"]
-
-FP8 = "F8_E4M3"
-UNQUANTISED = ("BF16", "F16", "F32")
-SCALE_DTYPES = ("F32", "BF16", "F16")
-MAX_PROBLEMS_SHOWN = 8
-NO_INPUT_SCALES = (
-    "the checkpoint has no static input scales (it is not quantised, or its activations are quantised dynamically, "
-    "which would make an answer depend on its batch): give a calibration file or input scales"
-)
-
-
-@dataclass(frozen=True)
-class LayerAccount:
-    """Every tensor of one layer: what the chosen experts need, and what else there is."""
-
-    layer_name: str
-    spec: LayerSpec
-    tensors: dict[tuple[int, Projection, Kind], str]
-    """Of every expert of the layer, local or not: (global expert id, projection, kind) to tensor name."""
-    is_quantised: bool
-    """Whether the experts' weights are FP8 in the file."""
-    has_input_scales: bool
-    """Whether the checkpoint brings static input scales for this layer."""
-    problems: tuple[str, ...]
-    """Why the layer cannot be loaded, one sentence per tensor: missing, not expected, of a wrong shape or type."""
-    left_to_client: tuple[str, ...]
-    """Tensors of the block that are outside the layer: router, shared experts, latent projections."""
-
-    def raise_problems(self) -> None:
-        """Raise CheckpointError with the first few problems, if there is one."""
-        if self.problems:
-            shown = list(self.problems[:MAX_PROBLEMS_SHOWN])
-            if len(self.problems) > len(shown):
-                shown.append(f"and {len(self.problems) - len(shown)} more")
-            raise CheckpointError(f"layer {self.layer_name!r}: " + "; ".join(shown))
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -135,35 +100,14 @@ class Checkpoint:
 
         need_input_scales: False where they come from a calibration.
         """
-        spec = self.spec(layer_name, experts)
-        tensors, problems = self._sort_names(layer_name)
-        wanted = [p for p in Projection if p in self.architecture.dialect.projections.values()]
-        local = range(spec.local_expert_offset, spec.local_expert_offset + spec.num_local)
-        is_quantised = False
-        for expert in local:
-            for projection in wanted:
-                is_fp8, found = self._check_weight(layer_name, tensors, expert, projection)
-                is_quantised |= is_fp8
-                problems += found
-        has_input_scales = any(kind is Kind.INPUT_SCALE for _, _, kind in tensors)
-        if need_input_scales:
-            problems += self._check_input_scales(layer_name, tensors, wanted)
-        if spec.routing_method.reads_bias and self._bias_name(layer_name) is None:
-            problems.append(f"{' or '.join(self._bias_candidates(layer_name))} is missing: the routing reads a bias")
-        block = self.architecture.dialect.block_prefix(layer_name)
-        experts_prefix = self.architecture.dialect.experts_prefix(layer_name)
-        return LayerAccount(
-            layer_name=layer_name,
-            spec=spec,
-            tensors=tensors,
-            is_quantised=is_quantised,
-            has_input_scales=has_input_scales,
-            problems=tuple(problems),
-            left_to_client=tuple(
-                name
-                for name in self._names_of_layer.get(layer_name, ())
-                if name.startswith(block) and not name.startswith(experts_prefix)
-            ),
+        names = self._names_of_layer.get(layer_name, ())
+        return account_layer(
+            self.architecture.dialect,
+            self.files,
+            layer_name,
+            names,
+            self.spec(layer_name, experts),
+            need_input_scales=need_input_scales,
         )
 
     def load(
@@ -189,7 +133,7 @@ class Checkpoint:
         size, rows = spec.intermediate_size, spec.gemm1_rows
         gemm1 = torch.empty((spec.num_local, rows, spec.hidden_size), dtype=torch.float8_e4m3fn)
         gemm2 = torch.empty((spec.num_local, spec.hidden_size, size), dtype=torch.float8_e4m3fn)
-        output1, output1_gate, output2 = (torch.empty(spec.num_local, dtype=torch.float32) for _ in range(3))
+        output1, output1_gate, output2 = (torch.empty(spec.num_local, dtype=torch.float64) for _ in range(3))
         for local in range(spec.num_local):
             expert = spec.local_expert_offset + local
             places = {Projection.UP: gemm1[local, :size], Projection.DOWN: gemm2[local]}
@@ -201,7 +145,6 @@ class Checkpoint:
                 if progress is not None:
                     progress(place.numel())
             a1, a2 = inputs.gemm1, gemm2_input_scales[expert]
-            # Python floats are float64: each product is rounded to float32 once, where it is stored.
             if spec.activation.is_gated:
                 output1[local] = scales[Projection.UP] * a1 / a2
                 output1_gate[local] = scales[Projection.GATE] * a1
@@ -209,20 +152,15 @@ class Checkpoint:
                 output1[local] = 1.0 / a2
                 output1_gate[local] = scales[Projection.UP] * a1
             output2[local] = scales[Projection.DOWN] * a2
-        weights = ExpertWeights(
+        return spec, ExpertWeights(
             gemm1_weights=gemm1,
-            output1_scales_scalar=output1,
-            output1_scales_gate_scalar=output1_gate,
+            output1_scales_scalar=_to_float32(layer_name, output1),
+            output1_scales_gate_scalar=_to_float32(layer_name, output1_gate),
             gemm2_weights=gemm2,
-            output2_scales_scalar=output2,
+            output2_scales_scalar=_to_float32(layer_name, output2),
             routing_bias=self._read_bias(layer_name) if spec.routing_method.reads_bias else None,
             hidden_states_scale=1.0 / inputs.gemm1,
         )
-        try:
-            weights.check(spec)
-        except ValueError as error:
-            raise CheckpointError(f"layer {layer_name!r}: scales whose product leaves float32: {error}") from error
-        return spec, weights
 
     def input_scales(self, account: LayerAccount, calibration: Calibration | None = None) -> InputScales:
         """Input scales of a layer, from `calibration` or from the checkpoint: gate and up of all experts share one."""
@@ -253,18 +191,6 @@ class Checkpoint:
                 f"export is broken. Calibrate again, or give input scales in a calibration file"
             )
         return value
-
-    def scale_problem(self, name: str) -> str | None:
-        """Why a tensor cannot be one scale, by its header; None: it can."""
-        info = self.files.info(name)
-        if info.dtype not in SCALE_DTYPES:
-            return f"{name} is {info.dtype}, expected {', '.join(SCALE_DTYPES)}"
-        if info.shape not in ((), (1,)):
-            return (
-                f"{name} has shape {info.shape}, expected one scale per tensor: these are scales per row or per block. "
-                f"{HOW_TO_CONVERT}"
-            )
-        return None
 
     def scale_value(self, name: str) -> float:
         """The number that a scale tensor of one element holds, whatever it is."""
@@ -310,76 +236,6 @@ class Checkpoint:
                 grouped.setdefault(dialect.layer_name(index), []).append(name)
         return grouped
 
-    def _sort_names(self, layer_name: str) -> tuple[dict[tuple[int, Projection, Kind], str], list[str]]:
-        """Tensors of a layer's experts by meaning, and a sentence about each that has none."""
-        dialect, num_experts = self.architecture.dialect, self.architecture.spec.num_experts
-        tensors: dict[tuple[int, Projection, Kind], str] = {}
-        problems: list[str] = []
-        for name in self._names_of_layer.get(layer_name, ()):
-            if not name.startswith(dialect.experts_prefix(layer_name)):
-                continue
-            meaning = dialect.parse(layer_name, name)
-            if meaning is None:
-                problems.append(
-                    f"{name} is not expected: experts are spelt "
-                    f"{dialect.spell(layer_name, 0, Projection.UP, '{weight,weight_scale,input_scale}')}"
-                )
-            elif meaning.expert >= num_experts:
-                problems.append(f"{name} is not expected: config.json has {num_experts} experts")
-            elif (key := (meaning.expert, meaning.projection, meaning.kind)) in tensors:
-                problems.append(f"{name} is not expected: {tensors[key]} is the {meaning.kind} already")
-            else:
-                tensors[key] = name
-        return tensors, problems
-
-    def _check_weight(
-        self,
-        layer_name: str,
-        tensors: dict[tuple[int, Projection, Kind], str],
-        expert: int,
-        projection: Projection,
-    ) -> tuple[bool, list[str]]:
-        """Whether a weight is FP8, and what is wrong with it and its scale."""
-        spec, dialect = self.architecture.spec, self.architecture.dialect
-        name = tensors.get((expert, projection, Kind.WEIGHT))
-        scale_name = tensors.get((expert, projection, Kind.WEIGHT_SCALE))
-        if name is None:
-            return False, [f"{dialect.spell(layer_name, expert, projection, 'weight')} is missing"]
-        info, problems = self.files.info(name), []
-        shape = (spec.intermediate_size, spec.hidden_size)
-        if projection is Projection.DOWN:
-            shape = shape[::-1]
-        if info.shape != shape:
-            problems.append(f"{name} has shape {info.shape}, expected {shape} by config.json")
-        if info.dtype not in (FP8, *UNQUANTISED):
-            problems.append(f"{name} is {info.dtype}, expected {FP8} or {', '.join(UNQUANTISED)}. {HOW_TO_CONVERT}")
-        if info.dtype == FP8 and scale_name is None:
-            problems.append(f"{dialect.spell(layer_name, expert, projection, 'weight_scale')} is missing")
-        if info.dtype in UNQUANTISED and scale_name is not None:
-            problems.append(f"{scale_name} is not expected: {name} is {info.dtype}, not FP8")
-        if scale_name is not None and (problem := self.scale_problem(scale_name)) is not None:
-            problems.append(problem)
-        return info.dtype == FP8, problems
-
-    def _check_input_scales(
-        self,
-        layer_name: str,
-        tensors: dict[tuple[int, Projection, Kind], str],
-        wanted: list[Projection],
-    ) -> list[str]:
-        """What is wrong with the input scales of all experts, local or not: the layer's is the largest of them."""
-        present = [name for (_, _, kind), name in tensors.items() if kind is Kind.INPUT_SCALE]
-        if not present:
-            return [NO_INPUT_SCALES]
-        spell = self.architecture.dialect.spell
-        missing = [
-            f"{spell(layer_name, expert, projection, 'input_scale')} is missing"
-            for expert in range(self.architecture.spec.num_experts)
-            for projection in wanted
-            if (expert, projection, Kind.INPUT_SCALE) not in tensors
-        ]
-        return missing + [problem for name in present if (problem := self.scale_problem(name)) is not None]
-
     def _read_weight(self, account: LayerAccount, expert: int, projection: Projection, place: torch.Tensor) -> float:
         """Copy or quantise one weight into `place` (float8_e4m3fn) and return its scale."""
         name = account.tensors[expert, projection, Kind.WEIGHT]
@@ -402,17 +258,11 @@ class Checkpoint:
         place.copy_(to_fp8(real / scale))
         return scale
 
-    def _bias_candidates(self, layer_name: str) -> list[str]:
-        dialect = self.architecture.dialect
-        return [dialect.block_prefix(layer_name) + name for name in dialect.bias_names]
-
-    def _bias_name(self, layer_name: str) -> str | None:
-        present = set(self._names_of_layer.get(layer_name, ()))
-        return next((name for name in self._bias_candidates(layer_name) if name in present), None)
-
     def _read_bias(self, layer_name: str) -> torch.Tensor:
         """The routing bias, [E] float32."""
-        name = self._bias_name(layer_name) or self._bias_candidates(layer_name)[0]
+        candidates = self.architecture.dialect.bias_candidates(layer_name)
+        present = set(self._names_of_layer.get(layer_name, ()))
+        name = next((name for name in candidates if name in present), candidates[0])
         bias = self._read_shaped(name, (self.architecture.spec.num_experts,)).to(torch.float32)
         if not bool(torch.isfinite(bias).all()):
             raise CheckpointError(f"{name} holds values that are not finite")
@@ -427,3 +277,11 @@ class Checkpoint:
 
 def _has(directory: Path, name: str) -> bool:
     return (directory / name).is_file()
+
+
+def _to_float32(layer_name: str, scales: torch.Tensor) -> torch.Tensor:
+    """Round products of scales once. Fine one by one, they may leave float32 together, and zeros would go unnoticed."""
+    rounded = scales.to(torch.float32)
+    if not bool((torch.isfinite(rounded) & (rounded > 0)).all()):
+        raise CheckpointError(f"layer {layer_name!r}: products of its scales leave the range of float32")
+    return rounded

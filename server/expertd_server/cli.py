@@ -1,4 +1,4 @@
-"""The command line: serve, inspect, demo.
+"""The command line: serve, inspect, demo, health.
 
 Exit codes: 0 done; 1 it failed on the way, the last line of standard error says why; 2 the command line, an option or
 the checkpoint cannot be used; 3 stopped with requests still in flight after shutdown_grace_s.
@@ -17,6 +17,7 @@ from expertd_server import __version__
 from expertd_server.config import add_flags, config_from
 from expertd_server.errors import CheckpointError, ConfigError, ExpertdServerError
 from expertd_server.logs import configure_logging
+from expertd_server.malloc import reexec_with_settings
 
 __all__ = ["main"]
 
@@ -48,13 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the process' exit code."""
     options = _parser().parse_args(arguments)
     try:
-        match options.command:
-            case "serve":
-                return _serve(options)
-            case "inspect":
-                return _inspect(options.checkpoint)
-            case _:
-                return _demo()
+        code: int = options.run(options)
+        return code
     except (ConfigError, CheckpointError) as error:
         return _complain(error, EXIT_UNUSABLE)
     except ExpertdServerError as error:
@@ -65,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     config = config_from(vars(options))
+    reexec_with_settings()
     configure_logging(config.log_level, config.log_format)
     from expertd_server.server import Server, stop_on_signals  # noqa: PLC0415 (torch: --help should not wait for it)
 
@@ -80,17 +77,44 @@ def _serve(options: argparse.Namespace) -> int:
     return 0 if server.shutdown() else EXIT_CUT_OFF
 
 
-def _inspect(checkpoint: Path) -> int:
+def _inspect(options: argparse.Namespace) -> int:
     from expertd_server.audit import print_audit  # noqa: PLC0415
 
-    print_audit(checkpoint)
+    print_audit(options.checkpoint)
     return 0
 
 
-def _demo() -> int:
+def _demo(_options: argparse.Namespace) -> int:
     from expertd_server.demo import run_demo  # noqa: PLC0415
 
     return run_demo()
+
+
+def _health(options: argparse.Namespace) -> int:
+    import grpc  # noqa: PLC0415 (the other commands do not need it so early)
+
+    from expertd_server.health import check_health  # noqa: PLC0415
+
+    credentials = None
+    if options.ca_file is not None:
+        pair = (options.key_file, options.cert_file)
+        key, certificate = (None if path is None else _read(path) for path in pair)
+        credentials = grpc.ssl_channel_credentials(_read(options.ca_file), key, certificate)
+    return check_health(options.target or _default_target(), options.service, options.timeout_s, credentials)
+
+
+def _default_target() -> str:
+    """The server that the same environment would start, as seen from its own machine."""
+    config = config_from({})
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    return f"[{host}]:{config.port}" if ":" in host else f"{host}:{config.port}"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}, expected a readable PEM file") from error
 
 
 def _complain(error: Exception, code: int) -> int:
@@ -103,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="expertd-server", description="A mixture-of-experts layer with FP8 per-tensor scales, served over gRPC."
     )
     parser.add_argument("--version", action="version", version=f"expertd-server {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser(
         "serve",
         help="answer requests over gRPC",
@@ -112,16 +136,31 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_flags(serve)
+    serve.set_defaults(run=_serve)
     inspect = commands.add_parser(
         "inspect",
         help="say what a checkpoint holds and what a server would make of it",
         description="Read the headers and scales of a checkpoint, and say which of its layers can be served.",
     )
     inspect.add_argument("checkpoint", type=Path, metavar="PATH", help="a directory or one .safetensors file")
-    commands.add_parser(
+    inspect.set_defaults(run=_inspect)
+    health = commands.add_parser(
+        "health",
+        help="ask a server whether it answers: exit code 0 or 1",
+        description="Ask grpc.health.v1 of a running server once. Exit code 0: SERVING; 1: anything else.",
+    )
+    health.add_argument("--target", metavar="HOST:PORT", help="default: this machine, with EXPERTD_HOST, EXPERTD_PORT")
+    health.add_argument("--service", default="", metavar="NAME", help="a layer's name; default: the whole server")
+    health.add_argument("--timeout-s", type=float, default=2.0, metavar="SECONDS", help="default: 2")
+    health.add_argument("--ca-file", type=Path, metavar="FILE", help="ask over TLS, trusting this authority, PEM")
+    health.add_argument("--cert-file", type=Path, metavar="FILE", help="the client's certificate, PEM, for mutual TLS")
+    health.add_argument("--key-file", type=Path, metavar="FILE", help="the certificate's private key, PEM")
+    health.set_defaults(run=_health)
+    demo = commands.add_parser(
         "demo",
         help="build a small model, serve it, talk to it, check the answers",
         description="Build a small MoE checkpoint, serve it in a process of its own, send it hidden states of real "
         "text from several clients, and check every answer. Takes less than two minutes, needs no network.",
     )
+    demo.set_defaults(run=_demo)
     return parser

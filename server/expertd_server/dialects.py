@@ -82,6 +82,10 @@ class Dialect:
         """The router's weight, [E, H]."""
         return f"{self.block_prefix(layer_name)}gate.weight"
 
+    def bias_candidates(self, layer_name: str) -> list[str]:
+        """Where the routing bias may lie."""
+        return [self.block_prefix(layer_name) + name for name in self.bias_names]
+
     def parse(self, layer_name: str, tensor_name: str) -> ExpertTensor | None:
         """What a tensor below `experts_prefix` is; None where the name is not of this dialect."""
         match = re.fullmatch(r"(\d+)\.(\w+)\.(\w+)", tensor_name.removeprefix(self.experts_prefix(layer_name)))

@@ -71,12 +71,12 @@ def _masked_to_best_groups(spec: LayerSpec, selection: torch.Tensor) -> torch.Te
         return keys
     assert spec.n_group is not None
     assert spec.topk_group is not None
-    num_tokens = selection.shape[0]
-    best_two = selection.view(num_tokens, spec.n_group, -1).topk(2).values
+    num_tokens, group_size = selection.shape[0], spec.num_experts // spec.n_group
+    best_two = selection.view(num_tokens, spec.n_group, group_size).topk(2).values
     kept_groups = _top_k(_keys(best_two[..., 0] + best_two[..., 1]), spec.topk_group)
     is_kept = torch.zeros(num_tokens, spec.n_group, dtype=torch.bool, device=selection.device)
     is_kept.scatter_(1, kept_groups, True)
-    return keys.masked_fill(~is_kept.repeat_interleave(spec.num_experts // spec.n_group, dim=1), _EXCLUDED)
+    return keys.masked_fill(~is_kept.repeat_interleave(group_size, dim=1), _EXCLUDED)
 
 
 def _keys(scores: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from expertd_server import reference
 from expertd_server.backend import MoEOutput, PreparedLayer
-from expertd_server.backend_cuda import CudaBackend
+from expertd_server.backend_cuda import FAMILIES, CudaBackend
 from expertd_server.types import Activation, LayerSpec, RoutingMethod
 from expertd_server.weights import ExpertWeights
 
@@ -145,8 +145,13 @@ def check_call(
     assert len(set(slots[local].tolist())) == int(local.sum()), f"{where}: two slots share a row"
     mine = torch.zeros(num_tokens * spec.top_k, spec.intermediate_size, dtype=FP8)
     mine[local] = inter[slots[local].long()]
-    steps = (fp8_ordinal(mine) - fp8_ordinal(expected.inter.flatten(0, 1)))[local].abs()
-    assert not steps.numel() or int(steps.max()) <= 1, f"{where}: inter off by {int(steps.max())} fp8 steps"
+    theirs = expected.inter.flatten(0, 1)
+    steps = (fp8_ordinal(mine) - fp8_ordinal(theirs))[local].abs()
+    # Near zero the steps of fp8 get finer than the tensor core's sums: 2^-13 of the largest partial sum.
+    off = (mine.double() - theirs.double())[local].abs()
+    sums_error = 4e-3 * theirs.double()[local].square().mean().sqrt() if steps.numel() else 0.0
+    wrong = (steps > 1) & (off > sums_error)
+    assert not wrong.any(), f"{where}: inter off by {int(steps[wrong].max())} fp8 steps, {float(off[wrong].max())}"
     given = reference.expert_outputs(spec, cpu, ids, mine.view(num_tokens, spec.top_k, -1))
     scale = 1.0 if spec.use_routing_scales_on_input else result.expert_weights.cpu().double()[..., None]
     assert result.output is not None
@@ -159,4 +164,5 @@ def check_call(
 
 
 ACTIVATIONS = list(Activation)
+TILE_FAMILIES = tuple(FAMILIES)
 METHODS = list(RoutingMethod)

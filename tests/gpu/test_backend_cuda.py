@@ -19,7 +19,7 @@ from gpu_layers import ACTIVATIONS, METHODS, check_call, error, make_inputs, mak
 from expertd_server import reference  # noqa: E402
 from expertd_server.types import Activation, RoutingMethod  # noqa: E402
 
-FAMILIES = ("s16", "d32", "d64", "m128", "p160")
+FAMILIES = gpu_layers.TILE_FAMILIES
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name)
@@ -87,7 +87,7 @@ def test_random_small_cases(backend: CudaBackend, batch: int) -> None:
         seed = batch * 50 + case
         rng = random.Random(seed)
         backend.force_family = rng.choice((*FAMILIES, None))
-        layer = prepared(backend, seed, max_num_tokens=64, **random_fields(rng))
+        layer = prepared(backend, seed, max_num_tokens=128, **random_fields(rng))
         num_tokens = rng.choice((1, 2, 3, 7, 16, 33, 64, 65, 90))
         agreement = check_call(backend, layer, num_tokens, seed, skew=rng.choice((0.0, 0.0, 3.0)))
         exact, total = exact + agreement.inter_exact, total + agreement.inter_total

@@ -17,7 +17,7 @@ from gpu_layers import make_inputs, prepared, same_bits  # noqa: E402
 
 from expertd_server.types import Activation, RoutingMethod  # noqa: E402
 
-FAMILIES = ("s16", "d32", "d64", "m128", "p160")
+FAMILIES = gpu_layers.TILE_FAMILIES
 SIZES = (1, 2, 7, 8, 33, 64, 129, 500, 2048, 8192)
 
 

@@ -1,20 +1,18 @@
 """The SDK against a server in this process that answers exactly and fails on demand.
 
-The fake layer is small enough to be computed twice: expert e multiplies by e + 1. It is real gRPC in between, and every
-case runs through the synchronous and the asynchronous client, on streams and as unary calls.
+Every case runs through the synchronous and the asynchronous client, on streams and as unary calls.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import queue
+import random
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal
 
 import grpc
@@ -22,225 +20,37 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from google.protobuf.any_pb2 import Any as AnyMessage
+from fake_service import (
+    BFLOAT16,
+    MAX_TOKENS,
+    BrokenStreamError,
+    E,
+    FakeServer,
+    H,
+    Hook,
+    K,
+    RefusedError,
+    expert_rows,
+    finalize,
+    is_local,
+    route,
+)
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
-from google.rpc import code_pb2, error_details_pb2, status_pb2
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2
+from serving import HIDDEN_SIZE, LAYER, NUM_EXPERTS, OTHER_LAYER, Running, running
 
 import expertd
 from expertd import ForwardRequest
 from expertd.v1 import expertd_pb2 as pb
-from expertd.v1 import expertd_pb2_grpc as pb_grpc
+from expertd_server.backend import MoEOutput
 
-H, E, K, FIRST, LOCAL, MAX_TOKENS = 16, 8, 3, 2, 4, 10
-NUMPY = {1: np.dtype("f4"), 2: np.dtype(ml_dtypes.bfloat16), 3: np.dtype("f2"), 4: np.dtype(ml_dtypes.float8_e4m3fn)}
-NUMPY[5] = np.dtype("i4")
-BFLOAT16 = ml_dtypes.bfloat16
-PADDING_ROW = 77.0
-Hook = Callable[[pb.ForwardRequest], None]
-
-
-class RefusedError(Exception):
-    """What the fake service answers instead of a result."""
-
-    def __init__(self, code: grpc.StatusCode, message: str, *details: Message) -> None:
-        super().__init__(message)
-        self.status = status_pb2.Status(code=code.value[0], message=message)
-        for detail in details:
-            self.status.details.append(AnyMessage())
-            self.status.details[-1].Pack(detail)
-
-
-class BrokenStreamError(Exception):
-    """The stream (or the call) ends with INTERNAL, as when a server process dies."""
-
-
-def as_array(tensor: pb.Tensor) -> np.ndarray[Any, Any]:
-    return np.frombuffer(tensor.data, dtype=NUMPY[tensor.dtype]).reshape(tuple(tensor.shape))
-
-
-def as_message(array: np.ndarray[Any, Any]) -> pb.Tensor:
-    code = next(code for code, dtype in NUMPY.items() if dtype == array.dtype)
-    return pb.Tensor(dtype=pb.DataType.Name(code), shape=array.shape, data=array.tobytes())
-
-
-def route(logits: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    scores = logits.astype(np.float32)
-    ids = np.argsort(-scores, axis=1, kind="stable")[:, :K].astype(np.int32)
-    return ids, np.take_along_axis(scores, ids, 1).astype(BFLOAT16)
-
-
-def expert_rows(hidden: np.ndarray[Any, Any], ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """[T, K, H]: what expert ids[t, k] makes of token t."""
-    return (hidden.astype(np.float32)[:, None, :] * (ids[:, :, None] + 1)).astype(BFLOAT16)
-
-
-def is_local(ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return (ids >= FIRST) & (ids < FIRST + LOCAL)
-
-
-def finalize(hidden: np.ndarray[Any, Any], ids: np.ndarray[Any, Any], weights: np.ndarray[Any, Any]) -> Any:
-    rows = expert_rows(hidden, ids).astype(np.float32) * weights.astype(np.float32)[:, :, None]
-    return np.where(is_local(ids)[:, :, None], rows, np.float32(0)).sum(axis=1, dtype=np.float32)
-
-
-class FakeService(pb_grpc.ExpertServiceServicer):
-    """Computes the fake layer; `hook` sees every request first and may wait, refuse or break the stream."""
-
-    def __init__(self) -> None:
-        self.hook: Hook = lambda request: None
-        self.version = 1
-        self.scale: float | None = 1.0
-        self.hidden_size = H
-        self.max_message_bytes = 0
-        self.metadata: list[dict[str, str | bytes]] = []
-        self.timeouts_ms: list[int] = []
-        self.parts: list[int] = []
-        self.streams = 0
-        self.info_calls = 0
-
-    def answer(self, request: pb.ForwardRequest) -> pb.ForwardResponse:
-        self.parts.append(request.hidden_states.shape[0])
-        self.hook(request)
-        version = request.weights_version or self.version
-        hidden = as_array(request.hidden_states)
-        if request.HasField("routing_logits"):
-            ids, weights = route(as_array(request.routing_logits))
-        else:
-            ids, weights = as_array(request.topk_ids), as_array(request.topk_weights).astype(BFLOAT16)
-        response = pb.ForwardResponse(weights_version=version, timing=pb.Timing(batch_tokens=len(hidden), compute_us=5))
-        options = request.options
-        finalized = options.do_finalize or not options.HasField("do_finalize")
-        if finalized:
-            dtype = NUMPY[options.output_dtype or pb.DATA_TYPE_BFLOAT16]
-            response.output.CopyFrom(as_message(finalize(hidden, ids, weights).astype(dtype)))
-        else:
-            self._separate(response, hidden, ids)
-        if not finalized or options.return_routing:
-            response.expert_weights.CopyFrom(as_message(weights))
-        if options.return_routing:
-            response.topk_ids.CopyFrom(as_message(ids))
-        return response
-
-    def _separate(self, response: pb.ForwardResponse, hidden: np.ndarray[Any, Any], ids: np.ndarray[Any, Any]) -> None:
-        """Rows by expert, one row of padding after each, slots of an expert in falling order (any order is allowed)."""
-        rows, flat = expert_rows(hidden, ids).reshape(-1, H), ids.reshape(-1)
-        index = np.full(flat.size, -1, dtype=np.int32)
-        out: list[np.ndarray[Any, Any]] = []
-        for expert in range(FIRST, FIRST + LOCAL):
-            for slot in np.flatnonzero(flat == expert)[::-1]:
-                index[slot] = len(out)
-                out.append(rows[slot])
-            out.append(np.full(H, PADDING_ROW, dtype=BFLOAT16))
-        response.gemm2_output.CopyFrom(as_message(np.stack(out)))
-        response.expanded_idx_to_permuted_idx.CopyFrom(as_message(index))
-
-    def Forward(self, request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardResponse:  # noqa: N802
-        self.metadata.append(dict(context.invocation_metadata()))
-        try:
-            return self.answer(request)
-        except RefusedError as refused:
-            context.set_trailing_metadata((("grpc-status-details-bin", refused.status.SerializeToString()),))
-            context.abort(_code(refused.status.code), refused.status.message)
-            raise AssertionError from None
-        except BrokenStreamError:
-            context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
-            raise AssertionError from None
-
-    def ForwardStream(  # noqa: N802
-        self, request_iterator: Iterator[pb.ForwardStreamRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.ForwardStreamResponse]:
-        self.metadata.append(dict(context.invocation_metadata()))
-        self.streams += 1
-        answers: queue.Queue[pb.ForwardStreamResponse | BrokenStreamError | None] = queue.Queue()
-        threading.Thread(target=self._read, args=(request_iterator, answers), daemon=True).start()
-        while (answer := answers.get(timeout=60)) is not None:
-            if isinstance(answer, BrokenStreamError):
-                context.abort(grpc.StatusCode.INTERNAL, "the process died")
-            yield answer
-
-    def _read(self, requests: Iterator[pb.ForwardStreamRequest], answers: queue.Queue[Any]) -> None:
-        with ThreadPoolExecutor(max_workers=32) as pool:
-            try:
-                for request in requests:
-                    self.timeouts_ms.append(request.timeout_ms)
-                    pool.submit(self._stream_answer, request, answers)
-            except grpc.RpcError:
-                pass  # the client has left
-        answers.put(None)
-
-    def _stream_answer(self, request: pb.ForwardStreamRequest, answers: queue.Queue[Any]) -> None:
-        answer = pb.ForwardStreamResponse(id=request.id)
-        try:
-            answer.response.CopyFrom(self.answer(request.request))
-        except RefusedError as refused:
-            status = refused.status
-            answer.error.CopyFrom(pb.StreamError(code=status.code, message=status.message, details=status.details))
-        except BrokenStreamError as broken:
-            answers.put(broken)
-            return
-        answers.put(answer)
-
-    def ListLayers(self, request: pb.ListLayersRequest, context: grpc.ServicerContext) -> pb.ListLayersResponse:  # noqa: N802
-        return pb.ListLayersResponse(layers=[self.layer("a"), self.layer("b")])
-
-    def GetLayer(self, request: pb.GetLayerRequest, context: grpc.ServicerContext) -> pb.GetLayerResponse:  # noqa: N802
-        if request.layer not in ("a", "b"):
-            context.abort(grpc.StatusCode.NOT_FOUND, f"no layer {request.layer!r}; there are a, b")
-        return pb.GetLayerResponse(layer=self.layer(request.layer))
-
-    def GetServerInfo(  # noqa: N802
-        self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext
-    ) -> pb.GetServerInfoResponse:
-        self.info_calls += 1
-        return pb.GetServerInfoResponse(
-            server_version="9", backend="cpu", max_batch_tokens=MAX_TOKENS, max_message_bytes=self.max_message_bytes
-        )
-
-    def layer(self, name: str) -> pb.LayerInfo:
-        return pb.LayerInfo(
-            name=name,
-            hidden_size=self.hidden_size,
-            intermediate_size=4,
-            num_experts=E,
-            local_expert_offset=FIRST,
-            local_num_experts=LOCAL,
-            top_k=K,
-            routing_method=pb.ROUTING_METHOD_DEFAULT,
-            activation=pb.ACTIVATION_SWIGLU,
-            hidden_states_scale=self.scale,
-            routing_bias=as_message(np.arange(E, dtype=np.float32)),
-            weights_version=self.version,
-            weights_versions=[self.version],
-            state=pb.LAYER_STATE_READY,
-        )
-
-
-def _code(number: int) -> grpc.StatusCode:
-    return grpc.StatusCode[code_pb2.Code.Name(number)]  # type: ignore[arg-type]
-
-
-class Server:
-    """A running fake service."""
-
-    def __init__(self, address: str = "localhost:0") -> None:
-        self.service = FakeService()
-        self.health = health.HealthServicer()
-        self._grpc = grpc.server(ThreadPoolExecutor(max_workers=64))
-        pb_grpc.add_ExpertServiceServicer_to_server(self.service, self._grpc)
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._grpc)
-        self.port = self._grpc.add_insecure_port(address)
-        self.target = f"localhost:{self.port}"
-        self._grpc.start()
-
-    def stop(self) -> None:
-        self._grpc.stop(None).wait(10)
+CERTIFICATES = Path(__file__).parent / "certs"
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    running = Server()
+def server() -> Iterator[FakeServer]:
+    running = FakeServer()
     yield running
     running.service.hook = lambda request: None
     running.stop()
@@ -288,7 +98,7 @@ Connect = Callable[..., Driver]
 
 
 @pytest.fixture(params=FLAVOURS, ids="-".join)
-def connect(request: pytest.FixtureRequest, server: Server) -> Iterator[Connect]:
+def connect(request: pytest.FixtureRequest, server: FakeServer) -> Iterator[Connect]:
     flavour, transport = request.param
     drivers = []
 
@@ -336,7 +146,7 @@ def check_answers(requests: list[ForwardRequest[Any]], results: list[Any]) -> No
 
 @pytest.mark.parametrize("count", [0, 1, MAX_TOKENS, MAX_TOKENS + 1, 5 * MAX_TOKENS + 3])
 @pytest.mark.parametrize("dtype", [BFLOAT16, ml_dtypes.float8_e4m3fn, np.float16, np.float32], ids=lambda d: d.__name__)
-def test_output_is_exact_in_one_part_or_many(connect: Connect, server: Server, count: int, dtype: Any) -> None:
+def test_output_is_exact_in_one_part_or_many(connect: Connect, server: FakeServer, count: int, dtype: Any) -> None:
     hidden, logits = tokens(count, seed=count, dtype=dtype)
     result = connect().forward("a", hidden, routing_logits=logits, output_dtype=np.float32)
     assert result.output.dtype == np.float32
@@ -407,10 +217,12 @@ def test_torch_in_torch_out(connect: Connect, dtype: torch.dtype, count: int) ->
     assert np.array_equal(result.output.numpy(), expected_output(hidden, logits))
     assert result.expert_weights.dtype == torch.bfloat16
     assert torch.equal(result.topk_ids, torch.from_numpy(route(logits)[0]))
-    result.output += 1  # torch has no read-only tensors: this must not write into a message
+    output = result.output
+    output += 1  # torch has no read-only tensors, so this must be the caller's own memory
+    assert np.array_equal(output.numpy(), expected_output(hidden, logits) + 1)
 
 
-def test_server_limit_on_message_bytes_makes_smaller_parts(connect: Connect, server: Server) -> None:
+def test_server_limit_on_message_bytes_makes_smaller_parts(connect: Connect, server: FakeServer) -> None:
     server.service.max_message_bytes = 16 * 1024 + 4 * (H * 2 + E * 4)
     hidden, logits = tokens(9)
     result = connect().forward("a", hidden, routing_logits=logits, output_dtype="float32")
@@ -418,7 +230,7 @@ def test_server_limit_on_message_bytes_makes_smaller_parts(connect: Connect, ser
     assert max(server.service.parts) <= 4
 
 
-def test_weights_replaced_between_parts_never_mix(connect: Connect, server: Server) -> None:
+def test_weights_replaced_between_parts_never_mix(connect: Connect, server: FakeServer) -> None:
     service = server.service
     asked: list[int] = []
     lock = threading.Lock()
@@ -440,7 +252,7 @@ def test_weights_replaced_between_parts_never_mix(connect: Connect, server: Serv
 # ---- many requests
 
 
-def test_many_results_come_in_order_whatever_the_order_of_completion(connect: Connect, server: Server) -> None:
+def test_many_results_come_in_order_whatever_the_order_of_completion(connect: Connect, server: FakeServer) -> None:
     later = threading.Event()
 
     def first_waits(request: pb.ForwardRequest) -> None:
@@ -454,7 +266,7 @@ def test_many_results_come_in_order_whatever_the_order_of_completion(connect: Co
     check_answers(requests, list(connect().forward_many(iter(requests))))
 
 
-def test_failure_stays_in_its_place(connect: Connect, server: Server) -> None:
+def test_failure_stays_in_its_place(connect: Connect, server: FakeServer) -> None:
     def refuse(request: pb.ForwardRequest) -> None:
         if request.hidden_states.shape[0] == 3:
             raise RefusedError(grpc.StatusCode.INTERNAL, "three is too much")
@@ -467,9 +279,11 @@ def test_failure_stays_in_its_place(connect: Connect, server: Server) -> None:
     assert isinstance(failed, expertd.ServerError)
     assert "three is too much" in str(failed)
     check_answers([*requests[:2], *requests[3:]], results)
-    seen = []
+    seen: list[Any] = []
     with pytest.raises(expertd.ServerError, match="three"):
-        seen.extend(driver.forward_many(requests))
+        for result in driver.forward_many(requests):
+            seen.append(result)
+    check_answers(requests[:2], seen)
     last = requests[4]
     result = driver.forward("a", last.hidden_states, routing_logits=last.routing_logits, output_dtype="float32")
     check_answers([last], [result])
@@ -483,7 +297,7 @@ def test_local_mistake_fails_alone(connect: Connect) -> None:
     check_answers([requests[0], requests[2]], results)
 
 
-def test_slow_reader_bounds_what_is_sent(connect: Connect, server: Server) -> None:
+def test_slow_reader_bounds_what_is_sent(connect: Connect, server: FakeServer) -> None:
     driver = connect(max_in_flight=4)
     requests = requests_of([1] * 40)
     taken = 0
@@ -502,10 +316,10 @@ def test_slow_reader_bounds_what_is_sent(connect: Connect, server: Server) -> No
     check_answers(requests, results)
 
 
-def test_many_threads_share_a_client(server: Server) -> None:
+def test_many_threads_share_a_client(server: FakeServer) -> None:
     requests = requests_of(range(64))
     for transport in ("stream", "unary"):
-        config = expertd.ClientConfig(server.target, transport=transport, num_channels=2, max_in_flight=6)  # type: ignore[arg-type]
+        config = expertd.ClientConfig(server.target, transport=transport, num_channels=2, max_in_flight=6)
         with expertd.Client(config) as client, ThreadPoolExecutor(16) as pool:
 
             def forward(request: ForwardRequest[Any], client: expertd.Client = client) -> Any:
@@ -519,7 +333,7 @@ def test_many_threads_share_a_client(server: Server) -> None:
 # ---- failures of the server
 
 
-def test_details_of_a_refused_reach_the_caller(connect: Connect, server: Server) -> None:
+def test_details_of_a_refused_reach_the_caller(connect: Connect, server: FakeServer) -> None:
     bad = error_details_pb2.BadRequest()
     bad.field_violations.add(field="routing_logits", description="row 0 holds NaN")
     info = error_details_pb2.ErrorInfo(reason="BAD_ROW")
@@ -562,14 +376,14 @@ def fails_at_first(times: int, failure: Exception) -> Hook:
     ],
     ids=["unavailable", "overloaded", "broken"],
 )
-def test_passing_failure_is_retried(connect: Connect, server: Server, failure: Exception) -> None:
+def test_passing_failure_is_retried(connect: Connect, server: FakeServer, failure: Exception) -> None:
     driver = connect()
     requests = requests_of([1, 2, 3, 25])
     server.service.hook = fails_at_first(3, failure)
     check_answers(requests, list(driver.forward_many(requests)))
 
 
-def test_lasting_overload_is_told_with_its_delay(connect: Connect, server: Server) -> None:
+def test_lasting_overload_is_told_with_its_delay(connect: Connect, server: FakeServer) -> None:
     retry = error_details_pb2.RetryInfo(retry_delay=Duration(nanos=1_000_000))
     server.service.hook = fails_at_first(1000, RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", retry))
     hidden, logits = tokens(1)
@@ -579,7 +393,7 @@ def test_lasting_overload_is_told_with_its_delay(connect: Connect, server: Serve
     assert len(server.service.parts) == QUICK.max_attempts
 
 
-def test_stream_that_keeps_breaking_ends_in_unavailable(connect: Connect, server: Server) -> None:
+def test_stream_that_keeps_breaking_ends_in_unavailable(connect: Connect, server: FakeServer) -> None:
     server.service.hook = fails_at_first(1000, BrokenStreamError())
     hidden, logits = tokens(1)
     driver = connect()
@@ -589,7 +403,7 @@ def test_stream_that_keeps_breaking_ends_in_unavailable(connect: Connect, server
     assert driver.forward("a", hidden, routing_logits=logits).output.shape == (1, H)
 
 
-def test_unavailable_answer_moves_to_a_new_stream(server: Server) -> None:
+def test_unavailable_answer_moves_to_a_new_stream(server: FakeServer) -> None:
     server.service.hook = fails_at_first(1, RefusedError(grpc.StatusCode.UNAVAILABLE, "draining"))
     hidden, logits = tokens(1)
     with expertd.Client(expertd.ClientConfig(server.target, retry=QUICK)) as client:
@@ -598,7 +412,7 @@ def test_unavailable_answer_moves_to_a_new_stream(server: Server) -> None:
     assert server.service.streams == 2
 
 
-def test_timeout_is_the_callers_and_the_client_goes_on(connect: Connect, server: Server) -> None:
+def test_timeout_is_the_callers_and_the_client_goes_on(connect: Connect, server: FakeServer) -> None:
     release = threading.Event()
     driver = connect(max_in_flight=1)
     hidden, logits = tokens(2)
@@ -630,14 +444,14 @@ def test_nobody_answers(connect: Connect) -> None:
         driver.wait_ready(timeout_s=0.3)
 
 
-def test_server_that_comes_back_is_found_again(connect: Connect, server: Server) -> None:
+def test_server_that_comes_back_is_found_again(connect: Connect, server: FakeServer) -> None:
     patient = expertd.RetryPolicy(max_attempts=100, initial_backoff_s=0.05, max_backoff_s=0.1)
     driver = connect(retry=patient)
     hidden, logits = tokens(4)
     driver.forward("a", hidden, routing_logits=logits)
     server.stop()
-    back: list[Server] = []
-    starter = threading.Timer(0.5, lambda: back.append(Server(server.target)))
+    back: list[FakeServer] = []
+    starter = threading.Timer(0.5, lambda: back.append(FakeServer(server.target)))
     starter.start()
     try:
         result = driver.forward("a", hidden, routing_logits=logits, output_dtype="float32")
@@ -651,7 +465,7 @@ def test_server_that_comes_back_is_found_again(connect: Connect, server: Server)
 # ---- mistakes of the caller, and what is known of the server
 
 
-def test_arguments_that_do_not_fit_the_layer_are_named(connect: Connect, server: Server) -> None:
+def test_arguments_that_do_not_fit_the_layer_are_named(connect: Connect, server: FakeServer) -> None:
     driver = connect()
     hidden, logits = tokens(2)
     with pytest.raises(expertd.InvalidRequestError, match=r"hidden_states.*has 15 columns, layer 'a' expects 16"):
@@ -668,7 +482,7 @@ def test_arguments_that_do_not_fit_the_layer_are_named(connect: Connect, server:
     assert server.service.parts == []
 
 
-def test_layer_that_changed_is_looked_up_again_before_a_caller_is_turned_away(connect: Connect, server: Server) -> None:
+def test_layer_that_changed_is_looked_up_again(connect: Connect, server: FakeServer) -> None:
     server.service.hidden_size = H + 1
     driver = connect()
     hidden, logits = tokens(1)
@@ -678,7 +492,7 @@ def test_layer_that_changed_is_looked_up_again_before_a_caller_is_turned_away(co
     assert driver.forward("a", hidden, routing_logits=logits).output.shape == (1, H)
 
 
-def test_layers_and_server_info(connect: Connect, server: Server) -> None:
+def test_layers_and_server_info(connect: Connect, server: FakeServer) -> None:
     driver = connect()
     first, second = driver.layers()
     assert (first.name, second.name) == ("a", "b")
@@ -695,7 +509,7 @@ def test_layers_and_server_info(connect: Connect, server: Server) -> None:
     assert server.service.info_calls == before, "what is known is not asked again"
 
 
-def test_metadata_goes_with_every_call_and_request_ids_come_back(connect: Connect, server: Server) -> None:
+def test_metadata_goes_with_every_call_and_request_ids_come_back(connect: Connect, server: FakeServer) -> None:
     driver = connect(metadata=(("authorization", "Bearer x"),), send_request_id=True)
     server.service.hook = fails_at_first(1, RefusedError(grpc.StatusCode.INTERNAL, "no"))
     hidden, logits = tokens(1)
@@ -706,7 +520,7 @@ def test_metadata_goes_with_every_call_and_request_ids_come_back(connect: Connec
     assert raised.value.request_id == sent["x-request-id"]
 
 
-def test_wait_ready_follows_the_health_of_server_and_layer(connect: Connect, server: Server) -> None:
+def test_wait_ready_follows_the_health_of_server_and_layer(connect: Connect, server: FakeServer) -> None:
     driver = connect()
     server.health.set("", health_pb2.HealthCheckResponse.SERVING)
     driver.wait_ready(timeout_s=10)
@@ -719,29 +533,27 @@ def test_wait_ready_follows_the_health_of_server_and_layer(connect: Connect, ser
     driver.wait_ready("a", timeout_s=10)
 
 
-def test_message_over_the_clients_limit_says_what_to_raise(connect: Connect, server: Server) -> None:
-    server.service.hook = fails_at_first(1, RefusedError(grpc.StatusCode.INTERNAL, "x" * 70_000))
-    driver = connect(max_message_bytes=64 * 1024)
+def test_message_over_the_clients_limit_says_what_to_raise(connect: Connect, server: FakeServer) -> None:
+    server.service.ballast = b"x" * 70_000
     hidden, logits = tokens(1)
-    with pytest.raises(expertd.ExpertdError) as raised:
-        driver.forward("a", hidden, routing_logits=logits)
-    if is_stream(driver):
-        assert isinstance(raised.value, expertd.MessageTooLargeError)
-        assert "max_message_bytes" in str(raised.value)
+    with pytest.raises(expertd.MessageTooLargeError, match=r"70.*raise ClientConfig\.max_message_bytes"):
+        connect(max_message_bytes=64 * 1024).forward("a", hidden, routing_logits=logits)
+    assert len(server.service.parts) == 1, "not retried"
 
 
 # ---- closing
 
 
-def sdk_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("expertd")]
+def client_threads() -> set[threading.Thread]:
+    """All but the executors of the fake server and of the test."""
+    return {thread for thread in threading.enumerate() if not thread.name.startswith("ThreadPoolExecutor")}
 
 
 @pytest.mark.parametrize("transport", ["stream", "unary"])
 def test_close_fails_what_is_in_flight_and_leaves_no_thread(
-    server: Server, transport: Literal["stream", "unary"]
+    server: FakeServer, transport: Literal["stream", "unary"]
 ) -> None:
-    before = threading.active_count()
+    before = client_threads()
     arrived, release = threading.Semaphore(0), threading.Event()
 
     def hang(request: pb.ForwardRequest) -> None:
@@ -761,23 +573,19 @@ def test_close_fails_what_is_in_flight_and_leaves_no_thread(
                 assert isinstance(call.exception(timeout=10), expertd.ClosedError)
     finally:
         release.set()
-    assert sdk_threads() == []
+    assert not [thread for thread in client_threads() if thread.name.startswith("expertd")]
     with pytest.raises(expertd.ClosedError):
         client.forward("a", hidden, routing_logits=logits)
     client.close()  # closing twice is fine
     server.stop()
-    gc.collect()
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
-        for thread in threading.enumerate():
-            if thread is not threading.current_thread():
-                thread.join(0.05)
-    assert threading.active_count() <= before, threading.enumerate()
+    for thread in client_threads() - before:
+        thread.join(10)  # those of gRPC end on their own time
+    assert client_threads() - before == set()
 
 
 @pytest.mark.parametrize("transport", ["stream", "unary"])
 def test_async_close_fails_what_is_in_flight_and_leaves_no_task(
-    server: Server, transport: Literal["stream", "unary"]
+    server: FakeServer, transport: Literal["stream", "unary"]
 ) -> None:
     release = threading.Event()
     hidden, logits = tokens(1)
@@ -810,7 +618,7 @@ def test_async_close_fails_what_is_in_flight_and_leaves_no_task(
         release.set()
 
 
-def test_cancelling_one_task_leaves_the_stream_to_the_others(server: Server) -> None:
+def test_cancelling_one_task_leaves_the_stream_to_the_others(server: FakeServer) -> None:
     release = threading.Event()
     first, first_logits = tokens(1)
     other, other_logits = tokens(2)
@@ -845,7 +653,7 @@ def test_cancelling_one_task_leaves_the_stream_to_the_others(server: Server) -> 
         release.set()
 
 
-def test_async_source_of_requests(server: Server) -> None:
+def test_async_source_of_requests(server: FakeServer) -> None:
     requests = requests_of([1, 2, 3, 4])
 
     async def source() -> AsyncIterator[ForwardRequest[np.ndarray[Any, Any]]]:
@@ -872,8 +680,159 @@ print("done")
 """
 
 
-def test_program_that_never_closes_its_client_still_ends(server: Server) -> None:
+def test_program_that_never_closes_its_client_still_ends(server: FakeServer) -> None:
     program = subprocess.run(
         [sys.executable, "-c", _NEVER_CLOSED, server.target], capture_output=True, text=True, timeout=60, check=False
     )
     assert (program.returncode, program.stdout) == (0, "done\n"), program.stderr
+
+
+# ---- TLS
+
+
+@pytest.mark.parametrize("flavour", ["sync", "async"])
+def test_mutual_tls_from_files_and_from_bytes(flavour: str) -> None:
+    def pem(name: str) -> bytes:
+        return (CERTIFICATES / name).read_bytes()
+
+    credentials = grpc.ssl_server_credentials(
+        [(pem("server.key"), pem("server.pem"))], root_certificates=pem("authority.pem"), require_client_auth=True
+    )
+    server = FakeServer(credentials=credentials)
+    hidden, logits = tokens(3)
+    files: dict[str, Any] = {
+        "ca_file": CERTIFICATES / "authority.pem",
+        "cert_file": str(CERTIFICATES / "client.pem"),
+        "key_file": CERTIFICATES / "client.key",
+    }
+    in_memory = {"ca_pem": pem("authority.pem"), "cert_pem": pem("client.pem"), "key_pem": pem("client.key")}
+    once = expertd.RetryPolicy(max_attempts=1)
+
+    def forward(**options: Any) -> Any:
+        driver = Driver(flavour, expertd.ClientConfig(server.target, retry=once, **options))
+        try:
+            return driver.forward("a", hidden, routing_logits=logits, output_dtype="float32", timeout_s=10)
+        finally:
+            driver.shut()
+
+    try:
+        for options in (files, in_memory):
+            result = forward(**options)
+            assert np.array_equal(result.output, expected_output(hidden, logits))
+        for options in (
+            {**files, "server_name": "expertd.test"},  # the certificate is for localhost
+            {**files, "ca_file": CERTIFICATES / "stranger.pem"},  # another authority
+            {"ca_pem": pem("authority.pem")},  # no client certificate
+            {"tls": True},  # the system does not know the authority
+            {},  # no TLS at all
+        ):
+            with pytest.raises(expertd.UnavailableError):
+                forward(**options)
+        assert len(server.service.parts) == 2
+    finally:
+        server.stop()
+
+
+# ---- everything at once
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_storm_of_failures_never_mixes_up_answers_and_gives_every_place_back(server: FakeServer, seed: int) -> None:
+    rng, lock = random.Random(seed), threading.Lock()
+
+    def trouble(request: pb.ForwardRequest) -> None:
+        with lock:
+            dice = rng.random()
+        if dice < 0.02:
+            raise BrokenStreamError
+        if dice < 0.06:
+            raise RefusedError(grpc.StatusCode.UNAVAILABLE, "draining")
+        if dice < 0.10:
+            raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
+        if dice < 0.15:
+            raise RefusedError(grpc.StatusCode.INTERNAL, "lost")
+
+    server.service.hook = trouble
+    retry = expertd.RetryPolicy(max_attempts=50, initial_backoff_s=0.001, max_backoff_s=0.01)
+    config = expertd.ClientConfig(server.target, retry=retry, num_channels=3, max_in_flight=5)
+
+    def check(requests: list[ForwardRequest[Any]], results: list[Any]) -> int:
+        good = [(one, two) for one, two in zip(requests, results, strict=True) if not isinstance(two, Exception)]
+        bad = [result for result in results if isinstance(result, Exception)]
+        assert all(type(error) is expertd.ServerError for error in bad), f"seed {seed}: {bad}"
+        check_answers([one for one, _ in good], [two for _, two in good])
+        return len(good)
+
+    work = [requests_of(range(worker, worker + 25)) for worker in range(6)]
+    with expertd.Client(config) as client, ThreadPoolExecutor(6) as pool:
+        results = pool.map(lambda requests: list(client.forward_many(requests, return_exceptions=True)), work)
+        assert sum(check(*pair) for pair in zip(work, results, strict=True)) > 50, f"seed {seed}"
+        server.service.hook = lambda request: None
+        assert client._slots._free == 5
+
+    async def scenario() -> None:
+        async with expertd.AsyncClient(config) as client:
+
+            async def many(requests: list[ForwardRequest[Any]]) -> list[Any]:
+                return [result async for result in client.forward_many(requests, return_exceptions=True)]
+
+            server.service.hook = trouble
+            results = await asyncio.gather(*map(many, work))
+            assert sum(check(*pair) for pair in zip(work, results, strict=True)) > 50, f"seed {seed}"
+
+    asyncio.run(scenario())
+
+
+# ---- the real server
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[Running]:
+    with running(max_batch_tokens=16) as server:
+        yield server
+
+
+@pytest.mark.parametrize(("flavour", "transport"), FLAVOURS)
+@pytest.mark.parametrize("count", [0, 1, 16, 50])
+def test_real_server_answers_like_its_operator(real: Running, flavour: str, transport: Any, count: int) -> None:
+    rng = np.random.default_rng(count)
+    hidden = rng.standard_normal((count, HIDDEN_SIZE), dtype=np.float32).astype(BFLOAT16)
+    logits = rng.standard_normal((count, NUM_EXPERTS), dtype=np.float32)
+    layer = real.server.store.get(LAYER)
+    inputs = torch.from_numpy(hidden.view(np.int16)).view(torch.bfloat16), torch.from_numpy(logits)
+
+    def operator(**options: Any) -> MoEOutput:
+        return layer.backend.forward(layer.prepared, inputs[0], routing_logits=inputs[1], **options)
+
+    driver = Driver(flavour, expertd.ClientConfig(f"localhost:{real.server.port}", transport=transport))
+    try:
+        driver.wait_ready(timeout_s=20)
+        driver.wait_ready(LAYER, timeout_s=20)
+        assert [info.name for info in driver.layers()] == [LAYER, OTHER_LAYER]
+        whole = driver.forward(LAYER, inputs[0], routing_logits=inputs[1], return_routing=True)
+        want = operator()
+        assert want.output is not None
+        assert torch.equal(whole.output, want.output), f"{count} tokens"
+        assert torch.equal(whole.topk_ids, want.topk_ids), f"{count} tokens"
+        assert torch.equal(whole.expert_weights, want.expert_weights), f"{count} tokens"
+        assert whole.timing.batch_tokens <= 16
+        separate = driver.forward(
+            LAYER, hidden, topk_ids=want.topk_ids, topk_weights=want.expert_weights, do_finalize=False
+        )
+        index = separate.expanded_idx_to_permuted_idx
+        rows = operator(do_finalize=False)
+        assert rows.gemm2_output is not None
+        assert rows.expanded_idx_to_permuted_idx is not None
+        expected = rows.gemm2_output[rows.expanded_idx_to_permuted_idx.long()].view(torch.int16).numpy()
+        assert np.array_equal(separate.gemm2_output[index].view(np.int16), expected), f"{count} tokens"
+        with pytest.raises(expertd.LayerNotFoundError):
+            driver.forward("nowhere", hidden, routing_logits=logits)
+        with pytest.raises(expertd.VersionNotHeldError):
+            driver.forward(LAYER, hidden, routing_logits=logits, weights_version=99)
+        if count:
+            logits[0, 0] = np.nan
+            with pytest.raises(expertd.InvalidRequestError, match="routing_logits") as raised:
+                driver.forward(LAYER, hidden, routing_logits=logits)
+            assert raised.value.violations
+    finally:
+        driver.shut()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import FAMILIES, Draft, E, H, I, K, draft
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -20,7 +21,6 @@ from expertd_server.checkpoint import open_checkpoint
 from expertd_server.dialects import Projection
 from expertd_server.errors import CheckpointError
 from expertd_server.types import Activation, RoutingMethod
-from tests.checkpoints import FAMILIES, Draft, E, H, I, K, draft
 
 LAYER = "model.layers.0"
 CALIBRATION = Calibration.uniform(0.02, 0.03)
@@ -42,6 +42,7 @@ def test_every_family_is_read_exactly(family: str, shards: int, tmp_path: Path) 
     assert checkpoint.layer_names == [made.layer_name(0), made.layer_name(1)]
     for layer, name in enumerate(checkpoint.layer_names):
         spec, weights = checkpoint.load(name)
+        weights.check(spec)
         assert (spec.num_experts, spec.top_k, spec.hidden_size, spec.intermediate_size) == (E, K, H, I)
         assert weights.gemm1_weights.shape == (E, spec.gemm1_rows, H)
 
@@ -327,6 +328,14 @@ def test_broken_unquantised_weights_are_refused(value: float, tmp_path: Path) ->
     made = draft(fp8=False)
     made.tensors[made.name(0, 1, "gate")].fill_(value)
     refused(made, tmp_path, rf"{W}\.weight (holds|is all)", calibration=CALIBRATION)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_scales_that_leave_float32_together_are_refused(factor: float, tmp_path: Path) -> None:
+    made = draft()
+    for name in [name for name in made.tensors if name.endswith("scale")]:
+        made.tensors[name] = made.tensors[name] * factor
+    refused(made, tmp_path, "products of its scales leave the range of float32")
 
 
 def test_input_scales_of_every_expert_are_needed_even_for_a_slice(tmp_path: Path) -> None:

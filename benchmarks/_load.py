@@ -1,0 +1,217 @@
+"""One client process of bench_service.py: sends prepared requests, measures when each answer is there.
+
+Closed loop: every stream (or unary thread) keeps `in_flight` requests open. Open loop: requests are due at random times
+of a Poisson process, whatever the server does, and a latency counts from the time at which its request was due, so that
+a server that stalls cannot hide it by slowing the clients down (coordinated omission).
+
+Reads one JSON object on standard input, writes an array of (due, done) times, seconds on the monotonic clock, to a file.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import random
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from _requests import RequestShape, stream_message, unary_message
+
+_PATIENCE_S = 30.0
+_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.use_local_subchannel_pool", 1),  # a connection for each stream: SO_REUSEPORT spreads connections
+]
+
+
+@dataclass
+class Job:
+    """What this process does."""
+
+    target: str
+    method: str
+    """Full method name, "/package.Service/Method"."""
+    transport: str
+    """stream, unary, or sdk: expertd.Client with each of its transports as "sdk-stream", ..."""
+    layers: list[str]
+    shape: dict[str, Any]
+    """Fields of RequestShape."""
+    streams: int
+    in_flight: int
+    rate: float | None
+    """Requests due per second, over all streams of this process; None: closed loop."""
+    begin_s: float
+    """The first requests are due warmup_s before."""
+    end_s: float
+    """No request is due from then on."""
+    warmup_s: float
+    seed: int
+    result_file: str
+
+
+@dataclass
+class Record:
+    """Times of answered requests, and what went wrong."""
+
+    times: list[tuple[float, float]] = field(default_factory=list)
+    errors: dict[str, int] = field(default_factory=dict)
+
+    def fail(self, what: str) -> None:
+        """Count a failure."""
+        self.errors[what] = self.errors.get(what, 0) + 1
+
+
+def due_times(job: Job, index: int) -> Iterator[float]:
+    """When the requests of one stream are due: a Poisson process in the open loop, now in the closed one."""
+    chance = random.Random(job.seed * 1009 + index)
+    due_s = job.begin_s - job.warmup_s
+    while True:
+        if job.rate is None:
+            due_s = time.monotonic()
+        else:
+            due_s += chance.expovariate(job.rate / job.streams)
+        if due_s >= job.end_s:
+            return
+        delay_s = due_s - time.monotonic()
+        if delay_s > 0:
+            time.sleep(delay_s)
+        yield due_s
+
+
+def run_stream(job: Job, index: int, record: Record) -> None:
+    """One channel, one ForwardStream, `in_flight` requests at most."""
+    shape = RequestShape(**job.shape)
+    # A message for each place, made once: the ids tell the answers apart, and sending copies nothing here.
+    messages = {n: stream_message(n, job.layers[n % len(job.layers)], shape) for n in range(1, job.in_flight + 1)}
+    free: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for n in messages:
+        free.put(n)
+    due: dict[int, float] = {}
+    order: deque[int] = deque()
+    is_echo = "Echo" in job.method
+
+    def requests() -> Iterator[bytes]:
+        if job.rate is None:
+            while True:
+                n = free.get(timeout=_PATIENCE_S)
+                due[n] = time.monotonic()
+                if due[n] >= job.end_s:
+                    return
+                order.append(n)
+                yield messages[n]
+        for due_s in due_times(job, index):
+            n = free.get(timeout=_PATIENCE_S)
+            due[n] = due_s
+            order.append(n)
+            yield messages[n]
+
+    with grpc.insecure_channel(job.target, options=[*_OPTIONS, ("bench.index", index)]) as channel:
+        for answer in channel.stream_stream(job.method)(requests(), timeout=job.end_s - time.monotonic() + _PATIENCE_S):
+            done_s = time.monotonic()
+            # The echo answers in order and names nobody; expertd says whose answer it is.
+            n = order.popleft() if is_echo else stream_id(answer)
+            if is_echo or is_answer(answer):
+                record.times.append((due[n], done_s))
+            else:
+                record.fail(error_of(answer))
+            free.put(n)
+
+
+def run_unary(job: Job, index: int, record: Record) -> None:
+    """One channel, one call at a time."""
+    message = unary_message(job.layers[index % len(job.layers)], RequestShape(**job.shape))
+    with grpc.insecure_channel(job.target, options=[*_OPTIONS, ("bench.index", index)]) as channel:
+        call = channel.unary_unary(job.method)
+        for due_s in due_times(job, index):
+            try:
+                call(message, timeout=_PATIENCE_S)
+            except grpc.RpcError as error:
+                record.fail(error.code().name)
+            else:
+                record.times.append((due_s, time.monotonic()))
+
+
+def run_sdk(job: Job, index: int, record: Record) -> None:
+    """expertd.Client, one thread for each place in flight."""
+    import expertd  # noqa: PLC0415 (the raw clients do not need it)
+
+    arguments = RequestShape(**job.shape).arrays()
+    config = expertd.ClientConfig(job.target, transport=job.transport.removeprefix("sdk-"))  # type: ignore[arg-type]
+    with expertd.Client(config) as client:
+
+        def work(layer: str) -> None:
+            for due_s in due_times(job, index):
+                try:
+                    client.forward(layer, **arguments)
+                except expertd.ExpertdError as error:
+                    record.fail(type(error).__name__)
+                else:
+                    record.times.append((due_s, time.monotonic()))
+
+        run_threads(
+            [threading.Thread(target=work, args=(job.layers[n % len(job.layers)],)) for n in range(job.in_flight)]
+        )
+
+
+def stream_id(answer: bytes) -> int:
+    """ForwardStreamResponse.id, which expertd writes first."""
+    value = shift = 0
+    for byte in answer[1:11]:
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value
+        shift += 7
+    raise ValueError("not a varint")
+
+
+def is_answer(answer: bytes) -> bool:
+    """Whether a ForwardStreamResponse holds a response (field 2): its key follows the id, which is below 128 here."""
+    return answer[2] == 0x12
+
+
+def error_of(answer: bytes) -> str:
+    """The code of a ForwardStreamResponse that holds an error."""
+    from expertd.v1 import expertd_pb2 as pb  # noqa: PLC0415
+
+    error = pb.ForwardStreamResponse.FromString(answer).error
+    return next(code.name for code in grpc.StatusCode if code.value[0] == error.code)
+
+
+def run_threads(threads: list[threading.Thread]) -> None:
+    """Start them all, wait for them all."""
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def main() -> None:
+    """Run the job of standard input."""
+    job = Job(**json.load(sys.stdin))
+    run = {"stream": run_stream, "unary": run_unary}.get(job.transport, run_sdk)
+    records = [Record() for _ in range(job.streams)]
+    time.sleep(max(0.0, job.begin_s - job.warmup_s - time.monotonic()))
+    run_threads([threading.Thread(target=run, args=(job, n, records[n])) for n in range(job.streams)])
+    times = [pair for record in records for pair in record.times]
+    np.save(job.result_file, np.array(times, np.float64).reshape(-1, 2))
+    errors: dict[str, int] = {}
+    for record in records:
+        for what, count in record.errors.items():
+            errors[what] = errors.get(what, 0) + count
+    print(json.dumps(errors))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Times a layer on the CPU backend against the bare bfloat16 matrix products of the same sizes.
+
+The bare products are what torch offers a caller who has bfloat16 weights and has sorted the tokens already: for each
+expert that has tokens [rows, H] x [H, 2I] and [rows, I] x [I, H], no routing, activation, quantisation or sum. Same
+threads, same tokens for each expert. Every call draws new tokens, so that weights come from memory, not from the
+cache; layer and products take turns; median of all calls.
+
+    python benchmarks/bench_layer.py
+    python benchmarks/bench_layer.py --layer mixtral-8x7b --tokens 1 64 --json benchmarks/results/layer.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from _common import header, write_json
+
+from expertd_server.backend_cpu import TorchBackend
+from expertd_server.fp8 import from_fp8, to_fp8
+from expertd_server.synthetic import PRESETS, synthetic_layers
+from expertd_server.types import LayerSpec
+from expertd_server.weights import ExpertWeights
+
+
+class BareProducts:
+    """Every expert's weights in bfloat16, multiplied by the plain torch operator."""
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        self.gemm1_weights = [from_fp8(w, torch.bfloat16).t() for w in weights.gemm1_weights]
+        self.gemm2_weights = [from_fp8(w, torch.bfloat16).t() for w in weights.gemm2_weights]
+        self.x = torch.randn(8192, self.gemm1_weights[0].shape[0], dtype=torch.bfloat16)
+        self.inter = torch.randn(8192, self.gemm2_weights[0].shape[0], dtype=torch.bfloat16)
+
+    def __call__(self, rows_by_expert: list[int]) -> None:
+        for expert, rows in enumerate(rows_by_expert):
+            if rows:
+                torch.mm(self.x[:rows], self.gemm1_weights[expert])
+                torch.mm(self.inter[:rows], self.gemm2_weights[expert])
+
+
+def measure(spec: LayerSpec, weights: ExpertWeights, token_counts: list[int], seconds: float) -> list[dict[str, Any]]:
+    """One row of the table for each number of tokens."""
+    backend = TorchBackend()
+    layer, products = backend.prepare(spec, weights), BareProducts(weights)
+    print(f"weights take {layer.nbytes / 2**20:.0f} MiB prepared, {weights.nbytes / 2**20:.0f} MiB in FP8")
+    print(f"{'T':>6} {'experts':>8} {'rows':>6} {'layer ms':>10} {'products ms':>12} {'ratio':>6} {'calls':>6}")
+    table = []
+    generator = torch.Generator().manual_seed(0)
+    nothing = torch.empty(0, spec.hidden_size, dtype=torch.float8_e4m3fn)
+    backend.forward(layer, nothing, routing_logits=torch.empty(0, spec.num_experts))  # the first call probes products
+    for num_tokens in token_counts:
+        layer_s: list[float] = []
+        products_s: list[float] = []
+        experts: list[int] = []
+        stop = time.monotonic() + seconds
+        while len(layer_s) < 4 or time.monotonic() < stop:
+            hidden_states = to_fp8(16.0 * torch.randn(num_tokens, spec.hidden_size, generator=generator))
+            logits = torch.randn(num_tokens, spec.num_experts, generator=generator)
+            start = time.perf_counter()
+            result = backend.forward(layer, hidden_states, routing_logits=logits)
+            middle = time.perf_counter()
+            rows_by_expert = torch.bincount(result.topk_ids.flatten(), minlength=spec.num_experts).tolist()
+            resumed = time.perf_counter()
+            products(rows_by_expert)
+            layer_s.append(middle - start)
+            products_s.append(time.perf_counter() - resumed)
+            experts.append(sum(1 for rows in rows_by_expert if rows))
+        row = {
+            "num_tokens": num_tokens,
+            "experts_touched": statistics.median(experts),
+            "layer_ms": statistics.median(layer_s) * 1e3,
+            "products_ms": statistics.median(products_s) * 1e3,
+            "calls": len(layer_s),
+        }
+        row["ratio"] = row["layer_ms"] / row["products_ms"]
+        table.append(row)
+        print(
+            f"{num_tokens:6d} {row['experts_touched']:8.0f} {num_tokens * spec.top_k:6d} {row['layer_ms']:10.2f} "
+            f"{row['products_ms']:12.2f} {row['ratio']:6.2f} {row['calls']:6d}",
+            flush=True,
+        )
+    return table
+
+
+def main() -> None:
+    """Print the table, and write it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layer", default="qwen3-30b-a3b", choices=PRESETS, help="shape of the layer")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 1024], help="tokens of a call")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time for each number of tokens")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch; default: as torch chooses")
+    parser.add_argument("--json", type=Path, default=None, help="file to write")
+    arguments = parser.parse_args()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    print(f"{arguments.layer}: {cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    _, spec, weights = next(iter(synthetic_layers(arguments.layer)))
+    table = measure(spec, weights, arguments.tokens, arguments.seconds)
+    if arguments.json is not None:
+        about = {**header(), "cpu": cpu_model(), "threads": torch.get_num_threads(), "layer": arguments.layer}
+        write_json(arguments.json, {**about, "rows": table})
+
+
+def cpu_model() -> str:
+    """The CPU as Linux names it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "unknown CPU"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+"""Measures the service over gRPC, each figure beside the bare gRPC echo of the same bytes in the same run.
+
+    python benchmarks/bench_service.py --quick                      a table in about two minutes
+    python benchmarks/bench_service.py --out benchmarks/results/service.json --plot docs/service.png
+    python benchmarks/bench_service.py --device cuda --frontends 8 --clients 16
+
+Server: `expertd-server serve` as users start it, with the no-op backend unless --device says otherwise, so that what is
+measured is the service. Echo: `_echo.py`, a Python gRPC server that answers with a constant of the answer's size, in as
+many processes. Clients: processes of `_load.py`, the same for both; prepared messages, so that they cost little.
+
+lone: one request in flight. saturated: `--clients` processes with `--streams` streams of `--in-flight` requests each.
+open loop: requests due at random times at a share of the saturated rate; latencies count from when a request was due.
+echo ratio: latency over the echo's, or throughput over the echo's. Rounds alternate between the two; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from _common import header, write_json
+from _requests import RequestShape
+
+from expertd_server.malloc import SETTINGS as MALLOC_SETTINGS
+
+PERCENTILES = (50, 90, 99, 99.9)
+WARMUP_S = 0.7
+START_S = 1.5  # what client processes need to import gRPC
+PRESETS = {"qwen3-30b-a3b": (2048, 128), "mixtral-8x7b": (4096, 8), "tiny": (256, 8)}
+"""hidden_size and num_experts of the synthetic layers that can be asked for."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A running server and how to call it."""
+
+    name: str
+    address: str
+    service: str
+    stream: str
+    unary: str
+    process: psutil.Process
+
+    def cpu_s(self) -> float:
+        """CPU seconds that the server's processes have used so far."""
+        total = 0.0
+        for process in (self.process, *self.process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
+    def method(self, transport: str) -> str:
+        """Full name of the method that a transport calls."""
+        return f"/{self.service}/{self.unary if transport == 'unary' else self.stream}"
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much, from how many. rate: requests per second over all clients; None: closed loop."""
+
+    transport: str
+    clients: int
+    streams: int
+    in_flight: int
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one measurement saw."""
+
+    requests_per_s: float
+    latency_us: dict[str, float]
+    cpu_us_per_request: float
+    errors: dict[str, int]
+
+
+def measure(target: Target, shape: RequestShape, layers: list[str], load: Load, seconds: float) -> Point:
+    """Run the clients against a server for `seconds`, after a warm-up."""
+    begin_s = time.monotonic() + START_S + WARMUP_S + 0.1 * load.clients
+    end_s = begin_s + seconds
+    with tempfile.TemporaryDirectory() as folder:
+        files = [str(Path(folder) / f"{n}.npy") for n in range(load.clients)]
+        clients = []
+        for n, file in enumerate(files):
+            job = {
+                "target": target.address,
+                "method": target.method(load.transport),
+                "transport": load.transport,
+                "layers": layers,
+                "shape": asdict(shape),
+                "streams": load.streams,
+                "in_flight": load.in_flight,
+                "rate": None if load.rate is None else load.rate / load.clients,
+                "begin_s": begin_s,
+                "end_s": end_s,
+                "warmup_s": WARMUP_S,
+                "seed": n,
+                "result_file": file,
+            }
+            command = [sys.executable, str(HERE / "_load.py")]
+            clients.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            assert clients[-1].stdin is not None
+            clients[-1].stdin.write(json.dumps(job))
+            clients[-1].stdin.close()
+            clients[-1].stdin = None
+        time.sleep(max(0.0, begin_s - time.monotonic()))
+        cpu_s = -target.cpu_s()
+        time.sleep(max(0.0, end_s - time.monotonic()))
+        cpu_s += target.cpu_s()
+        errors: dict[str, int] = {}
+        for client in clients:
+            said, _ = client.communicate(timeout=120)
+            if client.returncode:
+                sys.exit(f"a client of {target.name} failed with exit code {client.returncode}")
+            for what, count in json.loads(said).items():
+                errors[what] = errors.get(what, 0) + count
+        times = np.concatenate([np.load(file) for file in files])
+    due_s, done_s = times[:, 0], times[:, 1]
+    answered = int(((done_s >= begin_s) & (done_s < end_s)).sum())
+    counted = (due_s >= begin_s) & (due_s < end_s)
+    if not answered or not counted.any():
+        sys.exit(f"{target.name} answered no request: {errors}")
+    latencies_us = (done_s - due_s)[counted] * 1e6
+    return Point(
+        requests_per_s=answered / seconds,
+        latency_us={f"p{p:g}": float(np.percentile(latencies_us, p)) for p in PERCENTILES},
+        cpu_us_per_request=cpu_s * 1e6 / answered,
+        errors=errors,
+    )
+
+
+def median_of(points: list[Point]) -> Point:
+    """Median of each figure over the rounds; errors of all."""
+    errors: dict[str, int] = {}
+    for point in points:
+        for what, count in point.errors.items():
+            errors[what] = errors.get(what, 0) + count
+    return Point(
+        requests_per_s=statistics.median(p.requests_per_s for p in points),
+        latency_us={key: statistics.median(p.latency_us[key] for p in points) for key in points[0].latency_us},
+        cpu_us_per_request=statistics.median(p.cpu_us_per_request for p in points),
+        errors=errors,
+    )
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def terminated(process: subprocess.Popen[str]) -> Iterator[psutil.Process]:
+    """Stop a server at the end, and wait for it."""
+    try:
+        yield psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def running_echo(processes: int, answer_bytes: int) -> Iterator[Target]:
+    """The echo, in this many processes. Its malloc settings are those of expertd's launcher."""
+    port = free_port()
+    command = [sys.executable, str(HERE / "_echo.py"), f"--port={port}", f"--processes={processes}"]
+    environment = {**os.environ, **MALLOC_SETTINGS}
+    with terminated(
+        subprocess.Popen([*command, f"--answer-bytes={answer_bytes}"], env=environment, text=True)
+    ) as process:
+        wait_for_port(port)
+        yield Target("echo", f"127.0.0.1:{port}", "expertd.benchmark.Echo", "Stream", "Unary", process)
+
+
+@contextlib.contextmanager
+def running_expertd(options: argparse.Namespace, folder: str) -> Iterator[tuple[Target, list[str]]]:
+    """expertd-server, and the names of its layers."""
+    ready = Path(folder) / "ready.json"
+    command = [sys.executable, "-m", "expertd_server", "serve", "--port=0", f"--ready-file={ready}"]
+    command += [f"--device={options.device}", f"--synthetic={options.preset}", f"--synthetic-layers={options.layers}"]
+    command += [f"--max-streams={max(64, options.clients * options.streams)}", "--log-level=warning"]
+    if options.device == "noop":
+        command.append("--experts=0-0")  # the weights are dropped anyway
+    if options.frontends:
+        command.append(f"--frontends={options.frontends}")
+    command += options.server_option
+    with terminated(subprocess.Popen(command, stdout=subprocess.DEVNULL, text=True)) as process:
+        until_s = time.monotonic() + options.start_timeout
+        while not ready.exists():
+            if time.monotonic() > until_s or process.status() == psutil.STATUS_ZOMBIE:
+                sys.exit(f"the server was not ready within {options.start_timeout} s: {' '.join(command)}")
+            time.sleep(0.05)
+        address = json.loads(ready.read_text())["address"]
+        layers = [f"synthetic.{options.preset}.{n}" for n in range(options.layers)]
+        yield Target("expertd", address, "expertd.v1.ExpertService", "ForwardStream", "Forward", process), layers
+
+
+def wait_for_port(port: int) -> None:
+    """Return when somebody listens."""
+    until_s = time.monotonic() + 30
+    while time.monotonic() < until_s:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.05)
+    sys.exit(f"nobody listens on port {port}")
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = parse_options()
+    console = Console(width=150)
+    results: list[dict[str, Any]] = []
+    table = Table(title=f"expertd over gRPC, backend {options.device}, {options.frontends or 'no'} front-ends")
+    for column in ("tokens", "KiB in/out", "load", "p50 µs", "p99 µs", "req/s", "ktok/s", "GB/s", "CPU µs/req"):
+        table.add_column(column, justify="right" if column != "load" else "left")
+    table.add_column("p50 / echo", justify="right")
+    table.add_column("req/s / echo", justify="right")
+    hidden_size, num_experts = PRESETS[options.preset]
+    with tempfile.TemporaryDirectory() as folder, running_expertd(options, folder) as (expertd, layers):
+        for num_tokens in options.tokens:
+            shape = RequestShape(num_tokens, hidden_size, num_experts)
+            with running_echo(max(1, options.frontends), shape.answer_bytes) as echo:
+                for name, load, seconds in loads(options):
+                    row = compare(expertd, echo, shape, layers, load, seconds, options.rounds)
+                    results.append({"tokens": num_tokens, "load": name, **row})
+                    add_row(table, shape, name, row)
+                    if name == "saturated stream":
+                        rate = row["expertd"]["requests_per_s"]
+                        for share in options.shares:
+                            open_load = Load("stream", load.clients, load.streams, 100, rate * share)
+                            row = compare(expertd, echo, shape, layers, open_load, seconds, options.rounds)
+                            results.append({"tokens": num_tokens, "load": f"open {share:g}", "share": share, **row})
+                            add_row(table, shape, f"open loop, {share:.0%} of saturated", row)
+    console.print(table)
+    if options.out is not None:
+        write_json(options.out, {**header(), "options": vars(options) | {"out": str(options.out)}, "points": results})
+    if options.plot is not None:
+        plot(results, options)
+
+
+def loads(options: argparse.Namespace) -> Iterator[tuple[str, Load, float]]:
+    """The loads of one request size."""
+    for transport in options.transports:
+        yield f"lone {transport}", Load(transport, 1, 1, 1), options.seconds
+        yield (
+            f"saturated {transport}",
+            Load(transport, options.clients, options.streams, options.in_flight),
+            options.seconds,
+        )
+
+
+def compare(
+    expertd: Target, echo: Target, shape: RequestShape, layers: list[str], load: Load, seconds: float, rounds: int
+) -> dict[str, Any]:
+    """Both servers under the same load, by turns. The SDK's transports are compared with the echo's stream."""
+    echo_load = load if load.transport in ("stream", "unary") else replace(load, transport="stream")
+    seen: dict[str, list[Point]] = {"expertd": [], "echo": []}
+    for _ in range(rounds):
+        seen["expertd"].append(measure(expertd, shape, layers, load, seconds))
+        seen["echo"].append(measure(echo, shape, layers, echo_load, seconds))
+    ours, theirs = median_of(seen["expertd"]), median_of(seen["echo"])
+    return {
+        "request_bytes": shape.request_bytes,
+        "answer_bytes": shape.answer_bytes,
+        "load_options": asdict(load),
+        "expertd": asdict(ours),
+        "echo": asdict(theirs),
+        "tokens_per_s": ours.requests_per_s * shape.num_tokens,
+        "bytes_per_s": ours.requests_per_s * (shape.request_bytes + shape.answer_bytes),
+        "p50_over_echo": ours.latency_us["p50"] / theirs.latency_us["p50"],
+        "throughput_over_echo": ours.requests_per_s / theirs.requests_per_s,
+    }
+
+
+def add_row(table: Table, shape: RequestShape, name: str, row: dict[str, Any]) -> None:
+    """One line of the table; a load that met errors says so."""
+    ours = row["expertd"]
+    failed = sum(ours["errors"].values())
+    table.add_row(
+        str(shape.num_tokens),
+        f"{shape.request_bytes / 1024:.0f}/{shape.answer_bytes / 1024:.0f}",
+        name + (f" [{failed} failed: {', '.join(ours['errors'])}]" if failed else ""),
+        f"{ours['latency_us']['p50']:.0f}",
+        f"{ours['latency_us']['p99']:.0f}",
+        f"{ours['requests_per_s']:.0f}",
+        f"{row['tokens_per_s'] / 1e3:.0f}",
+        f"{row['bytes_per_s'] / 1e9:.2f}",
+        f"{ours['cpu_us_per_request']:.0f}",
+        f"{row['p50_over_echo']:.2f}",
+        f"{row['throughput_over_echo']:.2f}",
+    )
+
+
+def plot(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Latency over throughput of the open loop, one panel for each request size."""
+    import matplotlib as mpl  # noqa: PLC0415 (only where a plot is asked for)
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    _, axes = plt.subplots(1, len(options.tokens), figsize=(4.2 * len(options.tokens), 3.6), squeeze=False)
+    for axis, num_tokens in zip(axes[0], options.tokens, strict=True):
+        rows = [row for row in results if row["tokens"] == num_tokens and "share" in row]
+        for who, colour in (("expertd", "tab:blue"), ("echo", "tab:grey")):
+            for percentile, style in (("p50", "-"), ("p99", "--")):
+                x = [row[who]["requests_per_s"] * num_tokens / 1e3 for row in rows]
+                y = [row[who]["latency_us"][percentile] / 1e3 for row in rows]
+                axis.plot(x, y, style, color=colour, marker=".", label=f"{who} {percentile}")
+        axis.set(
+            title=f"{num_tokens} tokens a request", xlabel="thousand tokens / s", ylabel="latency, ms", yscale="log"
+        )
+        axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    plt.tight_layout()
+    plt.savefig(options.plot, dpi=120)
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter measurements")
+    parser.add_argument("--device", default="noop", help="device of the server (default: noop)")
+    parser.add_argument("--preset", default="qwen3-30b-a3b", choices=PRESETS, help="shape of the layers")
+    parser.add_argument("--layers", type=int, default=1, help="layers served and asked for")
+    parser.add_argument("--frontends", type=int, default=0, help="front-end processes; 0: in-process, one echo process")
+    parser.add_argument("--tokens", type=int, nargs="+", help="tokens of a request")
+    parser.add_argument("--transports", nargs="+", default=["stream", "unary"], help="stream, unary, sdk-stream, ...")
+    parser.add_argument("--clients", type=int, default=max(2, min(16, (os.cpu_count() or 2) // 2)), help="processes")
+    parser.add_argument("--streams", type=int, default=2, help="streams of each client process")
+    parser.add_argument("--in-flight", type=int, default=4, help="requests in flight on each stream when saturated")
+    parser.add_argument(
+        "--shares", type=float, nargs="*", help="loads of the open loop, as shares of the saturated rate"
+    )
+    parser.add_argument("--seconds", type=float, help="length of each measurement")
+    parser.add_argument("--rounds", type=int, help="measurements of each point")
+    parser.add_argument("--start-timeout", type=float, default=300.0, help="seconds that the server may take to load")
+    parser.add_argument("--server-option", action="append", default=[], help="handed to expertd-server serve")
+    parser.add_argument("--out", type=Path, help="write JSON here")
+    parser.add_argument("--plot", type=Path, help="write a latency-throughput plot here")
+    options = parser.parse_args()
+    defaults = ([32, 128], [0.5], 2.0, 1) if options.quick else ([1, 8, 32, 128, 512], [0.25, 0.5, 0.75, 0.9], 4.0, 3)
+    for name, default in zip(("tokens", "shares", "seconds", "rounds"), defaults, strict=True):
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    return options
+
+
+if __name__ == "__main__":
+    main()

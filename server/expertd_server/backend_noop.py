@@ -1,0 +1,68 @@
+"""A backend that computes nothing, to measure what everything around the computation costs.
+
+Its answers are zeros: of use to `benchmarks/bench_service.py` and to nobody else, so `auto` never chooses it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import torch
+
+from expertd_server.backend import MoEOutput, PreparedLayer
+from expertd_server.types import LayerSpec
+from expertd_server.weights import ExpertWeights
+
+__all__ = ["NoopBackend"]
+
+log = logging.getLogger(__name__)
+
+
+class NoopBackend:
+    """Takes what every backend takes and answers with zeros of the right shapes; every slot is empty (-1)."""
+
+    name = "noop"
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        log.warning("backend 'noop' computes nothing: every answer is zeros; for benchmarks only")
+
+    def prepare(self, spec: LayerSpec, weights: ExpertWeights, *, max_num_tokens: int = 8192) -> PreparedLayer:
+        """Keep scales and bias, drop the weights; the state is the zeros of every answer."""
+        nothing = torch.empty(0, dtype=torch.float8_e4m3fn)
+        kept = dataclasses.replace(weights, gemm1_weights=nothing, gemm2_weights=nothing)
+        return PreparedLayer(
+            spec, kept, kept.nbytes, torch.zeros(max_num_tokens * spec.hidden_size * 4, dtype=torch.uint8)
+        )
+
+    def forward(
+        self,
+        layer: PreparedLayer,
+        hidden_states: torch.Tensor,
+        *,
+        routing_logits: torch.Tensor | None = None,
+        topk_ids: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        output_dtype: torch.dtype = torch.bfloat16,
+        do_finalize: bool = True,
+        out: torch.Tensor | None = None,
+        routing_replay_out: torch.Tensor | None = None,
+        num_valid_tokens: torch.Tensor | None = None,
+        enable_pdl: bool | None = None,
+    ) -> MoEOutput:
+        """See `Backend.forward`, but out and routing_replay_out are left as they are."""
+        num_tokens, spec = hidden_states.shape[0], layer.spec
+        ids = torch.full((num_tokens, spec.top_k), -1, dtype=torch.int32)
+        expert_weights = torch.zeros(num_tokens, spec.top_k, dtype=torch.bfloat16)
+        if do_finalize:
+            zeros: torch.Tensor = layer.state
+            size = num_tokens * spec.hidden_size
+            output = zeros.view(output_dtype)[:size].view(num_tokens, spec.hidden_size) if out is None else out
+            return MoEOutput(ids, expert_weights, output=output)
+        return MoEOutput(
+            ids,
+            expert_weights,
+            gemm2_output=torch.empty(0, spec.hidden_size, dtype=torch.bfloat16),
+            expanded_idx_to_permuted_idx=torch.full((ids.numel(),), -1, dtype=torch.int32),
+        )

@@ -1,0 +1,111 @@
+"""What deploy/ says must be what the server understands: schemas, option names, metric names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import numpy as np
+import pytest
+import yaml
+
+from expertd_server.config import ENV_PREFIX, Config
+from expertd_server.metrics import Metrics
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+KUBERNETES = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+# Kinds that Kubernetes' own schemas do not hold: checked by the tests below instead.
+FOREIGN_KINDS = {"Kustomization", "ServiceMonitor"}
+OPTIONS = {ENV_PREFIX + field.name.upper() for field in dataclasses.fields(Config)}
+# Read by the image's build and by the Compose file itself, not by the server.
+COMPOSE_VARIABLES = {"EXPERTD_CUDA", "EXPERTD_SHARD_0", "EXPERTD_SHARD_1"}
+
+
+def documents(path: Path) -> Iterator[dict[str, Any]]:
+    yield from yaml.safe_load_all(path.read_text())
+
+
+@pytest.mark.parametrize("path", KUBERNETES, ids=lambda path: path.name)
+def test_kubernetes_manifest_matches_its_schema(path: Path) -> None:
+    for document in documents(path):
+        if document["kind"] not in FOREIGN_KINDS:
+            kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_kustomization_lists_every_manifest() -> None:
+    (kustomization,) = documents(DEPLOY / "kubernetes" / "kustomization.yaml")
+    assert set(kustomization["resources"]) == {path.name for path in KUBERNETES} - {"kustomization.yaml"}
+
+
+def test_service_and_monitor_select_every_pod() -> None:
+    (service,) = documents(DEPLOY / "kubernetes" / "service.yaml")
+    (monitor,) = documents(DEPLOY / "kubernetes" / "servicemonitor.yaml")
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert {e["port"] for e in monitor["spec"]["endpoints"]} <= {p["name"] for p in service["spec"]["ports"]}
+    shards = [d for path in KUBERNETES for d in documents(path) if d["kind"] == "StatefulSet"]
+    assert len(shards) >= 2
+    for shard in shards:
+        labels = shard["spec"]["template"]["metadata"]["labels"]
+        assert service["spec"]["selector"].items() <= labels.items()
+        assert shard["spec"]["selector"]["matchLabels"].items() <= labels.items()
+        assert shard["spec"]["serviceName"] == service["metadata"]["name"]
+
+
+def test_pods_are_given_time_to_drain() -> None:
+    grace_s = {f.name: f.default for f in dataclasses.fields(Config)}["shutdown_grace_s"]
+    for shard in (d for path in KUBERNETES for d in documents(path) if d["kind"] == "StatefulSet"):
+        pod = shard["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        pause_s = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
+        assert pod["terminationGracePeriodSeconds"] > pause_s + grace_s
+    compose = yaml.safe_load((DEPLOY / "docker-compose.yml").read_text())
+    assert float(compose["services"]["shard-0-a"]["stop_grace_period"].rstrip("s")) > grace_s
+
+
+@pytest.mark.parametrize("path", [DEPLOY / "Dockerfile", *DEPLOY.glob("*.yml"), *KUBERNETES], ids=lambda path: path.name)
+def test_environment_names_are_options_of_the_server(path: Path) -> None:
+    named = set(re.findall(r"\bEXPERTD_[A-Z0-9_]+", path.read_text()))
+    # A comment of the StatefulSets quotes what Kubernetes would set, which is an option's name as well.
+    assert named - COMPOSE_VARIABLES <= OPTIONS
+
+
+def exported_metric_names() -> set[str]:
+    metrics = Metrics(count_expert_tokens=True)
+    metrics.set_server(version="0", backend="cpu", device="test")
+    metrics.add_layer(
+        "layer",
+        weights_version=1,
+        hidden_size=16,
+        intermediate_size=16,
+        local_expert_offset=0,
+        local_num_experts=2,
+        top_k=1,
+        routing="default",
+        activation="swiglu",
+        nbytes=1,
+    )
+    metrics.observe_batch("layer", 1, 1, [np.zeros((1, 1), np.int32)])
+    families = metrics.registry.collect()
+    suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}
+    return {family.name + suffix for family in families for suffix in suffixes.get(family.type, [""])}
+
+
+@pytest.mark.parametrize("path", [DEPLOY / "prometheus" / "alerts.yml", DEPLOY / "grafana/dashboards/expertd.json"])
+def test_queries_name_metrics_that_the_server_exports(path: Path) -> None:
+    queried = set(re.findall(r"\bexpertd_[a-z0-9_]+", path.read_text()))
+    assert queried
+    assert queried <= exported_metric_names()
+
+
+def test_dashboard_is_one_that_grafana_can_provision() -> None:
+    dashboard = json.loads((DEPLOY / "grafana/dashboards/expertd.json").read_text())
+    assert dashboard["uid"]
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+    (source,) = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    assert {panel["datasource"]["uid"] for panel in dashboard["panels"] if "datasource" in panel} == {source["uid"]}

@@ -1,0 +1,62 @@
+"""The commands beside serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from serving import LAYER, running
+
+from expertd_server.cli import main
+
+CERTS = Path(__file__).parent / "certs"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("expertd-server ")
+
+
+def test_a_command_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_inspecting_what_is_not_there_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "/no/such/checkpoint"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("expertd-server: ")
+    assert "/no/such" in error
+    assert error.count("\n") == 1
+
+
+class TestHealth:
+    def test_of_the_server_and_of_a_layer(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with running() as live:
+            target = f"127.0.0.1:{live.server.port}"
+            assert main(["health", "--target", target]) == 0
+            assert main(["health", "--target", target, "--service", LAYER]) == 0
+            assert main(["health", "--target", target, "--service", "nowhere"]) == 1
+        assert main(["health", "--target", target]) == 1, "the server is gone"
+        assert capsys.readouterr().out == f"{target}: SERVING\n" * 2
+
+    def test_of_the_server_that_the_environment_describes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with running() as live:
+            monkeypatch.setenv("EXPERTD_HOST", "0.0.0.0")
+            monkeypatch.setenv("EXPERTD_PORT", str(live.server.port))
+            assert main(["health"]) == 0
+
+    def test_over_mutual_tls(self, capsys: pytest.CaptureFixture[str]) -> None:
+        authority = CERTS / "authority.pem"
+        options = {"tls_cert_file": CERTS / "server.pem", "tls_key_file": CERTS / "server.key"}
+        with running(host="localhost", tls_client_ca_file=authority, **options) as live:
+            command = ["health", "--target", f"localhost:{live.server.port}", "--ca-file", str(authority)]
+            pair = ["--cert-file", str(CERTS / "client.pem"), "--key-file", str(CERTS / "client.key")]
+            assert main([*command, *pair]) == 0
+            assert main(command) == 1
+        assert main([*command, "--ca-file", "/nowhere.pem"]) == 2
+        assert "/nowhere.pem: No such file" in capsys.readouterr().err

@@ -1,0 +1,335 @@
+"""The CPU backend against the reference, and each of its options."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from cases import Case, every_method, make_case, make_hidden_states, make_spec, relative_error, spec_id, visible_inter
+
+from expertd_server import backend, backend_cpu, reference
+from expertd_server.backend import MoEOutput, select_backend
+from expertd_server.backend_cpu import TorchBackend
+from expertd_server.fp8 import from_fp8, quantize_fp8, to_fp8
+from expertd_server.types import Activation, LayerSpec, RoutingMethod
+
+WHOLE_OUTPUT_BOUND = 4e-3
+
+
+def run(case: Case, **options: object) -> MoEOutput:
+    cpu = TorchBackend()
+    arguments = {"routing_logits": case.routing_logits} if "topk_ids" not in options else {}
+    return cpu.forward(cpu.prepare(case.spec, case.weights), case.hidden_states, **arguments, **options)  # type: ignore[arg-type]
+
+
+def output(case: Case, **options: object) -> torch.Tensor:
+    result = run(case, **options).output
+    assert result is not None
+    return result
+
+
+def expect(case: Case) -> reference.Reference:
+    return reference.forward(case.spec, case.weights, case.hidden_states, routing_logits=case.routing_logits)
+
+
+def check_against_reference(case: Case) -> None:
+    """Every bound of the layer's agreement: ids, inter, g given inter, the whole output."""
+    expected = expect(case)
+    result = run(case)
+    assert torch.equal(result.topk_ids, expected.topk_ids), case.name
+    assert result.output is not None
+    error = relative_error(result.output, expected.output)
+    assert error <= WHOLE_OUTPUT_BOUND, f"{case.name}: output off by {error}"
+
+    spec, weights = visible_inter(case.spec, case.weights)
+    shown = by_slot(run(dataclasses.replace(case, weights=weights), do_finalize=False))
+    inter = shown[..., : spec.intermediate_size]
+    steps = (fp8_position(inter) - fp8_position(expected.inter.float())).abs()
+    steps = steps[is_local(spec, expected.topk_ids)]
+    assert not steps.numel() or int(steps.max()) <= 1, f"{case.name}: inter off by {int(steps.max())} fp8 values"
+    assert not steps.numel() or float((steps == 0).float().mean()) >= 0.95, case.name
+
+    g = by_slot(run(case, do_finalize=False))
+    given = reference.expert_outputs(case.spec, case.weights, expected.topk_ids, inter)
+    error = relative_error(g, given)
+    assert error <= WHOLE_OUTPUT_BOUND, f"{case.name}: g off by {error}"
+
+
+def by_slot(result: MoEOutput) -> torch.Tensor:
+    """gemm2_output as [T, K, H] float32, zeros where a slot has no row."""
+    g, rows = result.gemm2_output, result.expanded_idx_to_permuted_idx
+    assert g is not None
+    assert rows is not None
+    padded = torch.cat([g.float(), torch.zeros(1, g.shape[1])])
+    return padded[torch.where(rows < 0, len(g), rows)].view(*result.topk_ids.shape, -1)
+
+
+def fp8_position(values: torch.Tensor) -> torch.Tensor:
+    """Place of fp8 values among all fp8 values, so that neighbours differ by 1."""
+    codes = to_fp8(values).view(torch.uint8).int()
+    return torch.where(codes >= 0x80, 0x80 - codes, codes)
+
+
+def is_local(spec: LayerSpec, ids: torch.Tensor) -> torch.Tensor:
+    return (ids >= spec.local_expert_offset) & (ids < spec.local_expert_offset + spec.num_local)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 70])
+@pytest.mark.parametrize("spec", every_method(), ids=spec_id)
+def test_agrees_with_the_reference_for_every_routing_method(spec: LayerSpec, num_tokens: int) -> None:
+    check_against_reference(make_case(spec, num_tokens if spec.num_experts <= 16 else 3, seed=num_tokens))
+
+
+@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(128, 64), (200, 72), (256, 256), (37, 21)])
+def test_agrees_with_the_reference_for_every_activation(
+    activation: Activation, hidden_size: int, intermediate_size: int
+) -> None:
+    spec = make_spec(hidden_size=hidden_size, intermediate_size=intermediate_size, activation=activation)
+    check_against_reference(make_case(spec, 40, seed=11))
+
+
+@pytest.mark.parametrize("logits", ["all_equal", "two_values", "saturated_high", "one_expert", "one_dominates"])
+def test_agrees_with_the_reference_on_adversarial_logits(logits: str) -> None:
+    for method in (RoutingMethod.DEFAULT, RoutingMethod.SIGMOID_RENORM):
+        check_against_reference(make_case(make_spec(routing_method=method), 70, seed=3, logits=logits))
+
+
+def test_agrees_with_the_reference_on_the_shape_of_a_real_layer() -> None:
+    spec = make_spec(hidden_size=2048, intermediate_size=768, num_experts=4, top_k=2)
+    check_against_reference(make_case(spec, 12, seed=1))
+
+
+def test_inter_saturates() -> None:
+    case = make_case(make_spec(activation=Activation.RELU2), 8, seed=4)
+    scales = case.weights.output1_scales_scalar * 1e4
+    case = dataclasses.replace(case, weights=dataclasses.replace(case.weights, output1_scales_scalar=scales))
+    assert float(expect(case).inter.float().abs().max()) == 448.0
+    check_against_reference(case)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 16])
+@pytest.mark.parametrize("method", [RoutingMethod.RENORMALIZE, RoutingMethod.DEEPSEEK_V3])
+def test_slices_add_up_to_the_whole(method: RoutingMethod, parts: int) -> None:
+    case = make_case(make_spec(routing_method=method), 50, seed=parts)
+    size = case.spec.num_experts // parts
+    slices = [case.slice(offset, size) for offset in range(0, case.spec.num_experts, size)]
+    for part in slices:
+        check_against_reference(part)
+    total = torch.stack([output(part, output_dtype=torch.float32) for part in slices]).sum(0)
+    whole = output(case, output_dtype=torch.float32)
+    torch.testing.assert_close(total, whole, rtol=0.0, atol=float(whole.abs().max()) * 1e-6, msg=case.name)
+
+
+def test_tokens_without_a_local_expert_get_zeros() -> None:
+    case = make_case(make_spec(routing_method=RoutingMethod.LLAMA4, top_k=1), 20, seed=1, logits="one_expert")
+    case = case.slice(0, 4)  # every token goes to expert 8
+    assert torch.equal(output(case), torch.zeros(20, case.spec.hidden_size, dtype=torch.bfloat16))
+    rows = run(case, do_finalize=False)
+    assert rows.gemm2_output is not None
+    assert rows.expanded_idx_to_permuted_idx is not None
+    assert rows.gemm2_output.shape == (0, case.spec.hidden_size)
+    assert rows.expanded_idx_to_permuted_idx.tolist() == [-1] * 20
+
+
+def test_do_finalize_false_groups_rows_by_ascending_expert_and_adds_up_to_the_output() -> None:
+    case = make_case(make_spec(), 33, seed=6).slice(4, 8)
+    result = run(case, do_finalize=False)
+    rows = result.expanded_idx_to_permuted_idx
+    assert rows is not None
+    assert result.output is None
+    local = is_local(case.spec, result.topk_ids).flatten()
+    assert torch.equal(rows >= 0, local)
+    assert sorted(rows[local].tolist()) == list(range(int(local.sum())))
+    experts_by_row = result.topk_ids.flatten()[local][rows[local].argsort()]
+    assert experts_by_row.tolist() == sorted(experts_by_row.tolist())
+    w = result.expert_weights.float()
+    total = torch.zeros(33, case.spec.hidden_size)
+    for k in range(case.spec.top_k):
+        total += w[:, k, None] * by_slot(result)[:, k]
+    assert torch.equal(total.bfloat16(), output(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_output_is_rounded_once_to_the_asked_type(dtype: torch.dtype) -> None:
+    case = make_case(make_spec(), 20, seed=8)
+    got = output(case, output_dtype=dtype)
+    assert got.dtype == dtype
+    assert torch.equal(got, output(case, output_dtype=torch.float32).to(dtype))
+    out = torch.full((20, case.spec.hidden_size), torch.nan, dtype=dtype)
+    assert output(case, output_dtype=dtype, out=out) is out
+    assert torch.equal(out, got)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_wide_hidden_states_are_quantised_with_the_scale(dtype: torch.dtype) -> None:
+    case = make_case(make_spec(), 20, seed=9)
+    scaled = dataclasses.replace(case.weights, hidden_states_scale=16.3)
+    wide = make_hidden_states(case.spec, 20, seed=9).to(dtype)
+    quantised = dataclasses.replace(case, weights=scaled, hidden_states=reference.quantize(wide, 16.3))
+    got = output(dataclasses.replace(case, weights=scaled, hidden_states=wide))
+    assert torch.equal(got, output(quantised)), dtype
+
+
+def test_quantisation_agrees_with_the_reference_and_saturates() -> None:
+    finite = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (finite[:-1] + finite[1:]) / 2
+    x = torch.cat([finite, middles, middles.nextafter(finite[1:]), middles.nextafter(finite[:-1]), 10.0 ** finite[:64]])
+    x = torch.cat([x, -x, torch.tensor([torch.inf, -torch.inf, torch.nan, 1e-30])])
+    for scale in (1.0, 0.37, 100.0):
+        assert torch.equal(quantize_fp8(x, scale).view(torch.uint8), reference.quantize(x, scale).view(torch.uint8)), (
+            scale
+        )
+    assert quantize_fp8(torch.tensor([torch.inf, -1e9, 449.0]), 1.0).tolist() == [448.0, -448.0, 448.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_from_fp8_is_exact(dtype: torch.dtype) -> None:
+    x = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(2, 128)
+    torch.testing.assert_close(from_fp8(x, dtype), x.to(dtype), rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def test_routed_input_gives_the_bits_of_routing_here() -> None:
+    case = make_case(make_spec(routing_method=RoutingMethod.RENORMALIZE), 40, seed=2)
+    routed = run(case)
+    for weights in (routed.expert_weights, routed.expert_weights.float()):
+        assert torch.equal(output(case, topk_ids=routed.topk_ids, topk_weights=weights), output(case))
+
+
+def test_routed_weights_are_rounded_to_bfloat16_on_entry() -> None:
+    case = make_case(make_spec(), 10, seed=2)
+    ids = run(case).topk_ids
+    w = torch.rand(10, 4, generator=torch.Generator().manual_seed(2))
+    assert not torch.equal(w, w.bfloat16().float())
+    assert torch.equal(
+        output(case, topk_ids=ids, topk_weights=w), output(case, topk_ids=ids, topk_weights=w.bfloat16())
+    )
+
+
+def test_an_expert_that_comes_twice_in_a_row_counts_twice() -> None:
+    case = make_case(make_spec(top_k=2), 6, seed=2)
+    twice = output(case, topk_ids=torch.full((6, 2), 3, dtype=torch.int32), topk_weights=torch.full((6, 2), 0.5))
+    once = output(
+        case, topk_ids=torch.tensor([[3, -1]] * 6, dtype=torch.int32), topk_weights=torch.tensor([[1.0, 7.0]] * 6)
+    )
+    assert torch.equal(twice, once)
+
+
+def test_empty_slots_add_nothing_whatever_their_weight() -> None:
+    case = make_case(make_spec(top_k=2), 4, seed=2)
+    ids = torch.tensor([[-1, -1], [5, -1], [-1, 5], [5, 5]], dtype=torch.int32)
+    w = torch.where(ids < 0, torch.nan, 1.0)
+    got = output(case, topk_ids=ids, topk_weights=w)
+    assert not got.isnan().any()
+    assert not got[0].any()
+
+
+def test_replay_rows_beyond_the_tokens_stay_untouched() -> None:
+    case = make_case(make_spec(), 5, seed=2)
+    replay = torch.full((9, 4), -7, dtype=torch.int16)
+    ids = run(case, routing_replay_out=replay).topk_ids
+    assert torch.equal(replay[:5].int(), ids)
+    assert replay[5:].eq(-7).all()
+
+
+@pytest.mark.parametrize("num_valid", [0, 1, 4, 9])
+def test_rows_past_num_valid_tokens_are_neither_read_nor_written(num_valid: int) -> None:
+    case = make_case(make_spec(), 9, seed=2)
+    poisoned = case.hidden_states.view(torch.uint8).clone()
+    poisoned[num_valid:] = 0x7F  # NaN
+    logits = case.routing_logits.clone()
+    logits[num_valid:] = torch.nan
+    padded = dataclasses.replace(case, hidden_states=poisoned.view(torch.float8_e4m3fn), routing_logits=logits)
+    out = torch.full((9, case.spec.hidden_size), 5.0, dtype=torch.bfloat16)
+    replay = torch.full((9, 4), -7, dtype=torch.int16)
+    valid = torch.tensor(num_valid, dtype=torch.int32)
+    output(padded, out=out, routing_replay_out=replay, num_valid_tokens=valid)
+    assert torch.equal(out[:num_valid], output(case)[:num_valid])
+    assert out[num_valid:].eq(5.0).all()
+    assert replay[num_valid:].eq(-7).all()
+    rows = run(padded, do_finalize=False, num_valid_tokens=valid)
+    assert rows.gemm2_output is not None
+    assert rows.gemm2_output.isfinite().all()
+
+
+@pytest.mark.parametrize("do_finalize", [True, False])
+def test_no_tokens(do_finalize: bool) -> None:
+    case = make_case(make_spec(), 0, seed=2)
+    result = run(case, do_finalize=do_finalize)
+    assert result.topk_ids.shape == result.expert_weights.shape == (0, 4)
+    tensor = result.output if do_finalize else result.gemm2_output
+    assert tensor is not None
+    assert tensor.shape == (0, case.spec.hidden_size)
+
+
+def test_prepared_and_unprepared_layers_give_the_same_bits() -> None:
+    case = make_case(make_spec(), 50, seed=2).slice(2, 9)
+    cpu = TorchBackend()
+    layer = cpu.wrap(case.spec, case.weights)
+    got = cpu.forward(layer, case.hidden_states, routing_logits=case.routing_logits).output
+    assert got is not None
+    assert torch.equal(got, output(case))
+    assert layer.nbytes == case.weights.nbytes
+
+
+def test_nbytes_counts_two_bytes_a_weight() -> None:
+    case = make_case(make_spec(), 1, seed=2)
+    prepared = TorchBackend().prepare(case.spec, case.weights)
+    num_weights = case.weights.gemm1_weights.numel() + case.weights.gemm2_weights.numel()
+    assert prepared.nbytes == 2 * num_weights + 3 * 4 * 16
+
+
+def test_the_other_cpu_products_agree_with_the_reference_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a CPU with AMX, or a torch without FBGEMM, would use.
+    monkeypatch.setattr(backend_cpu, "_cpu_expert_type", lambda: backend_cpu._SplitExpert)
+    check_against_reference(make_case(make_spec(hidden_size=512, intermediate_size=256), 40, seed=5))
+
+
+@pytest.mark.parametrize("spec", [make_spec(), make_spec(hidden_size=37, intermediate_size=21)], ids=["even", "odd"])
+def test_blocks_of_rows_change_nothing_but_the_time(spec: LayerSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(spec, 200, seed=5, logits="one_expert")
+    in_one_piece = output(case)
+    monkeypatch.setattr(backend_cpu, "_rows_are_independent", lambda *sizes: False)
+    in_blocks = output(case)
+    assert relative_error(in_blocks, in_one_piece) <= WHOLE_OUTPUT_BOUND
+    for t in (0, 63, 64, 199):
+        one = dataclasses.replace(
+            case, hidden_states=case.hidden_states[t : t + 1], routing_logits=case.routing_logits[t : t + 1]
+        )
+        assert torch.equal(output(one)[0], in_blocks[t]), t
+
+
+def test_a_product_that_depends_on_the_number_of_rows_is_found(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Fickle(backend_cpu._SplitExpert):
+        def gemm1(self, x: torch.Tensor) -> torch.Tensor:
+            a = super().gemm1(x)
+            return a if len(x) > 2 else a.nextafter(torch.tensor(torch.inf))
+
+    monkeypatch.setattr(backend_cpu, "_cpu_expert_type", lambda: Fickle)
+    with caplog.at_level(logging.WARNING):
+        assert not backend_cpu._rows_are_independent.__wrapped__(48, 32, 24, 1)
+    assert "48 x 32" in caplog.text
+
+
+def test_select_backend() -> None:
+    assert select_backend("cpu").name == "cpu"
+    with pytest.raises(ValueError, match="device is mps, expected"):
+        select_backend("mps")
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_kernels", "expected"),
+    [((9, 0), True, None), ((9, 0), False, "install with EXPERTD_CUDA=on"), ((8, 0), True, "need 9.0")],
+)
+def test_why_a_cuda_device_gets_the_torch_backend(
+    capability: tuple[int, int], has_kernels: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object() if has_kernels else None)
+    reason = backend._why_no_kernels(torch.device("cuda", 0))
+    assert reason is None if expected is None else expected in str(reason)

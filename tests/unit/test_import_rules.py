@@ -1,0 +1,114 @@
+"""Who may import whom. The order is the architecture; a module that is not in it has no place yet."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "server" / "expertd_server"
+CLIENT = Path(__file__).parents[2] / "client" / "expertd"
+
+# Lower levels first. A module imports from its own level and from those below, never from above.
+LEVELS: tuple[frozenset[str], ...] = (
+    frozenset({"__init__", "config", "errors", "fp8", "logs", "malloc", "metrics", "types"}),
+    frozenset({"routing", "reference", "tuning", "weights", "checks"}),
+    frozenset(
+        {
+            "accounting",
+            "audit",
+            "backend",
+            "backend_cpu",
+            "backend_cuda",
+            "backend_noop",
+            "calibration",
+            "checkpoint",
+            "demo_model",
+            "dialects",
+            "ops",
+            "quantization",
+            "synthetic",
+            "tensor_files",
+        }
+    ),
+    frozenset({"layer", "store"}),
+    frozenset({"batcher", "engine"}),
+    frozenset({"calls", "interceptor", "service", "status", "stream", "wire"}),
+    frozenset({"loader", "server"}),
+    frozenset({"demo", "health"}),
+    frozenset({"cli"}),
+    frozenset({"__main__"}),
+)
+
+LEVEL_OF = {name: number for number, names in enumerate(LEVELS) for name in names}
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+# Third-party packages that only some modules may know.
+ONLY_IN = {
+    "grpc": {"cli", "health", "interceptor", "service", "stream", "server"},
+    "grpc_health": {"health", "server"},
+    "grpc_reflection": {"server"},
+    "grpc_status": {"interceptor"},
+    "prometheus_client": {"metrics"},
+    "safetensors": {"calibration", "checkpoint", "tensor_files", "demo_model"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names of every module that a file imports, at its top or inside a function."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno} imports relatively"
+            assert node.module is not None
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def own_imports(module: str) -> set[str]:
+    """Modules of the package that a module imports."""
+    parts = [name.split(".") for name in imports_of(PACKAGE / f"{module}.py")]
+    named = {part[1] for part in parts if part[0] == "expertd_server" and len(part) > 1}
+    return {name for name in named if name in MODULES or name == "_cuda"} - {"__init__"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_has_its_place(module: str) -> None:
+    assert module in LEVEL_OF, f"put {module} into LEVELS"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_imports_from_above(module: str) -> None:
+    above = {name for name in own_imports(module) - {"_cuda"} if LEVEL_OF[name] > LEVEL_OF[module]}
+    assert not above, f"{module} imports {sorted(above)}, which are above it"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_backend_cuda_knows_the_extension(module: str) -> None:
+    assert "_cuda" not in own_imports(module) or module == "backend_cuda"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_batcher_knows_neither_torch_nor_grpc_and_few_know_the_rest(module: str) -> None:
+    roots = {name.partition(".")[0] for name in imports_of(PACKAGE / f"{module}.py")}
+    for package, allowed in ONLY_IN.items():
+        assert package not in roots or module in allowed, f"{module} imports {package}"
+    if module == "batcher":
+        assert not roots & {"torch", "numpy", "google", "expertd"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_of_the_sdk_the_server_imports_the_generated_code_alone(module: str) -> None:
+    """The demo is a client: it may import the SDK itself."""
+    for name in imports_of(PACKAGE / f"{module}.py"):
+        if name.partition(".")[0] == "expertd" and module != "demo":
+            assert name.startswith("expertd.v1"), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted(CLIENT.glob("*.py")), ids=lambda path: path.stem)
+def test_the_sdk_imports_nothing_of_the_server(path: Path) -> None:
+    roots = {name.partition(".")[0] for name in imports_of(path)}
+    assert not roots & {"expertd_server", "safetensors", "prometheus_client"}
