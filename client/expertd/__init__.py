@@ -5,11 +5,13 @@
     with expertd.Client("localhost:50051") as client:
         result = client.forward("model.layers.0", hidden_states, routing_logits=router_logits)
 
-Client and AsyncClient have the same methods. Arrays are numpy (with ml_dtypes for bfloat16 and float8_e4m3fn) or torch;
+ExpertGroup uses many servers, each with a slice of the experts, as one. Client and AsyncClient have the same methods,
+and so have ExpertGroup and AsyncExpertGroup. Arrays are numpy (with ml_dtypes for bfloat16 and float8_e4m3fn) or torch;
 results come as the same kind. Importing expertd imports neither torch nor anything that needs a compiler.
 """
 
 from expertd.aio import AsyncClient
+from expertd.aio_group import AsyncExpertGroup
 from expertd.client import Client
 from expertd.config import ClientConfig, RetryPolicy
 from expertd.errors import (
@@ -31,6 +33,8 @@ from expertd.errors import (
     UnavailableError,
     VersionNotHeldError,
 )
+from expertd.group import ExpertGroup
+from expertd.group_types import GroupConfig, GroupResult, PartReport
 from expertd.types import (
     Activation,
     ForwardRequest,
@@ -48,15 +52,19 @@ __all__ = [
     "AccessDeniedError",
     "Activation",
     "AsyncClient",
+    "AsyncExpertGroup",
     "CancelledError",
     "Client",
     "ClientConfig",
     "ClosedError",
     "ConfigError",
+    "ExpertGroup",
     "ExpertdError",
     "FieldViolation",
     "ForwardRequest",
     "ForwardResult",
+    "GroupConfig",
+    "GroupResult",
     "InvalidRequestError",
     "LayerInfo",
     "LayerNotFoundError",
@@ -64,6 +72,7 @@ __all__ = [
     "MessageTooLargeError",
     "NoReplicaError",
     "OverloadedError",
+    "PartReport",
     "ProtocolError",
     "RetryPolicy",
     "RoutingMethod",

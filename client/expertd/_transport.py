@@ -245,12 +245,15 @@ class _Stream:
         except ProtocolError as error:
             end = error
             self._call.cancel()
+        finally:
+            self._fail_all(ClosedError(CLOSED_IN_FLIGHT) if self._closing else stream_broken(end))
+
+    def _fail_all(self, failure: ExpertdError) -> None:
         with self._lock:
             self._open = False
             pending, self._pending = self._pending, {}
             self._to_send.clear()
             self._sendable.notify()
-        failure = ClosedError(CLOSED_IN_FLIGHT) if self._closing else stream_broken(end)
         for on_done in pending.values():
             self._release()
             on_done(copy.copy(failure))  # an exception carries the traceback of the one caller that raises it

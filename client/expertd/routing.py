@@ -95,7 +95,7 @@ def _masked_to_best_groups(layer: LayerInfo, selection: _Floats) -> _Keys:
     if layer.routing_method is not RoutingMethod.DEEPSEEK_V3 or layer.n_group <= 1:
         return keys
     num_tokens = selection.shape[0]
-    groups = selection.reshape(num_tokens, layer.n_group, -1)
+    groups = selection.reshape(num_tokens, layer.n_group, layer.num_experts // layer.n_group)
     best_two = np.partition(groups, -2, axis=2)[:, :, -2:]
     kept = _top_k(_keys(best_two[:, :, 0] + best_two[:, :, 1]), layer.topk_group)
     is_excluded = np.ones((num_tokens, layer.n_group), dtype=np.bool_)
@@ -109,8 +109,9 @@ def _keys(scores: _Floats) -> _Keys:
     # -0.0 + 0.0 is 0.0: zeros tie whatever their sign.
     bits = (scores + _ZERO).view(np.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFF_FFFF)  # IEEE bits of negatives run the other way
-    descending_columns = _COLUMN_MASK - np.arange(scores.shape[1], dtype=np.int64)
-    return (ordered.astype(np.int64) << _COLUMN_BITS) | descending_columns
+    keys: _Keys = ordered.astype(np.int64) << _COLUMN_BITS
+    keys |= _COLUMN_MASK - np.arange(scores.shape[1], dtype=np.int64)
+    return keys
 
 
 def _top_k(keys: _Keys, k: int) -> _Keys:
@@ -121,12 +122,14 @@ def _top_k(keys: _Keys, k: int) -> _Keys:
 
 
 def _softmax(x: _Floats) -> _Floats:
-    e = np.exp(x - x.max(axis=1, keepdims=True))
-    return e / _row_sum(e)
+    e: _Floats = np.exp(x - x.max(axis=1, keepdims=True))
+    e /= _row_sum(e)
+    return e
 
 
 def _sigmoid(x: _Floats) -> _Floats:
-    return _ONE / (_ONE + np.exp(-x))
+    sigmoid: _Floats = _ONE / (_ONE + np.exp(-x))
+    return sigmoid
 
 
 def _row_sum(x: _Floats) -> _Floats:

@@ -3,15 +3,19 @@
 A token's bits may not depend on the tokens beside it. Matrix products are the one place where a library could break
 that, by summing in another order for another number of rows. So the products used here are probed once for each size:
 where a row's bits change with the number of rows, rows go through blocks of a fixed size instead.
+
+On the CPU experts run side by side, one thread each.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch.nn import functional
@@ -26,7 +30,9 @@ __all__ = ["TorchBackend"]
 
 _log = logging.getLogger(__name__)
 _ROW_BLOCK = 64
+_PIECE_ROWS = 256  # a multiple of _ROW_BLOCK
 _PROBE_ROWS = 130  # two blocks and a bit
+_WORKERS_START_TIMEOUT_S = 60.0
 _FINALIZE_BLOCK_TOKENS = 16  # the expert outputs of a block stay in the cache while they are summed
 
 
@@ -54,6 +60,7 @@ class TorchBackend:
         """The layer as it is: `forward` converts the experts that it touches, at every call, and keeps none."""
         return PreparedLayer(spec, weights, weights.nbytes)
 
+    @torch.no_grad()
     def forward(
         self,
         layer: PreparedLayer,
@@ -119,23 +126,27 @@ class TorchBackend:
         up_scales = weights.output1_scales_scalar.tolist()
         gate_scales = weights.output1_scales_gate_scalar.tolist()
         output2_scales = weights.output2_scales_scalar.tolist()
-        block = _row_block(spec, self.device)
-        stop = 0
-        for local, count in enumerate(plan.counts):
-            if not count:
-                continue
-            start, stop = stop, stop + count
+        is_free = self.device.type == "cpu" and _bits_are_free(
+            spec.gemm1_rows, spec.hidden_size, spec.intermediate_size, torch.get_num_threads()
+        )
+        block = None if is_free else _ROW_BLOCK
+
+        def run(piece: _Piece) -> None:
             if layer.state is not None:
-                expert = layer.state[local]
+                expert = layer.state[piece.local]
             else:
-                expert = _pack(weights.gemm1_weights[local], weights.gemm2_weights[local])
-            slots = plan.slot_of_row[start:stop]
+                expert = _pack(weights.gemm1_weights[piece.local], weights.gemm2_weights[piece.local])
+            slots = plan.slot_of_row[piece.rows]
             a = _in_blocks(expert.gemm1, x.index_select(0, slots // spec.top_k), block)
             if spec.use_routing_scales_on_input:
                 a *= expert_weights.flatten()[slots, None].float()
-            inter = _activate(spec.activation, a, up_scales[local], gate_scales[local])
-            gemm2 = functools.partial(expert.gemm2, scale=output2_scales[local])
-            g[start:stop] = _in_blocks(gemm2, from_fp8(to_fp8(inter), torch.bfloat16), block)
+            inter = _activate(spec.activation, a, up_scales[piece.local], gate_scales[piece.local])
+            gemm2 = functools.partial(expert.gemm2, scale=output2_scales[piece.local])
+            g[piece.rows] = _in_blocks(gemm2, from_fp8(to_fp8(inter), torch.bfloat16), block)
+
+        # Fewer pieces than threads: let each product have all threads, where that cannot change its bits.
+        in_parallel = self.device.type == "cpu" and (len(plan.pieces) >= torch.get_num_threads() or not is_free)
+        _run_all(run, plan.pieces, in_parallel=in_parallel)
 
 
 class _Expert(Protocol):
@@ -237,17 +248,12 @@ def _in_blocks(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor,
     return torch.cat([product(rows) for rows in torch.split(padded, block)])[: len(x)]
 
 
-def _row_block(spec: LayerSpec, device: torch.device) -> int | None:
-    """The block that keeps the bits of a row, on this device and for products of these sizes; None: any will do."""
-    if device.type != "cpu":
-        return _ROW_BLOCK
-    sizes = (spec.gemm1_rows, spec.hidden_size, spec.intermediate_size)
-    return None if _rows_are_independent(*sizes, torch.get_num_threads()) else _ROW_BLOCK
-
-
 @functools.cache
-def _rows_are_independent(gemm1_rows: int, hidden_size: int, intermediate_size: int, num_threads: int) -> bool:
-    """Whether the CPU's products give a row the same bits whatever the number of rows: tried, not assumed."""
+def _bits_are_free(gemm1_rows: int, hidden_size: int, intermediate_size: int, num_threads: int) -> bool:
+    """Whether the CPU's products give a row the same bits for any number of rows, and on one thread as on many.
+
+    Tried, not assumed: it depends on the CPU and on the libraries under torch.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random_fp8(*shape: int) -> torch.Tensor:
@@ -260,24 +266,84 @@ def _rows_are_independent(gemm1_rows: int, hidden_size: int, intermediate_size: 
     x = from_fp8(random_fp8(_PROBE_ROWS, hidden_size), torch.float32)
     inter = from_fp8(random_fp8(_PROBE_ROWS, intermediate_size), torch.bfloat16)
     a, g = expert.gemm1(x), expert.gemm2(inter, 0.3)
-    for rows in (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 31, 32, 48, 64, 65, 96):
+    different: list[int] = []
+
+    def compare(rows: int) -> None:
         tail = slice(_PROBE_ROWS - rows, None)
         if not torch.equal(expert.gemm1(x[tail]), a[tail]) or not torch.equal(expert.gemm2(inter[tail], 0.3), g[tail]):
-            _log.warning(
-                "CPU: products of %d x %d with %d threads round differently for %d rows than for %d; tokens go through "
-                "blocks of %d rows, which is slower",
-                gemm1_rows, hidden_size, num_threads, rows, _PROBE_ROWS, _ROW_BLOCK,
-            )  # fmt: skip
-            return False
-    return True
+            different.append(rows)
+
+    sizes = [1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 31, 32, 48, 64, 65, 96, _PROBE_ROWS]
+    _run_all(compare, sizes, in_parallel=False)
+    _run_all(compare, sizes, in_parallel=True)
+    if different:
+        _log.warning(
+            "CPU: products of %d x %d and %d x %d, %d threads, give other bits for %s rows than for %d: tokens go "
+            "through blocks of %d rows on one thread each, which is slower",
+            gemm1_rows, hidden_size, hidden_size, intermediate_size, num_threads,
+            sorted(set(different)), _PROBE_ROWS, _ROW_BLOCK,
+        )  # fmt: skip
+    return not different
+
+
+_Item = TypeVar("_Item")
+
+
+def _run_all(function: Callable[[_Item], None], items: Sequence[_Item], *, in_parallel: bool) -> None:
+    """function(item) for every item: here, one after the other, or by the workers."""
+    num_threads = torch.get_num_threads()
+    if not in_parallel or num_threads == 1 or len(items) < 2:
+        for item in items:
+            function(item)
+        return
+    is_inference = torch.is_inference_mode_enabled()  # a property of the thread, which the workers have to share
+
+    def call(item: _Item) -> None:
+        with torch.inference_mode(is_inference), torch.no_grad():
+            function(item)
+
+    for _ in _workers(num_threads).map(call, items):
+        pass
+
+
+@functools.cache
+def _workers(num_threads: int) -> ThreadPoolExecutor:
+    """As many threads, in each of which torch uses one thread.
+
+    Experts side by side wait for one another once in a call, threads inside an operation at each of its ends: on a
+    machine with other work to do that is the difference between slower and several times slower.
+    """
+    all_started = threading.Barrier(num_threads + 1)
+
+    def start() -> None:
+        torch.get_num_threads()  # torch sets a thread's number when first asked, and would undo the next line
+        torch.set_num_threads(1)
+        all_started.wait(_WORKERS_START_TIMEOUT_S)
+
+    workers = ThreadPoolExecutor(num_threads, thread_name_prefix="expertd-cpu")
+    started = [workers.submit(start) for _ in range(num_threads)]
+    all_started.wait(_WORKERS_START_TIMEOUT_S)
+    for future in started:
+        future.result(_WORKERS_START_TIMEOUT_S)
+    # NOTE: set_num_threads is this thread's number and the default of threads to come; put the latter back.
+    torch.set_num_threads(num_threads)
+    return workers
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of one expert that are multiplied in one go."""
+
+    local: int
+    rows: slice
 
 
 @dataclass(frozen=True)
 class _Plan:
     """Which (token, slot) pair is which row. Rows are grouped by local expert in ascending id, then by slot."""
 
-    counts: list[int]
-    """Rows of each local expert."""
+    pieces: list[_Piece]
+    """All rows, the largest pieces first, so that no worker is left with a large one at the end."""
     num_rows: int
     slot_of_row: torch.Tensor
     """[num_rows] int64, the flat t * K + k."""
@@ -289,11 +355,16 @@ def _plan(spec: LayerSpec, topk_ids: torch.Tensor) -> _Plan:
     local = topk_ids.flatten().long() - spec.local_expert_offset
     local = torch.where((local >= 0) & (local < spec.num_local), local, spec.num_local)
     counts = torch.bincount(local, minlength=spec.num_local + 1)[: spec.num_local].tolist()
-    num_rows = sum(counts)
+    pieces, num_rows = [], 0
+    for expert, count in enumerate(counts):
+        stop = num_rows + count
+        pieces += [_Piece(expert, slice(at, min(at + _PIECE_ROWS, stop))) for at in range(num_rows, stop, _PIECE_ROWS)]
+        num_rows = stop
+    pieces.sort(key=lambda piece: piece.rows.start - piece.rows.stop)
     slot_of_row = local.argsort(stable=True)[:num_rows]
     row_of_slot = torch.full_like(local, -1, dtype=torch.int32)
     row_of_slot[slot_of_row] = torch.arange(num_rows, dtype=torch.int32, device=local.device)
-    return _Plan(counts, num_rows, slot_of_row, row_of_slot)
+    return _Plan(pieces, num_rows, slot_of_row, row_of_slot)
 
 
 def _activate(activation: Activation, a: torch.Tensor, up_scale: float, gate_scale: float) -> torch.Tensor:
@@ -326,7 +397,8 @@ def _finalize(g: torch.Tensor, row_of_slot: torch.Tensor, w: torch.Tensor, out: 
     is_empty = row_of_slot < 0
     rows = row_of_slot.masked_fill(is_empty, g.shape[0] - 1)
     w = w.float().masked_fill(is_empty, 0.0)  # NaN times the row of zeros would be NaN
-    for start in range(0, len(out), _FINALIZE_BLOCK_TOKENS):
+
+    def add_up(start: int) -> None:
         block = slice(start, start + _FINALIZE_BLOCK_TOKENS)
         terms = g.index_select(0, rows[block].flatten()).view(*rows[block].shape, -1).float()
         # NOTE: product and sum as two operations, each rounded: one fused operation is fused in some lanes only.
@@ -335,3 +407,5 @@ def _finalize(g: torch.Tensor, row_of_slot: torch.Tensor, w: torch.Tensor, out: 
         for k in range(1, terms.shape[1]):
             total = total.add_(terms[:, k])
         out[block] = total
+
+    _run_all(add_up, range(0, len(out), _FINALIZE_BLOCK_TOKENS), in_parallel=g.device.type == "cpu")

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except (ConfigError, CheckpointError) as error:
         return _complain(error, EXIT_UNUSABLE)
-    except ExpertdServerError as error:
+    except (ExpertdServerError, OSError) as error:
         return _complain(error, EXIT_FAILED)
     except KeyboardInterrupt:
         return 130

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import re
 import textwrap
 import typing
 from collections.abc import Callable, Mapping
@@ -39,6 +40,8 @@ def _in(group: str, metavar: str | None = None, choices: tuple[str, ...] | None 
     """Metadata of an option: the group it is documented in, and what stands for its value."""
     return {"group": group, "metavar": metavar, "choices": choices}
 
+
+_DEVICE: Final = re.compile(r"auto|cpu|cuda(:\d+)?|noop")  # noop: for benchmarks alone, see backend_noop
 
 _UINT32_MAX: Final = 2**32 - 1
 _UNBOUNDED: Final = 2**63 - 1
@@ -144,6 +147,8 @@ class Config:
             choices = option.metadata["choices"]
             if choices and getattr(self, option.name) not in choices:
                 raise self._error(option.name, f"one of {', '.join(choices)}")
+        if not _DEVICE.fullmatch(self.device):
+            raise self._error("device", "cpu, cuda, cuda:N or auto")
         if not self.host:
             raise self._error("host", "an address such as 127.0.0.1")
         self._check_tls()

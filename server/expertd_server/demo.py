@@ -79,7 +79,7 @@ class Answer:
 
 
 def run_demo() -> int:
-    """Run the whole demo; 0 if every check held, 1 if one did not."""
+    """Run the whole demo, from the main thread (it handles SIGTERM); 0 if every check held, 1 if one did not."""
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     began = time.monotonic()
     # SIGTERM ends Python at once by default, and would leave the server and the files behind.

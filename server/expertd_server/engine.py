@@ -2,7 +2,8 @@
 
 Requests share a batch as widely as their arithmetic allows. Hidden states become FP8 and logits become ids and bfloat16
 weights row by row, exactly as the backend would do it, so callers with different input types, routed by the server
-or by themselves, still run together; each gets its own output type, rounded from float32 once.
+or by themselves, still run together; each gets its own output type, rounded from float32 once. (Where the backend
+routes with kernels of its own, those that are routed already run among themselves.)
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ class _Key:
 
     layer: MoELayer
     do_finalize: bool
+    is_routed: bool
+    """Always False where the engine can route as the backend does: then either kind may run with the other."""
 
 
 class Engine:
@@ -128,7 +131,7 @@ class Engine:
 
     def submit(self, call: ForwardCall, deadline_s: float | None = None) -> Future[ForwardResult]:
         """Queue a call; errors, deadline and cancellation as in `Batcher.submit`."""
-        key = _Key(call.layer, call.do_finalize)
+        key = _Key(call.layer, call.do_finalize, call.topk_ids is not None and not call.layer.routes_by_torch)
         return self.batcher.submit(key, call, call.num_tokens, deadline_s=deadline_s)
 
     def _run(self, batch: Batch[ForwardCall, ForwardResult]) -> list[ForwardResult]:
@@ -157,7 +160,7 @@ class Engine:
 
         start_s = self._clock()
         hidden_states = _gather_hidden_states(layer, calls).to(device)
-        route = {name: tensor.to(device) for name, tensor in _gather_routing(layer, calls).items()}
+        route = {name: tensor.to(device) for name, tensor in _gather_routing(layer, calls, device).items()}
         copied_s = self._clock()
         answer = layer.forward(hidden_states, **route, output_dtype=dtype, do_finalize=finalize)
         topk_ids = answer.topk_ids.cpu()  # waits for the device
@@ -221,22 +224,23 @@ def _gather_hidden_states(layer: MoELayer, calls: Sequence[ForwardCall]) -> torc
     return gathered
 
 
-def _gather_routing(layer: MoELayer, calls: Sequence[ForwardCall]) -> dict[str, torch.Tensor]:
+def _gather_routing(layer: MoELayer, calls: Sequence[ForwardCall], device: torch.device) -> dict[str, torch.Tensor]:
     """The routing arguments of the whole batch: logits where every caller gave them, else ids and weights."""
     logits = [call.routing_logits for call in calls]
     if all(tensor is not None for tensor in logits):
         # float32 holds every bfloat16 exactly, and routing is float32 arithmetic anyway.
         return {"routing_logits": torch.cat([t.to_tensor().float() for t in logits if t is not None])}
-    bias = None if layer.routing_bias is None else layer.routing_bias.cpu()
     ids: list[torch.Tensor] = []
     weights: list[torch.Tensor] = []
     for call in calls:
         if call.routing_logits is not None:
-            call_ids, call_weights = routing.route(layer.spec, call.routing_logits.to_tensor(), bias)
+            # NOTE: on the backend's device, whose exponential may differ from the host's in the last bit.
+            call_logits = call.routing_logits.to_tensor().to(device)
+            call_ids, call_weights = routing.route(layer.spec, call_logits, layer.routing_bias)
         else:
             assert call.topk_ids is not None
             assert call.topk_weights is not None
-            call_ids, call_weights = call.topk_ids.to_tensor(), call.topk_weights.to_tensor()
+            call_ids, call_weights = call.topk_ids.to_tensor().to(device), call.topk_weights.to_tensor().to(device)
         ids.append(call_ids)
         weights.append(call_weights.to(torch.bfloat16))
     return {"topk_ids": torch.cat(ids), "topk_weights": torch.cat(weights)}

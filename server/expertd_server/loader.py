@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -38,6 +39,11 @@ def load_layers(config: Config, backend: Backend) -> Iterator[MoELayer]:
             prepared = backend.prepare(spec, weights, max_num_tokens=config.max_batch_tokens)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"layer {name!r} cannot run on the {backend.name} backend: {error}") from error
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"layer {name!r} does not fit into the memory of {backend.device}; hold fewer layers (--layers) or "
+                f"experts (--experts) here"
+            ) from error
         yield MoELayer(name, prepared, backend, config.weights_version)
 
 

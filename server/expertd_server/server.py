@@ -55,7 +55,7 @@ class Server:
     ) -> None:
         self.config = config
         self.instance_id = uuid.uuid4().hex
-        self.backend = select_backend(config.device) if backend is None else backend
+        self.backend = _backend(config.device) if backend is None else backend
         self._layers = load_layers(config, self.backend) if layers is None else layers
         self.metrics = Metrics(count_expert_tokens=config.expert_token_metrics)
         self.store = LayerStore(config.memory_budget_bytes)
@@ -85,6 +85,8 @@ class Server:
         then too. False, and not ready, when `stop` was called meanwhile.
         """
         config = self.config
+        if config.ready_file is not None:
+            _clear_ready_file(config.ready_file)
         self._set_health(SERVICE_NAME, serving=False)
         self._set_health("", serving=False)
         device = _device_name(self.backend.device)
@@ -275,6 +277,17 @@ def stop_on_signals(server: Server) -> None:
     signal.signal(signal.SIGINT, on_signal)
 
 
+def _backend(device: str) -> Backend:
+    try:
+        return select_backend(device)
+    except (
+        AssertionError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # torch has its own ways to say that there is no such GPU
+        raise ConfigError(f"device {device}: {error}") from error
+
+
 def _credentials(config: Config) -> grpc.ServerCredentials:
     assert config.tls_cert_file is not None
     assert config.tls_key_file is not None
@@ -290,6 +303,13 @@ def _read(option: str, path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{option} is {path}, expected a readable PEM file: {error.strerror}") from error
+
+
+def _clear_ready_file(path: Path) -> None:
+    """Remove what an earlier process left. Raises ConfigError where the file could not be written later."""
+    if not os.access(path.parent, os.W_OK | os.X_OK) or path.is_dir():
+        raise ConfigError(f"ready_file is {path}, expected a file in a directory that this process may write to")
+    path.unlink(missing_ok=True)
 
 
 def _write_ready_file(path: Path, facts: dict[str, object]) -> None:

@@ -67,7 +67,9 @@ def test_pods_are_given_time_to_drain() -> None:
     assert float(compose["services"]["shard-0-a"]["stop_grace_period"].rstrip("s")) > grace_s
 
 
-@pytest.mark.parametrize("path", [DEPLOY / "Dockerfile", *DEPLOY.glob("*.yml"), *KUBERNETES], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [DEPLOY / "Dockerfile", *DEPLOY.glob("*.yml"), *KUBERNETES], ids=lambda path: path.name
+)
 def test_environment_names_are_options_of_the_server(path: Path) -> None:
     named = set(re.findall(r"\bEXPERTD_[A-Z0-9_]+", path.read_text()))
     # A comment of the StatefulSets quotes what Kubernetes would set, which is an option's name as well.

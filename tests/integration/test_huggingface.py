@@ -17,13 +17,28 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import save_dequantised, save_static_fp8
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import expertd
 from expertd_server import reference
 from expertd_server.backend import MoEOutput
 from expertd_server.backend_cpu import TorchBackend
-from expertd_server.calibration import InputScales, read_calibration, write_calibration
+from expertd_server.calibration import Calibration, InputScales, read_calibration, write_calibration
 from expertd_server.checkpoint import open_checkpoint
 from expertd_server.config import Config
 from expertd_server.server import Server
@@ -221,3 +236,86 @@ def test_the_served_layer_against_the_models_own_block(cases: dict[str, Case], s
                 assert torch.equal(result.output, run_layer(block, spec, weights).output), block.layer_name
     finally:
         server.shutdown()
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+}
+ATTENTION: dict[str, Any] = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+}
+NEMOTRON: dict[str, Any] = {
+    "layers_block_type": ["full_attention", "moe"],
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 128,
+    "moe_latent_size": 128,
+    "routed_scaling_factor": 2.5,
+}
+OTHER_FAMILIES = {
+    "qwen2_moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**SMALL, num_hidden_layers=1, num_experts=8, intermediate_size=256, moe_intermediate_size=128)
+    ),
+    "deepseek_v3": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**SMALL, **GROUPED, **ATTENTION)),
+    "glm4_moe": lambda: Glm4MoeForCausalLM(Glm4MoeConfig(**SMALL, **GROUPED)),
+    "minimax_m2": lambda: MiniMaxM2ForCausalLM(
+        MiniMaxM2Config(**SMALL, num_hidden_layers=1, num_local_experts=8, intermediate_size=128, head_dim=64)
+    ),
+    "nemotron_h": lambda: NemotronHForCausalLM(NemotronHConfig(**SMALL, **NEMOTRON)),
+}
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_other_families_route_and_compute_as_their_models_do(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(SEED)
+    model = OTHER_FAMILIES[family]().float().eval()
+    for name, buffer in [*model.named_buffers(), *model.named_parameters()]:
+        if name.endswith("e_score_correction_bias"):
+            buffer.data.normal_(std=0.3)  # zeros at first, which would hide a bias that is not read
+    model.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    layer_name = checkpoint.layer_names[-1]
+    block = model.get_submodule(
+        layer_name.replace("backbone", "model") + f".{'mixer' if family == 'nemotron_h' else 'mlp'}"
+    )
+    asked: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    block.experts.register_forward_pre_hook(lambda _, arguments: asked.append(arguments))
+    hidden_states = torch.randn(NUM_TOKENS, SMALL["hidden_size"])
+    with torch.no_grad():
+        block(hidden_states[None])
+        (inputs, topk_ids, topk_weights) = asked[0]
+        expected = block.experts(inputs, topk_ids, topk_weights)
+    router, _ = checkpoint.router(layer_name)
+    calibration = Calibration(layers={layer_name: checkpoint.measure(layer_name, inputs, topk_ids)})
+    spec, weights = checkpoint.load(layer_name, calibration=calibration)
+    backend = TorchBackend("cpu")
+    answer = backend.forward(backend.prepare(spec, weights), inputs, routing_logits=hidden_states @ router.T)
+    assert answer.output is not None
+    found, chosen = answer.topk_ids.sort(dim=1), topk_ids.int().sort(dim=1)
+    assert torch.equal(found.values, chosen.values), f"{family}, seed {SEED}"
+    error = relative_error(
+        answer.expert_weights.float().gather(1, found.indices), topk_weights.gather(1, chosen.indices)
+    )
+    assert error < 0.004, f"{family}, seed {SEED}: routing weights differ by more than bfloat16, {error}"
+    error = relative_error(answer.output, expected)
+    assert 0.01 < error < ROUNDED_WEIGHTS_LIMIT, f"{family}, seed {SEED}: {error}"

@@ -113,7 +113,8 @@ class TestDrain:
             for thread in threads:
                 thread.join(PATIENCE_S)
                 assert not thread.is_alive()
-        assert set(outcomes) == {"exact", "UNAVAILABLE"}, set(outcomes)
+        # gRPC resets calls that arrive in the moment it stops listening, which their callers see as CANCELLED.
+        assert {"exact"} < set(outcomes) <= {"exact", "UNAVAILABLE", "CANCELLED"}, set(outcomes)
 
     def test_a_batch_that_never_ends_does_not_outlast_the_grace(self) -> None:
         chance = np.random.default_rng(SEED)
@@ -207,6 +208,9 @@ class TestProcess:
             (("--synthetic", "tiny", "--port", "99999"), "port"),
             (("--synthetic", "tiny", "--memory-budget-bytes", "1000"), "memory_budget_bytes"),
             (("--synthetic", "tiny", "--tls-cert-file", "/nowhere"), "tls_key_file"),
+            (("--synthetic", "tiny", "--ready-file", "/no/such/directory/ready.json"), "ready_file"),
+            (("--synthetic", "tiny", "--device", "gpu"), "device"),
+            (("--synthetic", "tiny", "--device", "cuda:99"), "cuda:99"),
         ],
     )
     def test_what_cannot_be_served_is_one_clear_line_and_exit_code_2(

@@ -471,6 +471,9 @@ def test_an_index_cannot_point_outside_the_directory(tmp_path: Path) -> None:
 def test_directories_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         open_checkpoint(tmp_path)
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"config\.json is missing .*consolidated layout, which is not read"):
+        open_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(draft().config))
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors\.index\.json nor model\.safetensors"):
         open_checkpoint(tmp_path)

@@ -102,6 +102,7 @@ def test_experts(text: str | None, experts: range | None) -> None:
         ({"log_level": "loud"}, "log_level is 'loud', expected one of debug, info, warning, error"),
         ({"log_format": "xml"}, "log_format is 'xml'"),
         ({"host": ""}, "host is ''"),
+        ({"device": "gpu"}, "device is 'gpu', expected cpu, cuda, cuda:N or auto"),
         ({"tls_cert_file": Path("c")}, "tls_key_file is None"),
         ({"tls_key_file": Path("k")}, "tls_cert_file is None"),
         ({"tls_client_ca_file": Path("a")}, "tls_cert_file is None"),

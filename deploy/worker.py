@@ -1,0 +1,118 @@
+"""A worker that keeps a tier of expert servers busy through ExpertGroup and checks every answer it gets.
+
+It sends the same few requests over and over from several threads: the first answer to each must be repeated to the bit,
+whichever replica gives it. Prints one line of JSON a second; Prometheus metrics are on port 9091.
+
+Environment: TARGETS "host:port,host:port,...", CONCURRENCY, NUM_TOKENS, SEED.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import threading
+import time
+
+import ml_dtypes
+import numpy as np
+from prometheus_client import Counter, Histogram, start_http_server
+
+import expertd
+
+NUM_DISTINCT_REQUESTS = 8
+REPORT_INTERVAL_S = 1.0
+
+requests_total = Counter(
+    "worker_requests", "Requests sent, by outcome: ok, wrong_bits or the error's class.", ["outcome"]
+)
+request_seconds = Histogram(
+    "worker_request_seconds",
+    "From call to answer.",
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
+)
+tokens_total = Counter("worker_tokens", "Tokens in answered requests.")
+
+
+class Load:
+    """Sends requests and compares answers until told to stop."""
+
+    def __init__(self, group: expertd.ExpertGroup, num_tokens: int, seed: int) -> None:
+        self.group = group
+        self.stopping = threading.Event()
+        self.lock = threading.Lock()
+        self.latencies_s: list[float] = []
+        self.outcomes: dict[str, int] = {}
+        self.expected: dict[int, bytes] = {}
+        rng = np.random.default_rng(seed)
+        layers = group.layers()
+        self.requests = []
+        for index in range(NUM_DISTINCT_REQUESTS):
+            layer = layers[index % len(layers)]
+            hidden_states = rng.standard_normal((num_tokens, layer.hidden_size), np.float32).astype(ml_dtypes.bfloat16)
+            logits = rng.standard_normal((num_tokens, layer.num_experts), np.float32)
+            self.requests.append((layer.name, hidden_states, logits))
+
+    def run(self, first: int) -> None:
+        """One thread's work."""
+        for index in itertools.islice(itertools.cycle(range(NUM_DISTINCT_REQUESTS)), first, None):
+            if self.stopping.is_set():
+                return
+            layer, hidden_states, logits = self.requests[index]
+            start_s = time.monotonic()
+            try:
+                output = self.group.forward(layer, hidden_states, routing_logits=logits, timeout_s=20).output
+                outcome = "ok" if self.is_expected(index, output.tobytes()) else "wrong_bits"
+            except expertd.ExpertdError as error:
+                outcome = type(error).__name__
+                print(json.dumps({"error": outcome, "message": str(error)}), flush=True)
+            self.count(outcome, time.monotonic() - start_s, len(hidden_states))
+
+    def is_expected(self, index: int, answer: bytes) -> bool:
+        """Whether this answer repeats the first one to the same request."""
+        with self.lock:
+            return self.expected.setdefault(index, answer) == answer
+
+    def count(self, outcome: str, latency_s: float, num_tokens: int) -> None:
+        """Account for one request."""
+        requests_total.labels(outcome).inc()
+        request_seconds.observe(latency_s)
+        if outcome == "ok":
+            tokens_total.inc(num_tokens)
+        with self.lock:
+            self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+            self.latencies_s.append(latency_s)
+
+    def report(self) -> None:
+        """Print what happened since the last report."""
+        with self.lock:
+            latencies_s, self.latencies_s = sorted(self.latencies_s), []
+            totals = dict(self.outcomes)
+        line = {"time": round(time.time(), 3), "requests": len(latencies_s), "totals": totals}
+        if latencies_s:
+            line["p50_ms"] = round(1e3 * latencies_s[len(latencies_s) // 2], 2)
+            line["p99_ms"] = round(1e3 * latencies_s[int(len(latencies_s) * 0.99)], 2)
+        print(json.dumps(line), flush=True)
+
+
+def main() -> None:
+    start_http_server(9091)
+    with expertd.ExpertGroup(os.environ["TARGETS"].split(",")) as group:
+        group.wait_ready(timeout_s=120)
+        load = Load(group, int(os.environ.get("NUM_TOKENS", "32")), int(os.environ.get("SEED", "0")))
+        signal.signal(signal.SIGTERM, lambda *_: load.stopping.set())
+        signal.signal(signal.SIGINT, lambda *_: load.stopping.set())
+        concurrency = int(os.environ.get("CONCURRENCY", "4"))
+        threads = [threading.Thread(target=load.run, args=(first,)) for first in range(concurrency)]
+        for thread in threads:
+            thread.start()
+        while not load.stopping.wait(REPORT_INTERVAL_S):
+            load.report()
+        for thread in threads:
+            thread.join()
+        load.report()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""Where batches lie while they run: memory on both sides of the bus, and the copies between.
+
+A slot holds one batch at a time. On a GPU it has pinned memory and device memory for both directions; the copy in of
+one slot, the computation of another and the copy out of a third overlap, each kind of work on a stream of its own. On
+the CPU both sides are the same memory and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+
+from expertd_server.errors import BackendError
+from expertd_server.layer import MoELayer
+from expertd_server.layout import BatchKind
+
+__all__ = ["CudaSlot", "CudaStreams", "Graph", "GraphTable", "HostSlot", "Slot", "SlotPool", "SlotTimes", "make_slots"]
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A captured computation of one layer version on one slot's memory, for up to num_rows tokens."""
+
+    num_rows: int
+    replay: Callable[[], None]
+    """Start it on the current stream."""
+    expert_weights: torch.Tensor
+    """[num_rows, K] bfloat16 on the device; what a replay leaves there stays until the next replay of any graph."""
+    nbytes: int
+    """Device memory that it takes."""
+
+
+GraphTable: TypeAlias = WeakKeyDictionary[MoELayer, dict[tuple[BatchKind, int], Graph]]
+"""Graphs of a slot by layer version, then by kind and rows. A graph is bound to the addresses of its slot and of its
+layer's weights, so it lives no longer than either."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotTimes:
+    """Where the time of a batch went, on the device."""
+
+    copy_in_s: float
+    wait_s: float
+    """Behind earlier batches."""
+    compute_s: float
+    copy_out_s: float
+
+
+class Slot(Protocol):
+    """Memory of one batch in flight, and what is done with it: send, compute, fetch, wait, in this order."""
+
+    index: int
+    is_host: bool
+    """Both sides are the same memory."""
+    host_in: torch.Tensor
+    """[bytes] uint8, where a batch is gathered; likewise device_in, device_out, host_out."""
+    device_in: torch.Tensor
+    device_out: torch.Tensor
+    host_out: torch.Tensor
+    graphs: GraphTable
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes of device memory; 0 on the CPU."""
+        ...
+
+    def reserve(self, in_bytes: int, out_bytes: int) -> None:
+        """Have at least this much memory each way. Growing forgets the slot's graphs."""
+        ...
+
+    def send(self, nbytes: int) -> None:
+        """Copy the first nbytes of host_in to device_in; what is computed next waits for it."""
+        ...
+
+    def compute(self) -> AbstractContextManager[None]:
+        """Inside, what is started runs on the device after `send` and after every earlier batch."""
+        ...
+
+    def fetch(self, nbytes: int) -> None:
+        """Copy the first nbytes of device_out to host_out once they are computed."""
+        ...
+
+    def wait(self) -> None:
+        """Return when `fetch` is done. Raises what went wrong on the device."""
+        ...
+
+    def times(self) -> SlotTimes:
+        """After `wait`."""
+        ...
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A computed tensor on the host; after `wait`."""
+        ...
+
+    def settle(self) -> None:
+        """Return when nothing touches the slot any more, however its batch failed."""
+        ...
+
+
+class HostSlot:
+    """A slot of the CPU: one memory each way.
+
+    clock: seconds, monotonic.
+    """
+
+    is_host = True
+
+    def __init__(self, index: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.index = index
+        self.host_in = self.device_in = torch.empty(0, dtype=torch.uint8)
+        # Nobody writes here: on the CPU an answer has memory of its own, which goes to the caller as it is.
+        self.host_out = self.device_out = torch.empty(0, dtype=torch.uint8)
+        self.graphs: GraphTable = WeakKeyDictionary()
+        self._clock = clock
+        self._compute_s = 0.0
+
+    @property
+    def device_nbytes(self) -> int:
+        """See `Slot`."""
+        return 0
+
+    def reserve(self, in_bytes: int, out_bytes: int) -> None:
+        """See `Slot`."""
+        if self.host_in.numel() < in_bytes:
+            self.host_in = self.device_in = torch.empty(in_bytes, dtype=torch.uint8)
+
+    def send(self, nbytes: int) -> None:
+        """Nothing: the device reads the host's memory."""
+
+    @contextlib.contextmanager
+    def compute(self) -> Iterator[None]:
+        """See `Slot`; the computation is over when the block is."""
+        start_s = self._clock()
+        yield
+        self._compute_s = self._clock() - start_s
+
+    def fetch(self, nbytes: int) -> None:
+        """Nothing: the answer is on the host."""
+
+    def wait(self) -> None:
+        """Nothing: it was computed at once."""
+
+    def times(self) -> SlotTimes:
+        """See `Slot`."""
+        return SlotTimes(0.0, 0.0, self._compute_s, 0.0)
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Slot`."""
+        return tensor
+
+    def settle(self) -> None:
+        """Nothing: nothing runs on."""
+
+
+class CudaStreams:
+    """One stream for each kind of work, shared by the slots of a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.copy_in = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # One stream for all layers: their graphs share scratch memory, so they run one after the other.
+        self.compute = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.copy_out = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+class CudaSlot:
+    """A slot of a GPU. One thread at a time may use it."""
+
+    is_host = False
+
+    def __init__(self, index: int, streams: CudaStreams) -> None:
+        self.index = index
+        self.graphs: GraphTable = WeakKeyDictionary()
+        self._streams = streams
+        self.host_in = self.host_out = torch.empty(0, dtype=torch.uint8)
+        self.device_in = self.device_out = torch.empty(0, dtype=torch.uint8, device=streams.device)
+        # Waiting for an event spins: a thread that sleeps instead wakes 10 to 30 us later, a fifth of a small batch.
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(5)]  # type: ignore[no-untyped-call]
+        self._begun, self._sent, self._started, self._computed, self._fetched = events
+
+    @property
+    def device_nbytes(self) -> int:
+        """See `Slot`."""
+        return self.device_in.numel() + self.device_out.numel()
+
+    def reserve(self, in_bytes: int, out_bytes: int) -> None:
+        """See `Slot`."""
+        if in_bytes <= self.host_in.numel() and out_bytes <= self.host_out.numel():
+            return
+        self.graphs.clear()
+        in_bytes, out_bytes = max(in_bytes, self.host_in.numel()), max(out_bytes, self.host_out.numel())
+        # Zeros, so that a graph that is warmed up before its first batch reads numbers and no tokens.
+        self.host_in = torch.zeros(in_bytes, dtype=torch.uint8, pin_memory=True)
+        self.host_out = torch.zeros(out_bytes, dtype=torch.uint8, pin_memory=True)
+        self.device_in = torch.zeros(in_bytes, dtype=torch.uint8, device=self._streams.device)
+        self.device_out = torch.zeros(out_bytes, dtype=torch.uint8, device=self._streams.device)
+        # NOTE: the zeros are written on this thread's stream, which the slot's streams do not wait for.
+        torch.cuda.current_stream(self._streams.device).synchronize()
+
+    def send(self, nbytes: int) -> None:
+        """See `Slot`."""
+        streams = self._streams
+        with torch.cuda.stream(streams.copy_in):
+            self._begun.record()
+            self.device_in[:nbytes].copy_(self.host_in[:nbytes], non_blocking=True)
+            self._sent.record()
+        streams.compute.wait_event(self._sent)
+
+    @contextlib.contextmanager
+    def compute(self) -> Iterator[None]:
+        """See `Slot`; returns at once."""
+        with torch.cuda.stream(self._streams.compute):
+            self._started.record()
+            yield
+            self._computed.record()
+
+    def fetch(self, nbytes: int) -> None:
+        """See `Slot`."""
+        streams = self._streams
+        with torch.cuda.stream(streams.copy_out):
+            streams.copy_out.wait_event(self._computed)
+            self.host_out[:nbytes].copy_(self.device_out[:nbytes], non_blocking=True)
+            self._fetched.record()
+
+    def wait(self) -> None:
+        """See `Slot`. The interpreter is free meanwhile."""
+        self._fetched.synchronize()
+
+    def times(self) -> SlotTimes:
+        """See `Slot`."""
+        events = (self._begun, self._sent, self._started, self._computed, self._fetched)
+        return SlotTimes(*(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)))
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Slot`."""
+        with torch.cuda.stream(self._streams.copy_out):  # not the stream of the batches that compute by now
+            return tensor.cpu()
+
+    def settle(self) -> None:
+        """See `Slot`."""
+        streams = self._streams
+        for stream in (streams.copy_in, streams.compute, streams.copy_out):
+            with contextlib.suppress(RuntimeError):  # a device that failed touches nothing any more
+                stream.synchronize()
+
+
+class SlotPool:
+    """The slots of a device, taken and given back by any thread."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.slots = tuple(slots)
+        self._changed = threading.Condition()
+        self._free = list(self.slots)
+        self._required = (0, 0)
+
+    @property
+    def in_use(self) -> int:
+        """Slots that hold a batch, or whose graphs are being captured."""
+        return len(self.slots) - len(self._free)
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes of device memory of all slots."""
+        return sum(slot.device_nbytes for slot in self.slots)
+
+    def require(self, in_bytes: int, out_bytes: int) -> None:
+        """Slots that are taken from now on have at least this much memory each way."""
+        with self._changed:
+            self._required = (max(in_bytes, self._required[0]), max(out_bytes, self._required[1]))
+
+    def take(self, timeout_s: float, wanted: Slot | None = None) -> Slot:
+        """A free slot: the wanted one, or the one used last. Raises BackendError when there is none in time."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: wanted in self._free if wanted else self._free, timeout_s):
+                raise BackendError(f"no staging slot was free within {timeout_s:.1f} s: the device does not get on")
+            slot = wanted or self._free[-1]
+            self._free.remove(slot)
+            required = self._required
+        try:
+            slot.reserve(*required)
+        except BaseException:
+            self.give_back(slot)
+            raise
+        return slot
+
+    def give_back(self, slot: Slot) -> None:
+        """Let others take it."""
+        with self._changed:
+            self._free.append(slot)
+            self._changed.notify_all()
+
+
+def make_slots(device: torch.device, num_slots: int, clock: Callable[[], float] = time.monotonic) -> list[Slot]:
+    """Slots of the CPU or of a CUDA device, without memory yet."""
+    if device.type == "cpu":
+        return [HostSlot(index, clock) for index in range(num_slots)]
+    streams = CudaStreams(device)
+    return [CudaSlot(index, streams) for index in range(num_slots)]

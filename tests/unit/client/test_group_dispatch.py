@@ -1,0 +1,371 @@
+"""The course of one call, driven by hand: a fake clock, a fake wire, every failure where it hurts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from expertd._dispatch import Attempt, Dispatch, Job, Shared
+from expertd._replicas import BreakerState, HedgeBudget, Latencies, Replica
+from expertd._stats import GroupStats
+from expertd.errors import (
+    ExpertdError,
+    InvalidRequestError,
+    LayerNotFoundError,
+    NoReplicaError,
+    OverloadedError,
+    ServerError,
+    TimeoutError,
+    UnavailableError,
+    VersionNotHeldError,
+)
+from expertd.group_types import GroupConfig
+
+TOKENS = 100
+DEADLINE = 1000.0
+
+
+class Wire:
+    """Stands in for the network: counts what is on it."""
+
+    def __init__(self) -> None:
+        self.abandoned: list[str] = []
+
+
+class Ticket:
+    def __init__(self, wire: Wire, address: str) -> None:
+        self._wire, self._address = wire, address
+
+    def abandon(self) -> None:
+        self._wire.abandoned.append(self._address)
+
+
+class Rig:
+    """One dispatch, its replicas, and a clock."""
+
+    def __init__(
+        self,
+        shards: Sequence[Sequence[str]],
+        *,
+        deadline: float = DEADLINE,
+        allow_partial: bool = False,
+        hedge_delay_s: float | None = None,
+        **config: Any,
+    ) -> None:
+        options = {"attempt_timeout_s": 10.0, "no_replica_timeout_s": 5.0, **config}
+        self.config = GroupConfig(**options)
+        self.now = 0.0
+        self.wire = Wire()
+        self.stats = GroupStats()
+        self.replicas = {name: Replica(name, max_in_flight=4, max_failures=3) for shard in shards for name in shard}
+        latencies = Latencies(0.95, 0.0)
+        if hedge_delay_s is not None:
+            for _ in range(16):
+                latencies.add(TOKENS, hedge_delay_s)
+        self.shared = Shared(
+            self.config, self.stats, latencies, HedgeBudget(self.config.hedge_share, self.config.hedge_burst)
+        )
+        self.shards = shards
+        self.deadline, self.allow_partial = deadline, allow_partial
+        self.dispatch = self.another_call()
+
+    def another_call(self) -> Dispatch:
+        jobs = [
+            Job(index, range(4 * index, 4 * index + 4), TOKENS, [self.replicas[name] for name in shard])
+            for index, shard in enumerate(self.shards)
+        ]
+        return Dispatch(
+            jobs, self.shared, layer="layer", deadline=self.now + self.deadline, allow_partial=self.allow_partial
+        )
+
+    def poll(self, dispatch: Dispatch | None = None) -> list[Attempt]:
+        attempts = (dispatch or self.dispatch).poll(self.now)
+        for attempt in attempts:
+            attempt.ticket = Ticket(self.wire, attempt.replica.address)
+        return attempts
+
+    def poll_one(self, dispatch: Dispatch | None = None) -> Attempt:
+        (attempt,) = self.poll(dispatch)
+        return attempt
+
+    def sleep(self) -> float:
+        """Go on to the moment at which the dispatch wants to be polled."""
+        self.now = max(self.now, self.dispatch.wake_at())
+        return self.now
+
+    def fail(self, attempt: Attempt, error: ExpertdError) -> None:
+        self.dispatch.failed(attempt, error, self.now)
+
+    def answer(self, attempt: Attempt, depth: int = 0) -> bool:
+        return self.dispatch.answered(attempt, depth, self.now)
+
+    def assert_idle(self) -> None:
+        for replica in self.replicas.values():
+            assert replica.in_flight_requests == replica.in_flight_tokens == 0, replica
+
+
+def addresses(attempts: Sequence[Attempt]) -> list[str]:
+    return [attempt.replica.address for attempt in attempts]
+
+
+def test_every_part_goes_to_its_shard_and_the_call_ends_when_all_are_answered() -> None:
+    rig = Rig([["a"], ["b"], ["c"]])
+    attempts = rig.poll()
+    assert addresses(attempts) == ["a", "b", "c"]
+    assert rig.poll() == []
+    for attempt in reversed(attempts):
+        assert not rig.dispatch.is_done
+        assert rig.answer(attempt, depth=7)
+    assert rig.dispatch.is_done
+    assert rig.dispatch.failure is None
+    assert [job.answered_by for job in rig.dispatch.jobs] == ["a", "b", "c"]
+    assert rig.replicas["a"].load(rig.now) == 7
+    rig.assert_idle()
+
+
+def test_no_parts_are_done_at_once() -> None:
+    rig = Rig([])
+    assert rig.poll() == []
+    assert rig.dispatch.is_done
+
+
+@pytest.mark.parametrize("error", [UnavailableError("gone"), ServerError("broke"), OverloadedError("full")])
+def test_a_failed_part_goes_to_another_replica_at_once(error: ExpertdError) -> None:
+    rig = Rig([["a", "b"]])
+    first = rig.poll_one()
+    rig.fail(first, error)
+    second = rig.poll_one()
+    assert addresses([first, second]) == ["a", "b"]
+    assert rig.answer(second)
+    assert rig.dispatch.is_done
+    assert rig.stats.value("failovers") == 1
+    rig.assert_idle()
+
+
+def test_breakers_learn_from_errors_but_not_from_overload() -> None:
+    rig = Rig([["a", "b"]])
+    rig.fail(rig.poll_one(), UnavailableError("gone"))
+    assert rig.replicas["a"].breaker.state is BreakerState.OPEN
+    rig.fail(rig.poll_one(), OverloadedError("full"))
+    assert rig.replicas["b"].breaker.state is BreakerState.CLOSED
+
+
+def test_all_replicas_are_tried_again_after_a_pause_that_grows() -> None:
+    rig = Rig([["a", "b"]], initial_backoff_s=0.1, max_backoff_s=0.3, no_replica_timeout_s=100.0)
+    pauses = []
+    for _ in range(4):
+        for _ in range(2):
+            rig.fail(rig.poll_one(), ServerError("broke"))
+        assert rig.poll() == []
+        before = rig.now
+        pauses.append(rig.sleep() - before)
+    assert pauses == pytest.approx([0.1, 0.2, 0.3, 0.3])
+    assert rig.answer(rig.poll_one())
+    assert rig.dispatch.is_done
+
+
+def test_an_overloaded_shard_is_given_the_time_it_asks_for() -> None:
+    rig = Rig([["a"]], initial_backoff_s=0.1)
+    error = OverloadedError("full")
+    error.retry_after_s = 2.5
+    rig.fail(rig.poll_one(), error)
+    assert rig.poll() == []
+    assert rig.sleep() == 2.5
+    assert addresses(rig.poll()) == ["a"]
+
+
+def test_no_replica_left_names_the_experts_and_the_last_error() -> None:
+    rig = Rig([["a"], ["b", "c"]], initial_backoff_s=1.0, max_backoff_s=1.0, no_replica_timeout_s=3.0)
+    done, *_ = rig.poll()
+    rig.answer(done)
+    tried = []
+    rig.dispatch.failed(rig.dispatch.jobs[1].attempts[0], UnavailableError("refused"), rig.now)
+    while not rig.dispatch.is_done:
+        for attempt in rig.poll():
+            tried.append(attempt.replica.address)
+            rig.fail(attempt, UnavailableError("refused"))
+        rig.sleep()
+    error = rig.dispatch.failure
+    assert isinstance(error, NoReplicaError)
+    assert error.experts == (range(4, 8),)
+    assert error.layer == "layer"
+    assert "experts 4-7 of layer 'layer' (100 tokens): last error: refused" in str(error)
+    assert rig.now >= 3.0
+    assert set(tried) == {"b", "c"}
+    rig.assert_idle()
+
+
+def test_a_shard_without_replicas_fails_at_once() -> None:
+    rig = Rig([["a"], []])
+    rig.poll()
+    assert isinstance(rig.dispatch.failure, NoReplicaError)
+    rig.assert_idle()
+
+
+def test_overload_to_the_end_is_reported_as_overload() -> None:
+    rig = Rig([["a"]], no_replica_timeout_s=1.0, initial_backoff_s=1.0, max_backoff_s=1.0)
+    while not rig.dispatch.is_done:
+        for attempt in rig.poll():
+            rig.fail(attempt, OverloadedError("full"))
+        rig.sleep()
+    assert isinstance(rig.dispatch.failure, OverloadedError)
+
+
+def test_allow_partial_goes_on_without_the_experts_that_nobody_answers_for() -> None:
+    rig = Rig([["a"], []], allow_partial=True)
+    (attempt,) = rig.poll()
+    assert rig.answer(attempt)
+    assert rig.dispatch.is_done
+    assert rig.dispatch.failure is None
+    assert [job.is_missing for job in rig.dispatch.jobs] == [False, True]
+
+
+def test_a_silent_replica_is_given_up_for_another_after_the_attempt_timeout() -> None:
+    rig = Rig([["a", "b"]], attempt_timeout_s=3.0)
+    rig.poll_one()
+    assert rig.sleep() == 3.0
+    assert addresses(rig.poll()) == ["b"]
+    assert rig.wire.abandoned == ["a"]
+    assert rig.replicas["a"].in_flight_requests == 0
+
+
+def test_half_of_a_short_deadline_is_left_for_another_replica() -> None:
+    rig = Rig([["a", "b"]], deadline=2.0)
+    rig.poll_one()
+    assert rig.sleep() == 1.0
+    second = rig.poll_one()
+    assert second.deadline == 2.0
+
+
+def test_the_deadline_ends_the_call_and_takes_everything_back() -> None:
+    rig = Rig([["a"], ["b"]], deadline=2.0)
+    rig.answer(rig.poll()[0])
+    assert rig.sleep() == 2.0
+    assert rig.poll() == []
+    assert isinstance(rig.dispatch.failure, TimeoutError)
+    assert "experts 4-7" in str(rig.dispatch.failure)
+    assert rig.wire.abandoned == ["b"]
+    rig.assert_idle()
+
+
+def test_an_invalid_request_fails_the_call_and_is_not_sent_again() -> None:
+    rig = Rig([["a", "b"], ["c"]])
+    attempts = rig.poll()
+    rig.fail(attempts[0], InvalidRequestError.of("hidden_states", "is bad"))
+    assert isinstance(rig.dispatch.failure, InvalidRequestError)
+    assert rig.poll() == []
+    assert rig.wire.abandoned == ["c"]
+    rig.assert_idle()
+
+
+@pytest.mark.parametrize("error", [VersionNotHeldError("not held"), LayerNotFoundError("unknown")])
+def test_a_replica_that_lost_the_version_is_passed_over_and_the_last_one_makes_the_call_stale(
+    error: ExpertdError,
+) -> None:
+    rig = Rig([["a", "b"], ["c"]])
+    first, _ = rig.poll()
+    rig.fail(first, error)
+    assert not rig.dispatch.is_done
+    second = rig.poll_one()
+    assert second.replica.address == "b"
+    rig.fail(second, error)
+    assert rig.dispatch.is_stale
+    assert rig.dispatch.failure is None
+    assert rig.replicas["b"].breaker.state is BreakerState.CLOSED
+    rig.assert_idle()
+
+
+def test_a_slow_answer_is_hedged_and_the_hedge_may_win() -> None:
+    rig = Rig([["a", "b"]], hedge_delay_s=0.25)
+    slow = rig.poll_one()
+    assert rig.sleep() == 0.25
+    hedge = rig.poll_one()
+    assert hedge.is_hedge
+    assert hedge.replica.address == "b"
+    assert rig.answer(hedge)
+    assert rig.wire.abandoned == ["a"]
+    assert not rig.answer(slow), "the answer of the slow one must be dropped"
+    assert (rig.stats.value("hedges"), rig.stats.value("hedge_wins")) == (1, 1)
+    assert rig.dispatch.jobs[0].answered_by == "b"
+    rig.assert_idle()
+
+
+def test_a_hedge_that_loses_is_taken_back_without_blame() -> None:
+    rig = Rig([["a", "b"]], hedge_delay_s=0.25, max_failures=1)
+    first = rig.poll_one()
+    rig.sleep()
+    rig.poll_one()
+    assert rig.answer(first)
+    assert rig.wire.abandoned == ["b"]
+    assert rig.replicas["b"].breaker.state is BreakerState.CLOSED
+    assert rig.stats.value("hedge_wins") == 0
+    rig.assert_idle()
+
+
+def test_there_is_no_hedge_without_a_second_replica_or_without_enough_answers_to_compare() -> None:
+    rig = Rig([["a"]], hedge_delay_s=0.25)
+    rig.poll_one()
+    assert rig.dispatch.wake_at() == 10.0
+    rig = Rig([["a", "b"]])
+    rig.poll_one()
+    assert rig.dispatch.wake_at() == 10.0
+
+
+def test_the_budget_bounds_hedges() -> None:
+    rig = Rig([["a", "b"]], hedge_delay_s=0.25, hedge_burst=1, hedge_share=0.0)
+    rig.poll_one()
+    other = rig.another_call()
+    rig.poll_one(other)
+    rig.now = 0.25
+    assert len(rig.poll()) == 1
+    assert rig.poll(other) == []
+    assert other.wake_at() == 0.5, "the call must look again: the budget grows, breakers open"
+
+
+def test_a_hanging_replica_opens_its_breaker_and_frees_the_calls_that_wait_for_it() -> None:
+    # The hedges of three calls win; the fourth has no budget left, but the breaker tells it all the same.
+    rig = Rig([["a", "b"]], hedge_delay_s=0.25, hedge_burst=3, hedge_share=0.0)
+    rig.replicas["b"].sent(10_000)  # so that everybody asks a first
+    calls = [rig.another_call() for _ in range(4)]
+    for call in calls:
+        assert rig.poll_one(call).replica.address == "a"
+    rig.now = 0.25
+    for call in calls[:3]:
+        hedge = rig.poll_one(call)
+        assert call.answered(hedge, 0, rig.now)
+    assert rig.replicas["a"].breaker.state is BreakerState.OPEN
+    failover = rig.poll_one(calls[3])
+    assert failover.replica.address == "b"
+    assert not failover.is_hedge
+    assert rig.stats.value("failovers") == 1
+
+
+def test_a_full_shard_is_waited_for() -> None:
+    rig = Rig([["a"]])
+    for _ in range(4):
+        rig.replicas["a"].sent(1)
+    assert rig.poll() == []
+    rig.sleep()
+    assert rig.poll() == []
+    rig.replicas["a"].settled(1)
+    rig.sleep()
+    assert addresses(rig.poll()) == ["a"]
+    assert rig.dispatch.failure is None
+
+
+def test_a_draining_replica_finishes_what_it_has_and_gets_nothing_new() -> None:
+    rig = Rig([["a", "b"]])
+    first = rig.poll_one()
+    rig.replicas["a"].draining = True
+    assert rig.poll_one(rig.another_call()).replica.address == "b"
+    assert rig.answer(first)
+    assert rig.dispatch.jobs[0].answered_by == "a"
+
+
+def test_abandon_takes_back_what_was_not_even_sent() -> None:
+    rig = Rig([["a"], ["b"]])
+    rig.dispatch.poll(rig.now)  # no tickets yet
+    rig.dispatch.abandon()
+    rig.assert_idle()
