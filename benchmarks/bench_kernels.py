@@ -210,7 +210,7 @@ def make_logits(spec: LayerSpec, num_tokens: int, zipf: bool) -> torch.Tensor:
 def make_call(layer: PreparedLayer, num_tokens: int, zipf: bool, touched: int | None) -> _Call:
     """Random inputs; touched: drawn until that many local experts are chosen, so that runs compare."""
     spec = layer.spec
-    for _ in range(300):
+    for _ in range(100):
         logits = make_logits(spec, num_tokens, zipf)
         if touched is None or zipf:
             break
@@ -325,6 +325,8 @@ def time_cell(
             stage(name)()
         before = None if name == "route" else counters.zero_
         cell[f"{name}_us"] = round(timer.median_us(graph, before=before), 2)
+        if name == "route":
+            cell["route_warm_us"] = round(timer.median_us(graph, cold=False), 2)
     return cell
 
 
@@ -369,8 +371,7 @@ def main() -> int:  # noqa: PLR0915
     peers = json.loads(Path(args.peers).read_text()) if Path(args.peers).exists() else None
 
     cells: list[dict[str, Any]] = []
-    print(f"{'case':9} {'T':>5} {'routing':7} {'rows':>6} {'max':>5} {'exp':>3} {'floor':>7} {'us':>8} {'/floor':>6} {'peer':>6} "
-          f"{'error':>7} family and stages")  # fmt: skip
+    print("case          T routing   rows   max exp   floor       us /floor   peer   error family and stages")
     for name in args.cases:
         spec = CASES[name]
         layer = make_layer(backend, spec, max(args.tokens))
@@ -397,10 +398,13 @@ def main() -> int:  # noqa: PLR0915
                             extra += f" ({timed['gemm1_us']:.1f} {timed['gemm2_us']:.1f})"
                 error = cell.get("error", math.nan)
                 best_peer = min(peers["us"].get(name, {}).get(str(num_tokens), [math.nan])) if peers else math.nan
-                print(f"{name:9} {num_tokens:5} {cell['routing']:7} {cell['rows']:6} {cell['max_rows']:5} {cell['experts']:3} "
-                      f"{cell['floor_us']:7.1f} {cell['us']:8.1f} {cell['us'] / cell['floor_us']:6.2f} "
-                      f"{best_peer:6.0f} {error:7.4f} {cell['family']} {extra}", flush=True)  # fmt: skip
+                print(f"{name:9} {num_tokens:5} {cell['routing']:7} {cell['rows']:6} {cell['max_rows']:5} "
+                      f"{cell['experts']:3} {cell['floor_us']:7.1f} {cell['us']:8.1f} "
+                      f"{cell['us'] / cell['floor_us']:6.2f} {best_peer:6.0f} {error:7.4f} "
+                      f"{cell['family']} {extra}", flush=True)  # fmt: skip
                 cells.append(cell)
+                if args.json:
+                    write_json(args.json, {**header(), "ceilings": ceilings, "cells": cells})
                 del call
         del layer
         torch.cuda.empty_cache()

@@ -22,7 +22,8 @@ T* pointer(Address address) {
 LaunchConfig launch_config(Address stream, bool pdl) { return {pointer<CUstream_st>(stream), pdl}; }
 
 void check_aligned(Address address, const char* name) {
-  require(address % 16 == 0, std::string(name) + " is not 16-byte aligned; pass a contiguous tensor that owns its storage");
+  require(address % 16 == 0,
+          std::string(name) + " is not 16-byte aligned; pass a contiguous tensor that owns its storage");
 }
 
 py::list list_families() {
@@ -38,7 +39,7 @@ void route(Address logits, int logits_dtype, Address bias, int bias_dtype, Addre
            int num_local, int method, int n_group, int topk_group, float routed_scaling_factor, bool norm_topk_prob,
            int tile_n, int tile_quantum, int tiles_per_block, Address topk_ids, Address topk_weights, Address replay,
            Address bitmaps, Address counts, Address expanded_to_row, Address row_token, Address row_weight,
-           Address schedule, Address tiles, Address stream, bool pdl) {
+           Address schedule, Address tiles, Address tile_ready, Address stream, bool pdl) {
   RouteParams p = {};
   p.logits = pointer<void>(logits);
   p.logits_dtype = static_cast<DType>(logits_dtype);
@@ -71,12 +72,14 @@ void route(Address logits, int logits_dtype, Address bias, int bias_dtype, Addre
   p.row_weight = pointer<float>(row_weight);
   p.schedule = pointer<Schedule>(schedule);
   p.tiles = pointer<TokenTile>(tiles);
+  p.tile_ready = pointer<int>(tile_ready);
   launch_route(p, launch_config(stream, pdl));
 }
 
 void grouped_gemm(int family, int output, Address maps, Address x, Address row_token, Address row_weight,
                   Address scale_gate, Address scale, Address out, int out_columns, int k, int weight_rows,
-                  int max_token_tiles, Address schedule, Address tiles, int grid, Address stream, bool pdl) {
+                  int max_token_tiles, Address schedule, Address tiles, Address tile_ready, int ready_count, int grid,
+                  Address stream, bool pdl) {
   require(family >= 0 && family < static_cast<int>(families().size()), "family is not an index of families()");
   check_aligned(x, "hidden_states");
   check_aligned(out, "the output of a grouped GEMM");
@@ -95,6 +98,8 @@ void grouped_gemm(int family, int output, Address maps, Address x, Address row_t
   p.max_token_tiles = max_token_tiles;
   p.schedule = pointer<Schedule>(schedule);
   p.tiles = pointer<TokenTile>(tiles);
+  p.tile_ready = pointer<int>(tile_ready);
+  p.ready_count = ready_count;
   families()[family].launch(static_cast<Output>(output), gemm_maps, p, grid, launch_config(stream, pdl));
 }
 
@@ -117,8 +122,9 @@ void finalize(Address rows, Address expanded_to_row, Address weights, Address nu
 void quantize(Address x, int dtype, float scale, Address num_valid, Address out, int num_tokens, int hidden_size,
               Address stream, bool pdl) {
   check_aligned(x, "hidden_states");
-  const QuantizeParams p = {pointer<void>(x),      static_cast<DType>(dtype), scale,      pointer<int>(num_valid),
-                            pointer<uint8_t>(out), num_tokens,                hidden_size};
+  const QuantizeParams p = {
+      pointer<void>(x), static_cast<DType>(dtype), scale, pointer<int>(num_valid), pointer<uint8_t>(out), num_tokens,
+      hidden_size};
   launch_quantize(p, launch_config(stream, pdl));
 }
 
@@ -158,13 +164,14 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("num_valid"), py::arg("num_tokens"), py::arg("num_experts"), py::arg("top_k"), py::arg("local_offset"),
         py::arg("num_local"), py::arg("method"), py::arg("n_group"), py::arg("topk_group"),
         py::arg("routed_scaling_factor"), py::arg("norm_topk_prob"), py::arg("tile_n"), py::arg("tile_quantum"),
-        py::arg("tiles_per_block"), py::arg("topk_ids"), py::arg("topk_weights"), py::arg("replay"),
-        py::arg("bitmaps"), py::arg("counts"), py::arg("expanded_to_row"), py::arg("row_token"), py::arg("row_weight"),
-        py::arg("schedule"), py::arg("tiles"), py::arg("stream"), py::arg("pdl"), release());
+        py::arg("tiles_per_block"), py::arg("topk_ids"), py::arg("topk_weights"), py::arg("replay"), py::arg("bitmaps"),
+        py::arg("counts"), py::arg("expanded_to_row"), py::arg("row_token"), py::arg("row_weight"), py::arg("schedule"),
+        py::arg("tiles"), py::arg("tile_ready"), py::arg("stream"), py::arg("pdl"), release());
   m.def("grouped_gemm", &grouped_gemm, py::kw_only(), py::arg("family"), py::arg("output"), py::arg("maps"),
         py::arg("x"), py::arg("row_token"), py::arg("row_weight"), py::arg("scale_gate"), py::arg("scale"),
         py::arg("out"), py::arg("out_columns"), py::arg("k"), py::arg("weight_rows"), py::arg("max_token_tiles"),
-        py::arg("schedule"), py::arg("tiles"), py::arg("grid"), py::arg("stream"), py::arg("pdl"), release());
+        py::arg("schedule"), py::arg("tiles"), py::arg("tile_ready"), py::arg("ready_count"), py::arg("grid"),
+        py::arg("stream"), py::arg("pdl"), release());
   m.def("finalize", &finalize, py::kw_only(), py::arg("rows"), py::arg("expanded_to_row"), py::arg("weights"),
         py::arg("num_valid"), py::arg("out"), py::arg("out_dtype"), py::arg("num_tokens"), py::arg("hidden_size"),
         py::arg("top_k"), py::arg("stream"), py::arg("pdl"), release());

@@ -60,20 +60,19 @@ __device__ __forceinline__ int transposed_token(int lane) {
 
 // What an epilogue has to know about its tile. `wg` values are those of one consumer warpgroup.
 struct EpilogueTile {
-  int first_row;      // row of the output of the tile's first token
-  int num_rows;       // tokens of the tile
-  int first_column;   // output column of the warpgroup's first atom
-  int warp, lane;     // inside the warpgroup
-  int barrier;        // named barrier of the warpgroup
-  uint32_t staging;   // shared memory of the warpgroup
+  int first_row;     // row of the output of the tile's first token
+  int num_rows;      // tokens of the tile
+  int first_column;  // output column of the warpgroup's first atom
+  int warp, lane;    // inside the warpgroup
+  int barrier;       // named barrier of the warpgroup
+  uint32_t staging;  // shared memory of the warpgroup
   float scale, scale_gate;
   const float* row_weight;
 };
 
 // Product 1: activation and requantisation. Atoms: 64 weight rows = 32 features where gated, 64 where not.
 template <Output kOut, int kAtoms, int kTileN, int kPassTokens, int kPitch>
-__device__ __forceinline__ void store_activated(const float* acc, const EpilogueTile& t, uint8_t* out,
-                                                int columns) {
+__device__ __forceinline__ void store_activated(const float* acc, const EpilogueTile& t, uint8_t* out, int columns) {
   constexpr bool kGated = kOut == kSwiglu || kOut == kGeglu;
   constexpr int kFeatures = kGated ? 32 : 64, kChunks = kFeatures * kAtoms / 16;
   const int thread = t.warp * 32 + t.lane;
@@ -97,12 +96,14 @@ __device__ __forceinline__ void store_activated(const float* acc, const Epilogue
             const int token = token0 + g * 8 + 2 * (t.lane & 3);
             const float w0 = __ldg(t.row_weight + t.first_row + min(token, t.num_rows - 1));
             const float w1 = __ldg(t.row_weight + t.first_row + min(token + 1, t.num_rows - 1));
-            v[0] = __fmul_rn(v[0], w0), v[1] = __fmul_rn(v[1], w1), v[2] = __fmul_rn(v[2], w0), v[3] = __fmul_rn(v[3], w1);
+            v[0] = __fmul_rn(v[0], w0), v[1] = __fmul_rn(v[1], w1), v[2] = __fmul_rn(v[2], w0),
+            v[3] = __fmul_rn(v[3], w1);
           }
           if constexpr (kGated) {
             const float g0 = activate<kOut>(__fmul_rn(v[2], t.scale_gate));
             const float g1 = activate<kOut>(__fmul_rn(v[3], t.scale_gate));
-            const uint32_t two = pack_fp8(__fmul_rn(g0, __fmul_rn(v[0], t.scale)), __fmul_rn(g1, __fmul_rn(v[1], t.scale)));
+            const uint32_t two =
+                pack_fp8(__fmul_rn(g0, __fmul_rn(v[0], t.scale)), __fmul_rn(g1, __fmul_rn(v[1], t.scale)));
             packed[0][g >> 1] |= two << (16 * (g & 1));
           } else {
 #pragma unroll
@@ -113,8 +114,8 @@ __device__ __forceinline__ void store_activated(const float* acc, const Epilogue
             }
           }
         }
-        const uint32_t line = t.staging + (q * 32 + transposed_token(t.lane)) * kPitch + atom * kFeatures +
-                              t.warp * (kGated ? 8 : 16);
+        const uint32_t line =
+            t.staging + (q * 32 + transposed_token(t.lane)) * kPitch + atom * kFeatures + t.warp * (kGated ? 8 : 16);
         const bool inside = kPassTokens >= 32 || transposed_token(t.lane) < kPassTokens;
 #pragma unroll
         for (int h = 0; h < (kGated ? 1 : 2); ++h) {
@@ -129,8 +130,8 @@ __device__ __forceinline__ void store_activated(const float* acc, const Epilogue
     for (int i = thread; i < kPassTokens * kChunks; i += 128) {
       const int token = i / kChunks, chunk = i % kChunks, column = t.first_column + chunk * 16;
       if (pass * kPassTokens + token < t.num_rows && column < columns) {
-        *reinterpret_cast<int4*>(out + static_cast<size_t>(t.first_row + pass * kPassTokens + token) * columns + column) =
-            sm90::ld_shared_v4(t.staging + token * kPitch + chunk * 16);
+        *reinterpret_cast<int4*>(out + static_cast<size_t>(t.first_row + pass * kPassTokens + token) * columns +
+                                 column) = sm90::ld_shared_v4(t.staging + token * kPitch + chunk * 16);
       }
     }
   }
@@ -138,7 +139,8 @@ __device__ __forceinline__ void store_activated(const float* acc, const Epilogue
 
 // Product 2: scale and round to bfloat16.
 template <int kAtoms, int kTileN, int kPassTokens>
-__device__ __forceinline__ void store_bfloat16(const float* acc, const EpilogueTile& t, __nv_bfloat16* out, int columns) {
+__device__ __forceinline__ void store_bfloat16(const float* acc, const EpilogueTile& t, __nv_bfloat16* out,
+                                               int columns) {
   constexpr int kPitch = 144;  // 64 columns and 16 bytes, so that the lines of 8 tokens fall into different banks
   const int thread = t.warp * 32 + t.lane;
 #pragma unroll
@@ -162,8 +164,8 @@ __device__ __forceinline__ void store_bfloat16(const float* acc, const EpilogueT
 #pragma unroll
       for (int token = thread >> 3; token < kPassTokens; token += 16) {
         if (pass * kPassTokens + token < t.num_rows && column < columns) {
-          *reinterpret_cast<int4*>(out + static_cast<size_t>(t.first_row + pass * kPassTokens + token) * columns + column) =
-              sm90::ld_shared_v4(t.staging + token * kPitch + chunk * 16);
+          *reinterpret_cast<int4*>(out + static_cast<size_t>(t.first_row + pass * kPassTokens + token) * columns +
+                                   column) = sm90::ld_shared_v4(t.staging + token * kPitch + chunk * 16);
         }
       }
     }

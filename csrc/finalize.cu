@@ -126,9 +126,12 @@ void launch_by_size(const FinalizeParams& p, const LaunchConfig& config) {
 void launch_finalize(const FinalizeParams& p, const LaunchConfig& launch) {
   require(p.hidden_size % 8 == 0, "hidden_size must be a multiple of 8 in finalize");
   switch (p.out_dtype) {
-    case DType::kFloat32: return launch_by_size<float>(p, launch);
-    case DType::kBFloat16: return launch_by_size<__nv_bfloat16>(p, launch);
-    case DType::kFloat16: return launch_by_size<__half>(p, launch);
+    case DType::kFloat32:
+      return launch_by_size<float>(p, launch);
+    case DType::kBFloat16:
+      return launch_by_size<__nv_bfloat16>(p, launch);
+    case DType::kFloat16:
+      return launch_by_size<__half>(p, launch);
   }
 }
 

@@ -21,13 +21,11 @@ struct Family {
   static constexpr int kTileM = kM, kTileN = kN, kTileQuantum = kQuantum, kStages = kStages_, kCtasPerSm = kCtas;
 };
 
-using FamilyS16 = Family<64, 16, 8, 10, 2>;     // few tiles: one token per expert and few experts
+using FamilyS16W = Family<64, 16, 8, 5, 2, 2>;  // one or two tokens: wide steps, few of them
+using FamilyS16 = Family<64, 16, 8, 10, 2>;     // up to two tokens per expert, large experts
 using FamilyD32 = Family<128, 32, 8, 5, 2>;     // decode
 using FamilyD64 = Family<128, 64, 16, 4, 2>;    // decode, more tokens per expert
 using FamilyM128 = Family<128, 128, 32, 6, 1>;  // between decode and prefill
-using FamilyS16B = Family<64, 16, 8, 5, 2, 2>;
-using FamilyD32C = Family<128, 32, 8, 3, 3>;
-using FamilyM128B = Family<128, 128, 32, 3, 2>;
 using FamilyP160 = Family<256, 160, 32, 4, 1>;  // prefill
 
 struct FamilyInfo {
@@ -39,26 +37,22 @@ struct FamilyInfo {
 template <class F>
 void launch_family(Output output, const GemmMaps& maps, const GemmParams& p, int grid, const LaunchConfig& launch);
 
+extern template void launch_family<FamilyS16W>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyS16>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyD32>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyD64>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyM128>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyP160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 
-extern template void launch_family<FamilyS16B>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
-extern template void launch_family<FamilyD32C>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
-extern template void launch_family<FamilyM128B>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
-
 template <class F>
 constexpr FamilyInfo family_info(const char* name) {
   return {name, F::kTileM, F::kTileN, F::kTileQuantum, F::kCtasPerSm, &launch_family<F>};
 }
 
-inline const std::array<FamilyInfo, 8>& families() {
-  static const std::array<FamilyInfo, 8> table = {
-      family_info<FamilyS16>("s16"), family_info<FamilyD32>("d32"), family_info<FamilyD64>("d64"),
-      family_info<FamilyM128>("m128"), family_info<FamilyP160>("p160"),
-      family_info<FamilyS16B>("s16b"), family_info<FamilyD32C>("d32c"), family_info<FamilyM128B>("m128b"),
+inline const std::array<FamilyInfo, 6>& families() {
+  static const std::array<FamilyInfo, 6> table = {
+      family_info<FamilyS16W>("s16w"), family_info<FamilyS16>("s16"),   family_info<FamilyD32>("d32"),
+      family_info<FamilyD64>("d64"),   family_info<FamilyM128>("m128"), family_info<FamilyP160>("p160"),
   };
   return table;
 }

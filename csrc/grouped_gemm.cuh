@@ -1,9 +1,10 @@
 // The grouped matrix products: out[rows of expert e] = x[rows of e] * weights[e]^T, weights as the M operand of wgmma
 // and tokens as N, so that few tokens cost few columns. One kernel template for both products and all sizes.
 //
-// A CTA takes tiles (weight rows x tokens) from a dynamic counter. One warpgroup produces: it streams 128 bytes of K (or
-// more) per stage into a ring, weights by TMA, tokens by TMA (product 2) or gathered row by row with cp.async (product 1).
-// The others consume: wgmma over the ring, then the epilogue, while the producer already fills the next tile's stages.
+// A CTA takes tiles (weight rows x tokens) from a dynamic counter. One warpgroup produces: it streams 128 bytes of K
+// (or more) per stage into a ring, weights by TMA, tokens by TMA (product 2) or gathered row by row with cp.async
+// (product 1). The others consume: wgmma over the ring, then the epilogue, while the producer already fills the next
+// tile's stages.
 //
 // NOTE: every output element is one chain over K in ascending order by one warpgroup, whatever the family. The tensor
 // core's sum does not depend on N or on neighbouring columns, so all families give the same bits. Do not split K.
@@ -26,8 +27,7 @@ struct GemmTraits {
   static constexpr bool kGather = kOut != kBFloat16;
   static constexpr int kWarpgroups = F::kTileM == 64 ? 1 : 2;
   static constexpr int kAtoms = F::kTileM / (64 * kWarpgroups);
-  // Two CTAs of 384 threads would have 80 registers a thread, too few for 64 accumulators.
-  static constexpr int kProducerWarps = F::kTileN == 128 && F::kCtasPerSm == 2 ? 2 : 4;
+  static constexpr int kProducerWarps = 4;
   static constexpr int kProducerThreads = 32 * kProducerWarps;
   static constexpr int kThreads = 128 * kWarpgroups + kProducerThreads;
   static constexpr int kStepK = F::kBoxes * kBoxK;  // bytes of K per stage: boxes side by side
@@ -66,37 +66,49 @@ struct Ring {
 
 // ---- tiles
 
-// {weight row tile, expert, first row, rows}; x < 0: no more tiles.
-using Tile = int4;
+// A tile of the product, as it travels through shared memory: {row tile | expert << 16, token tile, first row, rows}.
+struct Tile {
+  int4 v;
+  __device__ __forceinline__ bool is_end() const { return v.x < 0; }
+  __device__ __forceinline__ int m_tile() const { return v.x & 0xffff; }
+  __device__ __forceinline__ int expert() const { return v.x >> 16; }
+  __device__ __forceinline__ int token_tile() const { return v.y; }
+  __device__ __forceinline__ int first_row() const { return v.z; }
+  __device__ __forceinline__ int rows() const { return v.w; }
+  // Columns of the product: rows rounded up.
+  template <class F>
+  __device__ __forceinline__ int width() const {
+    return (v.w + F::kTileQuantum - 1) / F::kTileQuantum * F::kTileQuantum;
+  }
+};
+constexpr int4 kEndTile = {-1, 0, 0, 0};
 
 // Tile q of the list. The token tiles of a block share the weights of each row tile, token tile fastest.
 __device__ __forceinline__ Tile find_tile(const GemmParams& p, int q, int m_tiles) {
   const int near_index = q / m_tiles;  // of some token tile of the same block
   const TokenTile near = __ldcg(p.tiles + min(near_index, p.max_token_tiles - 1));
-  if (near_index >= __ldcg(&p.schedule->num_token_tiles)) return make_int4(-1, 0, 0, 0);
+  if (near_index >= __ldcg(&p.schedule->num_token_tiles)) return {kEndTile};
   const int in_block = near.x >> 16, local = q - near.w * m_tiles;
-  if (in_block == 1) return make_int4(local, near.x & 0xffff, near.y, near.z);
-  const TokenTile own = __ldcg(p.tiles + near.w + local % in_block);
-  return make_int4(local / in_block, own.x & 0xffff, own.y, own.z);
-}
-
-template <int kQuantum>
-__device__ __forceinline__ int tile_width(int rows) {
-  return (rows + kQuantum - 1) / kQuantum * kQuantum;
+  if (in_block == 1) return {{local | near.x << 16, near.w, near.y, near.z}};
+  const int index = near.w + local % in_block;
+  const TokenTile own = __ldcg(p.tiles + index);
+  return {{local / in_block | own.x << 16, index, own.y, own.z}};
 }
 
 // ---- producer
 
 template <class G>
-__device__ __forceinline__ void load_weights(const CUtensorMap* map, uint32_t dst, uint32_t bar, int step, const Tile& t,
-                                             uint64_t policy) {
+__device__ __forceinline__ void load_weights(const CUtensorMap* map, uint32_t dst, uint32_t bar, int step,
+                                             const Tile& t, uint64_t policy) {
 #pragma unroll
   for (int box = 0; box < G::F::kBoxes; ++box) {
     const int k = step * G::kStepK + box * kBoxK;
     if constexpr (G::kGated) {
-      sm90::cp_async_bulk_tensor_5d(dst + box * G::kWeightBox, map, bar, k, 0, 0, t.x * (G::F::kTileM / 16), t.y, policy);
+      sm90::cp_async_bulk_tensor_5d(dst + box * G::kWeightBox, map, bar, k, 0, 0, t.m_tile() * (G::F::kTileM / 16),
+                                    t.expert(), policy);
     } else {
-      sm90::cp_async_bulk_tensor_3d(dst + box * G::kWeightBox, map, bar, k, t.x * G::F::kTileM, t.y, policy);
+      sm90::cp_async_bulk_tensor_3d(dst + box * G::kWeightBox, map, bar, k, t.m_tile() * G::F::kTileM, t.expert(),
+                                    policy);
     }
   }
 }
@@ -122,7 +134,7 @@ struct TileQueue {
   }
   __device__ __forceinline__ void publish(const Tile& t, uint32_t n) const {
     sm90::mbarrier_wait(ring.tile_empty + (n & 1) * 8, ((n >> 1) & 1) ^ 1);
-    sm90::st_shared_v4(ring.slots + (n & 1) * 16, t);
+    sm90::st_shared_v4(ring.slots + (n & 1) * 16, t.v);
     sm90::mbarrier_arrive(ring.tile_full + (n & 1) * 8);
   }
 };
@@ -134,8 +146,8 @@ __device__ __forceinline__ uint64_t weight_policy() {
 }
 
 // Product 2, weights; in one thread.
-// NOTE: does not wait for product 1. The tile list is older than that: product 1 let this kernel start only after it had
-// itself waited for routing. So the first weights are under way before product 1 ends.
+// NOTE: does not wait for product 1. The tile list is older than that: product 1 let this kernel start only after it
+// had itself waited for routing. So weights are under way before product 1 ends.
 template <class G>
 __device__ __forceinline__ void produce_weights(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map) {
   using F = typename G::F;
@@ -146,7 +158,7 @@ __device__ __forceinline__ void produce_weights(const GemmParams& p, const Ring<
   uint32_t step = 0;
   for (uint32_t n = 0;; ++n) {
     queue.publish(t, n);
-    if (t.x < 0) break;
+    if (t.is_end()) break;
     queue.advance();
     Tile next = t;
 #pragma unroll 1
@@ -163,21 +175,29 @@ __device__ __forceinline__ void produce_weights(const GemmParams& p, const Ring<
 
 // Product 2, tokens: the rows of a tile lie side by side. In one thread of another warp: one thread alone cannot issue
 // both operands' copies as fast as memory delivers them.
+// NOTE: waits for the rows of its own tile, not for the whole of product 1. That cannot deadlock: this kernel's CTAs
+// get a place only once all of product 1's have one.
 template <class G>
 __device__ __forceinline__ void produce_tokens(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map,
                                                const CUtensorMap* map_part) {
   using F = typename G::F;
   const uint64_t policy = sm90::createpolicy_evict_last();
   const int steps = num_steps<G>(p);
-  sm90::griddepcontrol_wait();
   sm90::griddepcontrol_launch_dependents();
   uint32_t step = 0;
+  int ready_tile = -1;
   for (uint32_t n = 0;; ++n) {
     sm90::mbarrier_wait(ring.tile_full + (n & 1) * 8, (n >> 1) & 1);
-    const Tile t = sm90::ld_shared_v4(ring.slots + (n & 1) * 16);
+    const Tile t = {sm90::ld_shared_v4(ring.slots + (n & 1) * 16)};
     sm90::mbarrier_arrive(ring.tile_empty + (n & 1) * 8);
-    if (t.x < 0) break;
-    const int width = tile_width<F::kTileQuantum>(t.w);
+    if (t.is_end()) break;
+    if (t.token_tile() != ready_tile) {
+      ready_tile = t.token_tile();
+      while (sm90::ld_acquire(p.tile_ready + ready_tile) < p.ready_count) {
+      }
+      sm90::fence_proxy_async_global();  // product 1 wrote through the generic proxy, the copies read through the async
+    }
+    const int width = t.width<F>();
 #pragma unroll 1
     for (int ks = 0; ks < steps; ++ks, ++step) {
       const uint32_t s = step % F::kStages, phase = (step / F::kStages) & 1, full = ring.full + s * 8;
@@ -188,16 +208,17 @@ __device__ __forceinline__ void produce_tokens(const GemmParams& p, const Ring<G
         const uint32_t dst = ring.stage(s) + G::kWeightBytes + box * G::kTokenBox;
         const int k = ks * G::kStepK + box * kBoxK;
         if (width == F::kTileN) {
-          sm90::cp_async_bulk_tensor_2d(dst, map, full, k, t.z, policy);
+          sm90::cp_async_bulk_tensor_2d(dst, map, full, k, t.first_row(), policy);
         } else {
 #pragma unroll 1
           for (int i = 0; i < width; i += F::kTileQuantum) {
-            sm90::cp_async_bulk_tensor_2d(dst + i * kBoxK, map_part, full, k, t.z + i, policy);
+            sm90::cp_async_bulk_tensor_2d(dst + i * kBoxK, map_part, full, k, t.first_row() + i, policy);
           }
         }
       }
     }
   }
+  sm90::griddepcontrol_wait();  // NOTE: this grid must not complete before product 1: later kernels rely on the order
 }
 
 // Product 1: the rows of a tile are gathered from wherever their tokens are. Runs in all producer warps.
@@ -212,14 +233,14 @@ __device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Rin
   const int chunk = thread & 7, row0 = thread >> 3;  // 16 bytes of rows row0, row0 + stride, ...
   const uint32_t offset0 = G::kWeightBytes + row0 * kBoxK + ((chunk ^ (row0 & 7)) << 4);  // the swizzle by hand
   TileQueue<G> queue(p, ring);
-  Tile next = make_int4(-1, 0, 0, 0);
+  Tile next = {kEndTile};
   if (thread == 0) next = queue.load();
   uint32_t step = 0;
   for (uint32_t n = 0;; ++n) {
     int preloaded = 0;
     if (thread == 0) {
       queue.publish(next, n);
-      if (kPreload && n == 0 && next.x >= 0) {  // weights need not wait for the rows' addresses
+      if (kPreload && n == 0 && !next.is_end()) {  // weights need not wait for the rows' addresses
         for (; preloaded < min(F::kStages, steps); ++preloaded) {
           const uint32_t full = ring.full + preloaded * 8;
           sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
@@ -229,17 +250,19 @@ __device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Rin
     }
     __syncwarp();
     sm90::mbarrier_wait(ring.tile_full + (n & 1) * 8, (n >> 1) & 1);
-    const Tile t = sm90::ld_shared_v4(ring.slots + (n & 1) * 16);
+    const Tile t = {sm90::ld_shared_v4(ring.slots + (n & 1) * 16)};
     __syncwarp();
     if (lane == 0) sm90::mbarrier_arrive(ring.tile_empty + (n & 1) * 8);
-    if (t.x < 0) break;
+    if (t.is_end()) break;
     if (thread == 0) queue.advance();
-    const int width = tile_width<F::kTileQuantum>(t.w);
+    const int width = t.width<F>();
     uint32_t source[kRowsPerThread];  // fits: T * H stays below 2^32 in one call
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
-      const int row = min(row0 + kRowStride * i, t.w - 1);  // padding columns repeat a valid row; nobody stores them
-      source[i] = static_cast<uint32_t>(__ldcg(p.row_token + t.z + row)) * static_cast<uint32_t>(p.k) + chunk * 16;
+      const int row =
+          min(row0 + kRowStride * i, t.rows() - 1);  // padding columns repeat a valid row; nobody stores them
+      source[i] =
+          static_cast<uint32_t>(__ldcg(p.row_token + t.first_row() + row)) * static_cast<uint32_t>(p.k) + chunk * 16;
     }
     for (int ks = 0; ks < steps; ++ks, ++step) {
       const uint32_t s = step % F::kStages, phase = (step / F::kStages) & 1;
@@ -322,23 +345,22 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Ring<G>& ring
   const int group = warp >> 2, steps = num_steps<G>(p);
   uint32_t step = 0;
   sm90::mbarrier_wait(ring.tile_full, 0);
-  Tile t = sm90::ld_shared_v4(ring.slots);
+  Tile t = {sm90::ld_shared_v4(ring.slots)};
   // NOTE: nothing may follow this loop, and nothing may leave it by break: ptxas 13.0 would then drop the register
   // budget that setmaxnreg raised, and spill.
-  for (uint32_t n = 0; t.x >= 0;) {
+  for (uint32_t n = 0; !t.is_end();) {
     float acc[G::kAccumulators];
-    multiply_width<G>(tile_width<F::kTileQuantum>(t.w) / F::kTileQuantum, acc, step, steps, ring,
-                      group * (64 * G::kAtoms * kBoxK), lane);
+    multiply_width<G>(t.width<F>() / F::kTileQuantum, acc, step, steps, ring, group * (64 * G::kAtoms * kBoxK), lane);
 #pragma unroll
     for (int i = 0; i < G::kAccumulators; ++i) asm volatile("" : "+f"(acc[i])::"memory");
     __syncwarp();
     if (lane == 0) sm90::mbarrier_arrive(ring.tile_empty + (n & 1) * 8);
     EpilogueTile e;
-    e.scale = __ldg(p.scale + t.y);
-    e.scale_gate = G::kGather ? __ldg(p.scale_gate + t.y) : 0.0f;
-    e.first_row = t.z;
-    e.num_rows = t.w;
-    e.first_column = (t.x * F::kTileM + group * 64 * G::kAtoms) / (G::kGated ? 2 : 1);
+    e.scale = __ldg(p.scale + t.expert());
+    e.scale_gate = G::kGather ? __ldg(p.scale_gate + t.expert()) : 0.0f;
+    e.first_row = t.first_row();
+    e.num_rows = t.rows();
+    e.first_column = (t.m_tile() * F::kTileM + group * 64 * G::kAtoms) / (G::kGated ? 2 : 1);
     e.warp = warp & 3;
     e.lane = lane;
     e.barrier = 1 + group;
@@ -348,11 +370,14 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Ring<G>& ring
       store_bfloat16<G::kAtoms, F::kTileN, G::kPassTokens>(acc, e, static_cast<__nv_bfloat16*>(p.out), p.out_columns);
     } else {
       store_activated<G::kOut, G::kAtoms, F::kTileN, G::kPassTokens, G::kPitch>(acc, e, static_cast<uint8_t*>(p.out),
-                                                                               p.out_columns);
+                                                                                p.out_columns);
+      sm90::fence_proxy_async_global();  // product 2 reads these rows through the async proxy
+      sm90::bar_sync(e.barrier, 128);
+      if ((threadIdx.x & 127) == 0) sm90::red_release_add(p.tile_ready + t.token_tile(), 1);
     }
     ++n;
     sm90::mbarrier_wait(ring.tile_full + (n & 1) * 8, (n >> 1) & 1);
-    t = sm90::ld_shared_v4(ring.slots + (n & 1) * 16);
+    t = {sm90::ld_shared_v4(ring.slots + (n & 1) * 16)};
   }
 }
 
@@ -408,6 +433,7 @@ template <class F, Output kOut>
 void launch_grouped_gemm(const GemmMaps& maps, const GemmParams& p, int grid, const LaunchConfig& launch) {
   using G = GemmTraits<F, kOut>;
   const auto kernel = grouped_gemm_kernel<G>;
+  require(p.weight_rows <= 0xffff * F::kTileM, "too many weight rows in one expert");
   require(p.k % 16 == 0 && p.out_columns % 16 == 0, "hidden_size and intermediate_size must be multiples of 16");
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, G::kSmem),
              "raising the shared memory limit of a grouped GEMM");
@@ -418,12 +444,18 @@ void launch_grouped_gemm(const GemmMaps& maps, const GemmParams& p, int grid, co
 template <class F>
 void launch_family(Output output, const GemmMaps& maps, const GemmParams& p, int grid, const LaunchConfig& launch) {
   switch (output) {
-    case kGelu: return launch_grouped_gemm<F, kGelu>(maps, p, grid, launch);
-    case kSwiglu: return launch_grouped_gemm<F, kSwiglu>(maps, p, grid, launch);
-    case kGeglu: return launch_grouped_gemm<F, kGeglu>(maps, p, grid, launch);
-    case kRelu2: return launch_grouped_gemm<F, kRelu2>(maps, p, grid, launch);
-    case kIdentity: return launch_grouped_gemm<F, kIdentity>(maps, p, grid, launch);
-    case kBFloat16: return launch_grouped_gemm<F, kBFloat16>(maps, p, grid, launch);
+    case kGelu:
+      return launch_grouped_gemm<F, kGelu>(maps, p, grid, launch);
+    case kSwiglu:
+      return launch_grouped_gemm<F, kSwiglu>(maps, p, grid, launch);
+    case kGeglu:
+      return launch_grouped_gemm<F, kGeglu>(maps, p, grid, launch);
+    case kRelu2:
+      return launch_grouped_gemm<F, kRelu2>(maps, p, grid, launch);
+    case kIdentity:
+      return launch_grouped_gemm<F, kIdentity>(maps, p, grid, launch);
+    case kBFloat16:
+      return launch_grouped_gemm<F, kBFloat16>(maps, p, grid, launch);
   }
 }
 

@@ -2,4 +2,4 @@
 #include "grouped_gemm.cuh"
 
 template void expertd::launch_family<expertd::FamilyD64>(expertd::Output, const expertd::GemmMaps&,
-                                                        const expertd::GemmParams&, int, const expertd::LaunchConfig&);
+                                                         const expertd::GemmParams&, int, const expertd::LaunchConfig&);

@@ -2,4 +2,5 @@
 #include "grouped_gemm.cuh"
 
 template void expertd::launch_family<expertd::FamilyP160>(expertd::Output, const expertd::GemmMaps&,
-                                                        const expertd::GemmParams&, int, const expertd::LaunchConfig&);
+                                                          const expertd::GemmParams&, int,
+                                                          const expertd::LaunchConfig&);

@@ -2,4 +2,4 @@
 #include "grouped_gemm.cuh"
 
 template void expertd::launch_family<expertd::FamilyS16>(expertd::Output, const expertd::GemmMaps&,
-                                                        const expertd::GemmParams&, int, const expertd::LaunchConfig&);
+                                                         const expertd::GemmParams&, int, const expertd::LaunchConfig&);

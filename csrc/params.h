@@ -27,30 +27,31 @@ struct Schedule {
 using TokenTile = int4;
 
 struct RouteParams {
-  const void* logits;       // [T, E] float32 or bfloat16; null: pre-routed
+  const void* logits;  // [T, E] float32 or bfloat16; null: pre-routed
   DType logits_dtype;
-  const void* bias;         // [E] or null
+  const void* bias;  // [E] or null
   DType bias_dtype;
-  const int* in_ids;        // [T, K] pre-routed global ids, -1 = empty; null: from logits
-  const void* in_weights;   // [T, K] float32 or bfloat16
+  const int* in_ids;       // [T, K] pre-routed global ids, -1 = empty; null: from logits
+  const void* in_weights;  // [T, K] float32 or bfloat16
   DType in_weights_dtype;
-  const int* num_valid;     // device scalar or null: tokens at or past it are left alone
+  const int* num_valid;  // device scalar or null: tokens at or past it are left alone
   int num_tokens, num_experts, top_k, local_offset, num_local;
   int method, n_group, topk_group;
   float routed_scaling_factor;
   bool norm_topk_prob;
   // The token tiles: at most tile_n rows each, cut in multiples of tile_quantum, tiles_per_block of them side by side.
   int tile_n, tile_quantum, tiles_per_block;
-  int* topk_ids;            // [T, K]
-  uint16_t* topk_weights;   // [T, K] bfloat16
-  int16_t* replay;          // [T, K] or null
-  uint64_t* bitmaps;        // [ceil(T / 64), L] which tokens of a block chose an expert
-  uint8_t* counts;          // [ceil(T / 64), L] how many
-  int* expanded_to_row;     // [T * K]
-  int* row_token;           // [R]
-  float* row_weight;        // [R] or null: routing weight per row
+  int* topk_ids;           // [T, K]
+  uint16_t* topk_weights;  // [T, K] bfloat16
+  int16_t* replay;         // [T, K] or null
+  uint64_t* bitmaps;       // [ceil(T / 64), L] which tokens of a block chose an expert
+  uint8_t* counts;         // [ceil(T / 64), L] how many
+  int* expanded_to_row;    // [T * K]
+  int* row_token;          // [R]
+  float* row_weight;       // [R] or null: routing weight per row
   Schedule* schedule;
   TokenTile* tiles;
+  int* tile_ready;  // zeroed for each tile
 };
 
 struct GemmParams {
@@ -58,12 +59,14 @@ struct GemmParams {
   const int* row_token;     // gather: [R]
   const float* row_weight;  // [R] or null: multiplies the accumulators (routing scales on input)
   const float* scale_gate;  // [L] product 1 only
-  const float* scale;       // [L] product 1: scale of the up half, or of the activation where not gated; product 2: of g
-  void* out;                // product 1: [R, I] fp8; product 2: [R, H] bfloat16
-  int out_columns;          // I or H
-  int k;                    // length of the sums: H or I
-  int weight_rows;          // rows of one expert's weights: M or H
-  int max_token_tiles;      // room in tiles
+  const float* scale;   // [L] product 1: scale of the up half, or of the activation where not gated; product 2: of g
+  void* out;            // product 1: [R, I] fp8; product 2: [R, H] bfloat16
+  int out_columns;      // I or H
+  int k;                // length of the sums: H or I
+  int weight_rows;      // rows of one expert's weights: M or H
+  int max_token_tiles;  // room in tiles
+  int* tile_ready;      // product 1 adds to a token tile's count as it finishes; product 2 waits for ready_count
+  int ready_count;
   Schedule* schedule;
   const TokenTile* tiles;
 };
@@ -98,7 +101,8 @@ void launch_quantize(const QuantizeParams& p, const LaunchConfig& launch);
 
 // Launches one kernel with the attribute for programmatic dependent launch where asked.
 template <class Kernel, class... Args>
-cudaError_t launch_kernel(Kernel kernel, int grid, int block, int smem, const LaunchConfig& launch, const Args&... args) {
+cudaError_t launch_kernel(Kernel kernel, int grid, int block, int smem, const LaunchConfig& launch,
+                          const Args&... args) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

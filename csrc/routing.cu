@@ -1,4 +1,5 @@
-// Routing: logits (or ready ids) -> ids, weights, and the permutation that groups (token, expert) pairs by local expert.
+// Routing: logits (or ready ids) -> ids, weights, and the permutation that groups (token, expert) pairs by local
+// expert.
 //
 // A block owns 64 tokens, a warp one token at a time. Each block keeps one 64-bit word per local expert: bit t is set
 // where its token t chose the expert. A token's place among the rows of an expert is then a prefix of counts plus a
@@ -75,22 +76,27 @@ __device__ __forceinline__ float warp_max(float v) {
 
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, __fadd_rn(1.0f, expf(-x))); }
 
+// Words of shared memory that a warp needs: keys of the experts, keys of the groups, a bit for each group.
+__host__ __device__ __forceinline__ int scratch_words(const RouteParams& p) {
+  return p.num_experts + p.n_group + (p.n_group + 31) / 32;
+}
+
 // Excludes the experts of all but the topk_group best groups. A group's score: the sum of its two highest.
 __device__ __forceinline__ void keep_groups(const RouteParams& p, uint32_t* keys, uint32_t* group_keys, int lane) {
   const int size = p.num_experts / p.n_group;
-  int lanes = 1;  // that share a group
-  while (2 * lanes * p.n_group <= 32) lanes *= 2;
-  const int part = lane & (lanes - 1);
+  const int lanes_log2 = p.n_group >= 32 ? 0 : 5 - (32 - __clz(p.n_group - 1));  // lanes that share a group
+  const int lanes = 1 << lanes_log2, part = lane & (lanes - 1);
 #pragma unroll 1
-  for (int g0 = 0; g0 < p.n_group; g0 += 32 / lanes) {
-    const int g = g0 + lane / lanes;
+  for (int g0 = 0; g0 < p.n_group; g0 += 32 >> lanes_log2) {
+    const int g = g0 + (lane >> lanes_log2);
     uint32_t first = 0, second = 0;
+    const int rotation = (lane & ~(lanes - 1)) % size;
     if (g < p.n_group) {
 #pragma unroll 4
       for (int i = part; i < size; i += lanes) {
         // Start at another member in each group: the same one would be in the same bank.
-        int member = i + lane / lanes * lanes;
-        while (member >= size) member -= size;
+        int member = i + rotation;
+        if (member >= size) member -= size;
         const uint32_t key = keys[g * size + member];
         second = max(second, min(first, key));
         first = max(first, key);
@@ -98,13 +104,15 @@ __device__ __forceinline__ void keep_groups(const RouteParams& p, uint32_t* keys
     }
 #pragma unroll 1
     for (int mask = lanes / 2; mask > 0; mask /= 2) {
-      const uint32_t other_first = __shfl_xor_sync(kAll, first, mask), other_second = __shfl_xor_sync(kAll, second, mask);
+      const uint32_t other_first = __shfl_xor_sync(kAll, first, mask),
+                     other_second = __shfl_xor_sync(kAll, second, mask);
       second = max(min(first, other_first), max(second, other_second));
       first = max(first, other_first);
     }
     if (part == 0 && g < p.n_group) group_keys[g] = order_key(__fadd_rn(key_value(first), key_value(second)));
   }
   __syncwarp();
+  uint32_t* kept = group_keys + p.n_group;  // one bit a group; every lane writes the same words
 #pragma unroll 1
   for (int g0 = 0; g0 < p.n_group; g0 += 32) {
     const int g = g0 + lane;
@@ -115,16 +123,15 @@ __device__ __forceinline__ void keep_groups(const RouteParams& p, uint32_t* keys
       const uint32_t key = group_keys[other];
       better += key > mine || (key == mine && other < g);
     }
-    if (g < p.n_group && better >= p.topk_group) {
-#pragma unroll 1
-      for (int i = 0; i < size; ++i) {
-        int member = i + lane;
-        while (member >= size) member -= size;
-        keys[g * size + member] = 0;
-      }
-    }
+    kept[g0 / 32] = __ballot_sync(kAll, g < p.n_group && better < p.topk_group);
   }
-  __syncwarp();
+  const int shift = __ffs(size) - 1;
+  const bool power_of_two = 1 << shift == size;
+#pragma unroll 4
+  for (int e = lane; e < p.num_experts; e += 32) {
+    const int g = power_of_two ? e >> shift : e / size;
+    if ((kept[g / 32] >> (g & 31) & 1) == 0) keys[e] = 0;
+  }
 }
 
 // The best of a lane's experts lane, lane + 32, ...; of equals the smaller id.
@@ -144,17 +151,25 @@ __device__ __forceinline__ int route_token(const RouteParams& p, int token, uint
                                            int lane, float& weight) {
   const size_t row = static_cast<size_t>(token) * p.num_experts;
   float top = 0.0f, inverse = 1.0f;
-#pragma unroll 4
-  for (int e = lane; e < p.num_experts; e += 32) {
-    const float logit = load_float(p.logits, p.logits_dtype, row + e);
-    if constexpr (kScore == kBySigmoid) {
-      float score = sigmoid(logit);
-      if (p.bias != nullptr) score = __fadd_rn(score, load_float(p.bias, p.bias_dtype, e));
-      keys[e] = order_key(score);
-    } else if constexpr (kScore == kByLogit) {
-      keys[e] = order_key(logit);
-    } else {
-      keys[e] = __float_as_uint(logit);
+  constexpr int kInFlight = 8;  // loads come from memory one after the other otherwise
+#pragma unroll 1
+  for (int e0 = lane; e0 < p.num_experts; e0 += 32 * kInFlight) {
+    float logits[kInFlight], bias[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int e = min(e0 + 32 * i, p.num_experts - 1);
+      logits[i] = load_float(p.logits, p.logits_dtype, row + e);
+      bias[i] = kScore == kBySigmoid && p.bias != nullptr ? load_float(p.bias, p.bias_dtype, e) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int e = e0 + 32 * i;
+      if (e >= p.num_experts) break;
+      if constexpr (kScore == kBySigmoid) {
+        keys[e] = order_key(__fadd_rn(sigmoid(logits[i]), bias[i]));
+      } else {
+        keys[e] = kScore == kByLogit ? order_key(logits[i]) : __float_as_uint(logits[i]);
+      }
     }
   }
   if constexpr (kScore == kBySoftmax) {
@@ -200,7 +215,8 @@ __device__ __forceinline__ int route_token(const RouteParams& p, int token, uint
     weight = logit;
     if (p.method == kLlama4) weight = sigmoid(logit);
     if (p.method == kRenormalize) {
-      const float e = active ? expf(__fsub_rn(logit, warp_max(active ? logit : -INFINITY))) : 0.0f;
+      const float greatest = warp_max(active ? logit : -INFINITY);  // NOTE: by all lanes, so not inside the condition
+      const float e = active ? expf(__fsub_rn(logit, greatest)) : 0.0f;
       weight = __fdividef(e, warp_sum(e));
     }
   } else {
@@ -262,6 +278,7 @@ __device__ __forceinline__ void write_permutation(const RouteParams& p, Smem& sm
     for (int i = 0; i < tiles; ++i) {
       const int count = min(p.tile_quantum * (units / tiles + (i < units % tiles)), rows - at);
       const int first = i / p.tiles_per_block * p.tiles_per_block;
+      p.tile_ready[tile0 + i] = 0;
       p.tiles[tile0 + i] =
           make_int4(expert | min(p.tiles_per_block, tiles - first) << 16, row0 + at, count, tile0 + first);
       at += count;
@@ -290,7 +307,7 @@ __device__ __forceinline__ void write_permutation(const RouteParams& p, Smem& sm
 template <Score kScore>
 __global__ void __launch_bounds__(kThreads, 1) route_kernel(const __grid_constant__ RouteParams p) {
   __shared__ Smem smem;
-  extern __shared__ uint32_t scratch[];  // [warps, num_experts + n_group]
+  extern __shared__ uint32_t scratch[];  // [warps, num_experts + n_group + kept words]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x < p.num_local) {
     smem.bitmaps[threadIdx.x][0] = smem.bitmaps[threadIdx.x][1] = 0;
@@ -301,7 +318,7 @@ __global__ void __launch_bounds__(kThreads, 1) route_kernel(const __grid_constan
   sm90::griddepcontrol_launch_dependents();
   const int first_token = blockIdx.x * kRouteBlockTokens;
   const int tokens = min(kRouteBlockTokens, num_valid_tokens(p) - first_token);
-  uint32_t* keys = scratch + warp * (p.num_experts + p.n_group);
+  uint32_t* keys = scratch + warp * scratch_words(p);
 #pragma unroll 1
   for (int t = warp; t < tokens; t += kWarps) {
     const int token = first_token + t;
@@ -380,7 +397,7 @@ __global__ void __launch_bounds__(kThreads, 1) permute_kernel(const __grid_const
 
 template <Score kScore>
 void launch_route_kernel(const RouteParams& p, int blocks, const LaunchConfig& launch) {
-  const int smem = p.logits == nullptr ? 0 : kWarps * (p.num_experts + p.n_group) * 4;
+  const int smem = p.logits == nullptr ? 0 : kWarps * scratch_words(p) * 4;
   check_cuda(cudaFuncSetAttribute(route_kernel<kScore>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem),
              "raising the shared memory limit of the routing kernel");
   check_cuda(launch_kernel(route_kernel<kScore>, blocks, kThreads, smem, launch, p), "launching the routing kernel");
@@ -397,10 +414,16 @@ void launch_route(const RouteParams& p, const LaunchConfig& launch) {
   switch (p.method) {
     case kRenormalize:
     case kLlama4:
-    case kTopK: launch_route_kernel<kByLogit>(p, blocks, launch); break;
+    case kTopK:
+      launch_route_kernel<kByLogit>(p, blocks, launch);
+      break;
     case kDefault:
-    case kRenormalizeNaive: launch_route_kernel<kBySoftmax>(p, blocks, launch); break;
-    default: launch_route_kernel<kBySigmoid>(p, blocks, launch); break;
+    case kRenormalizeNaive:
+      launch_route_kernel<kBySoftmax>(p, blocks, launch);
+      break;
+    default:
+      launch_route_kernel<kBySigmoid>(p, blocks, launch);
+      break;
   }
   if (blocks > 1) {
     check_cuda(launch_kernel(permute_kernel, blocks, kThreads, 0, launch, p), "launching the permutation kernel");

@@ -104,6 +104,7 @@ __device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint32_t bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
 __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 __device__ __forceinline__ void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -125,8 +126,8 @@ __device__ __forceinline__ void setmaxnreg_dec() {
 }
 
 // Shared-memory matrix descriptor for a K-major operand in 128-byte rows with the 128-byte swizzle:
-// [0,14) address / 16, [16,30) leading offset (unused here), [32,46) stride of 8 rows / 16 = 64, [62,64) 1 = 128B swizzle.
-// The next 32 fp8 of K are 2 further on; the next 64 rows 512 further on.
+// [0,14) address / 16, [16,30) leading offset (unused here), [32,46) stride of 8 rows / 16 = 64, [62,64) 1 = 128B
+// swizzle. The next 32 fp8 of K are 2 further on; the next 64 rows 512 further on.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
   return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
@@ -153,6 +154,16 @@ __device__ __forceinline__ int4 ld_shared_v4(uint32_t address) {
 }
 __device__ __forceinline__ void bar_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- flags between CTAs
+__device__ __forceinline__ int ld_acquire(const int* p) {
+  int v;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ void red_release_add(int* p, int v) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
 // ---- programmatic dependent launch: no-ops unless the launch carries the attribute

@@ -18,7 +18,8 @@ inline auto tensor_map_encoder() {
     check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
                "looking up cuTensorMapEncodeTiled");
     if (found != cudaDriverEntryPointSuccess || entry == nullptr) {
-      throw std::runtime_error("the NVIDIA driver has no cuTensorMapEncodeTiled: update it to one for CUDA 12 or newer");
+      throw std::runtime_error(
+          "the NVIDIA driver has no cuTensorMapEncodeTiled: update it to one for CUDA 12 or newer");
     }
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
   }();
@@ -29,10 +30,10 @@ inline void encode(CUtensorMap* map, void* data, int rank, const cuuint64_t* dim
                    const cuuint32_t* box) {
   require(reinterpret_cast<uintptr_t>(data) % 16 == 0, "a tensor-map operand must start on a 16-byte boundary");
   const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
-  const CUresult status = tensor_map_encoder()(
-      map, CU_TENSOR_MAP_DATA_TYPE_UINT8, rank, data, dims, strides, box, element_strides,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status =
+      tensor_map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, rank, data, dims, strides, box, element_strides,
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled failed with CUresult " + std::to_string(status));
   }

@@ -122,6 +122,8 @@ class Dispatch:
 
     def poll(self, now: float) -> list[Attempt]:
         """What to put on the wire now. Expires what has waited too long."""
+        if self.is_done:
+            return []
         attempts = []
         for job in self.jobs:
             if not job.is_open:

@@ -70,7 +70,8 @@ class GroupBase:
         self._members: dict[str, Member] = {}
         self._placements: dict[str, LayerPlacement] = {}
         self._generation = 0
-        """Refreshes so far."""
+        """Refreshes that have ended."""
+        self._is_refreshing = False
         self._refresh_error: ExpertdError | None = None
         """Why the last refresh found nobody."""
         self._disagreements: list[str] = []
@@ -123,7 +124,7 @@ class GroupBase:
             for probe in probes:
                 self._take_health(probe)
             self._place()
-            self._generation += 1
+            self._end_refresh()
             self._refresh_error = None
             if not self._members:
                 tried = "; ".join(errors) or "the targets stand for no address"
@@ -132,8 +133,21 @@ class GroupBase:
     def _refresh_failed(self, error: ExpertdError) -> None:
         """The targets could not be resolved: go on with the members that there are."""
         with self._lock:
-            self._generation += 1
+            self._end_refresh()
             self._refresh_error = None if self._members else error
+
+    def _begin_refresh(self) -> None:
+        with self._lock:
+            self._is_refreshing = True
+
+    def _end_refresh(self) -> None:
+        """Holds the lock."""
+        self._is_refreshing = False
+        self._generation += 1
+
+    def _next_generation(self) -> int:
+        """What _generation will be when a refresh has ended that has not begun yet. Holds the lock."""
+        return self._generation + 1 + self._is_refreshing
 
     def _take_health(self, probe: Probe) -> None:
         """Take one server's sign of life, or the lack of it. Holds the lock."""

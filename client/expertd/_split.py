@@ -1,13 +1,14 @@
 """One request for many servers: which tokens go to which slice of the experts, and the sum of what comes back.
 
-A slice gets the rows of those tokens that chose one of its experts, with every foreign slot emptied (id -1). The slices'
-answers are summed in float32 in ascending order of their experts, so the bits of the sum depend on the request and on
-the slices alone: not on which answer came first, nor on which replica gave it.
+A slice gets the rows of those tokens that chose one of its experts, with every foreign slot emptied (id -1). Partial
+sums are added up in float32 in ascending order of the slices, so the bits of the whole depend on the request and on the
+slices alone: not on which answer came first, nor on which replica gave it.
 """
 
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -25,7 +26,7 @@ Rows: TypeAlias = "np.ndarray[Any, np.dtype[np.intp]]"
 AnyArray: TypeAlias = "np.ndarray[Any, Any]"
 
 NO_SHARD = -1
-_BLOCK_TOKENS = 64  # summed at a time, so that their float32 sums stay close to the core
+_BLOCK_BYTES = 512 * 1024  # of float32 sums made at a time, so that they stay close to the core
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +77,13 @@ def split(
     """
     num_tokens = topk_ids.shape[0]
     hidden_rows = hidden_states.data.reshape(num_tokens, hidden_states.row_nbytes)
+    weight_rows = topk_weights.view(np.uint16)  # plain integers are copied faster than bfloat16
+    is_owned = slot_owners == np.arange(len(max_rows))[:, None, None]
+    is_needed = is_owned.any(axis=2)
     parts = []
     for shard, limit in enumerate(max_rows):
-        is_mine = slot_owners == shard
-        rows = np.arange(num_tokens) if broadcast else np.flatnonzero(is_mine.any(axis=1))
-        my_ids = np.where(is_mine, topk_ids, np.int32(-1))
+        rows = np.arange(num_tokens) if broadcast else np.flatnonzero(is_needed[shard])
+        my_ids = np.where(is_owned[shard], topk_ids, np.int32(-1))
         for start in range(0, len(rows), limit):
             some = rows[start : start + limit]
             everything = len(some) == num_tokens
@@ -90,7 +93,7 @@ def split(
                     some,
                     hidden_states if everything else _wire(hidden_states.dtype, hidden_rows[some], hidden_states),
                     _wire(pb.DATA_TYPE_INT32, my_ids[some]),
-                    _wire(pb.DATA_TYPE_BFLOAT16, topk_weights[some]),
+                    _wire(pb.DATA_TYPE_BFLOAT16, weight_rows[some]),
                 )
             )
     return parts
@@ -103,25 +106,46 @@ def combine(num_tokens: int, hidden_size: int, parts: Sequence[tuple[Rows, AnyAr
     sum starts from zero, so a token without any part is all zeros.
     """
     out = np.empty((num_tokens, hidden_size), dtype=dtype)
-    sums = np.zeros((min(_BLOCK_TOKENS, num_tokens), hidden_size), dtype=np.float32)
-    addends = np.empty_like(sums)
-    edges = [*range(0, num_tokens, _BLOCK_TOKENS), num_tokens]
+    block_tokens = max(1, min(num_tokens, _BLOCK_BYTES // (4 * hidden_size)))
+    sums, addends = _scratch.arrays(block_tokens, hidden_size)
+    edges = np.append(np.arange(0, num_tokens, block_tokens), num_tokens)
     aligned = [_Aligned(rows, output, edges) for rows, output in parts]
-    for block, (start, stop) in enumerate(itertools.pairwise(edges)):
+    for block, (start, stop) in enumerate(itertools.pairwise(edges.tolist())):
         total, addend = sums[: stop - start], addends[: stop - start]
-        total.fill(0)
+        summand: Any = 0.0
         for part in aligned:
             if part.fill(addend, block, start):
-                total += addend
+                np.add(summand, addend, out=total)
+                summand = total
+        if summand is not total:
+            total.fill(0)
         with np.errstate(over="ignore"):  # float16: infinity, as everywhere
             out[start:stop] = total
     return out
 
 
+class _Scratch(threading.local):
+    """Memory of one thread for sums and addends, kept: fresh pages for every call would cost more than the sums."""
+
+    def __init__(self) -> None:
+        self._values: AnyArray = np.empty((2, 0), dtype=np.float32)
+
+    def arrays(self, num_tokens: int, hidden_size: int) -> tuple[AnyArray, AnyArray]:
+        """Two float32 arrays [num_tokens, hidden_size] with anything in them."""
+        size = num_tokens * hidden_size
+        if self._values.shape[1] < size:
+            self._values = np.empty((2, size), dtype=np.float32)
+        sums, addends = self._values[:, :size].reshape(2, num_tokens, hidden_size)
+        return sums, addends
+
+
+_scratch = _Scratch()
+
+
 class _Aligned:
     """One part's output, laid out by the request's tokens, a block of them at a time."""
 
-    def __init__(self, rows: Rows, output: AnyArray, edges: Sequence[int]) -> None:
+    def __init__(self, rows: Rows, output: AnyArray, edges: Rows) -> None:
         is_absent = np.ones(edges[-1], dtype=np.bool_)
         is_absent[rows] = False
         self._rows, self._absent, self._output = rows, np.flatnonzero(is_absent), output

@@ -208,7 +208,7 @@ class AsyncExpertGroup(GroupBase):
 
     async def _await_refresh(self, deadline: float) -> None:
         """Wait for a refresh. Raises TimeoutError when none has ended by the deadline, ClosedError after close()."""
-        wanted = self._generation + 1
+        wanted = self._next_generation()
         if self._refresher is None and not self._is_closed:
             self._refresher = asyncio.create_task(self._keep_fresh(), name="expertd-group-refresher")
         self._wanted.set()
@@ -242,6 +242,7 @@ class AsyncExpertGroup(GroupBase):
     async def _refresh(self) -> list[tuple[Replica | None, AsyncClient]]:
         """Look at everything anew. Returns the servers that have left, whose last answers may still be under way."""
         gone: list[tuple[Replica | None, AsyncClient]] = []
+        self._begin_refresh()
         try:
             addresses = list(await asyncio.to_thread(self._resolver.resolve))
         except (OSError, TopologyError) as error:

@@ -219,7 +219,7 @@ class ExpertGroup(GroupBase):
     def _await_refresh(self, deadline: float) -> None:
         """Wait for a refresh. Raises TimeoutError when none has ended by the deadline, ClosedError after close()."""
         with self._refreshed:
-            wanted = self._generation + 1
+            wanted = self._next_generation()
             if self._refresher is None and not self._closed.is_set():
                 self._refresher = threading.Thread(target=self._keep_fresh, name="expertd-group-refresher", daemon=True)
                 self._refresher.start()
@@ -247,6 +247,7 @@ class ExpertGroup(GroupBase):
 
     def _refresh(self, executor: ThreadPoolExecutor) -> list[tuple[Replica | None, Client]]:
         """Look at everything anew. Returns the servers that have left, whose last answers may still be under way."""
+        self._begin_refresh()
         try:
             addresses = list(self._resolver.resolve())
         except (OSError, TopologyError) as error:

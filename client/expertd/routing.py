@@ -50,7 +50,7 @@ def route(
         scores = _scores(layer.routing_method, logits)
         selection = scores if layer.routing_bias is None else scores + layer.routing_bias.astype(np.float32, copy=False)
         ids = _top_k(_masked_to_best_groups(layer, selection), layer.top_k)
-        weights = _weights(layer, np.take_along_axis(scores, ids, axis=1))
+        weights = _weights(layer, scores[np.arange(len(ids))[:, None], ids])
     _refuse_nan(weights, "has infinities that leave no finite routing weights")
     return ids.astype(np.int32), weights.astype(ml_dtypes.bfloat16)
 

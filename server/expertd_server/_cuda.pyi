@@ -43,6 +43,7 @@ def route(
     row_weight: int,
     schedule: int,
     tiles: int,
+    tile_ready: int,
     stream: int,
     pdl: bool,
 ) -> None: ...
@@ -63,6 +64,8 @@ def grouped_gemm(
     max_token_tiles: int,
     schedule: int,
     tiles: int,
+    tile_ready: int,
+    ready_count: int,
     grid: int,
     stream: int,
     pdl: bool,

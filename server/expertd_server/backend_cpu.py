@@ -29,10 +29,13 @@ from expertd_server.weights import ExpertWeights
 __all__ = ["TorchBackend"]
 
 _log = logging.getLogger(__name__)
-_ROW_BLOCK = 64
-_PIECE_ROWS = 256  # a multiple of _ROW_BLOCK
-_PROBE_ROWS = 130  # two blocks and a bit
+_PIECE_ROWS = 96
+"""Most rows of one product: oneDNN computes 128 rows and more in another order on CPUs with AMX."""
+_PROBE_ROWS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 80, 95, 96)
+_ROW_BLOCK = 32  # divides _PIECE_ROWS
+_K_MULTIPLE = 32
 _WORKERS_START_TIMEOUT_S = 60.0
+_CONVERT_BLOCK_TOKENS = 64
 _FINALIZE_BLOCK_TOKENS = 16  # the expert outputs of a block stay in the cache while they are summed
 
 
@@ -122,14 +125,22 @@ class TorchBackend:
         if hidden_states.dtype != torch.float8_e4m3fn:
             assert weights.hidden_states_scale is not None
             hidden_states = quantize_fp8(hidden_states, weights.hidden_states_scale)
-        x = from_fp8(hidden_states, torch.float32)
+        x = torch.empty(hidden_states.shape, device=self.device)
+
+        def convert(start: int) -> None:
+            block = slice(start, start + _CONVERT_BLOCK_TOKENS)
+            x[block] = from_fp8(hidden_states[block], torch.float32)
+
+        is_cpu = self.device.type == "cpu"
+        _run_all(convert, range(0, len(x), _CONVERT_BLOCK_TOKENS), in_parallel=is_cpu)
         up_scales = weights.output1_scales_scalar.tolist()
         gate_scales = weights.output1_scales_gate_scalar.tolist()
         output2_scales = weights.output2_scales_scalar.tolist()
-        is_free = self.device.type == "cpu" and _bits_are_free(
-            spec.gemm1_rows, spec.hidden_size, spec.intermediate_size, torch.get_num_threads()
-        )
-        block = None if is_free else _ROW_BLOCK
+        if is_cpu:
+            freedom = _freedom(spec.gemm1_rows, spec.hidden_size, spec.intermediate_size, torch.get_num_threads())
+        else:
+            freedom = _Freedom(any_rows=False, any_threads=True)
+        block = None if freedom.any_rows else _ROW_BLOCK
 
         def run(piece: _Piece) -> None:
             if layer.state is not None:
@@ -145,8 +156,8 @@ class TorchBackend:
             g[piece.rows] = _in_blocks(gemm2, from_fp8(to_fp8(inter), torch.bfloat16), block)
 
         # Fewer pieces than threads: let each product have all threads, where that cannot change its bits.
-        in_parallel = self.device.type == "cpu" and (len(plan.pieces) >= torch.get_num_threads() or not is_free)
-        _run_all(run, plan.pieces, in_parallel=in_parallel)
+        in_parallel = len(plan.pieces) >= torch.get_num_threads() or not freedom.any_threads
+        _run_all(run, plan.pieces, in_parallel=is_cpu and in_parallel)
 
 
 class _Expert(Protocol):
@@ -172,18 +183,18 @@ class _SplitExpert:
     """
 
     def __init__(self, gemm1_weights: torch.Tensor, gemm2_weights: torch.Tensor) -> None:
-        self._gemm1_weights = from_fp8(gemm1_weights, torch.bfloat16).t()
-        self._gemm2_weights = from_fp8(gemm2_weights, torch.bfloat16).t()
-        self.nbytes = 2 * (gemm1_weights.numel() + gemm2_weights.numel())
+        self._gemm1_weights = _padded(from_fp8(gemm1_weights, torch.bfloat16)).t()
+        self._gemm2_weights = _padded(from_fp8(gemm2_weights, torch.bfloat16)).t()
+        self.nbytes = 2 * (self._gemm1_weights.numel() + self._gemm2_weights.numel())
 
     def gemm1(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.bfloat16()
+        x = _padded(x.bfloat16())
         high = torch.mm(x, self._gemm1_weights)
         low = torch.addmm(high, x, self._gemm1_weights, beta=-1.0)
         return high.float().add_(low)
 
     def gemm2(self, inter: torch.Tensor, scale: float) -> torch.Tensor:
-        return _scaled_mm(inter, self._gemm2_weights, scale)
+        return _scaled_mm(_padded(inter), self._gemm2_weights, scale)
 
 
 class _HalfExpert:
@@ -194,15 +205,15 @@ class _HalfExpert:
 
     def __init__(self, gemm1_weights: torch.Tensor, gemm2_weights: torch.Tensor) -> None:
         self._gemm1_weights = torch.ops.quantized.linear_prepack_fp16(from_fp8(gemm1_weights, torch.float32), None)
-        self._gemm2_weights = from_fp8(gemm2_weights, torch.bfloat16).t()
-        self.nbytes = 2 * (gemm1_weights.numel() + gemm2_weights.numel())
+        self._gemm2_weights = _padded(from_fp8(gemm2_weights, torch.bfloat16)).t()
+        self.nbytes = 2 * (gemm1_weights.numel() + self._gemm2_weights.numel())
 
     def gemm1(self, x: torch.Tensor) -> torch.Tensor:
         a: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._gemm1_weights)
         return a
 
     def gemm2(self, inter: torch.Tensor, scale: float) -> torch.Tensor:
-        return _scaled_mm(inter, self._gemm2_weights, scale)
+        return _scaled_mm(_padded(inter), self._gemm2_weights, scale)
 
 
 class _CudaExpert:
@@ -218,6 +229,13 @@ class _CudaExpert:
 
     def gemm2(self, inter: torch.Tensor, scale: float) -> torch.Tensor:
         return torch.mm(inter, self._gemm2_weights, out_dtype=torch.float32).mul_(scale).bfloat16()
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    """x [rows, K] with zeros up to a multiple of _K_MULTIPLE columns."""
+    # NOTE: for other K oneDNN's AMX product reads on into the next row and multiplies what it finds there by zero: were
+    # that NaN, it would reach this row.
+    return functional.pad(x, (0, -x.shape[1] % _K_MULTIPLE)) if x.shape[1] % _K_MULTIPLE else x
 
 
 def _scaled_mm(x: torch.Tensor, weights: torch.Tensor, scale: float) -> torch.Tensor:
@@ -248,12 +266,20 @@ def _in_blocks(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor,
     return torch.cat([product(rows) for rows in torch.split(padded, block)])[: len(x)]
 
 
-@functools.cache
-def _bits_are_free(gemm1_rows: int, hidden_size: int, intermediate_size: int, num_threads: int) -> bool:
-    """Whether the CPU's products give a row the same bits for any number of rows, and on one thread as on many.
-
-    Tried, not assumed: it depends on the CPU and on the libraries under torch.
+@dataclass(frozen=True)
+class _Freedom:
+    """What cannot change the bits of a row in the CPU's products of one size. Tried, not assumed: it depends on the CPU
+    and on the libraries under torch.
     """
+
+    any_rows: bool
+    """The number of rows, up to _PIECE_ROWS."""
+    any_threads: bool
+    """One thread or all of them."""
+
+
+@functools.cache
+def _freedom(gemm1_rows: int, hidden_size: int, intermediate_size: int, num_threads: int) -> _Freedom:
     generator = torch.Generator().manual_seed(0)
 
     def random_fp8(*shape: int) -> torch.Tensor:
@@ -263,27 +289,35 @@ def _bits_are_free(gemm1_rows: int, hidden_size: int, intermediate_size: int, nu
         return (codes + signs).view(torch.float8_e4m3fn)
 
     expert = _pack(random_fp8(gemm1_rows, hidden_size), random_fp8(hidden_size, intermediate_size))
-    x = from_fp8(random_fp8(_PROBE_ROWS, hidden_size), torch.float32)
-    inter = from_fp8(random_fp8(_PROBE_ROWS, intermediate_size), torch.bfloat16)
-    a, g = expert.gemm1(x), expert.gemm2(inter, 0.3)
-    different: list[int] = []
+    x = from_fp8(random_fp8(_PIECE_ROWS, hidden_size), torch.float32)
+    inter = from_fp8(random_fp8(_PIECE_ROWS, intermediate_size), torch.bfloat16)
 
-    def compare(rows: int) -> None:
-        tail = slice(_PROBE_ROWS - rows, None)
-        if not torch.equal(expert.gemm1(x[tail]), a[tail]) or not torch.equal(expert.gemm2(inter[tail], 0.3), g[tail]):
-            different.append(rows)
+    def products(*, on_one_thread: bool) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Both products of the last rows of x and inter, by their number."""
+        results = {}
 
-    sizes = [1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 31, 32, 48, 64, 65, 96, _PROBE_ROWS]
-    _run_all(compare, sizes, in_parallel=False)
-    _run_all(compare, sizes, in_parallel=True)
-    if different:
+        def run(rows: int) -> None:
+            results[rows] = expert.gemm1(x[-rows:]), expert.gemm2(inter[-rows:], 0.3)
+
+        _run_all(run, _PROBE_ROWS, in_parallel=on_one_thread)
+        return results
+
+    def equal(some: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> bool:
+        return all(torch.equal(left, right) for left, right in zip(some, other, strict=True))
+
+    one, many = products(on_one_thread=True), products(on_one_thread=False)
+    a, g = one[_PIECE_ROWS]
+    freedom = _Freedom(
+        any_rows=all(equal(one[rows], (a[-rows:], g[-rows:])) for rows in _PROBE_ROWS),
+        any_threads=all(equal(one[rows], many[rows]) for rows in _PROBE_ROWS),
+    )
+    if not freedom.any_rows:
         _log.warning(
-            "CPU: products of %d x %d and %d x %d, %d threads, give other bits for %s rows than for %d: tokens go "
-            "through blocks of %d rows on one thread each, which is slower",
-            gemm1_rows, hidden_size, hidden_size, intermediate_size, num_threads,
-            sorted(set(different)), _PROBE_ROWS, _ROW_BLOCK,
+            "products of %d x %d and %d x %d round differently for different numbers of rows on this CPU: tokens go "
+            "through blocks of %d rows, which is slower",
+            gemm1_rows, hidden_size, hidden_size, intermediate_size, _ROW_BLOCK,
         )  # fmt: skip
-    return not different
+    return freedom
 
 
 _Item = TypeVar("_Item")

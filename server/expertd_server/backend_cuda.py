@@ -6,9 +6,11 @@ CUDA graph. Its scratch memory belongs to the stream: layers share it, streams d
 
 from __future__ import annotations
 
+import statistics
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -49,6 +51,10 @@ class Family:
     def tiles_per_block(self) -> int:
         """Token tiles of an expert that share a pass over its weights."""
         return max(1, _BLOCK_TOKENS // self.tile_n)
+
+    def ready_count(self, weight_rows: int) -> int:
+        """What a token tile's counter reaches when the first product is done with it: one for each warpgroup."""
+        return -(-weight_rows // self.tile_m) * (1 if self.tile_m == 64 else 2)
 
 
 FAMILIES = {f[0]: Family(i, *f) for i, f in enumerate(_cuda.families())}
@@ -109,8 +115,31 @@ class CudaBackend:
         """The tile family that a call of num_tokens uses."""
         if self.force_family is not None:
             return FAMILIES[self.force_family]
-        tuned = layer.state.tuned
-        return FAMILIES[tuning.choose_family(tuned, layer.spec, num_tokens, self.num_sms)]
+        return FAMILIES[tuning.choose_family(layer.state.tuned, layer.spec, num_tokens)]
+
+    def tune(self, layer: PreparedLayer, tune_max_num_tokens: int = 8192) -> dict[int, str]:
+        """Measure every tile family for 1, 2, 4, ... tune_max_num_tokens tokens and use the fastest from now on.
+
+        Returns {tokens: family}, which the tuning cache also keeps. Takes seconds and stalls the device: not for a
+        server under load. Bits do not depend on the choice.
+        """
+        spec, forced = layer.spec, self.force_family
+        choice: dict[int, str] = {}
+        with torch.cuda.device(self.device):
+            num_tokens = 1
+            while num_tokens <= min(tuning.bucket(tune_max_num_tokens), layer.state.max_num_tokens):
+                x = torch.randn(num_tokens, spec.hidden_size, device=self.device).to(torch.float8_e4m3fn)
+                logits = torch.randn(num_tokens, spec.num_experts, device=self.device)
+                times: dict[str, float] = {}
+                for name in FAMILIES:
+                    self.force_family = name
+                    times[name] = _median_ms(partial(self.forward, layer, x, routing_logits=logits))
+                choice[num_tokens] = min(times, key=times.__getitem__)
+                num_tokens *= 2
+        self.force_family = forced
+        self._tuned.store(self.device_name, tuning.layer_key(spec), choice)
+        layer.state.tuned = self._tuned.lookup(self.device_name, tuning.layer_key(spec))
+        return choice
 
     def poison_workspaces(self) -> None:
         """For tests: make what a call reads without having written it show as NaN."""
@@ -258,6 +287,7 @@ class CudaBackend:
             row_weight=plan.row_weight if spec.use_routing_scales_on_input else 0,
             schedule=plan.schedule,
             tiles=plan.tiles,
+            tile_ready=plan.tile_ready,
             stream=call.stream,
             pdl=call.pdl,
         )
@@ -281,6 +311,8 @@ class CudaBackend:
             max_token_tiles=_max_token_tiles(spec, call.num_tokens, family.tile_n),
             schedule=plan.schedule,
             tiles=plan.tiles,
+            tile_ready=plan.tile_ready,
+            ready_count=family.ready_count(spec.gemm1_rows),
             grid=self._grid(spec, family, call.num_tokens, spec.gemm1_rows),
             stream=call.stream,
             pdl=call.pdl,
@@ -305,6 +337,8 @@ class CudaBackend:
             max_token_tiles=_max_token_tiles(spec, call.num_tokens, family.tile_n),
             schedule=plan.schedule,
             tiles=plan.tiles,
+            tile_ready=plan.tile_ready,
+            ready_count=family.ready_count(spec.gemm1_rows),
             grid=self._grid(spec, family, call.num_tokens, spec.hidden_size),
             stream=call.stream,
             pdl=call.pdl,
@@ -330,6 +364,20 @@ class CudaBackend:
     def _grid(self, spec: LayerSpec, family: Family, num_tokens: int, weight_rows: int) -> int:
         tiles = _max_token_tiles(spec, num_tokens, family.tile_n) * -(-weight_rows // family.tile_m)
         return min(tiles, self.num_sms * family.ctas_per_sm)
+
+
+def _median_ms(run: Callable[[], object], repeats: int = 7) -> float:
+    run()
+    times: list[float] = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(200_000)  # type: ignore[no-untyped-call]  # the launches are queued before the clock starts
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
 
 
 def _scaling_factor(spec: LayerSpec) -> float:
@@ -416,6 +464,7 @@ class _Scratch:
         sizes = {
             "schedule": _cuda.SCHEDULE_BYTES,
             "tiles": tiles * _cuda.TOKEN_TILE_BYTES,
+            "tile_ready": tiles * 4,
             "bitmaps": blocks * spec.num_local * 8,
             "counts": blocks * spec.num_local,
             "expanded_to_row": num_tokens * spec.top_k * 4,
@@ -471,6 +520,7 @@ class _Plan:
 
     schedule: int
     tiles: int
+    tile_ready: int
     bitmaps: int
     counts: int
     expanded_to_row: int

@@ -1,8 +1,10 @@
 """Admission and batching: many small requests in, few large batches out. Knows neither torch nor gRPC.
 
-A request joins the queue of its key; requests of one key may share a batch. One thread takes what waits as soon as it
-is free: the key whose first request is oldest, in order of arrival, up to the token budget. So no key starves, and a
-lone request never waits for company unless `max_queue_delay_s` asks for it.
+A request joins the queue of its key; requests of one key may share a batch. As soon as there is room in flight, what
+waits is taken: the key whose first request is oldest, in order of arrival, up to the token budget. So no key starves,
+and a lone request never waits for company unless `max_queue_delay_s` asks for it.
+
+A batch is launched, and finished later: with room for two in flight, one is gathered while another computes.
 """
 
 from __future__ import annotations
@@ -10,20 +12,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from expertd_server.errors import ExpertdServerError, OverloadedError, RequestTimeoutError, UnavailableError
 
-__all__ = ["Batch", "Batcher", "Entry", "Limits"]
+__all__ = ["Batch", "Batcher", "Entry", "Limits", "Running"]
 
 log = logging.getLogger(__name__)
 
 P = TypeVar("P")
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 # An idle scheduler looks up this often; nothing depends on it, it only bounds every wait.
 _IDLE_WAIT_S = 1.0
@@ -41,10 +44,12 @@ class Limits:
 
     max_batch_tokens: int
     max_queue_tokens: int
-    """Tokens that may wait, over all keys; the running batch does not count."""
+    """Tokens that may wait, over all keys; batches in flight do not count."""
     max_queue_requests: int
     max_queue_delay_s: float = 0.0
-    """How long the first request of a batch may wait for company while the backend is free."""
+    """How long the first request of a batch may wait for company while there is room in flight."""
+    max_in_flight: int = 1
+    """Batches that are launched and not computed yet."""
 
 
 @dataclass(eq=False, slots=True)
@@ -75,39 +80,67 @@ class Batch(Generic[P, R]):
         return sum(entry.num_tokens for entry in self.entries)
 
 
-class Batcher(Generic[P, R]):
-    """Queues requests and runs them in batches, on one thread.
+class Running(Protocol[R_co]):
+    """A batch that was launched. Its methods are called in this order, by one thread."""
 
-    run: computes a batch and returns one result for each entry, in order. When it raises, the members run again one by
-    one, so that only those that fail alone get an error.
-    on_batch: called after a batch's waiters have been served, with the batch and the seconds it ran; for metrics.
+    def wait(self) -> None:
+        """Return when it is computed, and leave its room to the next batch. Raises what went wrong."""
+        ...
+
+    def results(self) -> Sequence[R_co]:
+        """One for each entry, in order. Raises what went wrong."""
+        ...
+
+    def close(self) -> None:
+        """Called last, in any case, when its waiters have been served: what need not keep them waiting."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Flight(Generic[P, R]):
+    batch: Batch[P, R]
+    running: Running[R]
+    launched_s: float
+
+
+class Batcher(Generic[P, R]):
+    """Queues requests and runs them in batches.
+
+    launch: starts a batch; batches are finished in the order in which they were launched. When launching or finishing
+    raises, the members run again one by one, so that only those that fail alone get an error.
     clock: seconds, monotonic; deadlines are on its scale.
     """
 
     def __init__(
         self,
-        run: Callable[[Batch[P, R]], Sequence[R]],
+        launch: Callable[[Batch[P, R]], Running[R]],
         limits: Limits,
         *,
-        on_batch: Callable[[Batch[P, R], float], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._run = run
+        self._launch = launch
         self._limits = limits
-        self._on_batch = on_batch
         self._clock = clock
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)
+        self._launched = threading.Condition(lock)
         # Every key here has at least one entry.
         self._queues: dict[Hashable, OrderedDict[int, Entry[P, R]]] = {}
         self._queue_tokens = 0
         self._queue_requests = 0
+        # Members of batches that failed, to run again alone.
+        self._again: deque[Entry[P, R]] = deque()
+        self._flights: deque[_Flight[P, R]] = deque()
+        self._num_in_flight = 0
+        # Requests taken from their queue and not served yet.
         self._running_tokens = 0
         self._running_requests = 0
         self._next_sequence = 0
         self._tokens_per_s: float | None = None
+        self._finished_s = float("-inf")
         self._draining = False
         self._stopped = False
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     @property
     def queue_tokens(self) -> int:
@@ -137,30 +170,75 @@ class Batcher(Generic[P, R]):
             self._queues.setdefault(key, OrderedDict())[entry.sequence] = entry
             self._queue_tokens += num_tokens
             self._queue_requests += 1
-            self._changed.notify_all()
+            if self._num_in_flight < self._limits.max_in_flight:
+                self._changed.notify_all()
         entry.future.add_done_callback(lambda future: self._forget(entry) if future.cancelled() else None)
         return entry.future
 
     def start(self) -> None:
-        """Start the scheduler thread."""
-        self._thread = threading.Thread(target=self._loop, name="expertd-batcher", daemon=True)
-        self._thread.start()
+        """Start the threads: one that launches and finishes, or one for each where there is more than one in flight."""
+        loops = {"expertd-batcher": self.run_once}
+        if self._limits.max_in_flight > 1:
+            loops = {"expertd-launcher": self.launch_once, "expertd-finisher": self.finish_once}
+        for name, step in loops.items():
+            thread = threading.Thread(target=self._loop, args=(step,), name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     def run_once(self, timeout_s: float = 0.0) -> bool:
-        """Wait up to timeout_s for a batch to be due and run it here; False when none was.
+        """Wait up to timeout_s for a batch to be due, launch it and finish it; False when none was.
 
-        The scheduler thread is a loop around this; tests call it themselves, under a clock of their own.
+        The threads are loops around this and its two halves; tests call them themselves, under a clock of their own.
         """
+        if not self.launch_once(timeout_s):
+            return False
+        self.finish_once()
+        return True
+
+    def launch_once(self, timeout_s: float = 0.0) -> bool:
+        """Wait up to timeout_s for a batch to be due and for room in flight, and launch it; False when none was."""
         batch, expired = self._take(timeout_s)
         for entry in expired:
             _fail(entry.future, _timeout(entry, self._clock()))
         if batch is None:
-            return False
-        started_s = self._clock()
+            return bool(expired)
+        launched_s = self._clock()
         try:
-            self._execute(batch)
+            running = self._launch(batch)
+        except Exception as error:
+            self._leave_flight()
+            self._fail_batch(batch, error)
+        else:
+            with self._changed:
+                self._flights.append(_Flight(batch, running, launched_s))
+                self._launched.notify()
+        return True
+
+    def finish_once(self, timeout_s: float = 0.0) -> bool:
+        """Wait up to timeout_s for a batch to be launched, finish it and serve its waiters; False when none was."""
+        with self._changed:
+            self._launched.wait_for(lambda: self._flights or self._is_over, timeout_s)
+            if not self._flights:
+                return False
+            flight = self._flights.popleft()
+        batch, running = flight.batch, flight.running
+        try:
+            try:
+                running.wait()
+            finally:
+                self._leave_flight()
+            results = running.results()
+            if len(results) != len(batch.entries):
+                raise RuntimeError(f"{len(results)} results came for {len(batch.entries)} requests")
+        except Exception as error:
+            self._fail_batch(batch, error)
+        else:
+            for entry, result in zip(batch.entries, results, strict=True):
+                if not entry.future.done():
+                    entry.future.set_result(result)
+            self._account_served(batch, flight.launched_s)
         finally:
-            self._finish(batch, self._clock() - started_s)
+            running.close()
         return True
 
     def drain(self, timeout_s: float) -> bool:
@@ -171,28 +249,35 @@ class Batcher(Generic[P, R]):
             return self._changed.wait_for(lambda: not (self._queue_requests or self._running_requests), timeout_s)
 
     def stop(self, timeout_s: float) -> bool:
-        """Refuse new requests, fail those that wait with UnavailableError, and end the thread.
+        """Refuse new requests, fail those that wait with UnavailableError, and end the threads.
 
-        A running batch is not interrupted; False when it still runs after timeout_s.
+        Batches in flight are finished; False when they are not after timeout_s.
         """
         with self._changed:
             self._draining = self._stopped = True
             left = [entry for queue in self._queues.values() for entry in queue.values()]
             self._queues.clear()
             self._queue_tokens = self._queue_requests = 0
+            again = list(self._again)
+            self._again.clear()
+            self._account_left_running(again)
             self._changed.notify_all()
-        for entry in left:
-            if entry.future.set_running_or_notify_cancel():
-                _fail(entry.future, UnavailableError("the server stopped before this request ran; try another server"))
-        if self._thread is None:
-            return True
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+            self._launched.notify_all()
+        for entry in again + [entry for entry in left if entry.future.set_running_or_notify_cancel()]:
+            _fail(entry.future, _stopped())
+        until_s = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, until_s - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
-    def _loop(self) -> None:
-        while not self._stopped:
+    @property
+    def _is_over(self) -> bool:
+        return self._stopped and not self._num_in_flight
+
+    def _loop(self, step: Callable[[float], bool]) -> None:
+        while not self._is_over:
             try:
-                self.run_once(_IDLE_WAIT_S)
+                step(_IDLE_WAIT_S)
             except Exception:  # the loop outlives whatever one batch does: every later caller depends on it
                 log.exception("the batch loop caught an unexpected error and goes on")
 
@@ -232,15 +317,19 @@ class Batcher(Generic[P, R]):
         """The batch that is due, if any, and the entries whose deadline passed while they waited."""
         with self._changed:
             give_up_s = time.monotonic() + timeout_s
-            while True:
-                now_s = self._clock()
-                key, due_s = self._first_due()
-                if key is not None and due_s <= now_s:
-                    return self._pop(key, now_s)
+            while not self._stopped:
+                now_s, due_s = self._clock(), float("inf")
+                if self._num_in_flight < self._limits.max_in_flight:
+                    if self._again:
+                        return self._pop_again(now_s)
+                    key, due_s = self._first_due()
+                    if key is not None and due_s <= now_s:
+                        return self._pop(key, now_s)
                 left_s = min(give_up_s - time.monotonic(), due_s - now_s)
-                if left_s <= 0 or self._stopped:
-                    return None, []
+                if left_s <= 0:
+                    break
                 self._changed.wait(left_s)
+            return None, []
 
     def _first_due(self) -> tuple[Hashable | None, float]:
         """The key to run next and when: among those due first, the one whose first entry is oldest."""
@@ -284,47 +373,62 @@ class Batcher(Generic[P, R]):
             tokens += entry.num_tokens
         if not queue:
             del self._queues[key]
-        self._running_tokens = tokens
-        self._running_requests = len(members)
+        if members:
+            self._running_tokens += tokens
+            self._running_requests += len(members)
+            self._num_in_flight += 1
         self._changed.notify_all()
         return (Batch(key, members) if members else None), expired
 
-    def _execute(self, batch: Batch[P, R]) -> None:
-        try:
-            results = self._results(batch)
-        except Exception as error:
-            if len(batch.entries) == 1:
-                _fail(batch.entries[0].future, error)
-                return
-            log.warning("a batch of %d requests failed, they run again one by one: %s", len(batch.entries), error)
-        else:
-            for entry, result in zip(batch.entries, results, strict=True):
-                if not entry.future.done():
-                    entry.future.set_result(result)
-            return
-        for entry in batch.entries:
-            now_s = self._clock()
-            if entry.deadline_s is not None and entry.deadline_s <= now_s:
-                _fail(entry.future, _timeout(entry, now_s))
-            else:
-                self._execute(Batch(batch.key, [entry]))
+    def _pop_again(self, now_s: float) -> tuple[Batch[P, R] | None, list[Entry[P, R]]]:
+        """A member of a batch that failed, alone."""
+        entry = self._again.popleft()
+        if entry.deadline_s is not None and entry.deadline_s <= now_s:
+            self._account_left_running([entry])
+            return None, [entry]
+        self._num_in_flight += 1
+        return Batch(entry.key, [entry]), []
 
-    def _results(self, batch: Batch[P, R]) -> Sequence[R]:
-        results = self._run(batch)
-        if len(results) != len(batch.entries):
-            raise RuntimeError(f"run returned {len(results)} results for {len(batch.entries)} requests")
-        return results
-
-    def _finish(self, batch: Batch[P, R], ran_s: float) -> None:
+    def _leave_flight(self) -> None:
         with self._changed:
-            self._running_tokens = self._running_requests = 0
-            if ran_s > 0 and batch.num_tokens:
-                rate = batch.num_tokens / ran_s
+            self._num_in_flight -= 1
+            self._changed.notify_all()
+            if self._is_over:
+                self._launched.notify_all()
+
+    def _fail_batch(self, batch: Batch[P, R], error: Exception) -> None:
+        """Fail a lone member; let several run again one by one, before all others: they are the oldest."""
+        is_final = len(batch.entries) == 1
+        with self._changed:
+            if not is_final and not self._stopped:
+                log.warning("a batch of %d requests failed, they run again one by one: %s", len(batch.entries), error)
+                self._again.extend(batch.entries)
+                self._changed.notify_all()
+                return
+            self._account_left_running(batch.entries)
+        for entry in batch.entries:
+            _fail(entry.future, error if is_final else _stopped())
+
+    def _account_left_running(self, entries: Sequence[Entry[P, R]]) -> None:
+        self._running_tokens -= sum(entry.num_tokens for entry in entries)
+        self._running_requests -= len(entries)
+        self._changed.notify_all()
+
+    def _account_served(self, batch: Batch[P, R], launched_s: float) -> None:
+        now_s = self._clock()
+        with self._changed:
+            self._account_left_running(batch.entries)
+            # Batches overlap: this one has had the backend to itself since the one before was finished.
+            alone_s = now_s - max(launched_s, self._finished_s)
+            self._finished_s = now_s
+            if alone_s > 0 and batch.num_tokens:
+                rate = batch.num_tokens / alone_s
                 before = rate if self._tokens_per_s is None else self._tokens_per_s
                 self._tokens_per_s = before + _RATE_SMOOTHING * (rate - before)
-            self._changed.notify_all()
-        if self._on_batch is not None:
-            self._on_batch(batch, ran_s)
+
+
+def _stopped() -> ExpertdServerError:
+    return UnavailableError("the server stopped before this request ran; try another server")
 
 
 def _timeout(entry: Entry[P, R], now_s: float) -> ExpertdServerError:

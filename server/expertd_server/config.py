@@ -57,6 +57,7 @@ _RANGES: Final = {
     "max_batch_tokens": (1, _UINT32_MAX),
     "max_queue_requests": (1, _UNBOUNDED),
     "max_queue_delay_us": (0, _UNBOUNDED),
+    "max_graph_tokens": (0, _UINT32_MAX),
     "max_streams": (1, 4096),  # each takes two threads
     "max_stream_requests": (1, _UNBOUNDED),
     "max_unary_requests": (1, 4096),
@@ -115,6 +116,8 @@ class Config:
     """Most requests that may wait."""
     max_queue_delay_us: int = field(default=0, metadata=_in(_BATCHING, "MICROSECONDS"))
     """How long a request may wait for company while the backend is free. 0: a batch is what waits anyway."""
+    max_graph_tokens: int = field(default=1024, metadata=_in(_BATCHING, "N"))
+    """On a GPU: batches of up to this many tokens run as CUDA graphs, captured at start. 0: no graphs."""
     max_streams: int = field(default=64, metadata=_in(_BATCHING, "N"))
     """Most open ForwardStream calls, one thread each; beyond, RESOURCE_EXHAUSTED."""
     max_stream_requests: int = field(default=32, metadata=_in(_BATCHING, "N"))

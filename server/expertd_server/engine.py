@@ -1,28 +1,51 @@
-"""The engine: gathers the requests of a batch, runs the layer once, hands every request its own rows.
+"""The engine: gathers the requests of a batch in a staging slot, runs the layer once, hands every request its own rows.
 
-Requests share a batch as widely as their arithmetic allows. Hidden states become FP8 and logits become ids and bfloat16
-weights row by row, exactly as the backend would do it, so callers with different input types, routed by the server
-or by themselves, still run together; each gets its own output type, rounded from float32 once. (Where the backend
-routes with kernels of its own, those that are routed already run among themselves.)
+On the CPU requests share a batch as widely as their arithmetic allows. Hidden states become FP8 and logits become ids
+and bfloat16 weights row by row, exactly as the backend would do it, so callers with different input types, routed by
+the server or by themselves, still run together; each gets its own output type, rounded from float32 once.
+
+A GPU rounds for itself, faster than the host and not always to the same last bit. There, requests share a batch when
+their types agree; the batch is one copy in, one graph and one copy out, and two batches are in flight.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
 
 from expertd_server import routing
+from expertd_server.backend import Backend, MoEOutput
 from expertd_server.batcher import Batch, Batcher, Limits
 from expertd_server.errors import BackendError, ExpertdServerError
 from expertd_server.fp8 import quantize_fp8
+from expertd_server.graphs import Capturer, CudaCapturer, Graphs, progress_bar, run_layer
 from expertd_server.layer import MoELayer
+from expertd_server.layout import (
+    BatchKind,
+    InputLayout,
+    OutputLayout,
+    Part,
+    input_layout,
+    num_valid_tokens,
+    output_layout,
+    slot_bytes,
+)
+from expertd_server.staging import Slot, SlotPool, make_slots
 
-__all__ = ["Engine", "ForwardCall", "ForwardResult", "ForwardTiming", "HostTensor"]
+__all__ = ["BatchReport", "Engine", "ForwardCall", "ForwardResult", "ForwardTiming", "HostTensor"]
+
+# A GPU computes one batch while the next is gathered and copied. More would only make batches smaller.
+_IN_FLIGHT_ON_DEVICE = 2
+# Longer than any capture keeps a slot to itself.
+_SLOT_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,157 +121,331 @@ class ForwardResult:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchReport:
+    """What one batch did, for metrics."""
+
+    layer: MoELayer
+    num_requests: int
+    num_tokens: int
+    graph_rows: int | None
+    """Rows of the graph that was replayed, padding included; None: it ran without one."""
+    compute_s: float
+    """How long it had the device to itself."""
+    topk_ids: torch.Tensor
+    """[T, K] int32 or int16 on the host, the experts that were selected; valid during the call alone."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Key:
     """What requests must have in common to share a batch."""
 
     layer: MoELayer
     do_finalize: bool
-    is_routed: bool
-    """Always False where the engine can route as the backend does: then either kind may run with the other."""
+    kind: BatchKind | None
+    """None on the CPU, where any kind may run with any other."""
 
 
 class Engine:
-    """Runs calls in batches on the layers' backend.
+    """Runs calls in batches on one backend.
 
-    on_batch: for metrics; called after each batch was answered with its layer, its numbers of requests and tokens, and
-    the ids that were selected: tensors [T, K] int32 on the host, none when the batch failed.
+    limits: max_in_flight is the engine's to choose. max_graph_tokens: rows of the largest CUDA graph; 0: none.
+    on_batch: for metrics; called after a batch was answered, on a thread of the batcher.
+    slots, capturer: by default those of the backend's device.
     """
 
     def __init__(
         self,
         limits: Limits,
+        backend: Backend,
         *,
-        on_batch: Callable[[MoELayer, int, int, Sequence[torch.Tensor]], None] | None = None,
+        max_graph_tokens: int = 0,
+        on_batch: Callable[[BatchReport], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        slots: Sequence[Slot] | None = None,
+        capturer: Capturer | None = None,
     ) -> None:
-        self._on_batch = on_batch
-        self._clock = clock
-        # Written and read by the batcher's thread alone. More than one when members had to run singly.
-        self._selected_ids: list[torch.Tensor] = []
-        self.batcher: Batcher[ForwardCall, ForwardResult] = Batcher(
-            self._run, limits, on_batch=self._after_batch, clock=clock
-        )
+        self._backend = backend
+        self._max_batch_tokens = limits.max_batch_tokens
+        self.on_batch = on_batch
+        self.clock = clock
+        self._is_host = backend.device.type == "cpu" if slots is None else slots[0].is_host
+        limits = replace(limits, max_in_flight=1 if self._is_host else _IN_FLIGHT_ON_DEVICE)
+        if slots is None:
+            # Batches in flight, and one whose answers are being handed out.
+            slots = make_slots(backend.device, 1 if self._is_host else _IN_FLIGHT_ON_DEVICE + 1, clock)
+        self.slots = SlotPool(slots)
+        if capturer is None and backend.name == "cuda" and max_graph_tokens:
+            capturer = CudaCapturer(backend.device)
+        self.graphs: Graphs | None = None
+        if capturer is not None:
+            self.graphs = Graphs(self.slots, min(max_graph_tokens, limits.max_batch_tokens), capturer)
+        self._met: WeakSet[MoELayer] = WeakSet()
+        self.batcher: Batcher[ForwardCall, ForwardResult] = Batcher(self._launch, limits, clock=clock)
 
     def submit(self, call: ForwardCall, deadline_s: float | None = None) -> Future[ForwardResult]:
         """Queue a call; errors, deadline and cancellation as in `Batcher.submit`."""
-        key = _Key(call.layer, call.do_finalize, call.topk_ids is not None and not call.layer.routes_by_torch)
-        return self.batcher.submit(key, call, call.num_tokens, deadline_s=deadline_s)
+        kind = None if self._is_host else _kind_of([call])
+        return self.batcher.submit(
+            _Key(call.layer, call.do_finalize, kind), call, call.num_tokens, deadline_s=deadline_s
+        )
 
-    def _run(self, batch: Batch[ForwardCall, ForwardResult]) -> list[ForwardResult]:
+    def capture(self, layers: Sequence[MoELayer]) -> None:
+        """Take the memory that these layers' batches need and capture their graphs, so that no request waits for it.
+
+        A layer that is not captured here runs all the same. Requests may be served meanwhile. Raises BackendError.
+        """
+        for layer in layers:
+            self._meet(layer)
+        if self.graphs is not None:
+            with progress_bar(self.graphs.count_usual(layers)) as advance:
+                self.graphs.capture(layers, advance)
+
+    def device_memory(self) -> dict[str, int]:
+        """Bytes of a CUDA device's memory by purpose: weights, staging, graphs, and workspace, which is all else that
+        tensors hold. Empty on the CPU."""
+        if self._backend.device.type != "cuda":
+            return {}
+        weights, staging = sum(layer.nbytes for layer in list(self._met)), self.slots.device_nbytes
+        return {
+            "weights": weights,
+            "staging": staging,
+            "graphs": 0 if self.graphs is None else self.graphs.nbytes,
+            "workspace": max(0, torch.cuda.memory_allocated(self._backend.device) - weights - staging),
+        }
+
+    def _meet(self, layer: MoELayer) -> None:
+        """Before a layer's first batch."""
+        if layer in self._met:
+            return
+        takes_wide = layer.hidden_states_scale is not None
+        self.slots.require(*slot_bytes(layer.spec, self._max_batch_tokens, takes_wide=takes_wide))
+        if self._backend.device.type == "cuda":
+            # NOTE: the weights were written on the default stream, which the slots' streams do not wait for.
+            torch.cuda.default_stream(self._backend.device).synchronize()
+        self._met.add(layer)
+
+    def _launch(self, batch: Batch[ForwardCall, ForwardResult]) -> _Running:
+        layer = batch.entries[0].payload.layer
+        with _naming(layer, batch.num_tokens):
+            self._meet(layer)
+            slot = self.slots.take(_SLOT_TIMEOUT_S)
+            try:
+                return self._start(batch, slot)
+            except BaseException:
+                slot.settle()
+                self.slots.give_back(slot)
+                raise
+
+    def _start(self, batch: Batch[ForwardCall, ForwardResult], slot: Slot) -> _Running:
         calls = [entry.payload for entry in batch.entries]
-        layer = calls[0].layer
+        layer, num_tokens = calls[0].layer, batch.num_tokens
+        kind, do_finalize = _kind_of(calls), calls[0].do_finalize
+        graph = None
+        if self.graphs is not None and do_finalize:
+            graph = self.graphs.find(slot, layer, kind, num_tokens)
+        num_rows = num_tokens if graph is None else graph.num_rows
+        inputs, outputs = input_layout(layer.spec, kind, num_rows), output_layout(layer.spec, kind, num_rows)
+
+        start_s = self.clock()
+        _gather(slot.host_in, inputs, layer, calls, num_tokens)
+        slot.send(inputs.nbytes(num_tokens))
+        sent_s = self.clock()
+        answer: MoEOutput | None = None
+        with slot.compute():
+            if graph is not None:
+                graph.replay()
+                expert_weights = graph.expert_weights
+            elif slot.is_host or not do_finalize:
+                answer = layer.forward(
+                    **inputs.arguments(slot.device_in, num_rows),
+                    output_dtype=kind.output_dtype,
+                    do_finalize=do_finalize,
+                )
+            else:
+                expert_weights = run_layer(slot, layer, kind, num_rows, is_padded=False).expert_weights
+            if answer is None and any(call.return_routing for call in calls):
+                copy = outputs.expert_weights.view(slot.device_out, num_tokens)
+                copy.copy_(expert_weights[:num_tokens], non_blocking=True)
+        slot.fetch(outputs.nbytes(num_tokens) if answer is None else 0)
+        if self.graphs is not None and do_finalize and graph is None:
+            self.graphs.capture_unforeseen(slot, layer, kind, num_tokens)
+        return _Running(
+            engine=self,
+            batch=batch,
+            slot=slot,
+            outputs=outputs,
+            answer=answer,
+            gather_s=sent_s - start_s,
+            graph_rows=None if graph is None else graph.num_rows,
+        )
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class _Running:
+    """A batch that was launched, see `batcher.Running`."""
+
+    engine: Engine
+    batch: Batch[ForwardCall, ForwardResult]
+    slot: Slot
+    outputs: OutputLayout
+    answer: MoEOutput | None
+    """None where the answer lies in the slot, by `outputs`."""
+    gather_s: float
+    """What the host took until the copy in was started."""
+    graph_rows: int | None
+    report: BatchReport | None = None
+
+    @property
+    def layer(self) -> MoELayer:
+        return self.batch.entries[0].payload.layer
+
+    def wait(self) -> None:
+        with _naming(self.layer, self.batch.num_tokens):
+            self.slot.wait()
+
+    def results(self) -> list[ForwardResult]:
+        with _naming(self.layer, self.batch.num_tokens):
+            return self._split()
+
+    def close(self) -> None:
         try:
-            results = self._forward(layer, calls)
-        except ExpertdServerError:
-            raise
-        except Exception as error:
-            raise BackendError(
-                f"layer {layer.name!r}: the {layer.backend.name} backend failed on {batch.num_tokens} tokens: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        return [
-            replace(result, timing=replace(result.timing, queue_us=_us(entry.queued_s)))
-            for entry, result in zip(batch.entries, results, strict=True)
-        ]
+            if self.report is not None and self.engine.on_batch is not None:
+                self.engine.on_batch(self.report)
+        finally:
+            self.engine.slots.give_back(self.slot)
 
-    def _forward(self, layer: MoELayer, calls: Sequence[ForwardCall]) -> list[ForwardResult]:
-        device = layer.backend.device
-        finalize = calls[0].do_finalize
-        dtypes = {call.output_dtype for call in calls}
-        # A mixed batch is rounded call by call from float32; that gives the bits of a batch of one dtype.
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-        start_s = self._clock()
-        hidden_states = _gather_hidden_states(layer, calls).to(device)
-        route = {name: tensor.to(device) for name, tensor in _gather_routing(layer, calls, device).items()}
-        copied_s = self._clock()
-        answer = layer.forward(hidden_states, **route, output_dtype=dtype, do_finalize=finalize)
-        topk_ids = answer.topk_ids.cpu()  # waits for the device
-        computed_s = self._clock()
-
-        self._selected_ids.append(topk_ids)
-        expert_weights = answer.expert_weights.cpu()
-        outputs = [part.cpu() for part in (answer.output, answer.gemm2_output) if part is not None]
+    def _split(self) -> list[ForwardResult]:
+        batch, clock = self.batch, self.engine.clock
+        start_s = clock()
+        answer = self._host_answer()
+        calls = [entry.payload for entry in batch.entries]
         rows = answer.expanded_idx_to_permuted_idx
-        host_rows = None if rows is None else rows.cpu().view(-1, layer.spec.top_k)
+        is_owned = self.answer is not None and len(calls) == 1
         parts: list[dict[str, torch.Tensor | None]] = []
         first = 0
         for call in calls:
             mine = slice(first, first + call.num_tokens)
             first += call.num_tokens
             part: dict[str, torch.Tensor | None] = {}
-            if host_rows is None:
-                part["output"] = _own(outputs[0][mine], call.output_dtype, alone=len(calls) == 1)
+            if rows is None:
+                assert answer.output is not None
+                part["output"] = _own(answer.output[mine], call.output_dtype, is_owned=is_owned)
             else:
+                assert answer.gemm2_output is not None
                 part["gemm2_output"], part["expanded_idx_to_permuted_idx"] = _own_rows(
-                    outputs[0], host_rows[mine], topk_ids[mine]
+                    answer.gemm2_output, rows.view(-1, self.layer.spec.top_k)[mine], answer.topk_ids[mine]
                 )
-            if call.return_routing or not finalize:
-                part["expert_weights"] = expert_weights[mine].clone()
+            if call.return_routing or not call.do_finalize:
+                part["expert_weights"] = answer.expert_weights[mine].clone()
             if call.return_routing:
-                part["topk_ids"] = topk_ids[mine].clone()
+                part["topk_ids"] = answer.topk_ids[mine].to(torch.int32, copy=True)
             parts.append(part)
-        split_s = self._clock()
 
+        times = self.slot.times()
+        self.report = BatchReport(self.layer, len(calls), first, self.graph_rows, times.compute_s, answer.topk_ids)
         timing = ForwardTiming(
             queue_us=0,
-            copy_in_us=_us(copied_s - start_s),
-            compute_us=_us(computed_s - copied_s),
-            copy_out_us=_us(split_s - computed_s),
+            copy_in_us=_us(self.gather_s + times.copy_in_s),
+            compute_us=_us(times.compute_s),
+            copy_out_us=_us(times.copy_out_s + clock() - start_s),
             batch_tokens=first,
             batch_requests=len(calls),
         )
-        return [ForwardResult(layer.weights_version, timing, **part) for part in parts]
+        return [
+            ForwardResult(
+                self.layer.weights_version, replace(timing, queue_us=_us(entry.queued_s + times.wait_s)), **part
+            )
+            for entry, part in zip(batch.entries, parts, strict=True)
+        ]
 
-    def _after_batch(self, batch: Batch[ForwardCall, ForwardResult], _ran_s: float) -> None:
-        selected_ids, self._selected_ids = self._selected_ids, []
-        if self._on_batch is not None:
-            layer = batch.entries[0].payload.layer
-            self._on_batch(layer, len(batch.entries), batch.num_tokens, selected_ids)
+    def _host_answer(self) -> MoEOutput:
+        """The whole batch's answer on the host; where it lies in the slot, as views."""
+        slot, outputs, num_tokens = self.slot, self.outputs, self.batch.num_tokens
+        if self.answer is None:
+            return MoEOutput(
+                topk_ids=outputs.topk_ids.view(slot.host_out, num_tokens),
+                expert_weights=outputs.expert_weights.view(slot.host_out, num_tokens),
+                output=outputs.output.view(slot.host_out, num_tokens),
+            )
+        on_host: dict[str, Any] = {
+            name: None if tensor is None else slot.read(tensor) for name, tensor in vars(self.answer).items()
+        }
+        return MoEOutput(**on_host)
 
 
-def _gather_hidden_states(layer: MoELayer, calls: Sequence[ForwardCall]) -> torch.Tensor:
-    """[T, H] of the whole batch: in the callers' dtype where they agree, else FP8."""
-    dtypes = {call.hidden_states.dtype for call in calls}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float8_e4m3fn
-    gathered = torch.empty((sum(call.num_tokens for call in calls), layer.spec.hidden_size), dtype=dtype)
+@contextlib.contextmanager
+def _naming(layer: MoELayer, num_tokens: int) -> Iterator[None]:
+    """Say which batch an unexpected error met."""
+    try:
+        yield
+    except ExpertdServerError:
+        raise
+    except Exception as error:
+        raise BackendError(
+            f"layer {layer.name!r}: the {layer.backend.name} backend failed on {num_tokens} tokens: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _kind_of(calls: Sequence[ForwardCall]) -> BatchKind:
+    """What a batch of these calls computes with: the callers' types where they agree, else those that lead to all."""
+    return BatchKind(
+        hidden_dtype=_common({call.hidden_states.dtype for call in calls}, torch.float8_e4m3fn),
+        is_routed=any(call.topk_ids is not None for call in calls),
+        # A mixed batch is rounded call by call from float32; that gives the bits of a batch of one dtype.
+        output_dtype=_common({call.output_dtype for call in calls}, torch.float32),
+    )
+
+
+def _common(dtypes: set[torch.dtype], otherwise: torch.dtype) -> torch.dtype:
+    return dtypes.pop() if len(dtypes) == 1 else otherwise
+
+
+def _gather(
+    memory: torch.Tensor, layout: InputLayout, layer: MoELayer, calls: Iterable[ForwardCall], num_tokens: int
+) -> None:
+    """Write a batch into a slot's host memory."""
+    num_valid_tokens(memory).fill_(num_tokens)
     first = 0
     for call in calls:
-        rows = gathered[first : first + call.num_tokens]
-        first += call.num_tokens
-        if call.hidden_states.dtype == dtype:
-            call.hidden_states.copy_to(rows)
-        else:
+        hidden_states = call.hidden_states
+        if hidden_states.dtype != layout.hidden_states.dtype:
             assert layer.hidden_states_scale is not None, "the service refuses such a call"
-            rows.copy_(quantize_fp8(call.hidden_states.to_tensor(), layer.hidden_states_scale))
-    return gathered
+            hidden_states = _host_tensor(quantize_fp8(hidden_states.to_tensor(), layer.hidden_states_scale))
+        _put(memory, layout.hidden_states, first, hidden_states)
+        given = _routing_of(call, layer, is_routed=len(layout.routing) > 1)
+        for (_, part), tensor in zip(layout.routing, given, strict=True):
+            # float32 holds every bfloat16 logit exactly; weights are rounded to bfloat16 on entry anyway.
+            same = tensor if tensor.dtype == part.dtype else _host_tensor(tensor.to_tensor().to(part.dtype))
+            _put(memory, part, first, same)
+        first += call.num_tokens
 
 
-def _gather_routing(layer: MoELayer, calls: Sequence[ForwardCall], device: torch.device) -> dict[str, torch.Tensor]:
-    """The routing arguments of the whole batch: logits where every caller gave them, else ids and weights."""
-    logits = [call.routing_logits for call in calls]
-    if all(tensor is not None for tensor in logits):
-        # float32 holds every bfloat16 exactly, and routing is float32 arithmetic anyway.
-        return {"routing_logits": torch.cat([t.to_tensor().float() for t in logits if t is not None])}
-    ids: list[torch.Tensor] = []
-    weights: list[torch.Tensor] = []
-    for call in calls:
-        if call.routing_logits is not None:
-            # NOTE: on the backend's device, whose exponential may differ from the host's in the last bit.
-            call_logits = call.routing_logits.to_tensor().to(device)
-            call_ids, call_weights = routing.route(layer.spec, call_logits, layer.routing_bias)
-        else:
-            assert call.topk_ids is not None
-            assert call.topk_weights is not None
-            call_ids, call_weights = call.topk_ids.to_tensor().to(device), call.topk_weights.to_tensor().to(device)
-        ids.append(call_ids)
-        weights.append(call_weights.to(torch.bfloat16))
-    return {"topk_ids": torch.cat(ids), "topk_weights": torch.cat(weights)}
+def _routing_of(call: ForwardCall, layer: MoELayer, *, is_routed: bool) -> tuple[HostTensor, ...]:
+    """The logits, or ids and weights: routed here, as the CPU backend does it, where only others in the batch are."""
+    if call.routing_logits is None:
+        assert call.topk_ids is not None
+        assert call.topk_weights is not None
+        return call.topk_ids, call.topk_weights
+    if not is_routed:
+        return (call.routing_logits,)
+    ids, weights = routing.route(layer.spec, call.routing_logits.to_tensor(), layer.routing_bias)
+    return _host_tensor(ids), _host_tensor(weights)
 
 
-def _own(rows: torch.Tensor, dtype: torch.dtype, *, alone: bool) -> torch.Tensor:
+def _host_tensor(tensor: torch.Tensor) -> HostTensor:
+    return HostTensor(tensor.dtype, tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _put(memory: torch.Tensor, part: Part, first_row: int, tensor: HostTensor) -> None:
+    """Copy a tensor's bytes to its rows of a part."""
+    start, end = part.end(first_row), part.end(first_row + tensor.shape[0])
+    memory.numpy()[start:end] = np.frombuffer(tensor.data, np.uint8)
+
+
+def _own(rows: torch.Tensor, dtype: torch.dtype, *, is_owned: bool) -> torch.Tensor:
     """The rows in memory of their own: a slow reader must not hold the whole batch's output."""
-    return rows.to(dtype) if alone or rows.dtype != dtype else rows.clone()
+    return rows.to(dtype) if is_owned or rows.dtype != dtype else rows.clone()
 
 
 def _own_rows(

@@ -49,11 +49,6 @@ class MoELayer:
         """[E] float32 or bfloat16."""
         return self.prepared.weights.routing_bias
 
-    @property
-    def routes_by_torch(self) -> bool:
-        """Whether `routing.route`, on the backend's device, gives the bits of the backend's own routing."""
-        return self.backend.name != "cuda"
-
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> MoEOutput:
         """Run the layer; arguments and answer as in `Backend.forward`."""
         return self.backend.forward(self.prepared, hidden_states, **arguments)

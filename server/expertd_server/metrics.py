@@ -7,6 +7,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +43,7 @@ class ExpertLoad:
         self._total = np.zeros(local_num_experts, np.int64)
         self._recent: deque[tuple[float, npt.NDArray[np.int64]]] = deque(maxlen=_NUM_SLICES)
 
-    def add(self, topk_ids: npt.NDArray[np.int32]) -> None:
+    def add(self, topk_ids: npt.NDArray[np.signedinteger[Any]]) -> None:
         """Count the selected global expert ids of some tokens; -1 is an empty slot."""
         local = topk_ids.reshape(-1) - self._offset
         counts = np.bincount(local[(local >= 0) & (local < self._count)], minlength=self._count)
@@ -105,6 +107,30 @@ class Metrics:
         self._queue_requests = Gauge(
             "expertd_queue_requests", "Requests that wait for a batch.", registry=self.registry
         )
+        self._device_busy = Counter(
+            "expertd_device_busy_seconds",
+            "Time that the device spent computing batches; its rate is the busy ratio.",
+            registry=self.registry,
+        )
+        self._graph_replays = Counter(
+            "expertd_graph_replays",
+            "Batches that ran as a CUDA graph, by the rows of the graph.",
+            ["bucket"],
+            registry=self.registry,
+        )
+        self._padding_tokens = Counter(
+            "expertd_padding_tokens",
+            "Rows of replayed graphs that held no token; they take no time.",
+            registry=self.registry,
+        )
+        self._slots_in_use = Gauge(
+            "expertd_slots_in_use",
+            "Staging slots that hold a batch, from gathering to answering.",
+            registry=self.registry,
+        )
+        self._device_memory = Gauge(
+            "expertd_device_memory_bytes", "Memory of the GPU by purpose.", ["purpose"], registry=self.registry
+        )
         self._layer_weights_bytes = Gauge(
             "expertd_layer_weights_bytes",
             "Bytes of device memory that a layer holds.",
@@ -142,13 +168,28 @@ class Metrics:
         for phase, value in seconds.items():
             self.request_duration.labels(phase).observe(value)
 
-    def observe_batch(self, layer: str, requests: int, tokens: int, topk_ids: Iterable[npt.NDArray[np.int32]]) -> None:
+    def observe_batch(
+        self, layer: str, requests: int, tokens: int, topk_ids: Iterable[npt.NDArray[np.signedinteger[Any]]]
+    ) -> None:
         """Record a batch and the global expert ids that it selected."""
         self.batch_requests.observe(requests)
         self.batch_tokens.observe(tokens)
         if layer in self._loads:
             for ids in topk_ids:
                 self._loads[layer][1].add(ids)
+
+    def observe_device(self, compute_s: float, tokens: int, graph_rows: int | None) -> None:
+        """Record how long a batch computed, and the graph that ran it; graph_rows None: none."""
+        self._device_busy.inc(compute_s)
+        if graph_rows is not None:
+            self._graph_replays.labels(str(graph_rows)).inc()
+            self._padding_tokens.inc(graph_rows - tokens)
+
+    def watch_device(self, slots_in_use: Callable[[], float], memory: Callable[[], dict[str, int]]) -> None:
+        """Read the slots in use, and bytes of device memory by purpose, from these when scraped."""
+        self._slots_in_use.set_function(slots_in_use)
+        for purpose in memory():
+            self._device_memory.labels(purpose).set_function(partial(_of, memory, purpose))
 
     def watch_queue(self, tokens: Callable[[], float], requests: Callable[[], float]) -> None:
         """Read the depth of the queue from these when scraped."""
@@ -201,6 +242,10 @@ class Metrics:
         yield imbalance
         if self._count_expert_tokens:
             yield tokens
+
+
+def _of(values: Callable[[], dict[str, int]], name: str) -> int:
+    return values()[name]
 
 
 class MetricsEndpoint:

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -25,7 +25,7 @@ from expertd_server.backend import Backend, select_backend
 from expertd_server.batcher import Limits
 from expertd_server.calls import Calls
 from expertd_server.config import Config
-from expertd_server.engine import Engine
+from expertd_server.engine import BatchReport, Engine
 from expertd_server.errors import ConfigError
 from expertd_server.interceptor import ServiceInterceptor
 from expertd_server.layer import MoELayer
@@ -66,6 +66,8 @@ class Server:
                 max_queue_requests=config.max_queue_requests,
                 max_queue_delay_s=config.max_queue_delay_us / 1e6,
             ),
+            self.backend,
+            max_graph_tokens=config.max_graph_tokens,
             on_batch=self._observe_batch,
         )
         self.port = 0
@@ -93,6 +95,7 @@ class Server:
         self.metrics.set_server(version=__version__, backend=self.backend.name, device=device)
         batcher = self.engine.batcher
         self.metrics.watch_queue(lambda: batcher.queue_tokens, lambda: batcher.queue_requests)
+        self.metrics.watch_device(lambda: self.engine.slots.in_use, self.engine.device_memory)
         self.port = self._bind()
         if config.metrics_port is not None:
             try:
@@ -106,6 +109,7 @@ class Server:
             self._hold(layer)
             if self._stop_requested.is_set():
                 return False
+        self.engine.capture(self.store.layers())
         self.store.finish_loading()
         self._set_health(SERVICE_NAME, serving=True)
         self._set_health("", serving=True)
@@ -255,8 +259,9 @@ class Server:
             layer.nbytes / 1e6,
         )
 
-    def _observe_batch(self, layer: MoELayer, requests: int, tokens: int, topk_ids: Sequence[torch.Tensor]) -> None:
-        self.metrics.observe_batch(layer.name, requests, tokens, [ids.numpy() for ids in topk_ids])
+    def _observe_batch(self, batch: BatchReport) -> None:
+        self.metrics.observe_batch(batch.layer.name, batch.num_requests, batch.num_tokens, [batch.topk_ids.numpy()])
+        self.metrics.observe_device(batch.compute_s, batch.num_tokens, batch.graph_rows)
 
     def _set_health(self, service: str, *, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse

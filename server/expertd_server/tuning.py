@@ -30,22 +30,18 @@ def layer_key(spec: LayerSpec) -> str:
     )
 
 
-def choose_family(tuned: dict[int, str] | None, spec: LayerSpec, num_tokens: int, num_sms: int) -> str:
+def choose_family(tuned: dict[int, str] | None, spec: LayerSpec, num_tokens: int) -> str:
     """Name of the family for a call: the tuned one of its bucket, else by the rows that an expert gets on average."""
     if tuned is not None and (name := tuned.get(bucket(num_tokens))) is not None:
         return name
     rows = num_tokens * spec.top_k / spec.num_experts  # of one expert, routed evenly
-    if rows <= 0.5:
-        touched = min(num_tokens * spec.top_k * spec.num_local / spec.num_experts, spec.num_local)
-        tiles = touched * spec.hidden_size / 128
-        if tiles < 2 * num_sms:
-            return "s16"
-    if rows <= 16:
-        return "d32"
-    if rows <= 40:
-        return "d64"
-    if rows <= 90:
-        return "m128"
+    if num_tokens <= 2:
+        return "s16w"
+    if rows <= 2 and spec.intermediate_size >= 2048:  # long sums in few tiles: halves are easier to spread
+        return "s16"
+    for limit, name in ((16, "d32"), (40, "d64"), (90, "m128")):
+        if rows <= limit:
+            return name
     return "p160"
 
 

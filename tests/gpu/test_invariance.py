@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -104,3 +105,18 @@ def test_two_streams(backend: CudaBackend) -> None:
     torch.cuda.synchronize()
     for i in range(2):
         assert all(same_bits(expected[i], output) for output in outputs[i])
+
+
+def test_tuner(backend: CudaBackend, tmp_path: Path) -> None:
+    from expertd_server.backend_cuda import CudaBackend as Backend
+
+    cache = tmp_path / "tuning.json"
+    tuned_backend = Backend(tuning_cache=str(cache))
+    layer = prepared(tuned_backend, 28, max_num_tokens=16)
+    hidden_states, logits = make_inputs(layer.spec, 16, 6)
+    before = tuned_backend.forward(layer, hidden_states, routing_logits=logits).output
+    choice = tuned_backend.tune(layer, 16)
+    assert set(choice) == {1, 2, 4, 8, 16}
+    assert same_bits(before, tuned_backend.forward(layer, hidden_states, routing_logits=logits).output)
+    again = Backend(tuning_cache=str(cache))
+    assert again.family(again.prepare(layer.spec, layer.weights), 5).name == choice[8]

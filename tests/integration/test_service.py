@@ -274,8 +274,9 @@ class TestRefusals:
     def test_more_unary_calls_than_may_run_are_refused_at_once(self, chance: np.random.Generator) -> None:
         backend = SteeredBackend()
         with running(backend, max_unary_requests=2) as live:
-            admitted = [live.stub.Forward.future(request(chance, 1)) for _ in range(2)]
+            admitted = [live.stub.Forward.future(request(chance, 1))]
             backend.wait_started()
+            admitted.append(live.stub.Forward.future(request(chance, 1)))
             wait_for_queue(live, 1)
             failure = refusal(lambda: live.stub.Forward(request(chance, 1)))
             assert failure.code == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -384,9 +385,10 @@ class TestStream:
         with running(backend) as live:
             outbox = Outbox()
             answers = live.stub.ForwardStream(iter(outbox))
-            for n in range(5):
-                outbox.send(n, request(chance, 1))
+            outbox.send(0, request(chance, 1))
             backend.wait_started()
+            for n in range(1, 5):
+                outbox.send(n, request(chance, 1))
             wait_for_queue(live, 4)
             answers.cancel()
             outbox.close()

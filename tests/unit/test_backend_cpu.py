@@ -291,10 +291,10 @@ def test_the_other_cpu_products_agree_with_the_reference_too(monkeypatch: pytest
 def test_blocks_of_rows_change_nothing_but_the_time(spec: LayerSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(spec, 200, seed=5, logits="one_expert")
     in_one_piece = output(case)
-    monkeypatch.setattr(backend_cpu, "_bits_are_free", lambda *sizes: False)
+    monkeypatch.setattr(backend_cpu, "_freedom", lambda *sizes: backend_cpu._Freedom(False, True))
     in_blocks = output(case)
     assert relative_error(in_blocks, in_one_piece) <= WHOLE_OUTPUT_BOUND
-    for t in (0, 63, 64, 199):
+    for t in (0, 31, 32, 199):
         one = dataclasses.replace(
             case, hidden_states=case.hidden_states[t : t + 1], routing_logits=case.routing_logits[t : t + 1]
         )
@@ -311,7 +311,7 @@ def test_a_product_that_depends_on_the_number_of_rows_is_found(
 
     monkeypatch.setattr(backend_cpu, "_cpu_expert_type", lambda: Fickle)
     with caplog.at_level(logging.WARNING):
-        assert not backend_cpu._bits_are_free.__wrapped__(48, 32, 24, 1)
+        assert not backend_cpu._freedom.__wrapped__(48, 32, 24, 1).any_rows
     assert "48 x 32" in caplog.text
 
 

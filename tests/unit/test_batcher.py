@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import pytest
 
@@ -12,6 +15,8 @@ from expertd_server.batcher import Batch, Batcher, Limits
 from expertd_server.errors import OverloadedError, RequestTimeoutError, UnavailableError
 
 PATIENCE_S = 30.0
+
+R = TypeVar("R")
 
 
 class Clock:
@@ -24,6 +29,23 @@ class Clock:
         return self.now_s
 
 
+@dataclass
+class Done(Generic[R]):
+    """A batch that was computed when it was launched."""
+
+    answers: list[R]
+    closed: Callable[[], None] = lambda: None
+
+    def wait(self) -> None:
+        """It is."""
+
+    def results(self) -> list[R]:
+        return self.answers
+
+    def close(self) -> None:
+        self.closed()
+
+
 class Bench:
     """A batcher that records its batches; a payload that is an exception is raised."""
 
@@ -34,19 +56,19 @@ class Bench:
         self._batch_s = batch_s
         defaults = {"max_batch_tokens": 10, "max_queue_tokens": 100, "max_queue_requests": 50}
         self.batcher: Batcher[str | Exception, str] = Batcher(
-            self._run,
+            self._launch,
             Limits(**{**defaults, **limits}),  # type: ignore[arg-type]
-            on_batch=lambda batch, _ran_s: self.finished.append(batch.num_tokens),
             clock=self.clock,
         )
 
-    def _run(self, batch: Batch[str | Exception, str]) -> list[str]:
+    def _launch(self, batch: Batch[str | Exception, str]) -> Done[str]:
         self.batches.append((batch.key, [str(entry.payload) for entry in batch.entries]))
         self.clock.now_s += self._batch_s
         for entry in batch.entries:
             if isinstance(entry.payload, Exception):
                 raise entry.payload
-        return [f"{entry.payload} done" for entry in batch.entries]
+        answers = [f"{entry.payload} done" for entry in batch.entries]
+        return Done(answers, lambda: self.finished.append(batch.num_tokens))
 
     def submit(
         self, payload: str | Exception, key: str = "a", tokens: int = 1, deadline_s: float | None = None
@@ -165,10 +187,10 @@ def test_a_caller_who_leaves_while_its_batch_runs_kills_nothing() -> None:
     bench = Bench()
     neighbours: list[Future[str]] = []
 
-    def run(batch: Batch[str, str]) -> list[str]:
+    def run(batch: Batch[str, str]) -> Done[str]:
         assert not neighbours[0].cancel(), "a running request is not cancelled"
         neighbours[0].set_result("completed by somebody else")  # the rudest caller there can be
-        return ["done"] * len(batch.entries)
+        return Done(["done"] * len(batch.entries))
 
     batcher: Batcher[str, str] = Batcher(
         run, Limits(max_batch_tokens=10, max_queue_tokens=10, max_queue_requests=10), clock=bench.clock
@@ -188,7 +210,14 @@ def test_a_poisoned_request_fails_alone() -> None:
     assert other.result(0) == "other done"
     with pytest.raises(ValueError, match="poison"):
         poison.result(0)
-    assert bench.finished == [3, 1], "a batch counts once, however often its members ran"
+    assert [members for _, members in bench.batches] == [
+        ["before", "poison", "after"],
+        ["before"],
+        ["poison"],
+        ["after"],
+        ["other"],
+    ], "the members of a failed batch are the oldest"
+    assert bench.finished == [1, 1, 1], "those that were computed"
 
 
 def test_a_batch_that_fails_whole_reaches_each_of_its_waiters_and_no_other() -> None:
@@ -213,11 +242,11 @@ def test_members_whose_deadline_passes_in_the_failed_batch_do_not_run_again() ->
 
 def test_a_run_that_returns_too_few_results_fails_its_waiters() -> None:
     batcher: Batcher[str, str] = Batcher(
-        lambda batch: [], Limits(max_batch_tokens=10, max_queue_tokens=10, max_queue_requests=10)
+        lambda batch: Done([]), Limits(max_batch_tokens=10, max_queue_tokens=10, max_queue_requests=10)
     )
     future = batcher.submit("a", "x", 1)
     batcher.run_once()
-    with pytest.raises(RuntimeError, match="0 results for 1 requests"):
+    with pytest.raises(RuntimeError, match="0 results came for 1 requests"):
         future.result(0)
 
 
@@ -225,9 +254,9 @@ def test_queued_seconds_run_from_admission_to_the_start_of_the_batch() -> None:
     seen: list[float] = []
     clock = Clock()
 
-    def run(batch: Batch[str, str]) -> list[str]:
+    def run(batch: Batch[str, str]) -> Done[str]:
         seen.extend(entry.queued_s for entry in batch.entries)
-        return ["done"] * len(batch.entries)
+        return Done(["done"] * len(batch.entries))
 
     batcher: Batcher[str, str] = Batcher(
         run, Limits(max_batch_tokens=10, max_queue_tokens=10, max_queue_requests=10), clock=clock
@@ -296,14 +325,14 @@ def test_stop_fails_those_that_still_wait() -> None:
     assert (bench.batcher.queue_tokens, bench.batcher.queue_requests) == (0, 0)
 
 
-def test_the_thread_outlives_a_metrics_hook_that_raises() -> None:
-    def hook(_batch: Batch[str, str], _ran_s: float) -> None:
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_the_threads_outlive_a_hook_that_raises(max_in_flight: int) -> None:
+    def hook() -> None:
         raise RuntimeError("hook")
 
     batcher: Batcher[str, str] = Batcher(
-        lambda batch: ["done"] * len(batch.entries),
-        Limits(max_batch_tokens=10, max_queue_tokens=10, max_queue_requests=10),
-        on_batch=hook,
+        lambda batch: Done(["done"] * len(batch.entries), hook),
+        Limits(max_batch_tokens=10, max_queue_tokens=10, max_queue_requests=10, max_in_flight=max_in_flight),
     )
     batcher.start()
     try:
@@ -313,19 +342,140 @@ def test_the_thread_outlives_a_metrics_hook_that_raises() -> None:
         assert batcher.stop(PATIENCE_S)
 
 
-def test_accounts_balance_under_eight_threads_that_submit_cancel_and_expire() -> None:
+class OnDevice:
+    """A batch whose computation a test steps through."""
+
+    def __init__(self, batch: Batch[str | Exception, str]) -> None:
+        self.members = [str(entry.payload) for entry in batch.entries]
+        self.steps: list[str] = []
+        self._payloads = [entry.payload for entry in batch.entries]
+
+    def wait(self) -> None:
+        self.steps.append("wait")
+        for payload in self._payloads:
+            if isinstance(payload, Exception):
+                raise payload
+
+    def results(self) -> list[str]:
+        self.steps.append("results")
+        return [f"{name} done" for name in self.members]
+
+    def close(self) -> None:
+        self.steps.append("close")
+
+
+class TestInFlight:
+    """Two batches may be launched and not computed; a third may be handing out its answers."""
+
+    def make(self, **limits: int) -> tuple[Batcher[str | Exception, str], list[OnDevice]]:
+        launched: list[OnDevice] = []
+
+        def launch(batch: Batch[str | Exception, str]) -> OnDevice:
+            if any(isinstance(entry.payload, MemoryError) for entry in batch.entries):
+                raise next(e.payload for e in batch.entries if isinstance(e.payload, MemoryError))
+            launched.append(OnDevice(batch))
+            return launched[-1]
+
+        defaults = {"max_batch_tokens": 10, "max_queue_tokens": 100, "max_queue_requests": 50, "max_in_flight": 2}
+        return Batcher(launch, Limits(**{**defaults, **limits}), clock=Clock()), launched
+
+    def test_the_next_batch_is_launched_while_one_computes_and_no_third(self) -> None:
+        batcher, launched = self.make()
+        futures = [batcher.submit("a", name, 10) for name in "wxyz"]
+        assert [batcher.launch_once() for _ in range(3)] == [True, True, False]
+        assert [batch.members for batch in launched] == [["w"], ["x"]]
+        assert batcher.queue_requests == 2
+        assert batcher.finish_once()
+        assert futures[0].result(0) == "w done"
+        assert launched[0].steps == ["wait", "results", "close"]
+        assert launched[1].steps == []
+        assert [batcher.launch_once() for _ in range(2)] == [True, False]
+        while batcher.finish_once() or batcher.launch_once():
+            pass
+        assert [future.result(0) for future in futures] == ["w done", "x done", "y done", "z done"]
+
+    def test_what_arrives_while_the_device_is_full_runs_together(self) -> None:
+        batcher, launched = self.make()
+        for name in "abcd":
+            batcher.submit("a", name, 1)
+            batcher.launch_once()
+        batcher.finish_once()
+        batcher.launch_once()
+        assert [batch.members for batch in launched] == [["a"], ["b"], ["c", "d"]]
+
+    def test_a_batch_leaves_its_room_before_its_answers_are_made(self) -> None:
+        batcher, launched = self.make(max_in_flight=1)
+        batcher.submit("a", "x", 10)
+        batcher.submit("a", "y", 10)
+        assert batcher.launch_once()
+        seen: list[bool] = []
+        results = launched[0].results
+        launched[0].results = lambda: [seen.append(batcher.launch_once()), results()][1]  # type: ignore[method-assign, func-returns-value, assignment, return-value]
+        assert batcher.finish_once()
+        assert seen == [True]
+
+    @pytest.mark.parametrize("kind", [ValueError, MemoryError], ids=["while it computes", "while it is launched"])
+    def test_a_batch_that_fails_runs_again_one_by_one_and_before_what_waits(self, kind: type[Exception]) -> None:
+        batcher, launched = self.make()
+        good, bad, other = batcher.submit("a", "good", 1), batcher.submit("a", kind("bad"), 1), Future[str]()
+        batcher.launch_once()
+        other = batcher.submit("b", "other", 1)
+        while batcher.finish_once() or batcher.launch_once():
+            pass
+        assert good.result(0) == "good done"
+        assert other.result(0) == "other done"
+        with pytest.raises(kind, match="bad"):
+            bad.result(0)
+        assert all(batch.steps[-1] == "close" for batch in launched), "every slot is given back"
+        assert launched[-1].members == ["other"]
+        assert batcher.drain(0.0)
+
+    def test_a_batch_that_waits_to_run_again_fails_when_the_batcher_stops(self) -> None:
+        batcher, _ = self.make()
+        futures = [batcher.submit("a", payload, 1) for payload in ("x", ValueError("bad"))]
+        batcher.launch_once()
+        batcher.finish_once()
+        assert not batcher.drain(0.0), "they are admitted, and not served"
+        assert batcher.stop(0.0)
+        for future in futures:
+            with pytest.raises(UnavailableError, match="stopped"):
+                future.result(0)
+        assert batcher.drain(0.0)
+
+    def test_stop_finishes_what_is_in_flight(self) -> None:
+        batcher, _ = self.make()
+        entered, gate = threading.Event(), threading.Event()
+
+        def launch(batch: Batch[str | Exception, str]) -> OnDevice:
+            entered.set()
+            assert gate.wait(PATIENCE_S)
+            return OnDevice(batch)
+
+        batcher._launch = launch
+        batcher.start()
+        future = batcher.submit("a", "x", 1)
+        assert entered.wait(PATIENCE_S)
+        assert not batcher.stop(0.0), "a batch is being launched"
+        gate.set()
+        assert batcher.stop(PATIENCE_S)
+        assert future.result(0) == "x done"
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_accounts_balance_under_eight_threads_that_submit_cancel_and_expire(max_in_flight: int) -> None:
     seed = 20261123
     results = {"done": 0, "cancelled": 0, "timeout": 0, "overloaded": 0}
     lock = threading.Lock()
     biggest = 0
 
-    def run(batch: Batch[int, int]) -> list[int]:
+    def launch(batch: Batch[int, int]) -> Done[int]:
         nonlocal biggest
         biggest = max(biggest, batch.num_tokens)
         assert len({entry.key for entry in batch.entries} | {batch.key}) == 1
-        return [entry.payload for entry in batch.entries]
+        return Done([entry.payload for entry in batch.entries])
 
-    batcher: Batcher[int, int] = Batcher(run, Limits(max_batch_tokens=16, max_queue_tokens=200, max_queue_requests=40))
+    limits = Limits(max_batch_tokens=16, max_queue_tokens=200, max_queue_requests=40, max_in_flight=max_in_flight)
+    batcher: Batcher[int, int] = Batcher(launch, limits)
     batcher.start()
 
     def work(thread: int) -> None:

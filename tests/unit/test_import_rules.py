@@ -33,8 +33,8 @@ LEVELS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"layer", "store"}),
-    frozenset({"batcher", "engine"}),
-    frozenset({"calls", "interceptor", "service", "status", "stream", "wire"}),
+    frozenset({"batcher", "blocks", "engine", "graphs", "layout", "ring", "staging"}),
+    frozenset({"calls", "interceptor", "service", "status", "stream", "wire", "wire_parse"}),
     frozenset({"loader", "server"}),
     frozenset({"demo", "health"}),
     frozenset({"cli"}),

@@ -1,0 +1,164 @@
+"""What a group costs the worker: time to route, split and combine, and bytes sent against broadcasting everything.
+
+Needs no server: the answers are made up. Times are of one thread; medians of many runs. Pass --json PATH to keep them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from _common import header, write_json
+
+from expertd._split import combine, owners, split
+from expertd._wire import encode_forward_request
+from expertd.routing import route
+from expertd.tensors import WireTensor, to_wire
+from expertd.types import Activation, LayerInfo, LayerState, RoutingMethod
+from expertd.v1 import expertd_pb2 as pb
+
+BUDGET_US = 400.0
+BUDGET_CASE = ("qwen3-30b-a3b", 4, 128)
+
+
+def layer(name: str, method: RoutingMethod, num_experts: int, hidden_size: int, **fields: Any) -> LayerInfo:
+    """A layer of eight experts a token."""
+    values: dict[str, Any] = {
+        "n_group": 0,
+        "topk_group": 0,
+        "routed_scaling_factor": None,
+        "routing_bias": None,
+        **fields,
+    }
+    return LayerInfo(
+        name=name,
+        hidden_size=hidden_size,
+        intermediate_size=1,
+        num_experts=num_experts,
+        local_expert_offset=0,
+        local_num_experts=num_experts,
+        top_k=8,
+        routing_method=method,
+        activation=Activation.SWIGLU,
+        norm_topk_prob=True,
+        use_routing_scales_on_input=False,
+        hidden_states_scale=None,
+        weights_version=1,
+        weights_versions=(1,),
+        weights_bytes=0,
+        state=LayerState.READY,
+        **values,
+    )
+
+
+QWEN3 = layer("qwen3-30b-a3b", RoutingMethod.RENORMALIZE_NAIVE, 128, 2048)
+DEEPSEEK = layer(
+    "deepseek-v3",
+    RoutingMethod.DEEPSEEK_V3,
+    256,
+    7168,
+    n_group=8,
+    topk_group=4,
+    routed_scaling_factor=2.5,
+    routing_bias=np.zeros(256, np.float32),
+)
+CASES = [(QWEN3, shards, tokens) for tokens in (1, 16, 128, 1024) for shards in (2, 4, 8)]
+CASES += [(DEEPSEEK, shards, tokens) for tokens in (16, 128, 1024) for shards in (8,)]
+
+
+def median_us(work: Callable[[], Any], runs: int) -> float:
+    """The median time of one call."""
+    for _ in range(max(3, runs // 10)):
+        work()
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times) * 1e6
+
+
+def measure(info: LayerInfo, num_shards: int, num_tokens: int, runs: int) -> dict[str, Any]:
+    """One row of the table."""
+    random = np.random.default_rng(num_tokens)
+    logits = random.standard_normal((num_tokens, info.num_experts), np.float32)
+    hidden_states, _ = to_wire(
+        "hidden_states",
+        random.standard_normal((num_tokens, info.hidden_size), np.float32).astype(ml_dtypes.float8_e4m3fn),
+    )
+    size = info.num_experts // num_shards
+    shards = [range(start, start + size) for start in range(0, info.num_experts, size)]
+    limits = [8192] * num_shards
+    ids, weights = route(info, logits)
+
+    def split_parts(broadcast: bool = False) -> Any:
+        slot_owners = owners(ids, info.num_experts, shards)
+        return split(hidden_states, ids, weights, slot_owners, limits, broadcast=broadcast)
+
+    parts = split_parts()
+    outputs = [
+        (part.rows, random.standard_normal((part.num_tokens, info.hidden_size), np.float32).astype(ml_dtypes.bfloat16))
+        for part in parts
+    ]
+    bfloat16 = ml_dtypes.bfloat16
+    needed_rows = sum(part.num_tokens for part in parts)
+    row_bytes = info.hidden_size + 6 * info.top_k
+    sent, everything = (sum(_message_bytes(info, part) for part in split_parts(b)) for b in (False, True))
+    return {
+        "layer": info.name,
+        "shards": num_shards,
+        "tokens": num_tokens,
+        "route_us": median_us(lambda: route(info, logits), runs),
+        "split_us": median_us(split_parts, runs),
+        "combine_us": median_us(lambda: combine(num_tokens, info.hidden_size, outputs, bfloat16), runs),
+        "shards_per_token": needed_rows / num_tokens,
+        "sent_bytes": sent,
+        "sent_over_needed": sent / (needed_rows * row_bytes),
+        "broadcast_bytes": everything,
+    }
+
+
+def _message_bytes(info: LayerInfo, part: Any) -> int:
+    tensors: tuple[WireTensor, WireTensor] = (part.topk_ids, part.topk_weights)
+    return encode_forward_request(
+        info.name,
+        part.hidden_states,
+        topk_ids=tensors[0],
+        topk_weights=tensors[1],
+        output_dtype=pb.DATA_TYPE_BFLOAT16,
+        weights_version=1,
+    ).nbytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", metavar="PATH", help="write the results here as well")
+    parser.add_argument("--runs", type=int, default=300, help="runs of each measurement (default: 300)")
+    arguments = parser.parse_args()
+    rows = [measure(*case, arguments.runs) for case in CASES]
+    print(
+        "layer          shards tokens | route µs split µs combine µs   all µs | shards/token sent/needed   of broadcast"
+    )
+    for row in rows:
+        total = row["all_us"] = row["route_us"] + row["split_us"] + row["combine_us"]
+        print(
+            f"{row['layer']:14s} {row['shards']:6d} {row['tokens']:6d} | {row['route_us']:8.0f} {row['split_us']:8.0f} "
+            f"{row['combine_us']:10.0f} {total:8.0f} | {row['shards_per_token']:12.2f} {row['sent_over_needed']:11.3f} "
+            f"{row['sent_bytes'] / row['broadcast_bytes']:13.1%}"
+        )
+        if (row["layer"], row["shards"], row["tokens"]) == BUDGET_CASE:
+            verdict = "met" if total <= BUDGET_US else "missed"
+    print(
+        f"budget of {BUDGET_US:.0f} µs for {BUDGET_CASE[2]} tokens of {BUDGET_CASE[0]} over {BUDGET_CASE[1]}: {verdict}"
+    )
+    if arguments.json:
+        write_json(arguments.json, {**header(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
