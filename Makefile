@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 EXTRAS ?= dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format proto proto-check cuda bench clean
+.PHONY: help install demo test lint format proto proto-check bench up down clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,12 @@ proto-check: install
 
 bench: install  ## time the CPU backend; see benchmarks/ for the others
 	$(BIN)/python benchmarks/bench_layer.py
+
+up:  ## build the image and start two shards, two replicas each, and a worker
+	docker compose -f deploy/docker-compose.yml up --build --detach --wait
+
+down:  ## stop what `make up` started
+	docker compose -f deploy/docker-compose.yml down --volumes
 
 clean:  ## remove .venv and build output
 	rm -rf $(VENV) .venv-proto build dist

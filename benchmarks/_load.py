@@ -4,7 +4,7 @@ Closed loop: every stream (or unary thread) keeps `in_flight` requests open. Ope
 of a Poisson process, whatever the server does, and a latency counts from the time at which its request was due, so that
 a server that stalls cannot hide it by slowing the clients down (coordinated omission).
 
-Reads one JSON object on standard input, writes an array of (due, done) times, seconds on the monotonic clock, to a file.
+Reads one JSON object on standard input, writes an array of (due, done) times to a file: monotonic seconds.
 """
 
 from __future__ import annotations

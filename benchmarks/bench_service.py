@@ -38,10 +38,10 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from _common import header, write_json
-from _requests import RequestShape
+from _common import header, write_json  # noqa: E402
+from _requests import RequestShape  # noqa: E402
 
-from expertd_server.malloc import SETTINGS as MALLOC_SETTINGS
+from expertd_server.malloc import SETTINGS as MALLOC_SETTINGS  # noqa: E402
 
 PERCENTILES = (50, 90, 99, 99.9)
 WARMUP_S = 0.7
@@ -276,7 +276,7 @@ def loads(options: argparse.Namespace) -> Iterator[tuple[str, Load, float]]:
         )
 
 
-def compare(
+def compare(  # noqa: PLR0917
     expertd: Target, echo: Target, shape: RequestShape, layers: list[str], load: Load, seconds: float, rounds: int
 ) -> dict[str, Any]:
     """Both servers under the same load, by turns. The SDK's transports are compared with the echo's stream."""

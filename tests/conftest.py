@@ -1,4 +1,4 @@
-"""Shared fixtures and the one rule about GPUs: a test marked `gpu` is skipped, with its reason, where none can run it."""
+"""The one rule about GPUs: a test marked `gpu` is skipped, with its reason, where no GPU can run it."""
 
 from __future__ import annotations
 

@@ -117,6 +117,8 @@ class Graphs:
         self._pool = pool
         self._capturer = capturer
         self._lock = threading.Lock()
+        # One thread at a time goes through the slots.
+        self._capturing = threading.Lock()
         self._warm: set[tuple[LayerSpec, BatchKind, int]] = set()
         self._num_unforeseen = 0
 
@@ -148,23 +150,9 @@ class Graphs:
         Batches may be served meanwhile, on the slots that are not being worked on. advance: told how many more are
         done. Raises BackendError when a slot does not become free or the device has no room for the graphs.
         """
-        for layer in layers:
-            usual = self._usual(layer)
-            for wanted in self._pool.slots:
-                slot = self._pool.take(_SLOT_TIMEOUT_S, wanted)
-                try:
-                    with self._lock:
-                        self._warm_up(slot, layer, usual)
-                        self._capture(slot, layer, usual, run_once=True)
-                except RuntimeError as error:
-                    slot.settle()
-                    raise BackendError(
-                        f"layer {layer.name!r}: capturing graphs failed: {error}; max_graph_tokens makes them fewer"
-                    ) from error
-                finally:
-                    self._pool.give_back(slot)
-                if advance is not None:
-                    advance(len(usual))
+        with self._capturing:
+            for layer in layers:
+                self._capture_usual(layer, advance)
 
     def capture_unforeseen(self, slot: Slot, layer: MoELayer, kind: BatchKind, num_tokens: int) -> None:
         """Capture the graph that `find` missed, for the next batch like it; not when there are too many by now.
@@ -194,6 +182,24 @@ class Graphs:
             for dtype in hidden_dtypes
             for is_routed in (False, True)
         ]
+
+    def _capture_usual(self, layer: MoELayer, advance: Callable[[int], None] | None) -> None:
+        usual = self._usual(layer)
+        for wanted in self._pool.slots:
+            slot = self._pool.take(_SLOT_TIMEOUT_S, wanted)
+            try:
+                with self._lock:
+                    self._warm_up(slot, layer, usual)
+                    self._capture(slot, layer, usual, run_once=True)
+            except RuntimeError as error:
+                slot.settle()
+                raise BackendError(
+                    f"layer {layer.name!r}: capturing graphs failed: {error}; max_graph_tokens makes them fewer"
+                ) from error
+            finally:
+                self._pool.give_back(slot)
+            if advance is not None:
+                advance(len(usual))
 
     def _warm_up(self, slot: Slot, layer: MoELayer, wanted: list[tuple[BatchKind, int]]) -> None:
         """Run what is new once without a graph: only first launches load kernels and take scratch memory."""

@@ -261,6 +261,8 @@ class SlotPool:
         self._changed = threading.Condition()
         self._free = list(self.slots)
         self._required = (0, 0)
+        # Somebody waits for this one: under load it would be taken again as soon as it is given back.
+        self._claimed: Slot | None = None
 
     @property
     def in_use(self) -> int:
@@ -278,11 +280,18 @@ class SlotPool:
             self._required = (max(in_bytes, self._required[0]), max(out_bytes, self._required[1]))
 
     def take(self, timeout_s: float, wanted: Slot | None = None) -> Slot:
-        """A free slot: the wanted one, or the one used last. Raises BackendError when there is none in time."""
+        """A free slot: the wanted one, or the one used last. Raises BackendError when there is none in time.
+
+        One thread at a time may want a certain one.
+        """
         with self._changed:
-            if not self._changed.wait_for(lambda: wanted in self._free if wanted else self._free, timeout_s):
-                raise BackendError(f"no staging slot was free within {timeout_s:.1f} s: the device does not get on")
-            slot = wanted or self._free[-1]
+            self._claimed = wanted or self._claimed
+            try:
+                if not self._changed.wait_for(lambda: self._may_take(wanted), timeout_s):
+                    raise BackendError(f"no staging slot was free within {timeout_s:.1f} s: the device does not get on")
+            finally:
+                self._claimed = None if wanted else self._claimed
+            slot = wanted or self._unclaimed()[-1]
             self._free.remove(slot)
             required = self._required
         try:
@@ -291,6 +300,12 @@ class SlotPool:
             self.give_back(slot)
             raise
         return slot
+
+    def _may_take(self, wanted: Slot | None) -> bool:
+        return wanted in self._free if wanted else bool(self._unclaimed())
+
+    def _unclaimed(self) -> list[Slot]:
+        return [slot for slot in self._free if slot is not self._claimed]
 
     def give_back(self, slot: Slot) -> None:
         """Let others take it."""

@@ -58,7 +58,7 @@ PRESETS: Mapping[str, LayerSpec] = {
         use_routing_scales_on_input=True,
     ),
     "nemotron-3-super": LayerSpec(
-        hidden_size=1024,  # the latent size that the experts work on; the model's hidden size is 4096
+        hidden_size=4096,
         intermediate_size=2688,
         num_experts=512,
         top_k=22,

@@ -167,7 +167,7 @@ def _tensor(data: bytes, view: memoryview, pos: int, end: int) -> RawTensor:
 
 
 def _extents(data: bytes, pos: int, end: int) -> tuple[int, ...]:
-    extents = []
+    extents: list[int] = []
     while pos < end:
         value, pos = _varint(data, pos, end)
         if value >= 2**32 or len(extents) == _SHAPE_KEPT:

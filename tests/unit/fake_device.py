@@ -1,12 +1,13 @@
 """A GPU for tests that have none: two memories, copies that happen late, graphs that run again what they were shown.
 
-Copies in happen when something is computed next, copies out when somebody waits: until then host and device disagree, as
-on a GPU, and reading too early shows as wrong bytes.
+Copies in happen when something is computed next, copies out when somebody waits: until then host and device disagree,
+as on a GPU, and reading too early shows as wrong bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -110,15 +111,16 @@ class FakeCapturer:
         self.captured += 1
         answer = run()
         # A graph holds addresses, not objects: it must not keep the layer alive.
-        partial: Any = run
-        slot, layer, kind, rows = partial.args
+        assert isinstance(run, functools.partial)
+        start, (slot, layer, kind, rows), padded = run.func, run.args, run.keywords
         layer_ref = weakref.ref(layer)
+        del run, layer
 
         def replay() -> None:
             self.replayed += 1
             alive = layer_ref()
             assert alive is not None, "replayed a graph whose layer is gone"
-            again = partial.func(slot, alive, kind, rows, **partial.keywords)
+            again = start(slot, alive, kind, rows, **padded)
             answer.expert_weights.copy_(again.expert_weights)
 
         return replay, answer

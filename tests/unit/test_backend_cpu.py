@@ -274,6 +274,15 @@ def test_prepared_and_unprepared_layers_give_the_same_bits() -> None:
     assert layer.nbytes == case.weights.nbytes
 
 
+@pytest.mark.parametrize("expert_type", [backend_cpu._SplitExpert, backend_cpu._HalfExpert])
+def test_inference_mode_gives_the_same_bits(expert_type: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_cpu, "_cpu_expert_type", lambda: expert_type)
+    case = make_case(make_spec(), 50, seed=2)
+    outside = output(case)
+    with torch.inference_mode():
+        assert torch.equal(output(case), outside)
+
+
 def test_nbytes_counts_two_bytes_a_weight() -> None:
     case = make_case(make_spec(), 1, seed=2)
     prepared = TorchBackend().prepare(case.spec, case.weights)
@@ -281,10 +290,14 @@ def test_nbytes_counts_two_bytes_a_weight() -> None:
     assert prepared.nbytes == 2 * num_weights + 3 * 4 * 16
 
 
-def test_the_other_cpu_products_agree_with_the_reference_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What a CPU with AMX, or a torch without FBGEMM, would use.
-    monkeypatch.setattr(backend_cpu, "_cpu_expert_type", lambda: backend_cpu._SplitExpert)
-    check_against_reference(make_case(make_spec(hidden_size=512, intermediate_size=256), 40, seed=5))
+@pytest.mark.parametrize("expert_type", [backend_cpu._SplitExpert, backend_cpu._HalfExpert])
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(512, 256), (37, 21)])
+def test_the_products_of_either_kind_of_cpu_agree_with_the_reference(
+    hidden_size: int, intermediate_size: int, expert_type: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_cpu, "_cpu_expert_type", lambda: expert_type)
+    spec = make_spec(hidden_size=hidden_size, intermediate_size=intermediate_size)
+    check_against_reference(make_case(spec, 40, seed=5))
 
 
 @pytest.mark.parametrize("spec", [make_spec(), make_spec(hidden_size=37, intermediate_size=21)], ids=["even", "odd"])

@@ -37,7 +37,7 @@ SPECS = [
         local_expert_offset=4,
         local_num_experts=8,
     ),
-    make_spec(hidden_size=1024, intermediate_size=512, num_experts=4, top_k=2),
+    make_spec(hidden_size=2048, intermediate_size=768, num_experts=4, top_k=2),
 ]
 
 

@@ -409,8 +409,12 @@ class TestInFlight:
         batcher.submit("a", "y", 10)
         assert batcher.launch_once()
         seen: list[bool] = []
-        results = launched[0].results
-        launched[0].results = lambda: [seen.append(batcher.launch_once()), results()][1]  # type: ignore[method-assign, func-returns-value, assignment, return-value]
+
+        def results() -> list[str]:
+            seen.append(batcher.launch_once())
+            return ["x done"]
+
+        launched[0].results = results  # type: ignore[method-assign]
         assert batcher.finish_once()
         assert seen == [True]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -79,8 +80,10 @@ def test_fp8_alone_where_the_layer_takes_nothing_else() -> None:
     assert bench.graphs.count_usual([layer]) == 2 * 2 * 4
 
 
-def test_a_layer_version_takes_its_graphs_with_it_and_no_others() -> None:
+def test_a_layer_version_takes_its_graphs_with_it_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench()
+    # The fake's replay calls `run` again and so holds the layer; a real graph holds addresses alone.
+    monkeypatch.setattr(bench.capturer, "capture", lambda run: (lambda: None, run()))
     old, new = bench.layer(version=1), bench.layer(version=2)
     bench.graphs.capture([old, new])
     kept = [bench.kinds(slot, new) for slot in bench.slots]
@@ -158,6 +161,24 @@ def test_a_pool_gives_the_slot_used_last_and_says_when_there_is_none() -> None:
     pool.give_back(second)
     assert pool.take(0.0) is second, "its memory is in the cache"
     assert pool.take(0.0, first) is first
+
+
+def test_a_slot_that_somebody_waits_for_is_not_taken_by_others() -> None:
+    pool = SlotPool([HostSlot(index) for index in range(2)])
+    busy = pool.take(0.0)
+    taken: list[object] = []
+    waiter = threading.Thread(target=lambda: taken.append(pool.take(30.0, busy)))
+    waiter.start()
+    while pool._claimed is not busy:
+        waiter.join(0.001)
+    other = pool.take(0.0)
+    pool.give_back(busy)
+    with pytest.raises(BackendError):
+        pool.take(0.0)
+    waiter.join(30.0)
+    assert taken == [busy]
+    pool.give_back(other)
+    assert pool.take(0.0) is other
 
 
 @pytest.mark.parametrize("is_routed", [False, True])

@@ -33,7 +33,7 @@ LEVELS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"layer", "store"}),
-    frozenset({"batcher", "blocks", "engine", "graphs", "layout", "ring", "staging"}),
+    frozenset({"batcher", "engine", "graphs", "layout", "staging"}),
     frozenset({"calls", "interceptor", "service", "status", "stream", "wire", "wire_parse"}),
     frozenset({"loader", "server"}),
     frozenset({"demo", "health"}),

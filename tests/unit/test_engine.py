@@ -1,0 +1,281 @@
+"""The engine on the CPU and on a device that is none: whatever the company, every answer is that of the operator."""
+
+from __future__ import annotations
+
+import random
+import threading
+from concurrent.futures import Future
+
+import pytest
+import torch
+from fake_device import FakeCapturer, FakeCudaBackend, fake_slots
+
+from expertd_server.backend_cpu import TorchBackend
+from expertd_server.batcher import Limits
+from expertd_server.engine import BatchReport, Engine, ForwardCall, ForwardResult, HostTensor
+from expertd_server.errors import BackendError
+from expertd_server.fp8 import quantize_fp8
+from expertd_server.layer import MoELayer
+from expertd_server.synthetic import synthetic_layers
+
+FP8 = torch.float8_e4m3fn
+PATIENCE_S = 30.0
+LIMITS = Limits(max_batch_tokens=32, max_queue_tokens=2000, max_queue_requests=500)
+
+
+class Bench:
+    """An engine, on the CPU or on the fake device with graphs of up to 16 rows, and two layers."""
+
+    def __init__(self, *, is_host: bool = False, max_graph_tokens: int = 16) -> None:
+        self.reports: list[tuple[int, int, int | None]] = []
+        self.backend = FakeCudaBackend()
+        self.capturer = FakeCapturer()
+        self.slots = fake_slots(3)
+        if is_host:
+            self.engine = Engine(LIMITS, TorchBackend("cpu"), on_batch=self._report)
+        else:
+            self.engine = Engine(
+                LIMITS,
+                self.backend,
+                max_graph_tokens=max_graph_tokens,
+                on_batch=self._report,
+                slots=self.slots,
+                capturer=self.capturer,
+            )
+        backend = TorchBackend("cpu") if is_host else self.backend
+        self.layers = [
+            MoELayer(name, backend.prepare(spec, weights), backend)
+            for name, spec, weights in synthetic_layers("tiny", 2)
+        ]
+
+    def _report(self, report: BatchReport) -> None:
+        assert report.topk_ids.shape == (report.num_tokens, report.layer.spec.top_k)
+        assert ((report.topk_ids >= -1) & (report.topk_ids < report.layer.spec.num_experts)).all()
+        self.reports.append((report.num_requests, report.num_tokens, report.graph_rows))
+
+    def run(self, *calls: ForwardCall) -> list[ForwardResult]:
+        futures = [self.engine.submit(call) for call in calls]
+        while self.engine.batcher.run_once():
+            pass
+        return [future.result(0) for future in futures]
+
+
+def host(tensor: torch.Tensor) -> HostTensor:
+    return HostTensor(tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def make_call(layer: MoELayer, num_tokens: int, seed: int, *, usual: bool = False) -> ForwardCall:
+    """Any kind of call, by its seed; usual: FP8 and logits in, bfloat16 out."""
+    chance, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    spec = layer.spec
+    hidden_states = torch.randn(num_tokens, spec.hidden_size, generator=g)
+    dtype = FP8 if usual else chance.choice((FP8, torch.bfloat16, torch.float16, torch.float32))
+    assert layer.hidden_states_scale is not None
+    hidden_states = quantize_fp8(hidden_states, layer.hidden_states_scale) if dtype == FP8 else hidden_states.to(dtype)
+    real = chance.choice((torch.float32, torch.bfloat16))
+    if usual or chance.random() < 0.5:
+        logits = torch.randn(num_tokens, spec.num_experts, generator=g)
+        routing = {"routing_logits": host(logits if usual else logits.to(real))}
+    else:
+        ids = torch.rand(num_tokens, spec.num_experts, generator=g).argsort(1)[:, : spec.top_k].int() - 1
+        weights = torch.rand(num_tokens, spec.top_k, generator=g).to(real)
+        routing = {"topk_ids": host(ids), "topk_weights": host(weights)}
+    return ForwardCall(
+        layer,
+        host(hidden_states),
+        **routing,
+        output_dtype=torch.bfloat16 if usual else chance.choice((torch.bfloat16, torch.float32, torch.float16)),
+        do_finalize=usual or chance.random() < 0.8,
+        return_routing=not usual and chance.random() < 0.5,
+    )
+
+
+def expected(call: ForwardCall) -> dict[str, torch.Tensor | None]:
+    """What the operator answers to the call alone."""
+    given = {
+        name: tensor.to_tensor()
+        for name in ("routing_logits", "topk_ids", "topk_weights")
+        if (tensor := getattr(call, name)) is not None
+    }
+    answer = call.layer.forward(
+        call.hidden_states.to_tensor(), **given, output_dtype=call.output_dtype, do_finalize=call.do_finalize
+    )
+    return {
+        "output": answer.output,
+        "gemm2_output": answer.gemm2_output,
+        "expert_weights": answer.expert_weights if call.return_routing or not call.do_finalize else None,
+        "topk_ids": answer.topk_ids if call.return_routing else None,
+    }
+
+
+def check(call: ForwardCall, result: ForwardResult, where: str) -> None:
+    where = f"{where}: {call.hidden_states.shape} {call.hidden_states.dtype} -> {call.output_dtype}"
+    for name, tensor in expected(call).items():
+        got = getattr(result, name)
+        assert (got is None) == (tensor is None), f"{where}: {name}"
+        if tensor is not None:
+            assert got.dtype == tensor.dtype, f"{where}: {name}"
+            assert torch.equal(got.view(torch.uint8), tensor.view(torch.uint8)), f"{where}: {name} differs"
+
+
+@pytest.mark.parametrize("is_host", [True, False], ids=["cpu", "device"])
+def test_any_company_gives_the_operator_s_bytes(is_host: bool) -> None:
+    bench = Bench(is_host=is_host)
+    for seed in range(12):
+        chance = random.Random(seed)
+        calls = [
+            make_call(chance.choice(bench.layers), chance.choice((0, 1, 2, 5, 16, 31)), seed * 100 + n)
+            for n in range(8)
+        ]
+        for call, result in zip(calls, bench.run(*calls), strict=True):
+            check(call, result, f"seed {seed}")
+    assert bench.engine.slots.in_use == 0
+
+
+def test_every_bucket_full_and_in_part() -> None:
+    bench = Bench()
+    bench.engine.capture(bench.layers)
+    bench.backend.calls.clear()
+    for tokens in range(18):
+        call = make_call(bench.layers[tokens % 2], tokens, tokens, usual=True)
+        check(call, bench.run(call)[0], f"{tokens} tokens")
+    rows = [graph_rows for _, _, graph_rows in bench.reports]
+    assert rows == [1, 1, 2, 4, 4, 8, 8, 8, 8, *[16] * 8, None], "beyond the largest bucket, no graph"
+    eager = [c for c in bench.backend.calls if c.get("num_valid_tokens") is None and "out" in c]
+    assert [len(c["hidden_states"]) for c in eager] == [17]
+
+
+def test_a_batch_is_one_copy_in_and_one_copy_out_and_padding_is_not_copied() -> None:
+    bench = Bench()
+    bench.engine.capture(bench.layers)
+    slot = bench.slots[-1]
+    slot.sent_bytes.clear()
+    slot.fetched_bytes.clear()
+    bench.run(*(make_call(bench.layers[0], 3, seed, usual=True) for seed in range(3)))
+    # In: the count, 16 rows of 8 float32, 9 of 256 bytes. Out: 16 rows of 2 int16 and 2 bfloat16, 9 of 256 bfloat16.
+    assert slot.sent_bytes == [256 + 16 * 8 * 4 + 9 * 256]
+    assert slot.fetched_bytes == [256 + 256 + 9 * 256 * 2]
+    assert bench.reports == [(3, 9, 16)]
+
+
+def test_on_a_device_only_calls_of_one_kind_share_a_batch() -> None:
+    for is_host in (True, False):
+        bench = Bench(is_host=is_host)
+        calls = [
+            ForwardCall(**{**vars_of(make_call(bench.layers[0], 2, seed)), "do_finalize": True}) for seed in range(16)
+        ]
+        bench.run(*calls)
+        kinds = {(c.hidden_states.dtype, c.topk_ids is None, c.output_dtype) for c in calls}
+        assert len(kinds) > 4
+        assert len(bench.reports) == (1 if is_host else len(kinds))
+
+
+def vars_of(call: ForwardCall) -> dict[str, object]:
+    return {name: getattr(call, name) for name in call.__slots__}
+
+
+def test_a_rare_kind_runs_at_once_and_gets_a_graph_for_the_next_time() -> None:
+    bench = Bench()
+    call = make_call(bench.layers[0], 3, 7, usual=True)
+    for _ in range(2):
+        check(call, bench.run(call)[0], "rare")
+    assert [graph_rows for *_, graph_rows in bench.reports] == [None, 4]
+    assert bench.capturer.captured == 1
+
+
+def test_a_version_is_swapped_while_its_graphs_are_replayed() -> None:
+    bench = Bench()
+    old = bench.layers[0]
+    _, (name, spec, weights) = synthetic_layers("tiny", 2, seed=5)
+    new = MoELayer(name, bench.backend.prepare(spec, weights), bench.backend, 2)
+    bench.engine.capture([old])
+    in_flight = [make_call(old, 4, 1, usual=True), make_call(new, 4, 1, usual=True)]
+    futures = [bench.engine.submit(call) for call in in_flight]
+    assert bench.engine.batcher.launch_once()
+    capture = threading.Thread(target=bench.engine.capture, args=([new],))
+    capture.start()  # it gets the slot in flight as soon as that is given back
+    assert bench.engine.batcher.finish_once()
+    capture.join(PATIENCE_S)
+    while bench.engine.batcher.launch_once() or bench.engine.batcher.finish_once():
+        pass
+    results = [future.result(0) for future in futures]
+    for call, result in zip(in_flight, results, strict=True):
+        check(call, result, f"version {call.layer.weights_version}")
+        assert result.weights_version == call.layer.weights_version
+    assert [graph_rows for *_, graph_rows in bench.reports] == [4, 4]
+
+
+def test_slots_in_flight_do_not_disturb_one_another() -> None:
+    bench = Bench()
+    bench.engine.capture(bench.layers)
+    calls = [make_call(bench.layers[n % 2], 16, n, usual=True) for n in range(6)]
+    futures = [bench.engine.submit(call) for call in calls]
+    batcher = bench.engine.batcher
+    while batcher.launch_once() or batcher.finish_once():  # always as far ahead as it goes
+        assert bench.engine.slots.in_use <= 2
+    for call, future in zip(calls, futures, strict=True):
+        check(call, future.result(0), "in flight")
+
+
+def test_a_failure_at_launch_settles_the_slot_and_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    monkeypatch.setattr(bench.backend.inner, "forward", lambda *_, **__: 1 / 0)
+    future = bench.engine.submit(make_call(bench.layers[0], 3, 0, usual=True))
+    bench.engine.batcher.run_once()
+    with pytest.raises(BackendError, match=r"synthetic\.tiny\.0.*3 tokens.*ZeroDivisionError"):
+        future.result(0)
+    assert sum(slot.settled for slot in bench.slots) == 1
+    assert bench.engine.slots.in_use == 0
+
+
+def test_a_failure_on_the_device_gives_the_slot_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+
+    def fail() -> None:
+        raise RuntimeError("illegal address")
+
+    for slot in bench.slots:
+        monkeypatch.setattr(slot, "wait", fail)
+    futures = [bench.engine.submit(make_call(bench.layers[0], 3, seed, usual=True)) for seed in range(2)]
+    while bench.engine.batcher.run_once():
+        pass
+    for future in futures:
+        with pytest.raises(BackendError, match="illegal address"):
+            future.result(0)
+    assert bench.engine.slots.in_use == 0
+
+
+def test_timing_says_wait_copies_and_compute() -> None:
+    bench = Bench()
+    timing = bench.run(make_call(bench.layers[0], 3, 0, usual=True))[0].timing
+    assert timing.queue_us >= 2000
+    assert timing.copy_in_us >= 1000
+    assert timing.compute_us == 4000
+    assert timing.copy_out_us >= 8000
+    assert (timing.batch_tokens, timing.batch_requests) == (3, 1)
+
+
+def test_eight_threads_of_any_calls_while_layers_are_captured() -> None:
+    bench = Bench()
+    bench.engine.batcher.start()
+    failures: list[BaseException] = []
+
+    def work(thread: int) -> None:
+        chance = random.Random(thread)
+        try:
+            calls = [make_call(chance.choice(bench.layers), chance.randrange(20), thread * 1000 + n) for n in range(12)]
+            futures: list[Future[ForwardResult]] = [bench.engine.submit(call) for call in calls]
+            for call, future in zip(calls, futures, strict=True):
+                check(call, future.result(PATIENCE_S), f"thread {thread}")
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    bench.engine.capture(bench.layers)
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert not failures, failures
+    assert bench.engine.batcher.stop(PATIENCE_S)
+    assert bench.engine.slots.in_use == 0
