@@ -28,7 +28,7 @@ lint: install proto-check  ## ruff, mypy --strict, clang-format, buf, generated 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy server client
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cu csrc/*.cuh csrc/*.cpp csrc/*.h)
-	sh -n scripts/*.sh
+	for script in scripts/*.sh; do bash -n $$script || exit 1; done
 
 format: install  ## rewrite files the way `make lint` wants them
 	$(BIN)/ruff check --fix .

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import Case, make_case, make_spec, spec_id
 
+from expertd_server import backend_cpu
 from expertd_server.backend import PreparedLayer
 from expertd_server.backend_cpu import TorchBackend
 from expertd_server.types import Activation, LayerSpec, RoutingMethod
@@ -84,6 +85,21 @@ def test_nan_reaches_no_other_row(spec: LayerSpec) -> None:
     assert torch.equal(got[others], clean[others]), case.name
     if spec.num_local == spec.num_experts:
         assert got[[10, 50, 20, 70]].isnan().any(dim=1).all(), case.name
+
+
+@pytest.mark.parametrize("activation", Activation)
+def test_a_row_is_activated_to_the_same_bits_in_any_company(activation: Activation) -> None:
+    # Before its rounding to fp8, which would hide nearly every difference.
+    for columns in (21, 64, 100):
+        a = (
+            torch.randn(700, columns * (2 if activation.is_gated else 1), generator=torch.Generator().manual_seed(0))
+            * 4
+        )
+        together = backend_cpu._activate(activation, a, 0.7, 1.3)
+        for t in range(0, 700, 7):
+            for rows in (slice(t, t + 1), slice(max(0, t - 2), t + 1)):
+                few = backend_cpu._activate(activation, a[rows].clone(), 0.7, 1.3)
+                assert torch.equal(few[-1], together[t]), f"row {t} in {rows}, {columns} columns"
 
 
 @pytest.mark.parametrize("function", [torch.exp, torch.erf], ids=["exp", "erf"])

@@ -7,18 +7,16 @@ import threading
 from concurrent.futures import Future
 
 import pytest
-import torch
+from engine_calls import check, make_call
 from fake_device import FakeCapturer, FakeCudaBackend, fake_slots
 
 from expertd_server.backend_cpu import TorchBackend
 from expertd_server.batcher import Limits
-from expertd_server.engine import BatchReport, Engine, ForwardCall, ForwardResult, HostTensor
+from expertd_server.engine import BatchReport, Engine, ForwardCall, ForwardResult
 from expertd_server.errors import BackendError
-from expertd_server.fp8 import quantize_fp8
 from expertd_server.layer import MoELayer
 from expertd_server.synthetic import synthetic_layers
 
-FP8 = torch.float8_e4m3fn
 PATIENCE_S = 30.0
 LIMITS = Limits(max_batch_tokens=32, max_queue_tokens=2000, max_queue_requests=500)
 
@@ -58,64 +56,6 @@ class Bench:
         while self.engine.batcher.run_once():
             pass
         return [future.result(0) for future in futures]
-
-
-def host(tensor: torch.Tensor) -> HostTensor:
-    return HostTensor(tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def make_call(layer: MoELayer, num_tokens: int, seed: int, *, usual: bool = False) -> ForwardCall:
-    """Any kind of call, by its seed; usual: FP8 and logits in, bfloat16 out."""
-    chance, g = random.Random(seed), torch.Generator().manual_seed(seed)
-    spec = layer.spec
-    hidden_states = torch.randn(num_tokens, spec.hidden_size, generator=g)
-    dtype = FP8 if usual else chance.choice((FP8, torch.bfloat16, torch.float16, torch.float32))
-    assert layer.hidden_states_scale is not None
-    hidden_states = quantize_fp8(hidden_states, layer.hidden_states_scale) if dtype == FP8 else hidden_states.to(dtype)
-    real = chance.choice((torch.float32, torch.bfloat16))
-    if usual or chance.random() < 0.5:
-        logits = torch.randn(num_tokens, spec.num_experts, generator=g)
-        routing = {"routing_logits": host(logits if usual else logits.to(real))}
-    else:
-        ids = torch.rand(num_tokens, spec.num_experts, generator=g).argsort(1)[:, : spec.top_k].int() - 1
-        weights = torch.rand(num_tokens, spec.top_k, generator=g).to(real)
-        routing = {"topk_ids": host(ids), "topk_weights": host(weights)}
-    return ForwardCall(
-        layer,
-        host(hidden_states),
-        **routing,
-        output_dtype=torch.bfloat16 if usual else chance.choice((torch.bfloat16, torch.float32, torch.float16)),
-        do_finalize=usual or chance.random() < 0.8,
-        return_routing=not usual and chance.random() < 0.5,
-    )
-
-
-def expected(call: ForwardCall) -> dict[str, torch.Tensor | None]:
-    """What the operator answers to the call alone."""
-    given = {
-        name: tensor.to_tensor()
-        for name in ("routing_logits", "topk_ids", "topk_weights")
-        if (tensor := getattr(call, name)) is not None
-    }
-    answer = call.layer.forward(
-        call.hidden_states.to_tensor(), **given, output_dtype=call.output_dtype, do_finalize=call.do_finalize
-    )
-    return {
-        "output": answer.output,
-        "gemm2_output": answer.gemm2_output,
-        "expert_weights": answer.expert_weights if call.return_routing or not call.do_finalize else None,
-        "topk_ids": answer.topk_ids if call.return_routing else None,
-    }
-
-
-def check(call: ForwardCall, result: ForwardResult, where: str) -> None:
-    where = f"{where}: {call.hidden_states.shape} {call.hidden_states.dtype} -> {call.output_dtype}"
-    for name, tensor in expected(call).items():
-        got = getattr(result, name)
-        assert (got is None) == (tensor is None), f"{where}: {name}"
-        if tensor is not None:
-            assert got.dtype == tensor.dtype, f"{where}: {name}"
-            assert torch.equal(got.view(torch.uint8), tensor.view(torch.uint8)), f"{where}: {name} differs"
 
 
 @pytest.mark.parametrize("is_host", [True, False], ids=["cpu", "device"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import LOGIT_PATTERNS, every_method, make_logits, make_spec, make_weights, spec_id
 
-from expertd_server import reference
+from expertd_server import reference, routing
 from expertd_server.routing import route
 from expertd_server.types import LayerSpec, RoutingMethod
 
@@ -96,6 +96,16 @@ def test_a_row_has_the_same_bits_in_any_batch(spec: LayerSpec) -> None:
             alone_ids, alone_weights = route(spec, logits[rows].clone(), bias)
             assert torch.equal(alone_ids[-1], ids[t]), f"row {t} in {rows}, {spec}"
             assert torch.equal(alone_weights[-1].view(torch.int16), weights[t].view(torch.int16)), f"row {t}, {spec}"
+
+
+@pytest.mark.parametrize("method", RoutingMethod)
+def test_scores_have_the_same_bits_in_any_batch(method: RoutingMethod) -> None:
+    # Before the rounding to bfloat16, which would hide nearly every difference.
+    for num_experts in (13, 64, 100):
+        logits = make_logits(make_spec(num_experts=num_experts), 300, 5)
+        together = routing._scores(method, logits)
+        for t in range(300):
+            assert torch.equal(routing._scores(method, logits[t : t + 1].clone())[0], together[t]), (t, num_experts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

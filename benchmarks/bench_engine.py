@@ -1,0 +1,308 @@
+"""What the engine makes of the GPU, without gRPC: many layers resident, graphs of all, and callers that keep it busy.
+
+Weights, capture time and graph memory of `--layers` layers; then, for each request size, callers in closed loop on one
+layer and on random layers, beside the rate of the bare graphs replayed back to back on the same layers with the mean
+batch that the engine made. Answers are compared with the operator's bytes first.
+
+    python benchmarks/bench_engine.py --json benchmarks/results/engine.json
+    python benchmarks/bench_engine.py --layers 4 --seconds 1       a quick look
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import random
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from _common import header, write_json
+from rich.console import Console
+from rich.table import Table
+
+from expertd_server.backend_cuda import CudaBackend
+from expertd_server.batcher import Limits
+from expertd_server.engine import BatchReport, Engine, ForwardCall, ForwardResult, HostTensor
+from expertd_server.layer import MoELayer
+from expertd_server.layout import BatchKind, input_layout, num_valid_tokens
+from expertd_server.synthetic import synthetic_spec
+from expertd_server.types import LayerSpec
+from expertd_server.weights import ExpertWeights
+
+PATIENCE_S = 60.0
+USUAL = BatchKind(torch.float8_e4m3fn, False, torch.bfloat16)
+MAX_BATCH_TOKENS = 4096
+MAX_GRAPH_TOKENS = 1024
+
+
+def make_weights(spec: LayerSpec) -> ExpertWeights:
+    """Random finite FP8 weights, made on the GPU: making them on the host would take minutes."""
+
+    def fp8(*shape: int) -> torch.Tensor:
+        weights = torch.empty(shape, dtype=torch.uint8, device="cuda")
+        return weights.random_(0, 256).bitwise_and_(0xBF).view(torch.float8_e4m3fn)  # below 2 in magnitude
+
+    ones = torch.ones(spec.num_local, device="cuda")
+    return ExpertWeights(
+        gemm1_weights=fp8(spec.num_local, spec.gemm1_rows, spec.hidden_size),
+        output1_scales_scalar=ones / spec.hidden_size**0.5,
+        output1_scales_gate_scalar=ones / spec.hidden_size**0.5,
+        gemm2_weights=fp8(spec.num_local, spec.hidden_size, spec.intermediate_size),
+        output2_scales_scalar=ones / spec.intermediate_size**0.5,
+        hidden_states_scale=1.0,
+    )
+
+
+def make_call(layer: MoELayer, num_tokens: int, seed: int) -> ForwardCall:
+    """FP8 hidden states and float32 logits in, bfloat16 out."""
+    g = torch.Generator().manual_seed(seed)
+    hidden_states = torch.randn(num_tokens, layer.spec.hidden_size, generator=g).to(torch.float8_e4m3fn)
+    logits = torch.randn(num_tokens, layer.spec.num_experts, generator=g)
+    return ForwardCall(layer, host(hidden_states), routing_logits=host(logits))
+
+
+def host(tensor: torch.Tensor) -> HostTensor:
+    """The tensor's bytes, as a request would hold them."""
+    return HostTensor(tensor.dtype, tuple(tensor.shape), bytes(tensor.view(-1).view(torch.uint8).numpy().data))
+
+
+def check(engine: Engine, layers: list[MoELayer], sizes: list[int]) -> int:
+    """How many answers were compared with the operator's. Raises AssertionError when one differs."""
+    pairs = [make_call(layer, size, size) for layer in layers for size in sizes]
+    futures = [engine.submit(call) for call in pairs]
+    for call, future in zip(pairs, futures, strict=True):
+        assert call.routing_logits is not None
+        expected = call.layer.forward(
+            call.hidden_states.to_tensor().cuda(), routing_logits=call.routing_logits.to_tensor().cuda()
+        ).output
+        output = future.result(PATIENCE_S).output
+        assert output is not None
+        assert expected is not None
+        same = torch.equal(output.view(torch.int16), expected.cpu().view(torch.int16))
+        assert same, f"{call.layer.name}, {call.num_tokens} tokens: the answer is not the operator's"
+    return len(pairs)
+
+
+@dataclass
+class Count:
+    """What the engine's batches did since the last reset."""
+
+    batches: int = 0
+    replays: int = 0
+    requests: int = 0
+    tokens: int = 0
+    rows: int = 0
+    compute_s: float = 0.0
+
+    def add(self, report: BatchReport) -> None:
+        self.batches += 1
+        self.replays += report.graph_rows is not None
+        self.requests += report.num_requests
+        self.tokens += report.num_tokens
+        self.rows += report.graph_rows or report.num_tokens
+        self.compute_s += report.compute_s
+
+
+@dataclass
+class Tally:
+    """The count of now; reports come from the engine's thread."""
+
+    count: Count = field(default_factory=Count)
+
+    def add(self, report: BatchReport) -> None:
+        self.count.add(report)
+
+    def reset(self) -> Count:
+        before, self.count = self.count, Count()
+        return before
+
+
+def closed_loop(
+    engine: Engine, tally: Tally, calls: list[ForwardCall], *, threads: int, in_flight: int, seconds: float
+) -> dict[str, Any]:
+    """Callers that each keep in_flight random calls waiting for an answer."""
+    over = threading.Event()
+    latencies_s: list[list[float]] = [[] for _ in range(threads)]
+
+    def ask(thread: int) -> None:
+        chance = random.Random(thread)
+        waiting: deque[tuple[float, Future[ForwardResult]]] = deque()
+        while not over.is_set() or waiting:
+            while not over.is_set() and len(waiting) < in_flight:
+                waiting.append((time.perf_counter(), engine.submit(chance.choice(calls))))
+            if waiting:
+                start_s, future = waiting.popleft()
+                future.result(PATIENCE_S)
+                latencies_s[thread].append(time.perf_counter() - start_s)
+
+    workers = [threading.Thread(target=ask, args=(n,)) for n in range(threads)]
+    for worker in workers:
+        worker.start()
+    time.sleep(0.3)  # to a steady state
+    tally.reset()
+    cpu_s, start_s = time.process_time(), time.perf_counter()
+    time.sleep(seconds)
+    count, wall_s, cpu_s = tally.reset(), time.perf_counter() - start_s, time.process_time() - cpu_s
+    over.set()
+    for worker in workers:
+        worker.join(PATIENCE_S)
+    merged = sorted(latency for part in latencies_s for latency in part)
+    return {
+        "tokens_per_s": count.tokens / wall_s,
+        "requests_per_s": count.requests / wall_s,
+        "mean_batch_tokens": count.tokens / max(1, count.batches),
+        "mean_batch_requests": count.requests / max(1, count.batches),
+        "padding_ratio": 1 - count.tokens / max(1, count.rows),
+        "replay_ratio": count.replays / max(1, count.batches),
+        "busy_ratio": count.compute_s / wall_s,
+        "compute_us": count.compute_s / max(1, count.batches) * 1e6,
+        "p50_us": statistics.median(merged) * 1e6,
+        "p99_us": merged[int(len(merged) * 0.99)] * 1e6,
+        "cpu_us_per_request": cpu_s / max(1, count.requests) * 1e6,
+    }
+
+
+def bare_graphs_us(engine: Engine, layers: list[MoELayer], num_tokens: int, replays: int = 200) -> float | None:
+    """Microseconds a replay, back to back over the layers in turn, no copies; None: there is no graph that large."""
+    assert engine.graphs is not None
+    slot = engine.slots.take(PATIENCE_S)
+    try:
+        graphs = [engine.graphs.find(slot, layer, USUAL, num_tokens) for layer in layers]
+        if graphs[0] is None:
+            return None
+        # Fresh tokens and logits, so that experts are chosen as in the requests.
+        call = make_call(layers[0], graphs[0].num_rows, 1)
+        layout = input_layout(layers[0].spec, USUAL, graphs[0].num_rows)
+        arguments = layout.arguments(slot.host_in, graphs[0].num_rows)
+        assert call.routing_logits is not None
+        call.hidden_states.copy_to(arguments["hidden_states"])
+        call.routing_logits.copy_to(arguments["routing_logits"])
+        num_valid_tokens(slot.host_in).fill_(num_tokens)
+        slot.send(layout.nbytes(graphs[0].num_rows))
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        with slot.compute():
+            for turn in range(replays + 20):
+                if turn == 20:  # warm
+                    begin.record()
+                graph = graphs[turn % len(graphs)]
+                assert graph is not None
+                graph.replay()
+            end.record()
+        slot.fetch(0)
+        slot.wait()
+        return float(begin.elapsed_time(end)) / replays * 1e3
+    finally:
+        engine.slots.give_back(slot)
+
+
+def table_of(cells: list[dict[str, Any]], title: str) -> Table:
+    """One row a cell."""
+    table = Table(title=title)
+    columns = ("tokens", "on", "Mtok/s", "req/batch", "tok/batch", "busy", "graphs", "compute us", "bare us", "of bare")
+    for column in (*columns, "of one layer", "p50 us", "p99 us", "CPU us/req", "lone p50 us", "lone compute us"):
+        table.add_column(column, justify="right")
+    for c in cells:
+        values = (
+            c["tokens"], c["on"], f"{c['tokens_per_s'] / 1e6:.3f}", f"{c['mean_batch_requests']:.1f}",
+            f"{c['mean_batch_tokens']:.0f}", f"{c['busy_ratio']:.2f}", f"{c['replay_ratio']:.2f}",
+            f"{c['compute_us']:.0f}", _shown(c["graph_us"], 0), _shown(c.get("of_bare_graphs"), 2),
+            _shown(c.get("of_one_layer"), 2), f"{c['p50_us']:.0f}", f"{c['p99_us']:.0f}",
+            f"{c['cpu_us_per_request']:.0f}", f"{c['lone_p50_us']:.0f}", f"{c['lone_compute_us']:.0f}",
+        )  # fmt: skip
+        table.add_row(*map(str, values))
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="qwen3-30b-a3b", help="shape of the layers")
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 128, 512], help="request sizes")
+    parser.add_argument("--threads", type=int, default=4, help="callers")
+    parser.add_argument("--in-flight", type=int, default=16, help="requests that each caller keeps waiting")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--json", help="write the results here")
+    args = parser.parse_args()
+    console = Console(width=150)
+
+    backend, tally = CudaBackend(), Tally()
+    spec = synthetic_spec(args.preset)
+    started_s = time.perf_counter()
+    layers = [
+        MoELayer(f"layer{n}", backend.prepare(spec, make_weights(spec), max_num_tokens=MAX_BATCH_TOKENS), backend)
+        for n in range(args.layers)
+    ]
+    torch.cuda.synchronize()
+    load_s = time.perf_counter() - started_s
+
+    limits = Limits(max_batch_tokens=MAX_BATCH_TOKENS, max_queue_tokens=1 << 20, max_queue_requests=1 << 16)
+    engine = Engine(limits, backend, max_graph_tokens=MAX_GRAPH_TOKENS, on_batch=tally.add)
+    free_bytes, started_s = torch.cuda.mem_get_info()[0], time.perf_counter()
+    engine.capture(layers)
+    torch.cuda.synchronize()
+    capture_s = time.perf_counter() - started_s
+    taken_bytes = free_bytes - torch.cuda.mem_get_info()[0]
+    memory = engine.device_memory()
+    assert engine.graphs is not None
+    start = {
+        "layers": args.layers,
+        "load_s": load_s,
+        "capture_s": capture_s,
+        "graphs": len(engine.graphs),
+        "memory_bytes": memory,
+        "taken_by_capture_bytes": taken_bytes,
+    }
+    console.print(
+        f"{args.layers} layers of {args.preset}: {memory['weights'] / 1e9:.2f} GB of weights in {load_s:.1f} s; "
+        f"{len(engine.graphs)} graphs in {capture_s:.2f} s (target 60), {memory['graphs'] / 1e9:.3f} GB (target 2); "
+        f"staging {memory['staging'] / 1e9:.3f} GB, workspace {memory['workspace'] / 1e9:.3f} GB"
+    )
+
+    engine.batcher.start()
+    gc.freeze()
+    checked = check(engine, [layers[0], layers[-1]], [0, 1, 3, 64, 100, 1000, 1024, 1500, 4096])
+    console.print(f"{checked} answers equal the operator's, byte for byte")
+    cells = []
+    for tokens in args.tokens:
+        one = [make_call(layers[0], tokens, seed) for seed in range(32)]
+        any_layer = [make_call(layers[seed % len(layers)], tokens, seed) for seed in range(max(96, len(layers)))]
+        lone = closed_loop(engine, tally, one, threads=1, in_flight=1, seconds=args.seconds / 2)
+        for name, calls, chosen in (("one", one, layers[:1]), ("random", any_layer, layers)):
+            cell = closed_loop(
+                engine, tally, calls, threads=args.threads, in_flight=args.in_flight, seconds=args.seconds
+            )
+            cell |= {"tokens": tokens, "on": name, "lone_p50_us": lone["p50_us"], "lone_compute_us": lone["compute_us"]}
+            cell["graph_us"] = bare_graphs_us(engine, chosen, round(cell["mean_batch_tokens"]))
+            if cell["graph_us"] is not None:
+                cell["of_bare_graphs"] = cell["tokens_per_s"] * cell["graph_us"] / cell["mean_batch_tokens"] / 1e6
+            cells.append(cell)
+        cells[-1]["of_one_layer"] = cells[-1]["tokens_per_s"] / cells[-2]["tokens_per_s"]
+    leftover = {"slots_in_use": engine.slots.in_use, "queue_tokens": engine.batcher.queue_tokens}
+    stopped = engine.batcher.stop(PATIENCE_S)
+
+    console.print(
+        table_of(cells, f"{args.threads} callers, {args.in_flight} requests in flight each; lone: one in flight")
+    )
+    console.print(f"stopped {stopped}, left over {leftover}")
+    if args.json:
+        write_json(args.json, {**header(), "arguments": vars(args), "start": start, "cells": cells})
+    return 0 if stopped and not any(leftover.values()) else 1
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
