@@ -1,4 +1,4 @@
-"""A real Docker engine and the Compose stack, built and started once for the tests of this folder."""
+"""A real Docker engine and the Compose stack, there for one module of tests: its load would slow all others down."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_ENGINE = 77
 BUILD_TIMEOUT_S = 900
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def docker_environment() -> Iterator[Mapping[str, str]]:
     """Environment in which docker and docker compose work; skips, with the reason, where they cannot."""
     if not sys.platform.startswith("linux"):
@@ -35,7 +35,7 @@ def docker_environment() -> Iterator[Mapping[str, str]]:
     subprocess.run([script, "down"], capture_output=True, timeout=120, check=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def stack(docker_environment: Mapping[str, str]) -> Iterator[Stack]:
     """The Compose stack, healthy, with the worker sending load."""
     if not torch.__version__.endswith("+cpu") and not list(WHEELS.glob("torch-*.whl")):
