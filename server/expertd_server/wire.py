@@ -49,7 +49,6 @@ _ID_DTYPES: Final = (pb.DATA_TYPE_INT32,)
 _OUTPUT_DTYPES: Final = (pb.DATA_TYPE_BFLOAT16, pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_FLOAT16)
 
 
-
 def checked_name(name: str) -> str:
     """A layer name that is fit to look up and to repeat. Raises InvalidArgumentError."""
     if not name:
@@ -59,9 +58,7 @@ def checked_name(name: str) -> str:
     return name
 
 
-def read_call(
-    request: RawRequest, store: LayerStore, *, max_batch_tokens: int, max_message_bytes: int
-) -> ForwardCall:
+def read_call(request: RawRequest, store: LayerStore, *, max_batch_tokens: int, max_message_bytes: int) -> ForwardCall:
     """Check everything about a request, and type it.
 
     Raises InvalidArgumentError, with a violation for every field that is wrong, and what `LayerStore.get` raises.
