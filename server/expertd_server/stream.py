@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import grpc
 from google.rpc import code_pb2
 
+from expertd.v1 import expertd_pb2 as pb
 from expertd_server.calls import Calls
 from expertd_server.engine import ForwardResult
 from expertd_server.errors import InvalidArgumentError, UnavailableError
 from expertd_server.status import status_of, stream_error_of
-from expertd_server.wire import encode_stream_error, encode_stream_response
-from expertd_server.wire_parse import RawStreamRequest, parse_stream_request
+from expertd_server.wire import decode, encode_stream_error, encode_stream_response
 
 __all__ = ["Stream"]
 
@@ -128,13 +128,14 @@ class Stream:
     def _take(self, data: bytes) -> bool:
         """Admit one message as soon as there is room; False when the call ended meanwhile."""
         arrived_s = self._calls.clock()
-        message = parse_stream_request(data)
-        num_tokens = min(_num_tokens(message), self._max_tokens)
+        message = decode(pb.ForwardStreamRequest, data)
+        shape = message.request.hidden_states.shape
+        num_tokens = min(shape[0], self._max_tokens) if shape else 0
         pending = _Pending(message.id, arrived_s, num_tokens, Future())
         if not self._enter(pending):
             return False
         try:
-            if message.request is None:
+            if not message.HasField("request"):
                 raise InvalidArgumentError.of("request", "is missing, expected a ForwardRequest")
             timeout_s = message.timeout_ms / 1e3 if message.timeout_ms else float("inf")
             timeout_s = min(timeout_s, self._context.time_remaining())
@@ -181,12 +182,6 @@ class Stream:
             return encode_stream_error(pending.request_id, stream_error_of(status))
         self._calls.answered("ForwardStream", pending.arrived_s, result)
         return data
-
-
-def _num_tokens(message: RawStreamRequest) -> int:
-    """As the request says itself; 0 where it does not."""
-    hidden_states = message.request.hidden_states if message.request is not None else None
-    return hidden_states.shape[0] if hidden_states is not None and hidden_states.shape else 0
 
 
 def _closing() -> UnavailableError:

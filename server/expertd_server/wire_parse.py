@@ -9,7 +9,6 @@ bytes are a message: a property test holds the two together.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -21,9 +20,6 @@ from expertd_server.errors import InvalidArgumentError
 __all__ = ["RawRequest", "RawStreamRequest", "RawTensor", "parse_request", "parse_stream_request"]
 
 _Message = TypeVar("_Message", pb.ForwardRequest, pb.ForwardStreamRequest)
-
-_HAND_BYTES = 32 * 1024
-"""Smaller messages go to protobuf, whose copies of them cost less than a few microseconds of Python."""
 
 _SHAPE_KEPT: Final = 3
 """Extents that are kept of a shape: one more than any tensor of the contract has."""
@@ -67,20 +63,20 @@ class RawStreamRequest:
 
 def parse_request(data: bytes) -> RawRequest:
     """Parse a ForwardRequest. Raises InvalidArgumentError on bytes that are none."""
-    if len(data) >= _HAND_BYTES:
-        with contextlib.suppress(_UnusualError):
-            return _request(data, memoryview(data), 0, len(data))
-    return _from_message(_decode(pb.ForwardRequest, data))
+    try:
+        return _request(data, memoryview(data), 0, len(data))
+    except _UnusualError:
+        return _from_message(_decode(pb.ForwardRequest, data))
 
 
 def parse_stream_request(data: bytes) -> RawStreamRequest:
     """Parse a ForwardStreamRequest. Raises InvalidArgumentError on bytes that are none."""
-    if len(data) >= _HAND_BYTES:
-        with contextlib.suppress(_UnusualError):
-            return _stream_request(data)
-    message = _decode(pb.ForwardStreamRequest, data)
-    request = _from_message(message.request) if message.HasField("request") else None
-    return RawStreamRequest(message.id, request, message.timeout_ms)
+    try:
+        return _stream_request(data)
+    except _UnusualError:
+        message = _decode(pb.ForwardStreamRequest, data)
+        request = _from_message(message.request) if message.HasField("request") else None
+        return RawStreamRequest(message.id, request, message.timeout_ms)
 
 
 class _UnusualError(Exception):
