@@ -18,14 +18,10 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from _requests import RequestShape, stream_message, unary_message
 
 _PATIENCE_S = 30.0

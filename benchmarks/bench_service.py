@@ -36,12 +36,12 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
 
-from _common import header, write_json  # noqa: E402
-from _requests import RequestShape  # noqa: E402
 
-from expertd_server.malloc import SETTINGS as MALLOC_SETTINGS  # noqa: E402
+from _common import header, write_json
+from _requests import RequestShape
+
+from expertd_server.malloc import SETTINGS as MALLOC_SETTINGS
 
 PERCENTILES = (50, 90, 99, 99.9)
 WARMUP_S = 0.7

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from dataclasses import dataclass
 
 import torch
 
@@ -29,12 +30,10 @@ class NoopBackend:
         log.warning("backend 'noop' computes nothing: every answer is zeros; for benchmarks only")
 
     def prepare(self, spec: LayerSpec, weights: ExpertWeights, *, max_num_tokens: int = 8192) -> PreparedLayer:
-        """Keep scales and bias, drop the weights; the state is the zeros of every answer."""
+        """Keep scales and bias, drop the weights."""
         nothing = torch.empty(0, dtype=torch.float8_e4m3fn)
         kept = dataclasses.replace(weights, gemm1_weights=nothing, gemm2_weights=nothing)
-        return PreparedLayer(
-            spec, kept, kept.nbytes, torch.zeros(max_num_tokens * spec.hidden_size * 4, dtype=torch.uint8)
-        )
+        return PreparedLayer(spec, kept, kept.nbytes, _Answers.of(spec, max_num_tokens))
 
     def forward(
         self,
@@ -52,17 +51,33 @@ class NoopBackend:
         enable_pdl: bool | None = None,
     ) -> MoEOutput:
         """See `Backend.forward`, but out and routing_replay_out are left as they are."""
-        num_tokens, spec = hidden_states.shape[0], layer.spec
-        ids = torch.full((num_tokens, spec.top_k), -1, dtype=torch.int32)
-        expert_weights = torch.zeros(num_tokens, spec.top_k, dtype=torch.bfloat16)
+        answers: _Answers = layer.state
+        num_tokens, hidden_size = hidden_states.shape
+        ids, expert_weights = answers.topk_ids[:num_tokens], answers.expert_weights[:num_tokens]
         if do_finalize:
-            zeros: torch.Tensor = layer.state
-            size = num_tokens * spec.hidden_size
-            output = zeros.view(output_dtype)[:size].view(num_tokens, spec.hidden_size) if out is None else out
+            size = num_tokens * hidden_size
+            output = answers.zeros.view(output_dtype)[:size].view(num_tokens, hidden_size) if out is None else out
             return MoEOutput(ids, expert_weights, output=output)
         return MoEOutput(
             ids,
             expert_weights,
-            gemm2_output=torch.empty(0, spec.hidden_size, dtype=torch.bfloat16),
-            expanded_idx_to_permuted_idx=torch.full((ids.numel(),), -1, dtype=torch.int32),
+            gemm2_output=torch.empty(0, hidden_size, dtype=torch.bfloat16),
+            expanded_idx_to_permuted_idx=ids.reshape(-1),
+        )
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What every answer is a part of; made once, so that a call costs nothing."""
+
+    zeros: torch.Tensor
+    topk_ids: torch.Tensor
+    expert_weights: torch.Tensor
+
+    @classmethod
+    def of(cls, spec: LayerSpec, max_num_tokens: int) -> _Answers:
+        return cls(
+            zeros=torch.zeros(max_num_tokens * spec.hidden_size * 4, dtype=torch.uint8),
+            topk_ids=torch.full((max_num_tokens, spec.top_k), -1, dtype=torch.int32),
+            expert_weights=torch.zeros(max_num_tokens, spec.top_k, dtype=torch.bfloat16),
         )

@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     config = config_from(vars(options))
-    reexec_with_settings()
+    if config.tune_malloc:
+        reexec_with_settings()
     configure_logging(config.log_level, config.log_format)
     from expertd_server.server import Server, stop_on_signals  # noqa: PLC0415 (torch: --help should not wait for it)
 

@@ -131,6 +131,9 @@ class Config:
     """After SIGTERM or SIGINT: how long requests in flight may take to finish before the process ends anyway."""
     ready_file: Path | None = field(default=None, metadata=_in(_OPERATION, "FILE"))
     """Write one line of JSON here when every layer answers: address, port, metrics_port, pid, instance_id."""
+    tune_malloc: bool = field(default=True, metadata=_in(_OPERATION))
+    """Start with glibc malloc settings that keep the memory of large messages mapped, unless the environment has its
+    own; they save each answer of 0.5 MB about a millisecond. Freed memory then stays with the process, up to 4 GiB."""
     expert_token_metrics: bool = field(default=False, metadata=_in(_OPERATION))
     """Export tokens by layer and expert: one time series for each pair."""
     log_level: str = field(default="info", metadata=_in(_OPERATION, choices=_LOG_LEVELS))

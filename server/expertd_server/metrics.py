@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import threading
 import time
@@ -91,6 +92,8 @@ class Metrics:
             buckets=_DURATION_BUCKETS_S,
             registry=self.registry,
         )
+        # Looking labels up costs as much as counting, five times for each request.
+        self._phase = functools.cache(self.request_duration.labels)
         self.in_flight_requests = Gauge(
             "expertd_in_flight_requests",
             "Forward requests that have arrived and are not answered yet.",
@@ -166,7 +169,7 @@ class Metrics:
     def observe_phases(self, **seconds: float) -> None:
         """Record how long each phase of one request took."""
         for phase, value in seconds.items():
-            self.request_duration.labels(phase).observe(value)
+            self._phase(phase).observe(value)
 
     def observe_batch(
         self, layer: str, requests: int, tokens: int, topk_ids: Iterable[npt.NDArray[np.signedinteger[Any]]]
