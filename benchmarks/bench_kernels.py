@@ -330,6 +330,14 @@ def time_cell(
     return cell
 
 
+def read_peers(path: str | None, device_name: str) -> dict[str, Any] | None:
+    """What peers reached on the same kind of GPU, where it is known."""
+    for kind in ("H100", "H200"):
+        if path is None and kind in device_name:
+            path = str(Path(__file__).with_name(f"peers_{kind.lower()}.json"))
+    return json.loads(Path(path).read_text()) if path is not None else None
+
+
 def summarize(cells: list[dict[str, Any]], peers: dict[str, Any] | None) -> dict[str, float]:
     """Geometric mean over the cells that peers were measured in."""
     known = [c for c in cells if c["routing"] == "even" and c["tokens"] in PEER_TOKENS and c["case"] != "nemotron"]
@@ -354,7 +362,7 @@ def main() -> int:  # noqa: PLR0915
     parser.add_argument("--stages", action="store_true", help="time each stage alone")
     parser.add_argument("--check-rows", type=int, default=4, help="rows compared with float64 in each cell")
     parser.add_argument("--ceilings", help="JSON of an earlier run whose ceilings are taken instead of measuring them")
-    parser.add_argument("--peers", default=str(Path(__file__).with_name("peers_h200.json")))
+    parser.add_argument("--peers", help="JSON of peers' times; default: peers_h100.json or peers_h200.json by device")
     parser.add_argument("--json", help="write the results here")
     args = parser.parse_args()
 
@@ -368,7 +376,7 @@ def main() -> int:  # noqa: PLR0915
         ceilings["one_kernel_graph_us"] = round(timer.median_us(empty), 2)
     read, flops = max(ceilings["read_gbs"].values()), max(ceilings["fp8_tflops"].values())
     print(f"{backend.device_name}: {ceilings}", flush=True)
-    peers = json.loads(Path(args.peers).read_text()) if Path(args.peers).exists() else None
+    peers = read_peers(args.peers, backend.device_name)
 
     cells: list[dict[str, Any]] = []
     print("case          T routing   rows   max exp   floor       us /floor   peer   error family and stages")
