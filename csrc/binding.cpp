@@ -29,7 +29,7 @@ void check_aligned(Address address, const char* name) {
 py::list list_families() {
   py::list result;
   for (const FamilyInfo& f : families()) {
-    result.append(py::make_tuple(f.name, f.tile_m, f.tile_n, f.tile_quantum, f.ctas_per_sm));
+    result.append(py::make_tuple(f.name, f.tile_m, f.tile_n, f.tile_quantum, f.tile_warpgroups, f.ctas_per_sm));
   }
   return result;
 }
@@ -76,20 +76,11 @@ void route(Address logits, int logits_dtype, Address bias, int bias_dtype, Addre
   launch_route(p, launch_config(stream, pdl));
 }
 
-void grouped_gemm(int family, int output, Address maps, Address x, Address row_token, Address row_weight,
-                  Address scale_gate, Address scale, Address out, int out_columns, int k, int weight_rows,
-                  int max_token_tiles, Address schedule, Address tiles, Address tile_ready, int ready_count, int grid,
-                  Address stream, bool pdl) {
-  require(family >= 0 && family < static_cast<int>(families().size()), "family is not an index of families()");
-  check_aligned(x, "hidden_states");
+// What both products take.
+GemmParams gemm_params(Address scale, Address out, int out_columns, int k, int weight_rows, int max_token_tiles,
+                       Address schedule, Address tiles, Address tile_ready, int ready_count) {
   check_aligned(out, "the output of a grouped GEMM");
-  GemmMaps gemm_maps;
-  std::memcpy(&gemm_maps, pointer<void>(maps), sizeof(gemm_maps));
   GemmParams p = {};
-  p.x = pointer<uint8_t>(x);
-  p.row_token = pointer<int>(row_token);
-  p.row_weight = pointer<float>(row_weight);
-  p.scale_gate = pointer<float>(scale_gate);
   p.scale = pointer<float>(scale);
   p.out = pointer<void>(out);
   p.out_columns = out_columns;
@@ -100,7 +91,38 @@ void grouped_gemm(int family, int output, Address maps, Address x, Address row_t
   p.tiles = pointer<TokenTile>(tiles);
   p.tile_ready = pointer<int>(tile_ready);
   p.ready_count = ready_count;
+  return p;
+}
+
+void launch_gemm(int family, int output, Address maps, const GemmParams& p, int grid, Address stream, bool pdl) {
+  require(family >= 0 && family < static_cast<int>(families().size()), "family is not an index of families()");
+  GemmMaps gemm_maps;
+  std::memcpy(&gemm_maps, pointer<void>(maps), sizeof(gemm_maps));
   families()[family].launch(static_cast<Output>(output), gemm_maps, p, grid, launch_config(stream, pdl));
+}
+
+void gemm1(int family, int activation, Address maps, Address x, Address row_token, Address row_weight,
+           Address scale_gate, Address scale, Address out, int out_columns, int k, int weight_rows, int max_token_tiles,
+           int likely_token_tiles, int num_experts, Address schedule, Address tiles, Address tile_ready,
+           int ready_count, int grid, Address stream, bool pdl) {
+  check_aligned(x, "hidden_states");
+  require(activation != kBFloat16, "activation is not one of the layer's");
+  GemmParams p =
+      gemm_params(scale, out, out_columns, k, weight_rows, max_token_tiles, schedule, tiles, tile_ready, ready_count);
+  p.x = pointer<uint8_t>(x);
+  p.row_token = pointer<int>(row_token);
+  p.row_weight = pointer<float>(row_weight);
+  p.scale_gate = pointer<float>(scale_gate);
+  p.likely_token_tiles = likely_token_tiles;
+  p.num_experts = num_experts;
+  launch_gemm(family, activation, maps, p, grid, stream, pdl);
+}
+
+void gemm2(int family, Address maps, Address scale, Address rows, int hidden_size, int k, int max_token_tiles,
+           Address schedule, Address tiles, Address tile_ready, int ready_count, int grid, Address stream, bool pdl) {
+  const GemmParams p =
+      gemm_params(scale, rows, hidden_size, k, hidden_size, max_token_tiles, schedule, tiles, tile_ready, ready_count);
+  launch_gemm(family, kBFloat16, maps, p, grid, stream, pdl);
 }
 
 void finalize(Address rows, Address expanded_to_row, Address weights, Address num_valid, Address out, int out_dtype,
@@ -136,9 +158,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("TENSOR_MAP_BYTES") = sizeof(CUtensorMap);
   m.attr("SCHEDULE_BYTES") = sizeof(Schedule);
   m.attr("TOKEN_TILE_BYTES") = sizeof(TokenTile);
-  m.attr("ROUTE_BLOCK_TOKENS") = kRouteBlockTokens;
-  m.attr("OUTPUT_BFLOAT16") = static_cast<int>(kBFloat16);
-  m.def("families", &list_families, "(name, tile_m, tile_n, tile_quantum, ctas_per_sm) of each tile family");
+  m.def("families", &list_families,
+        "(name, tile_m, tile_n, tile_quantum, tile_warpgroups, ctas_per_sm) of each tile family");
+  m.def("max_route_blocks", &max_route_blocks, py::arg("num_tokens"),
+        "routing blocks of a call of up to num_tokens tokens: rows of `bitmaps` and `counts`");
   m.def(
       "encode_weight_rows",
       [](Address map, Address data, uint64_t experts, uint64_t rows, uint64_t k, uint32_t box_rows) {
@@ -167,11 +190,14 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("tiles_per_block"), py::arg("topk_ids"), py::arg("topk_weights"), py::arg("replay"), py::arg("bitmaps"),
         py::arg("counts"), py::arg("expanded_to_row"), py::arg("row_token"), py::arg("row_weight"), py::arg("schedule"),
         py::arg("tiles"), py::arg("tile_ready"), py::arg("stream"), py::arg("pdl"), release());
-  m.def("grouped_gemm", &grouped_gemm, py::kw_only(), py::arg("family"), py::arg("output"), py::arg("maps"),
-        py::arg("x"), py::arg("row_token"), py::arg("row_weight"), py::arg("scale_gate"), py::arg("scale"),
-        py::arg("out"), py::arg("out_columns"), py::arg("k"), py::arg("weight_rows"), py::arg("max_token_tiles"),
-        py::arg("schedule"), py::arg("tiles"), py::arg("tile_ready"), py::arg("ready_count"), py::arg("grid"),
-        py::arg("stream"), py::arg("pdl"), release());
+  m.def("gemm1", &gemm1, py::kw_only(), py::arg("family"), py::arg("activation"), py::arg("maps"), py::arg("x"),
+        py::arg("row_token"), py::arg("row_weight"), py::arg("scale_gate"), py::arg("scale"), py::arg("out"),
+        py::arg("out_columns"), py::arg("k"), py::arg("weight_rows"), py::arg("max_token_tiles"),
+        py::arg("likely_token_tiles"), py::arg("num_experts"), py::arg("schedule"), py::arg("tiles"),
+        py::arg("tile_ready"), py::arg("ready_count"), py::arg("grid"), py::arg("stream"), py::arg("pdl"), release());
+  m.def("gemm2", &gemm2, py::kw_only(), py::arg("family"), py::arg("maps"), py::arg("scale"), py::arg("rows"),
+        py::arg("hidden_size"), py::arg("k"), py::arg("max_token_tiles"), py::arg("schedule"), py::arg("tiles"),
+        py::arg("tile_ready"), py::arg("ready_count"), py::arg("grid"), py::arg("stream"), py::arg("pdl"), release());
   m.def("finalize", &finalize, py::kw_only(), py::arg("rows"), py::arg("expanded_to_row"), py::arg("weights"),
         py::arg("num_valid"), py::arg("out"), py::arg("out_dtype"), py::arg("num_tokens"), py::arg("hidden_size"),
         py::arg("top_k"), py::arg("stream"), py::arg("pdl"), release());

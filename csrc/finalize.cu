@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock * 32, 2) finalize_kernel(const 
   const int token = unit / parts, column = unit % parts * kColumns + lane * 8;
   sm90::griddepcontrol_wait();
   sm90::griddepcontrol_launch_dependents();
-  const int tokens = p.num_valid == nullptr ? p.num_tokens : min(p.num_tokens, *p.num_valid);
+  const int tokens = p.num_valid == nullptr ? p.num_tokens : min(p.num_tokens, max(0, *p.num_valid));
   if (token >= tokens) return;
   int my_row = -1;
   float my_weight = 1.0f;

@@ -15,22 +15,28 @@ struct GemmMaps {
 };
 
 // kTileM weight rows by up to kTileN tokens in steps of kTileQuantum; kStages stages of kBoxes * 128 bytes of K.
-template <int kM, int kN, int kQuantum, int kStages_, int kCtas, int kBoxes_ = 1>
+// kPingPong: the two consumer warpgroups take turns at whole tiles, one multiplies while the other stores; otherwise
+// they share each tile.
+template <int kM, int kN, int kQuantum, int kStages_, int kCtas, int kBoxes_ = 1, bool kPingPong_ = false>
 struct Family {
   static constexpr int kBoxes = kBoxes_;
+  static constexpr bool kPingPong = kPingPong_;
+  static constexpr int kWarpgroups = kM == 64 ? 1 : 2;                 // that consume
+  static constexpr int kTileWarpgroups = kPingPong ? 1 : kWarpgroups;  // that share a tile
   static constexpr int kTileM = kM, kTileN = kN, kTileQuantum = kQuantum, kStages = kStages_, kCtasPerSm = kCtas;
 };
 
-using FamilyS16W = Family<64, 16, 8, 5, 2, 2>;  // one or two tokens: wide steps, few of them
-using FamilyS16 = Family<64, 16, 8, 10, 2>;     // up to two tokens per expert, large experts
-using FamilyD32 = Family<128, 32, 8, 5, 2>;     // decode
-using FamilyD64 = Family<128, 64, 16, 4, 2>;    // decode, more tokens per expert
-using FamilyM128 = Family<128, 128, 32, 6, 1>;  // between decode and prefill
-using FamilyP160 = Family<256, 160, 32, 4, 1>;  // prefill
+using FamilyS16W = Family<64, 16, 8, 5, 2, 2>;           // one or two tokens: wide steps, few of them
+using FamilyS16 = Family<64, 16, 8, 10, 2>;              // up to two tokens per expert, large experts
+using FamilyD32 = Family<128, 32, 8, 5, 2>;              // decode
+using FamilyD64 = Family<128, 64, 16, 4, 2>;             // decode, more tokens per expert
+using FamilyM128 = Family<128, 128, 32, 6, 1>;           // between decode and prefill
+using FamilyQ160 = Family<128, 160, 32, 6, 1, 1, true>;  // the same, where memory sets the pace
+using FamilyP160 = Family<256, 160, 32, 4, 1>;           // prefill
 
 struct FamilyInfo {
   const char* name;
-  int tile_m, tile_n, tile_quantum, ctas_per_sm;
+  int tile_m, tile_n, tile_quantum, tile_warpgroups, ctas_per_sm;
   void (*launch)(Output, const GemmMaps&, const GemmParams&, int grid, const LaunchConfig&);
 };
 
@@ -42,17 +48,19 @@ extern template void launch_family<FamilyS16>(Output, const GemmMaps&, const Gem
 extern template void launch_family<FamilyD32>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyD64>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyM128>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
+extern template void launch_family<FamilyQ160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyP160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 
 template <class F>
 constexpr FamilyInfo family_info(const char* name) {
-  return {name, F::kTileM, F::kTileN, F::kTileQuantum, F::kCtasPerSm, &launch_family<F>};
+  return {name, F::kTileM, F::kTileN, F::kTileQuantum, F::kTileWarpgroups, F::kCtasPerSm, &launch_family<F>};
 }
 
-inline const std::array<FamilyInfo, 6>& families() {
-  static const std::array<FamilyInfo, 6> table = {
+inline const std::array<FamilyInfo, 7>& families() {
+  static const std::array<FamilyInfo, 7> table = {
       family_info<FamilyS16W>("s16w"), family_info<FamilyS16>("s16"),   family_info<FamilyD32>("d32"),
-      family_info<FamilyD64>("d64"),   family_info<FamilyM128>("m128"), family_info<FamilyP160>("p160"),
+      family_info<FamilyD64>("d64"),   family_info<FamilyM128>("m128"), family_info<FamilyQ160>("q160"),
+      family_info<FamilyP160>("p160"),
   };
   return table;
 }

@@ -25,11 +25,13 @@ struct GemmTraits {
   static constexpr Output kOut = kOut_;
   static constexpr bool kGated = kOut == kSwiglu || kOut == kGeglu;
   static constexpr bool kGather = kOut != kBFloat16;
-  static constexpr int kWarpgroups = F::kTileM == 64 ? 1 : 2;
-  static constexpr int kAtoms = F::kTileM / (64 * kWarpgroups);
+  static constexpr int kWarpgroups = F::kWarpgroups;
+  static constexpr int kAtoms = F::kTileM / (64 * F::kTileWarpgroups);
+  static constexpr int kTileWarps = 4 * F::kTileWarpgroups;  // consumer warps that share a tile
   static constexpr int kProducerWarps = 4;
   static constexpr int kProducerThreads = 32 * kProducerWarps;
-  static constexpr int kThreads = 128 * kWarpgroups + kProducerThreads;
+  static constexpr int kConsumers = 128 * kWarpgroups;
+  static constexpr int kThreads = kConsumers + kProducerThreads;
   static constexpr int kStepK = F::kBoxes * kBoxK;  // bytes of K per stage: boxes side by side
   static constexpr int kWeightBox = F::kTileM * kBoxK, kTokenBox = F::kTileN * kBoxK;
   static constexpr int kWeightBytes = F::kBoxes * kWeightBox, kTokenBytes = F::kBoxes * kTokenBox;
@@ -37,12 +39,12 @@ struct GemmTraits {
   static constexpr int kPassTokens = F::kTileN < 32 ? F::kTileN : 32;
   static constexpr int kPitch = kOut == kBFloat16 ? 144 : (kGated ? 32 : 64) * kAtoms + 16;
   static constexpr int kStagingBytes = kPassTokens * kPitch;
-  static constexpr int kBarriers = 2 * F::kStages + 4;
+  static constexpr int kBarriers = 2 * F::kStages + 6;
   static constexpr int kSmem =
       1024 + F::kStages * kStageBytes + kWarpgroups * kStagingBytes + ((kBarriers * 8 + 15) & ~15) + 2 * 16;
   static constexpr int kAccumulators = kAtoms * F::kTileN / 2;
   // Wide tiles move registers from the producers to the consumers; the sums must fit what the launch allocated.
-  static constexpr bool kMoveRegs = F::kTileM == 256;
+  static constexpr bool kMoveRegs = kAccumulators > 80;
   static constexpr int kProducerRegs = kGather ? 56 : 40, kConsumerRegs = kGather ? 224 : 232;
   static_assert(kSmem <= 232448 / F::kCtasPerSm - (F::kCtasPerSm > 1 ? 1024 : 0), "shared memory");
 };
@@ -50,7 +52,7 @@ struct GemmTraits {
 // Shared-memory addresses of a CTA.
 template <class G>
 struct Ring {
-  uint32_t base, staging, full, empty, tile_full, tile_empty, slots;
+  uint32_t base, staging, full, empty, tile_full, tile_empty, turn, slots;
 
   __device__ __forceinline__ explicit Ring(const void* smem) {
     base = (sm90::smem_address(smem) + 1023u) & ~1023u;  // the swizzle wants stages on 1024-byte boundaries
@@ -59,7 +61,8 @@ struct Ring {
     empty = full + G::F::kStages * 8;
     tile_full = empty + G::F::kStages * 8;
     tile_empty = tile_full + 16;
-    slots = tile_empty + 16;
+    turn = tile_empty + 16;
+    slots = turn + 16;
   }
   __device__ __forceinline__ uint32_t stage(uint32_t s) const { return base + s * G::kStageBytes; }
 };
@@ -142,7 +145,7 @@ struct TileQueue {
 template <class G>
 __device__ __forceinline__ uint64_t weight_policy() {
   // Decode reads weights once; wide tiles share them between neighbouring token tiles.
-  return G::F::kTileM == 256 ? sm90::createpolicy_evict_normal() : sm90::createpolicy_evict_first();
+  return G::F::kTileN > 128 ? sm90::createpolicy_evict_normal() : sm90::createpolicy_evict_first();
 }
 
 // Product 2, weights; in one thread.
@@ -158,7 +161,10 @@ __device__ __forceinline__ void produce_weights(const GemmParams& p, const Ring<
   uint32_t step = 0;
   for (uint32_t n = 0;; ++n) {
     queue.publish(t, n);
-    if (t.is_end()) break;
+    if (t.is_end()) {
+      if (F::kPingPong) queue.publish(t, n + 1);
+      break;
+    }
     queue.advance();
     Tile next = t;
 #pragma unroll 1
@@ -228,6 +234,7 @@ __device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Rin
   constexpr int kRowStride = 4 * G::kProducerWarps, kRowsPerThread = (F::kTileN + kRowStride - 1) / kRowStride;
   constexpr bool kPreload = F::kTileM != 256;
   const uint64_t policy_w = weight_policy<G>();
+  const uint64_t policy_x = sm90::createpolicy_evict_last();  // many row tiles read a token's row
   const int steps = num_steps<G>(p);
   const int thread = threadIdx.x - 128 * G::kWarpgroups, lane = thread & 31;
   const int chunk = thread & 7, row0 = thread >> 3;  // 16 bytes of rows row0, row0 + stride, ...
@@ -253,7 +260,10 @@ __device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Rin
     const Tile t = {sm90::ld_shared_v4(ring.slots + (n & 1) * 16)};
     __syncwarp();
     if (lane == 0) sm90::mbarrier_arrive(ring.tile_empty + (n & 1) * 8);
-    if (t.is_end()) break;
+    if (t.is_end()) {
+      if (F::kPingPong && thread == 0) queue.publish(t, n + 1);
+      break;
+    }
     if (thread == 0) queue.advance();
     const int width = t.width<F>();
     uint32_t source[kRowsPerThread];  // fits: T * H stays below 2^32 in one call
@@ -283,7 +293,7 @@ __device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Rin
 #pragma unroll
         for (int i = 0; i < kRowsPerThread; ++i) {
           if (F::kTileQuantum % kRowStride == 0 ? kRowStride * i < width : row0 + kRowStride * i < width) {
-            sm90::cp_async_16(dst + i * (kRowStride * kBoxK), x + source[i], bytes);
+            sm90::cp_async_16(dst + i * (kRowStride * kBoxK), x + source[i], bytes, policy_x);
           }
         }
       }
@@ -293,12 +303,32 @@ __device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Rin
   sm90::cp_async_wait_all();
 }
 
+// Product 1, while routing runs and memory is idle: into L2 with the weights of the tile that this CTA gets if the
+// guess holds. A wrong guess costs traffic that nobody waits for.
+template <class G>
+__device__ __forceinline__ void prefetch_likely_weights(const GemmParams& p, const CUtensorMap* map) {
+  using F = typename G::F;
+  const int m_tiles = (p.weight_rows + F::kTileM - 1) / F::kTileM, per_expert = m_tiles * p.likely_token_tiles;
+  const int expert = blockIdx.x / per_expert, m_tile = blockIdx.x % per_expert / p.likely_token_tiles;
+  if (expert >= p.num_experts) return;
+  const int boxes = min(F::kStages * F::kBoxes, (p.k + kBoxK - 1) / kBoxK);
+#pragma unroll 1
+  for (int box = 0; box < boxes; ++box) {
+    if constexpr (G::kGated) {
+      sm90::cp_async_bulk_prefetch_tensor_5d(map, box * kBoxK, 0, 0, m_tile * (F::kTileM / 16), expert);
+    } else {
+      sm90::cp_async_bulk_prefetch_tensor_3d(map, box * kBoxK, m_tile * F::kTileM, expert);
+    }
+  }
+}
+
 // ---- consumers
 
 // All of K for one tile of N tokens.
 template <class G, int N>
-__device__ __forceinline__ void multiply(float* acc, uint32_t& step, int steps, const Ring<G>& ring,
-                                         uint32_t weight_offset, int lane) {
+__device__ __forceinline__ void multiply(float* acc, uint32_t& step, int steps, const Ring<G>& ring, int group,
+                                         int lane) {
+  const uint32_t weight_offset = G::F::kPingPong ? 0 : group * (64 * G::kAtoms * kBoxK);
   constexpr uint32_t kStages = G::F::kStages;
   for (int ks = 0; ks < steps; ++ks, ++step) {
     const uint32_t s = step % kStages, phase = (step / kStages) & 1;
@@ -320,21 +350,22 @@ __device__ __forceinline__ void multiply(float* acc, uint32_t& step, int steps, 
     sm90::wgmma_wait_group<1>();  // the previous step is done
     if (ks > 0 && lane == 0) sm90::mbarrier_arrive(ring.empty + ((step - 1) % kStages) * 8);
   }
+  if (G::F::kPingPong && lane == 0) sm90::mbarrier_arrive(ring.turn + (group ^ 1) * 8);
   sm90::wgmma_wait_group<0>();
   if (lane == 0) sm90::mbarrier_arrive(ring.empty + ((step - 1) % kStages) * 8);
 }
 
 template <class G, int kUnits = 1>
 __device__ __forceinline__ void multiply_width(int units, float* acc, uint32_t& step, int steps, const Ring<G>& ring,
-                                               uint32_t weight_offset, int lane) {
+                                               int group, int lane) {
   constexpr int kWidth = kUnits * G::F::kTileQuantum;
   if constexpr (kWidth >= G::F::kTileN) {
-    multiply<G, kWidth>(acc, step, steps, ring, weight_offset, lane);
+    multiply<G, kWidth>(acc, step, steps, ring, group, lane);
   } else {
     if (units == kUnits) {
-      multiply<G, kWidth>(acc, step, steps, ring, weight_offset, lane);
+      multiply<G, kWidth>(acc, step, steps, ring, group, lane);
     } else {
-      multiply_width<G, kUnits + 1>(units, acc, step, steps, ring, weight_offset, lane);
+      multiply_width<G, kUnits + 1>(units, acc, step, steps, ring, group, lane);
     }
   }
 }
@@ -343,14 +374,19 @@ template <class G>
 __device__ __forceinline__ void consume(const GemmParams& p, const Ring<G>& ring, int warp, int lane) {
   using F = typename G::F;
   const int group = warp >> 2, steps = num_steps<G>(p);
-  uint32_t step = 0;
-  sm90::mbarrier_wait(ring.tile_full, 0);
-  Tile t = {sm90::ld_shared_v4(ring.slots)};
+  constexpr int kStride = F::kPingPong ? 2 : 1;
+  const uint32_t first = F::kPingPong ? group : 0;
+  uint32_t step = first * steps;
+  sm90::mbarrier_wait(ring.tile_full + first * 8, 0);
+  Tile t = {sm90::ld_shared_v4(ring.slots + first * 16)};
   // NOTE: nothing may follow this loop, and nothing may leave it by break: ptxas 13.0 would then drop the register
   // budget that setmaxnreg raised, and spill.
-  for (uint32_t n = 0; !t.is_end();) {
+  for (uint32_t n = first; !t.is_end();) {
     float acc[G::kAccumulators];
-    multiply_width<G>(t.width<F>() / F::kTileQuantum, acc, step, steps, ring, group * (64 * G::kAtoms * kBoxK), lane);
+    // NOTE: a wait for a stage looks one phase ahead and no further, so the other warpgroup must have seen all of its.
+    if (F::kPingPong) sm90::mbarrier_wait(ring.turn + group * 8, ((n >> 1) & 1) ^ (group == 0));
+    multiply_width<G>(t.width<F>() / F::kTileQuantum, acc, step, steps, ring, group, lane);
+    if (F::kPingPong) step += steps;  // the other's tile
 #pragma unroll
     for (int i = 0; i < G::kAccumulators; ++i) asm volatile("" : "+f"(acc[i])::"memory");
     __syncwarp();
@@ -360,7 +396,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Ring<G>& ring
     e.scale_gate = G::kGather ? __ldg(p.scale_gate + t.expert()) : 0.0f;
     e.first_row = t.first_row();
     e.num_rows = t.rows();
-    e.first_column = (t.m_tile() * F::kTileM + group * 64 * G::kAtoms) / (G::kGated ? 2 : 1);
+    e.first_column = (t.m_tile() * F::kTileM + (F::kPingPong ? 0 : group * 64 * G::kAtoms)) / (G::kGated ? 2 : 1);
     e.warp = warp & 3;
     e.lane = lane;
     e.barrier = 1 + group;
@@ -375,7 +411,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Ring<G>& ring
       sm90::bar_sync(e.barrier, 128);
       if ((threadIdx.x & 127) == 0) sm90::red_release_add(p.tile_ready + t.token_tile(), 1);
     }
-    ++n;
+    n += kStride;
     sm90::mbarrier_wait(ring.tile_full + (n & 1) * 8, (n >> 1) & 1);
     t = {sm90::ld_shared_v4(ring.slots + (n & 1) * 16)};
   }
@@ -391,14 +427,14 @@ __global__ void __launch_bounds__(G::kThreads, G::F::kCtasPerSm)
   const Ring<G> ring(smem);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
-    constexpr int kConsumerWarps = 4 * G::kWarpgroups;
     for (int s = 0; s < G::F::kStages; ++s) {
       sm90::mbarrier_init(ring.full + s * 8, G::kGather ? 1 + G::kProducerThreads : 2);
-      sm90::mbarrier_init(ring.empty + s * 8, kConsumerWarps);
+      sm90::mbarrier_init(ring.empty + s * 8, G::kTileWarps);
     }
     for (int i = 0; i < 2; ++i) {
       sm90::mbarrier_init(ring.tile_full + i * 8, 1);
-      sm90::mbarrier_init(ring.tile_empty + i * 8, kConsumerWarps + (G::kGather ? G::kProducerWarps : 1));
+      sm90::mbarrier_init(ring.tile_empty + i * 8, G::kTileWarps + (G::kGather ? G::kProducerWarps : 1));
+      sm90::mbarrier_init(ring.turn + i * 8, 4);
     }
     sm90::fence_mbarrier_init();
     sm90::prefetch_tensormap(&map_w);
@@ -409,6 +445,7 @@ __global__ void __launch_bounds__(G::kThreads, G::F::kCtasPerSm)
   }
   __syncthreads();
   if constexpr (G::kGather) {
+    if (p.likely_token_tiles > 0 && threadIdx.x == G::kConsumers) prefetch_likely_weights<G>(p, &map_w);
     sm90::griddepcontrol_wait();
     sm90::griddepcontrol_launch_dependents();
   }
@@ -443,6 +480,10 @@ void launch_grouped_gemm(const GemmMaps& maps, const GemmParams& p, int grid, co
 
 template <class F>
 void launch_family(Output output, const GemmMaps& maps, const GemmParams& p, int grid, const LaunchConfig& launch) {
+#ifdef EXP_DEV
+  if (output == kSwiglu) return launch_grouped_gemm<F, kSwiglu>(maps, p, grid, launch);
+  return launch_grouped_gemm<F, kBFloat16>(maps, p, grid, launch);
+#endif
   switch (output) {
     case kGelu:
       return launch_grouped_gemm<F, kGelu>(maps, p, grid, launch);

@@ -10,8 +10,10 @@ namespace expertd {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// Tokens that one routing block handles: one bit each in a 64-bit word per expert.
+// Most tokens that one routing block handles: one bit each in a 64-bit word per expert.
 constexpr int kRouteBlockTokens = 64;
+// As many blocks as SMs, about: with fewer tokens blocks get smaller, with more they get more.
+constexpr int kManyBlocks = 128;
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 32;
 
@@ -36,6 +38,7 @@ struct RouteParams {
   DType in_weights_dtype;
   const int* num_valid;  // device scalar or null: tokens at or past it are left alone
   int num_tokens, num_experts, top_k, local_offset, num_local;
+  int block_tokens;  // tokens of a block; the launcher sets it
   int method, n_group, topk_group;
   float routed_scaling_factor;
   bool norm_topk_prob;
@@ -44,14 +47,24 @@ struct RouteParams {
   int* topk_ids;           // [T, K]
   uint16_t* topk_weights;  // [T, K] bfloat16
   int16_t* replay;         // [T, K] or null
-  uint64_t* bitmaps;       // [ceil(T / 64), L] which tokens of a block chose an expert
-  uint8_t* counts;         // [ceil(T / 64), L] how many
+  uint64_t* bitmaps;       // [max_route_blocks(T), L] which tokens of a block chose an expert
+  uint8_t* counts;         // [max_route_blocks(T), L] how many
   int* expanded_to_row;    // [T * K]
   int* row_token;          // [R]
   float* row_weight;       // [R] or null: routing weight per row
   Schedule* schedule;
   TokenTile* tiles;
   int* tile_ready;  // zeroed for each tile
+};
+
+struct FinalizeParams {
+  const uint16_t* rows;        // [R, H] bfloat16
+  const int* expanded_to_row;  // [T * K]
+  const uint16_t* weights;     // [T, K] bfloat16; null: weight 1
+  const int* num_valid;        // device scalar or null
+  void* out;                   // [T, H]
+  DType out_dtype;
+  int num_tokens, hidden_size, top_k;
 };
 
 struct GemmParams {
@@ -69,16 +82,10 @@ struct GemmParams {
   int ready_count;
   Schedule* schedule;
   const TokenTile* tiles;
-};
-
-struct FinalizeParams {
-  const uint16_t* rows;        // [R, H] bfloat16
-  const int* expanded_to_row;  // [T * K]
-  const uint16_t* weights;     // [T, K] bfloat16; null: weight 1
-  const int* num_valid;        // device scalar or null
-  void* out;                   // [T, H]
-  DType out_dtype;
-  int num_tokens, hidden_size, top_k;
+  // Product 1: token tiles of each expert if all are equally chosen, 0: too few tokens for a guess. What the guess says
+  // is brought into L2 while routing still runs.
+  int likely_token_tiles;
+  int num_experts;  // L
 };
 
 struct QuantizeParams {
@@ -93,26 +100,38 @@ struct QuantizeParams {
 struct LaunchConfig {
   cudaStream_t stream;
   bool pdl;
+  int cluster = 1;
 };
 
-void launch_route(const RouteParams& p, const LaunchConfig& launch);
+int max_route_blocks(int num_tokens);  // of calls of up to num_tokens tokens
+void launch_route(RouteParams p, const LaunchConfig& launch);
 void launch_finalize(const FinalizeParams& p, const LaunchConfig& launch);
 void launch_quantize(const QuantizeParams& p, const LaunchConfig& launch);
 
-// Launches one kernel with the attribute for programmatic dependent launch where asked.
+// Launches one kernel: in clusters of launch.cluster blocks, and with the attribute for programmatic dependent launch
+// where asked.
 template <class Kernel, class... Args>
 cudaError_t launch_kernel(Kernel kernel, int grid, int block, int smem, const LaunchConfig& launch,
                           const Args&... args) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  int count = 0;
+  if (launch.pdl) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (launch.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = launch.cluster;
+    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid);
   config.blockDim = dim3(block);
   config.dynamicSmemBytes = smem;
   config.stream = launch.stream;
-  config.attrs = &attribute;
-  config.numAttrs = launch.pdl ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 

@@ -3,10 +3,9 @@
 TENSOR_MAP_BYTES: int
 SCHEDULE_BYTES: int
 TOKEN_TILE_BYTES: int
-ROUTE_BLOCK_TOKENS: int
-OUTPUT_BFLOAT16: int
 
-def families() -> list[tuple[str, int, int, int, int]]: ...
+def max_route_blocks(num_tokens: int) -> int: ...
+def families() -> list[tuple[str, int, int, int, int, int]]: ...
 def encode_weight_rows(map: int, data: int, experts: int, rows: int, k: int, box_rows: int) -> None: ...
 def encode_gate_up(map: int, data: int, experts: int, inter: int, k: int, box_rows: int) -> None: ...
 def encode_rows(map: int, data: int, rows: int, k: int, box_rows: int) -> None: ...
@@ -47,10 +46,10 @@ def route(
     stream: int,
     pdl: bool,
 ) -> None: ...
-def grouped_gemm(
+def gemm1(
     *,
     family: int,
-    output: int,
+    activation: int,
     maps: int,
     x: int,
     row_token: int,
@@ -61,6 +60,25 @@ def grouped_gemm(
     out_columns: int,
     k: int,
     weight_rows: int,
+    max_token_tiles: int,
+    likely_token_tiles: int,
+    num_experts: int,
+    schedule: int,
+    tiles: int,
+    tile_ready: int,
+    ready_count: int,
+    grid: int,
+    stream: int,
+    pdl: bool,
+) -> None: ...
+def gemm2(
+    *,
+    family: int,
+    maps: int,
+    scale: int,
+    rows: int,
+    hidden_size: int,
+    k: int,
     max_token_tiles: int,
     schedule: int,
     tiles: int,

@@ -33,6 +33,8 @@ _ALIGN = 256
 _TILE_MULTIPLE = 16
 _BLOCK_TOKENS = 2048
 """Tokens of one expert that share a pass over its weights: what their rows fill stays in L2."""
+_LIKELY = 0.9
+"""How probable it must be that an expert is chosen at all, for a guess of which weights come first."""
 _DTYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -45,6 +47,7 @@ class Family:
     tile_m: int
     tile_n: int
     tile_quantum: int
+    tile_warpgroups: int
     ctas_per_sm: int
 
     @property
@@ -54,7 +57,7 @@ class Family:
 
     def ready_count(self, weight_rows: int) -> int:
         """What a token tile's counter reaches when the first product is done with it: one for each warpgroup."""
-        return -(-weight_rows // self.tile_m) * (1 if self.tile_m == 64 else 2)
+        return -(-weight_rows // self.tile_m) * self.tile_warpgroups
 
 
 FAMILIES = {f[0]: Family(i, *f) for i, f in enumerate(_cuda.families())}
@@ -295,9 +298,9 @@ class CudaBackend:
     def gemm1(self, layer: PreparedLayer, plan: _Plan, call: _Call, family: Family, x: int) -> None:
         """Rows of x [T, H] fp8 -> activated rows [R, I] fp8."""
         spec, weights = layer.spec, layer.weights
-        _cuda.grouped_gemm(
+        _cuda.gemm1(
             family=family.index,
-            output=int(spec.activation),
+            activation=int(spec.activation),
             maps=plan.maps(family, 0),
             x=x,
             row_token=plan.row_token,
@@ -309,6 +312,8 @@ class CudaBackend:
             k=spec.hidden_size,
             weight_rows=spec.gemm1_rows,
             max_token_tiles=_max_token_tiles(spec, call.num_tokens, family.tile_n),
+            likely_token_tiles=_likely_token_tiles(spec, call.num_tokens, family.tile_n),
+            num_experts=spec.num_local,
             schedule=plan.schedule,
             tiles=plan.tiles,
             tile_ready=plan.tile_ready,
@@ -320,20 +325,14 @@ class CudaBackend:
 
     def gemm2(self, layer: PreparedLayer, plan: _Plan, call: _Call, family: Family) -> None:
         """Activated rows [R, I] fp8 -> rows [R, H] bfloat16."""
-        spec, weights = layer.spec, layer.weights
-        _cuda.grouped_gemm(
+        spec = layer.spec
+        _cuda.gemm2(
             family=family.index,
-            output=_cuda.OUTPUT_BFLOAT16,
             maps=plan.maps(family, 1),
-            x=0,
-            row_token=0,
-            row_weight=0,
-            scale_gate=0,
-            scale=weights.output2_scales_scalar.data_ptr(),
-            out=plan.rows,
-            out_columns=spec.hidden_size,
+            scale=layer.weights.output2_scales_scalar.data_ptr(),
+            rows=plan.rows,
+            hidden_size=spec.hidden_size,
             k=spec.intermediate_size,
-            weight_rows=spec.hidden_size,
             max_token_tiles=_max_token_tiles(spec, call.num_tokens, family.tile_n),
             schedule=plan.schedule,
             tiles=plan.tiles,
@@ -392,6 +391,12 @@ def _max_rows(spec: LayerSpec, num_tokens: int) -> int:
 def _max_token_tiles(spec: LayerSpec, num_tokens: int, tile_n: int) -> int:
     rows = _max_rows(spec, num_tokens)
     return rows // tile_n + min(spec.num_local, rows)
+
+
+def _likely_token_tiles(spec: LayerSpec, num_tokens: int, tile_n: int) -> int:
+    """Token tiles that each expert has if all are equally chosen; 0 where many experts go without a token."""
+    chosen = 1 - (1 - spec.top_k / spec.num_experts) ** num_tokens
+    return -(-num_tokens * spec.top_k // (spec.num_experts * tile_n)) if chosen >= _LIKELY else 0
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -459,7 +464,7 @@ class _Scratch:
     @classmethod
     def of(cls, spec: LayerSpec, num_tokens: int, *, quantizes: bool) -> _Scratch:
         rows = _max_rows(spec, num_tokens)
-        blocks = -(-num_tokens // _cuda.ROUTE_BLOCK_TOKENS)
+        blocks = _cuda.max_route_blocks(num_tokens)
         tiles = max(_max_token_tiles(spec, num_tokens, f.tile_n) for f in FAMILIES.values())
         sizes = {
             "schedule": _cuda.SCHEDULE_BYTES,

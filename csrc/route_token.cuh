@@ -1,0 +1,289 @@
+// One token in one warp: logits -> the experts of its slots and their weights.
+//
+// A lane owns kPer consecutive experts, so that of equal scores the lower lane holds the smaller id. It sorts its
+// scores once; a slot is then a maximum over the lanes' heads, and the lane that had it moves up. Which expert a head
+// was is looked up after the last slot, for all slots at once.
+#pragma once
+#include <cuda_bf16.h>
+
+#include "params.h"
+
+namespace expertd {
+
+enum Method {
+  kDefault = 0,
+  kRenormalize = 1,
+  kDeepSeekV3 = 2,
+  kLlama4 = 3,
+  kRenormalizeNaive = 4,
+  kTopK = 5,
+  kSigmoidRenorm = 6,
+  kMiniMax2 = 7,
+  kSigmoid = 8,
+};
+
+// What experts are chosen by. NOTE: routing runs once per layer, its instructions long evicted by the weights, so what
+// is not needed is not compiled in.
+enum Score { kByLogit, kBySoftmax, kBySigmoid };
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ float load_float(const void* data, DType dtype, size_t i) {
+  if (dtype == DType::kFloat32) return __ldg(static_cast<const float*>(data) + i);
+  return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+}
+
+// values[i] = row[first + i] where first + i < n, else 0. In 16-byte loads where the row is whole and aligned.
+template <int kPer>
+__device__ __forceinline__ void load_floats(const void* data, DType dtype, size_t row, int n, int first,
+                                            float (&values)[kPer]) {
+  const char* base = static_cast<const char*>(data) + (row + first) * (dtype == DType::kFloat32 ? 4 : 2);
+  const bool whole = n == 32 * kPer;
+  if constexpr (kPer % 4 == 0) {
+    if (whole && dtype == DType::kFloat32 && (reinterpret_cast<uintptr_t>(data) & 15) == 0) {
+#pragma unroll
+      for (int i = 0; i < kPer; i += 4) {
+        const float4 v = __ldg(reinterpret_cast<const float4*>(base) + i / 4);
+        values[i] = v.x, values[i + 1] = v.y, values[i + 2] = v.z, values[i + 3] = v.w;
+      }
+      return;
+    }
+    if (whole && dtype == DType::kBFloat16 && (reinterpret_cast<uintptr_t>(data) & 7) == 0) {
+#pragma unroll
+      for (int i = 0; i < kPer; i += 4) {
+        const uint2 v = __ldg(reinterpret_cast<const uint2*>(base) + i / 4);
+        values[i] = __uint_as_float(v.x << 16), values[i + 1] = __uint_as_float(v.x & 0xffff0000u);
+        values[i + 2] = __uint_as_float(v.y << 16), values[i + 3] = __uint_as_float(v.y & 0xffff0000u);
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) values[i] = first + i < n ? load_float(data, dtype, row + first + i) : 0.0f;
+}
+
+// Unsigned keys in the order of the floats, NaN greatest: a row that holds NaN shows it. 0: taken, excluded, no expert.
+__device__ __forceinline__ uint32_t order_key(float f) {
+  if (f != f) return 0xffffffffu;
+  const uint32_t bits = __float_as_uint(__fadd_rn(f, 0.0f));  // -0 ties with +0
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float key_value(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+// NOTE: xor shuffles add in one fixed order, so that a token's weights do not depend on where it runs.
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask >>= 1) v = __fadd_rn(v, __shfl_xor_sync(kAllLanes, v, mask));
+  return v;
+}
+__device__ __forceinline__ float warp_max(float v) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask >>= 1) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, mask));
+  return v;
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, __fadd_rn(1.0f, expf(-x))); }
+
+// Batcher's odd-even merge sort, one step and all that follow. NOTE: a template, because unrolled loops over the steps
+// leave the larger arrays in local memory.
+template <int kN, int kP, int kK>
+__device__ __forceinline__ void merge_descending(uint32_t (&keys)[kN]) {
+#pragma unroll
+  for (int i = 0; i + kK < kN; ++i) {
+    const bool compares = i >= kK % kP && (i - kK % kP) / kK % 2 == 0 && i / (2 * kP) == (i + kK) / (2 * kP);
+    if (compares) {
+      const uint32_t a = keys[i], b = keys[i + kK];
+      keys[i] = max(a, b);
+      keys[i + kK] = min(a, b);
+    }
+  }
+  if constexpr (kK > 1) {
+    merge_descending<kN, kP, kK / 2>(keys);
+  } else if constexpr (2 * kP < kN) {
+    merge_descending<kN, 2 * kP, 2 * kP>(keys);
+  }
+}
+
+template <int kN>
+__device__ __forceinline__ void sort_descending(uint32_t (&keys)[kN]) {
+  if constexpr (kN > 1) merge_descending<kN, 1, 1>(keys);
+}
+
+// Excludes the experts of all but the topk_group best groups. A group's score: the sum of its two highest.
+// Groups of whole lanes; `lanes` of them, a power of two.
+template <int kPer>
+__device__ __forceinline__ void keep_groups(const RouteParams& p, uint32_t (&keys)[kPer], int lanes, int lane) {
+  uint32_t first = 0, second = 0;
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    second = max(second, min(first, keys[i]));
+    first = max(first, keys[i]);
+  }
+#pragma unroll 1
+  for (int mask = 1; mask < lanes; mask *= 2) {
+    const uint32_t other_first = __shfl_xor_sync(kAllLanes, first, mask),
+                   other_second = __shfl_xor_sync(kAllLanes, second, mask);
+    second = max(min(first, other_first), max(second, other_second));
+    first = max(first, other_first);
+  }
+  const uint32_t mine = order_key(__fadd_rn(key_value(first), key_value(second)));
+  const int group = lane / lanes;
+  int better = 0;
+#pragma unroll 4
+  for (int other = 0; other < p.n_group; ++other) {
+    const uint32_t key = __shfl_sync(kAllLanes, mine, other * lanes);
+    better += key > mine || (key == mine && other < group);
+  }
+  if (better >= p.topk_group) {
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) keys[i] = 0;
+  }
+}
+
+// The same for groups of any size, through memory of the warp's own: [num_experts + n_group].
+template <int kPer>
+__device__ __forceinline__ void keep_odd_groups(const RouteParams& p, uint32_t (&keys)[kPer], uint32_t* memory,
+                                                int lane) {
+  const int size = p.num_experts / p.n_group;
+  uint32_t* group_keys = memory + p.num_experts;
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    if (lane * kPer + i < p.num_experts) memory[lane * kPer + i] = keys[i];
+  }
+  __syncwarp();
+#pragma unroll 1
+  for (int g = lane; g < p.n_group; g += 32) {
+    uint32_t first = 0, second = 0;
+#pragma unroll 1
+    for (int i = 0; i < size; ++i) {
+      const uint32_t key = memory[g * size + i];
+      second = max(second, min(first, key));
+      first = max(first, key);
+    }
+    group_keys[g] = order_key(__fadd_rn(key_value(first), key_value(second)));
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const int group = min((lane * kPer + i) / size, p.n_group - 1);
+    const uint32_t mine = group_keys[group];
+    int better = 0;
+#pragma unroll 1
+    for (int other = 0; other < p.n_group; ++other) {
+      better += group_keys[other] > mine || (group_keys[other] == mine && other < group);
+    }
+    if (better >= p.topk_group) keys[i] = 0;
+  }
+  __syncwarp();  // before the next token writes there
+}
+
+// Lanes that share a group where groups are whole lanes, a power of two of them; else 0.
+template <int kPer>
+__host__ __device__ __forceinline__ int lanes_per_group(const RouteParams& p) {
+  const int size = p.num_experts / p.n_group, lanes = size / kPer;
+  return size % kPer == 0 && (lanes & (lanes - 1)) == 0 ? lanes : 0;
+}
+
+// Lane k returns the expert of slot k, and its weight; lanes past top_k return 0 for both.
+// `memory`: of the warp, for odd groups.
+template <Score kScore, int kPer>
+__device__ __forceinline__ int route_token(const RouteParams& p, int token, uint32_t* memory, int lane, float& weight) {
+  const size_t row = static_cast<size_t>(token) * p.num_experts;
+  const int first_expert = lane * kPer;
+  float values[kPer];
+  load_floats<kPer>(p.logits, p.logits_dtype, row, p.num_experts, first_expert, values);
+  uint32_t keys[kPer];
+  float top = 0.0f, inverse = 1.0f;
+  if constexpr (kScore == kBySigmoid) {
+    float bias[kPer] = {};
+    if (p.bias != nullptr) load_floats<kPer>(p.bias, p.bias_dtype, 0, p.num_experts, first_expert, bias);
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) keys[i] = order_key(__fadd_rn(sigmoid(values[i]), bias[i]));
+  } else if constexpr (kScore == kBySoftmax) {
+    top = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) top = first_expert + i < p.num_experts ? fmaxf(top, values[i]) : top;
+    top = warp_max(top);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      values[i] = first_expert + i < p.num_experts ? expf(__fsub_rn(values[i], top)) : 0.0f;
+      sum = __fadd_rn(sum, values[i]);
+    }
+    inverse = __fdividef(1.0f, warp_sum(sum));
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) keys[i] = order_key(__fmul_rn(values[i], inverse));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) keys[i] = order_key(values[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    if (first_expert + i >= p.num_experts) keys[i] = 0;
+  }
+  if constexpr (kScore == kBySigmoid) {
+    if (p.n_group > 1) {
+      const int lanes = lanes_per_group<kPer>(p);
+      if (lanes > 0) {
+        keep_groups<kPer>(p, keys, lanes, lane);
+      } else {
+        keep_odd_groups<kPer>(p, keys, memory, lane);
+      }
+    }
+  }
+
+  uint32_t sorted[kPer];
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) sorted[i] = keys[i];
+  sort_descending(sorted);
+  uint32_t my_key = 0;
+  int my_owner = lane;  // a lane without a slot must not look like another's
+#pragma unroll 1
+  for (int k = 0; k < p.top_k; ++k) {
+    const uint32_t greatest = __reduce_max_sync(kAllLanes, sorted[0]);
+    const int owner = __ffs(__ballot_sync(kAllLanes, sorted[0] == greatest)) - 1;
+    if (lane == k) my_key = greatest, my_owner = owner;
+    const bool mine = lane == owner;
+#pragma unroll
+    for (int i = 0; i + 1 < kPer; ++i) sorted[i] = mine ? sorted[i + 1] : sorted[i];
+    sorted[kPer - 1] = mine ? 0 : sorted[kPer - 1];
+  }
+  // The expert of slot k: of its owner's experts with that key the next after those of earlier slots.
+  uint32_t candidates = 0;
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    candidates |= __shfl_sync(kAllLanes, keys[i], my_owner) == my_key ? 1u << i : 0u;
+  }
+  const bool active = lane < p.top_k;
+  const unsigned slots = p.top_k == 32 ? kAllLanes : (1u << p.top_k) - 1;
+  const unsigned same = __match_any_sync(kAllLanes, my_key) & __match_any_sync(kAllLanes, my_owner) & slots;
+  for (int earlier = __popc(same & ((1u << lane) - 1)); earlier > 0; --earlier) candidates &= candidates - 1;
+  const int id = active ? my_owner * kPer + __ffs(candidates) - 1 : 0;
+
+  // Weights: lane k < top_k holds slot k, the others zeros.
+  if constexpr (kScore == kBySoftmax) {
+    weight = active ? key_value(my_key) : 0.0f;
+    if (p.method == kRenormalizeNaive && p.norm_topk_prob) weight = __fdividef(weight, warp_sum(weight));
+  } else if constexpr (kScore == kByLogit) {
+    const float logit = active ? key_value(my_key) : 0.0f;
+    weight = logit;
+    if (p.method == kLlama4) weight = active ? sigmoid(logit) : 0.0f;
+    if (p.method == kRenormalize) {
+      const float greatest = warp_max(active ? logit : -INFINITY);  // NOTE: by all lanes, so not inside the condition
+      const float e = active ? expf(__fsub_rn(logit, greatest)) : 0.0f;
+      weight = __fdividef(e, warp_sum(e));
+    }
+  } else {
+    // With a bias the key is not the score any more.
+    const float score = p.bias == nullptr ? key_value(my_key) : sigmoid(load_float(p.logits, p.logits_dtype, row + id));
+    weight = active ? score : 0.0f;
+    const bool shares = p.method != kSigmoid && (p.method != kSigmoidRenorm || p.norm_topk_prob);
+    if (shares) weight = __fdividef(weight, __fadd_rn(warp_sum(weight), 1e-20f));
+    if (p.method == kDeepSeekV3 || p.method == kMiniMax2) weight = __fmul_rn(weight, p.routed_scaling_factor);
+  }
+  return id;
+}
+
+}  // namespace expertd
