@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
@@ -52,7 +53,7 @@ class Limits:
     """Batches that are launched and not computed yet."""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Entry(Generic[P, R]):
     """One admitted request."""
 
@@ -172,7 +173,10 @@ class Batcher(Generic[P, R]):
             self._queue_requests += 1
             if self._num_in_flight < self._limits.max_in_flight:
                 self._changed.notify_all()
-        entry.future.add_done_callback(lambda future: self._forget(entry) if future.cancelled() else None)
+        # NOTE: a weak reference. The future would hold the entry, which holds the future: a request's tensors and its
+        # layer would then live until Python happens to look for cycles.
+        waiting = weakref.ref(entry)
+        entry.future.add_done_callback(lambda future: self._forget(waiting()) if future.cancelled() else None)
         return entry.future
 
     def start(self) -> None:
@@ -299,8 +303,10 @@ class Batcher(Generic[P, R]):
         delay_s = (self._queue_tokens + self._running_tokens) / self._tokens_per_s
         return min(max(delay_s, _MIN_RETRY_DELAY_S), _MAX_RETRY_DELAY_S)
 
-    def _forget(self, entry: Entry[P, R]) -> None:
-        """Take a cancelled entry out of its queue, so that its room is free at once."""
+    def _forget(self, entry: Entry[P, R] | None) -> None:
+        """Take a cancelled entry out of its queue, so that its room is free at once. None: it is in none."""
+        if entry is None:
+            return
         with self._changed:
             queue = self._queues.get(entry.key)
             if queue is not None and queue.pop(entry.sequence, None) is not None:

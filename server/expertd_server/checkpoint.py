@@ -92,8 +92,7 @@ class Checkpoint:
 
     def nbytes(self, layer_name: str, experts: range | None = None) -> int:
         """Bytes of FP8 weights that `load` of the same arguments returns."""
-        spec = self.spec(layer_name, experts)
-        return spec.num_local * (spec.gemm1_rows + spec.intermediate_size) * spec.hidden_size
+        return self.spec(layer_name, experts).weights_nbytes
 
     def account(self, layer_name: str, experts: range | None = None, *, need_input_scales: bool = True) -> LayerAccount:
         """Hold what the layer needs against what the files have; reads headers only.

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import ipaddress
 import os
 import re
 import textwrap
@@ -30,6 +31,7 @@ _LAYERS: Final = "layers"
 _NETWORK: Final = "network"
 _TLS: Final = "TLS"
 _BATCHING: Final = "batching and limits"
+_ADMIN: Final = "administration"
 _OPERATION: Final = "operation"
 
 _LOG_LEVELS: Final = ("debug", "info", "warning", "error")
@@ -49,6 +51,7 @@ _UNBOUNDED: Final = 2**63 - 1
 _RANGES: Final = {
     "port": (0, 65535),
     "metrics_port": (0, 65535),
+    "admin_port": (0, 65535),
     "synthetic_layers": (1, _UNBOUNDED),
     "synthetic_seed": (0, _UNBOUNDED),
     "weights_version": (1, _UNBOUNDED),
@@ -87,7 +90,8 @@ class Config:
     device: str = field(default="auto", metadata=_in(_LAYERS, "DEVICE"))
     """What computes: cpu, cuda, cuda:N, or auto for a GPU where there is one."""
     memory_budget_bytes: int | None = field(default=None, metadata=_in(_LAYERS, "BYTES"))
-    """Refuse to start when the layers would hold more device memory than this. Default: no bound."""
+    """Refuse to start, or to load a version, when the layers would hold more device memory than this. Default: no
+    bound."""
 
     host: str = field(default="127.0.0.1", metadata=_in(_NETWORK, "ADDRESS"))
     """Address to listen on. Only this machine can reach the default; 0.0.0.0 opens every IPv4 interface, and then TLS
@@ -127,10 +131,19 @@ class Config:
     request_timeout_s: float = field(default=60.0, metadata=_in(_BATCHING, "SECONDS"))
     """Give up on a request after this time where the caller sets no earlier deadline."""
 
+    admin: bool = field(default=False, metadata=_in(_ADMIN))
+    """Answer AdminService: load weights, swap and unload versions of a layer, drain the server."""
+    admin_host: str = field(default="127.0.0.1", metadata=_in(_ADMIN, "ADDRESS"))
+    """Address to answer it on, with TLS if the server has it. Whoever reaches it commands the server: beyond this
+    machine it takes mutual TLS (--tls-client-ca-file)."""
+    admin_port: int = field(default=50052, metadata=_in(_ADMIN, "PORT"))
+    """Port to answer it on; 0 picks a free one."""
+
     shutdown_grace_s: float = field(default=30.0, metadata=_in(_OPERATION, "SECONDS"))
     """After SIGTERM or SIGINT: how long requests in flight may take to finish before the process ends anyway."""
     ready_file: Path | None = field(default=None, metadata=_in(_OPERATION, "FILE"))
-    """Write one line of JSON here when every layer answers: address, port, metrics_port, pid, instance_id."""
+    """Write one line of JSON here when every layer answers: address, port, metrics_port, admin_port, pid,
+    instance_id."""
     tune_malloc: bool = field(default=True, metadata=_in(_OPERATION))
     """Start with glibc malloc settings that keep the memory of large messages mapped, unless the environment has its
     own; they save each answer of 0.5 MB about a millisecond. Freed memory then stays with the process, up to 4 GiB."""
@@ -155,8 +168,9 @@ class Config:
                 raise self._error(option.name, f"one of {', '.join(choices)}")
         if not _DEVICE.fullmatch(self.device):
             raise self._error("device", "cpu, cuda, cuda:N or auto")
-        if not self.host:
-            raise self._error("host", "an address such as 127.0.0.1")
+        for name in ("host", "admin_host"):
+            if not getattr(self, name):
+                raise self._error(name, "an address such as 127.0.0.1")
         self._check_tls()
         if self.checkpoint is None:
             for name in ("layers", "calibration"):
@@ -176,6 +190,8 @@ class Config:
             raise self._error(missing, "a file: tls_cert_file and tls_key_file go together")
         if self.tls_client_ca_file is not None and self.tls_cert_file is None:
             raise self._error("tls_cert_file", "a file: tls_client_ca_file needs the server's own certificate")
+        if self.admin and not _is_loopback(self.admin_host) and self.tls_client_ca_file is None:
+            raise self._error("admin_host", "an address of this machine alone, or mutual TLS (tls_client_ca_file)")
 
     def _check_range(self, name: str, least: int, most: int) -> None:
         value = getattr(self, name)
@@ -280,6 +296,13 @@ def _parsed(name: str, value: Any, source: str) -> Any:
         if str(value).startswith("tcp://"):
             hint = "; Kubernetes sets this for a Service of that name: set enableServiceLinks: false in the pod"
         raise ConfigError(f"{source} is {value!r}, expected {expected}{hint}") from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _parse_experts(text: str) -> range:

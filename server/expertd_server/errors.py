@@ -4,6 +4,8 @@ ExpertdServerError
 ├── InvalidArgumentError     fix the request: names each offending field
 ├── LayerNotFoundError       ask ListLayers
 ├── VersionNotHeldError      ask for a version that is held, or for none
+├── VersionConflictError     an order that does not fit the versions held: the message says what to do first
+├── AdminNotHereError        turn the admin methods on, or send orders where they are answered
 ├── OverloadedError          come back after retry_delay_s
 ├── UnavailableError         starting or draining: try another server, or come back
 ├── RequestTimeoutError      the deadline passed before the request was computed
@@ -11,6 +13,7 @@ ExpertdServerError
 ├── BackendError             the device failed; this batch is lost, the next may do
 ├── CheckpointError          fix the checkpoint: names the tensor
 └── ConfigError              fix the option: names it
+    └── InsufficientMemoryError  free memory, or load less
 
 `code` is the name of a google.rpc.Code and `reason` the stable machine-readable word of google.rpc.ErrorInfo; the
 service maps them to gRPC, nothing else has to know about it.
@@ -18,22 +21,26 @@ service maps them to gRPC, nothing else has to know about it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 __all__ = [
+    "AdminNotHereError",
     "BackendError",
     "CheckpointError",
     "ConfigError",
     "ExpertdServerError",
     "FieldViolation",
+    "InsufficientMemoryError",
     "InvalidArgumentError",
     "LayerNotFoundError",
     "OverloadedError",
     "RequestCancelledError",
     "RequestTimeoutError",
     "UnavailableError",
+    "VersionConflictError",
     "VersionNotHeldError",
 ]
 
@@ -43,6 +50,8 @@ class ExpertdServerError(Exception):
 
     code: ClassVar[str] = "INTERNAL"
     reason: ClassVar[str] = "INTERNAL"
+    metadata: Mapping[str, str] = MappingProxyType({})
+    """Figures for programs, in google.rpc.ErrorInfo."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,20 @@ class VersionNotHeldError(ExpertdServerError, LookupError):
 
     code = "FAILED_PRECONDITION"
     reason = "WEIGHTS_VERSION_NOT_HELD"
+
+
+class VersionConflictError(ExpertdServerError):
+    """An order that does not fit the versions that are held."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "VERSION_CONFLICT"
+
+
+class AdminNotHereError(ExpertdServerError):
+    """AdminService is off, or answered on another address."""
+
+    code = "PERMISSION_DENIED"
+    reason = "ADMIN_NOT_HERE"
 
 
 class OverloadedError(ExpertdServerError):
@@ -137,3 +160,17 @@ class ConfigError(ExpertdServerError, ValueError):
 
     code = "INVALID_ARGUMENT"
     reason = "BAD_CONFIG"
+
+
+class InsufficientMemoryError(ConfigError):
+    """Weights do not fit beside what is held.
+
+    needed_bytes: of the weights to hold; free_bytes: what there is for them.
+    """
+
+    code = "FAILED_PRECONDITION"
+    reason = "INSUFFICIENT_MEMORY"
+
+    def __init__(self, message: str, *, needed_bytes: int, free_bytes: int) -> None:
+        self.metadata = {"needed_bytes": str(needed_bytes), "free_bytes": str(free_bytes)}
+        super().__init__(message)

@@ -145,7 +145,7 @@ class Graphs:
         return sum(len(self._usual(layer)) for layer in layers) * len(self._pool.slots)
 
     def capture(self, layers: Iterable[MoELayer], advance: Callable[[int], None] | None = None) -> None:
-        """Capture every graph that batches of usual kinds will ask for, the largest first.
+        """Capture every graph that batches of usual kinds will ask for, the largest first, but for those there are.
 
         Batches may be served meanwhile, on the slots that are not being worked on. advance: told how many more are
         done. Raises BackendError when a slot does not become free or the device has no room for the graphs.
@@ -188,9 +188,12 @@ class Graphs:
         for wanted in self._pool.slots:
             slot = self._pool.take(_SLOT_TIMEOUT_S, wanted)
             try:
-                with self._lock:
-                    self._warm_up(slot, layer, usual)
-                    self._capture(slot, layer, usual, run_once=True)
+                table = slot.graphs.get(layer, {})  # not before the slot is taken: then it may grow, and forget
+                missing = [which for which in usual if which not in table]
+                if missing:
+                    with self._lock:
+                        self._warm_up(slot, layer, missing)
+                        self._capture(slot, layer, missing, run_once=True)
             except RuntimeError as error:
                 slot.settle()
                 raise BackendError(

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-__all__ = ["ExpertLoad", "Metrics", "MetricsEndpoint"]
+__all__ = ["ExpertLoad", "LayerFacts", "Metrics", "MetricsEndpoint"]
 
 _DURATION_BUCKETS_S = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SIZE_BUCKETS = tuple(2**n for n in range(15))
@@ -67,6 +68,23 @@ class ExpertLoad:
             slices = [counts for start_s, counts in self._recent if start_s > since_s]
         counts = np.sum(slices, axis=0) if slices else np.zeros(1, np.int64)
         return float(counts.max() / counts.mean()) if counts.any() else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFacts:
+    """What the metrics say about one version of a layer."""
+
+    layer: str
+    weights_version: int
+    is_current: bool
+    hidden_size: int
+    intermediate_size: int
+    experts: str
+    """Global ids of the first and the last expert held here, as in 0-63."""
+    top_k: int
+    routing: str
+    activation: str
+    nbytes: int
 
 
 class Metrics:
@@ -134,27 +152,6 @@ class Metrics:
         self._device_memory = Gauge(
             "expertd_device_memory_bytes", "Memory of the GPU by purpose.", ["purpose"], registry=self.registry
         )
-        self._layer_weights_bytes = Gauge(
-            "expertd_layer_weights_bytes",
-            "Bytes of device memory that a layer holds.",
-            ["layer"],
-            registry=self.registry,
-        )
-        self._layer_info = Gauge(
-            "expertd_layer_info",
-            "Always 1; the labels say what the layer is.",
-            [
-                "layer",
-                "weights_version",
-                "hidden_size",
-                "intermediate_size",
-                "experts",
-                "top_k",
-                "routing",
-                "activation",
-            ],
-            registry=self.registry,
-        )
         self._backend_info = Gauge(
             "expertd_backend_info",
             "Always 1; the labels say what runs the layers.",
@@ -164,7 +161,9 @@ class Metrics:
         self._build_info = Gauge(
             "expertd_build_info", "Always 1; the labels say what runs.", ["version", "python"], registry=self.registry
         )
-        self.registry.register(_ExpertCollector(self))
+        self._layers: Callable[[], Iterable[LayerFacts]] = tuple
+        self.registry.register(_WhenScraped(self._collect_experts))
+        self.registry.register(_WhenScraped(self._collect_layers))
 
     def observe_phases(self, **seconds: float) -> None:
         """Record how long each phase of one request took."""
@@ -177,9 +176,10 @@ class Metrics:
         """Record a batch and the global expert ids that it selected."""
         self.batch_requests.observe(requests)
         self.batch_tokens.observe(tokens)
-        if layer in self._loads:
+        counted = self._loads.get(layer)
+        if counted is not None:
             for ids in topk_ids:
-                self._loads[layer][1].add(ids)
+                counted[1].add(ids)
 
     def observe_device(self, compute_s: float, tokens: int, graph_rows: int | None) -> None:
         """Record how long a batch computed, and the graph that ran it; graph_rows None: none."""
@@ -204,28 +204,39 @@ class Metrics:
         self._backend_info.labels(backend, device).set(1)
         self._build_info.labels(version, platform.python_version()).set(1)
 
-    def add_layer(
-        self,
-        name: str,
-        *,
-        weights_version: int,
-        hidden_size: int,
-        intermediate_size: int,
-        local_expert_offset: int,
-        local_num_experts: int,
-        top_k: int,
-        routing: str,
-        activation: str,
-        nbytes: int,
-    ) -> None:
-        """Say that a layer is held, and count its experts' tokens from now on."""
-        self._layer_weights_bytes.labels(name).set(nbytes)
-        experts = f"{local_expert_offset}-{local_expert_offset + local_num_experts - 1}"
-        labels = (weights_version, hidden_size, intermediate_size, experts, top_k, routing, activation)
-        self._layer_info.labels(name, *map(str, labels)).set(1)
-        self._loads[name] = (local_expert_offset, ExpertLoad(local_expert_offset, local_num_experts))
+    def watch_layers(self, layers: Callable[[], Iterable[LayerFacts]]) -> None:
+        """Read what is held, version by version, from this when scraped."""
+        self._layers = layers
 
-    def collect_experts(self) -> Iterable[Metric]:
+    def count_experts(self, layer: str, local_expert_offset: int, local_num_experts: int) -> None:
+        """Count the tokens of a layer's experts, from now on or from when this was said first."""
+        self._loads.setdefault(layer, (local_expert_offset, ExpertLoad(local_expert_offset, local_num_experts)))
+
+    def forget_experts(self, layer: str) -> None:
+        """The layer is held no more."""
+        self._loads.pop(layer, None)
+
+    def _collect_layers(self) -> Iterable[Metric]:
+        labels = ["hidden_size", "intermediate_size", "experts", "top_k", "routing", "activation"]
+        info = GaugeMetricFamily(
+            "expertd_layer_info",
+            "Always 1; the labels say what the layer is, weights_version the current version.",
+            labels=["layer", "weights_version", *labels],
+        )
+        nbytes = GaugeMetricFamily(
+            "expertd_layer_weights_bytes",
+            "Bytes of device memory that a version of a layer's weights holds.",
+            labels=["layer", "weights_version"],
+        )
+        for facts in self._layers():
+            key = [facts.layer, str(facts.weights_version)]
+            nbytes.add_metric(key, facts.nbytes)
+            if facts.is_current:
+                info.add_metric([*key, *(str(getattr(facts, label)) for label in labels)], 1)
+        yield info
+        yield nbytes
+
+    def _collect_experts(self) -> Iterable[Metric]:
         """The metrics by expert, counted when scraped."""
         imbalance = GaugeMetricFamily(
             "expertd_expert_imbalance_ratio",
@@ -265,9 +276,9 @@ class MetricsEndpoint:
         self._thread.join()
 
 
-class _ExpertCollector(Collector):
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+class _WhenScraped(Collector):
+    def __init__(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        self._collect = collect
 
     def collect(self) -> Iterable[Metric]:
-        return self._metrics.collect_experts()
+        return self._collect()

@@ -21,6 +21,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from expertd_server import __version__
+from expertd_server.admin import ADMIN_SERVICE_NAME, AdminService, not_here_handler
+from expertd_server.admin_endpoint import AdminEndpoint
 from expertd_server.backend import Backend, select_backend
 from expertd_server.batcher import Limits
 from expertd_server.calls import Calls
@@ -29,10 +31,11 @@ from expertd_server.engine import BatchReport, Engine
 from expertd_server.errors import ConfigError
 from expertd_server.interceptor import ServiceInterceptor
 from expertd_server.layer import MoELayer
+from expertd_server.listen import bind
 from expertd_server.loader import load_layers
-from expertd_server.metrics import Metrics, MetricsEndpoint
+from expertd_server.metrics import LayerFacts, Metrics, MetricsEndpoint
 from expertd_server.service import SERVICE_NAME, ExpertService, ServerFacts
-from expertd_server.store import LayerStore
+from expertd_server.store import Held, LayerStore
 
 __all__ = ["Server", "stop_on_signals"]
 
@@ -74,6 +77,8 @@ class Server:
         """The real port, once started."""
         self.metrics_port: int | None = None
         self._metrics_endpoint: MetricsEndpoint | None = None
+        self.admin_port: int | None = None
+        self._admin_endpoint: AdminEndpoint | None = None
         self._stop_requested = threading.Event()
         self._service = self._make_service()
         self._health = health.HealthServicer()
@@ -95,17 +100,22 @@ class Server:
         self.metrics.set_server(version=__version__, backend=self.backend.name, device=device)
         batcher = self.engine.batcher
         self.metrics.watch_queue(lambda: batcher.queue_tokens, lambda: batcher.queue_requests)
+        self.metrics.watch_layers(lambda: [facts for held in self.store.all_held() for facts in _facts(held)])
         self.metrics.watch_device(lambda: self.engine.slots.in_use, self.engine.device_memory)
-        self.port = self._bind()
+        self.port = bind(self._grpc, config, config.host, config.port)
         if config.metrics_port is not None:
             try:
                 self._metrics_endpoint = MetricsEndpoint(self.metrics.registry, config.host, config.metrics_port)
             except OSError as error:
                 raise ConfigError(f"metrics_port {config.metrics_port} on {config.host}: {error}") from error
             self.metrics_port = self._metrics_endpoint.port
+        if config.admin:
+            self._admin_endpoint = AdminEndpoint(config, self._make_admin_service(), self.metrics)
+            self.admin_port = self._admin_endpoint.port
         batcher.start()
         self._grpc.start()
-        for layer in self._layers:
+        layers, self._layers = self._layers, ()  # the store alone keeps layers: what it gives up shall be freed
+        for layer in layers:
             self._hold(layer)
             if self._stop_requested.is_set():
                 return False
@@ -127,11 +137,12 @@ class Server:
         return True
 
     def ready_facts(self) -> dict[str, object]:
-        """What a launcher wants to know: address, port, metrics_port, pid, instance_id."""
+        """What a launcher wants to know: address, port, metrics_port, admin_port, pid, instance_id."""
         return {
             "address": f"{self.config.host}:{self.port}",
             "port": self.port,
             "metrics_port": self.metrics_port,
+            "admin_port": self.admin_port,
             "pid": os.getpid(),
             "instance_id": self.instance_id,
         }
@@ -145,18 +156,24 @@ class Server:
         """Ask `serve` (or `startup`) to return; safe to call from a signal handler and from any thread."""
         self._stop_requested.set()
 
-    def shutdown(self) -> bool:
-        """Say NOT_SERVING, finish what is in flight within shutdown_grace_s, close. False when something was cut off.
+    def drain(self, timeout_s: float) -> bool:
+        """Say NOT_SERVING, refuse new requests with UNAVAILABLE, finish what is in flight.
 
-        From the start on new requests get UNAVAILABLE. Idle streams are closed at once, busy ones when they are idle.
+        False when something is left after timeout_s. Idle streams are closed at once, busy ones when they are idle. The process stays up; there is no way back.
         """
-        until_s = time.monotonic() + self.config.shutdown_grace_s
-        self._stop_requested.set()
+        until_s = time.monotonic() + timeout_s
         self._health.enter_graceful_shutdown()
         log.info("draining: %d requests wait", self.engine.batcher.queue_requests)
         self._service.begin_drain()
         drained = self.engine.batcher.drain(_left(until_s))
-        drained = self._service.wait_idle(_left(until_s)) and drained
+        return self._service.wait_idle(_left(until_s)) and drained
+
+    def shutdown(self) -> bool:
+        """Drain within shutdown_grace_s, then close. False when something was cut off."""
+        self._stop_requested.set()
+        if self._admin_endpoint is not None:
+            self._admin_endpoint.close()
+        drained = self.drain(self.config.shutdown_grace_s)
         self._grpc.stop(_CLOSE_S if drained else 0).wait(2 * _CLOSE_S)
         self.engine.batcher.stop(_CLOSE_S)
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -195,13 +212,18 @@ class Server:
             max_stream_requests=config.max_stream_requests,
         )
 
+    def _make_admin_service(self) -> AdminService:
+        return AdminService(
+            self.config, self.backend, self.store, self.engine, hold=self._hold, forget=self._forget, drain=self.drain
+        )
+
     def _make_grpc_server(self) -> grpc.Server:
         config = self.config
         num_threads = config.max_streams + config.max_unary_requests + _SPARE_THREADS
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="expertd-rpc")
         server = grpc.server(
             self._pool,
-            interceptors=[ServiceInterceptor(SERVICE_NAME, self.metrics)],
+            interceptors=[ServiceInterceptor(name, self.metrics) for name in (SERVICE_NAME, ADMIN_SERVICE_NAME)],
             # More calls than threads would wait for one without bound; gRPC refuses them with RESOURCE_EXHAUSTED.
             maximum_concurrent_rpcs=num_threads,
             options=[
@@ -214,37 +236,16 @@ class Server:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ],
         )
-        server.add_generic_rpc_handlers((self._service.handler(),))
+        server.add_generic_rpc_handlers((self._service.handler(), not_here_handler(config)))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if config.reflection:
             reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
 
-    def _bind(self) -> int:
-        config = self.config
-        address = f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"
-        try:
-            if config.tls_cert_file is None:
-                return self._grpc.add_insecure_port(address)
-            return self._grpc.add_secure_port(address, _credentials(config))
-        except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {address}: {error}; is the port in use?") from error
-
     def _hold(self, layer: MoELayer) -> None:
         self.store.add(layer)
         spec = layer.spec
-        self.metrics.add_layer(
-            layer.name,
-            weights_version=layer.weights_version,
-            hidden_size=spec.hidden_size,
-            intermediate_size=spec.intermediate_size,
-            local_expert_offset=spec.local_expert_offset,
-            local_num_experts=spec.num_local,
-            top_k=spec.top_k,
-            routing=spec.routing_method.name.lower(),
-            activation=spec.activation.name.lower(),
-            nbytes=layer.nbytes,
-        )
+        self.metrics.count_experts(layer.name, spec.local_expert_offset, spec.num_local)
         self._set_health(layer.name, serving=True)
         log.info(
             "layer %s version %d: H %d, I %d, experts %d-%d of %d, top_k %d, %.1f MB",
@@ -258,6 +259,10 @@ class Server:
             spec.top_k,
             layer.nbytes / 1e6,
         )
+
+    def _forget(self, name: str) -> None:
+        self.metrics.forget_experts(name)
+        self._set_health(name, serving=False)
 
     def _observe_batch(self, batch: BatchReport) -> None:
         self.metrics.observe_batch(batch.layer.name, batch.num_requests, batch.num_tokens, [batch.topk_ids.numpy()])
@@ -293,23 +298,6 @@ def _backend(device: str) -> Backend:
         raise ConfigError(f"device {device}: {error}") from error
 
 
-def _credentials(config: Config) -> grpc.ServerCredentials:
-    assert config.tls_cert_file is not None
-    assert config.tls_key_file is not None
-    pair = (_read("tls_key_file", config.tls_key_file), _read("tls_cert_file", config.tls_cert_file))
-    authorities = config.tls_client_ca_file
-    if authorities is None:
-        return grpc.ssl_server_credentials([pair])
-    return grpc.ssl_server_credentials([pair], _read("tls_client_ca_file", authorities), require_client_auth=True)
-
-
-def _read(option: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{option} is {path}, expected a readable PEM file: {error.strerror}") from error
-
-
 def _clear_ready_file(path: Path) -> None:
     """Remove what an earlier process left. Raises ConfigError where the file could not be written later."""
     if not os.access(path.parent, os.W_OK | os.X_OK) or path.is_dir():
@@ -333,6 +321,26 @@ def _device_name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.machine()
+
+
+def _facts(held: Held) -> list[LayerFacts]:
+    """What the metrics say about a layer, version by version."""
+    spec = held.current.spec
+    return [
+        LayerFacts(
+            layer=layer.name,
+            weights_version=layer.weights_version,
+            is_current=layer is held.current,
+            hidden_size=spec.hidden_size,
+            intermediate_size=spec.intermediate_size,
+            experts=f"{spec.local_expert_offset}-{spec.local_expert_offset + spec.num_local - 1}",
+            top_k=spec.top_k,
+            routing=spec.routing_method.name.lower(),
+            activation=spec.activation.name.lower(),
+            nbytes=layer.nbytes,
+        )
+        for layer in held.versions
+    ]
 
 
 def _left(until_s: float) -> float:

@@ -104,13 +104,13 @@ class ExpertService:
 
     def list_layers(self, _request: pb.ListLayersRequest, _context: grpc.ServicerContext) -> pb.ListLayersResponse:
         """Every layer, sorted by name."""
-        store = self._calls.store
-        return pb.ListLayersResponse(layers=[layer_info(layer, store.versions(layer.name)) for layer in store.layers()])
+        held = self._calls.store.all_held()
+        return pb.ListLayersResponse(layers=[layer_info(each.current, each.weights_versions) for each in held])
 
     def get_layer(self, request: pb.GetLayerRequest, _context: grpc.ServicerContext) -> pb.GetLayerResponse:
         """One layer by name."""
-        layer = self._calls.store.get(checked_name(request.layer))
-        return pb.GetLayerResponse(layer=layer_info(layer, self._calls.store.versions(layer.name)))
+        held = self._calls.store.held(checked_name(request.layer))
+        return pb.GetLayerResponse(layer=layer_info(held.current, held.weights_versions))
 
     def get_server_info(
         self, _request: pb.GetServerInfoRequest, _context: grpc.ServicerContext

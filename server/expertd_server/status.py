@@ -40,7 +40,7 @@ def status_of(error: Exception, request_id: str = "") -> status_pb2.Status:
         )
     if error.code == "INTERNAL":
         log.error("request %s failed: %s", request_id or "-", error, exc_info=error)
-    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)]
     if isinstance(error, InvalidArgumentError):
         bad_request = error_details_pb2.BadRequest()
         for violation in error.violations:

@@ -3,20 +3,60 @@
 from __future__ import annotations
 
 import threading
+import time
+import weakref
+from dataclasses import dataclass
 
-from expertd_server.errors import ConfigError, LayerNotFoundError, UnavailableError, VersionNotHeldError
+from expertd_server.errors import (
+    ConfigError,
+    InsufficientMemoryError,
+    LayerNotFoundError,
+    UnavailableError,
+    VersionConflictError,
+    VersionNotHeldError,
+)
 from expertd_server.layer import MoELayer
 
-__all__ = ["LayerStore"]
+__all__ = ["Held", "LayerStore", "Removed"]
 
 # Names shown when a name is not found: enough to see the pattern, short enough for a message.
 _MAX_NAMES_SHOWN = 8
 
 
-class LayerStore:
-    """Many named layers, each in one or more versions of its weights; thread-safe.
+@dataclass(frozen=True)
+class Held:
+    """A layer as it is held at one moment."""
 
-    budget_bytes: most bytes that the prepared layers may hold together; None: no bound.
+    current: MoELayer
+    versions: tuple[MoELayer, ...]
+    """All of them, the current one included, by ascending version."""
+
+    @property
+    def weights_versions(self) -> list[int]:
+        """Ascending."""
+        return [layer.weights_version for layer in self.versions]
+
+
+@dataclass(frozen=True)
+class Removed:
+    """Versions that were given up. Whoever still computes with them keeps them alive."""
+
+    nbytes: int
+    """What they take, or took."""
+    freed: tuple[threading.Event, ...]
+    """One for each, set when nobody has it any more."""
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until all are freed; False when some are not after timeout_s."""
+        until_s = time.monotonic() + timeout_s
+        return all(event.wait(max(0.0, until_s - time.monotonic())) for event in self.freed)
+
+
+class LayerStore:
+    """Many named layers, each in one or more versions of its weights, one of them current; thread-safe.
+
+    budget_bytes: most bytes that the prepared layers may hold together; None: no bound. Versions that were removed
+    count until nobody has them any more.
     A store starts out loading; see `get`.
     """
 
@@ -24,42 +64,78 @@ class LayerStore:
         self._budget_bytes = budget_bytes
         self._lock = threading.Lock()
         self._layers: dict[str, dict[int, MoELayer]] = {}
+        self._current: dict[str, int] = {}
+        self._removed: weakref.WeakSet[MoELayer] = weakref.WeakSet()
         self._loading = True
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all layers hold."""
+        """Bytes that all layers hold, those included that were removed and are still in use."""
         with self._lock:
             return self._nbytes()
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether `finish_loading` is still to come."""
+        return self._loading
+
     def add(self, layer: MoELayer) -> None:
-        """Hold a layer. Raises ConfigError when this version is held already, when its shape differs from that of the
-        versions held, or when the budget does not allow it."""
+        """Hold a layer. The first version of a name is the current one; others wait for `set_current`.
+
+        Raises VersionConflictError when this version is held already, ConfigError when its shape differs from that of
+        the versions held, InsufficientMemoryError when the budget does not allow it.
+        """
         with self._lock:
             versions = self._layers.get(layer.name, {})
             if layer.weights_version in versions:
-                raise ConfigError(f"layer {layer.name!r} version {layer.weights_version} is held already")
+                raise VersionConflictError(f"layer {layer.name!r} version {layer.weights_version} is held already")
             for held in versions.values():
                 if held.spec != layer.spec:
                     raise ConfigError(
                         f"layer {layer.name!r} version {layer.weights_version} has {layer.spec}, expected "
                         f"{held.spec} as in version {held.weights_version}"
                     )
-            total = self._nbytes() + layer.nbytes
-            if self._budget_bytes is not None and total > self._budget_bytes:
-                raise ConfigError(
-                    f"layer {layer.name!r} takes {layer.nbytes} bytes, which makes {total}, but memory_budget_bytes is "
-                    f"{self._budget_bytes}; hold fewer layers or experts here, or raise the budget"
-                )
+            self._check_room(layer.name, layer.nbytes)
             self._layers.setdefault(layer.name, versions)[layer.weights_version] = layer
+            self._current.setdefault(layer.name, layer.weights_version)
 
-    def remove(self, name: str, weights_version: int) -> None:
-        """Forget one version. Raises LayerNotFoundError or VersionNotHeldError."""
+    def check_room(self, name: str, nbytes: int) -> None:
+        """Raise InsufficientMemoryError unless the budget allows a layer of so many bytes."""
+        with self._lock:
+            self._check_room(name, nbytes)
+
+    def set_current(self, name: str, weights_version: int) -> int:
+        """Make a version the one that `get` gives to those who ask for none; returns the one before.
+
+        Raises LayerNotFoundError or VersionNotHeldError.
+        """
         with self._lock:
             self._find(name, weights_version)
-            del self._layers[name][weights_version]
-            if not self._layers[name]:
-                del self._layers[name]
+            before, self._current[name] = self._current[name], weights_version
+            return before
+
+    def remove(self, name: str, weights_version: int | None = None) -> Removed:
+        """Give up one version, or a layer with all its versions.
+
+        Raises LayerNotFoundError, VersionNotHeldError, and VersionConflictError for the current version: what requests
+        without a version would get next is not the store's to choose.
+        """
+        with self._lock:
+            self._find(name, weights_version)
+            versions = self._layers[name]
+            if weights_version is None:
+                gone = list(versions.values())
+                del self._layers[name], self._current[name]
+            elif weights_version == self._current[name]:
+                others = ", ".join(str(v) for v in sorted(versions) if v != weights_version) or "none"
+                raise VersionConflictError(
+                    f"weights_version {weights_version} of layer {name!r} is the current one; swap to another first "
+                    f"(held: {others}), or unload the layer with all its versions"
+                )
+            else:
+                gone = [versions.pop(weights_version)]
+            self._removed.update(gone)
+            return Removed(sum(layer.nbytes for layer in gone), tuple(_freed(layer) for layer in gone))
 
     def finish_loading(self) -> None:
         """Say that every layer is there: from now on an unknown name is NOT_FOUND rather than UNAVAILABLE."""
@@ -67,7 +143,7 @@ class LayerStore:
             self._loading = False
 
     def get(self, name: str, weights_version: int | None = None) -> MoELayer:
-        """A layer by name, in its newest version or in the asked one.
+        """A layer by name, in its current version or in the asked one.
 
         Raises LayerNotFoundError (while layers are still being loaded: UnavailableError) and VersionNotHeldError, which
         list what is held.
@@ -75,19 +151,45 @@ class LayerStore:
         with self._lock:
             return self._find(name, weights_version)
 
-    def layers(self) -> list[MoELayer]:
-        """The newest version of every layer, sorted by name."""
+    def held(self, name: str) -> Held:
+        """A layer with all its versions. Raises as `get` does."""
         with self._lock:
-            return [versions[max(versions)] for _, versions in sorted(self._layers.items())]
+            self._find(name, None)
+            return self._held(name)
+
+    def all_held(self) -> list[Held]:
+        """Every layer with all its versions, sorted by name."""
+        with self._lock:
+            return [self._held(name) for name in sorted(self._layers)]
+
+    def layers(self) -> list[MoELayer]:
+        """The current version of every layer, sorted by name."""
+        return [held.current for held in self.all_held()]
 
     def versions(self, name: str) -> list[int]:
         """Every version held of a layer, ascending. Raises LayerNotFoundError."""
-        with self._lock:
-            self._find(name, None)
-            return sorted(self._layers[name])
+        return self.held(name).weights_versions
+
+    def _held(self, name: str) -> Held:
+        versions = self._layers[name]
+        return Held(versions[self._current[name]], tuple(versions[number] for number in sorted(versions)))
 
     def _nbytes(self) -> int:
-        return sum(layer.nbytes for versions in self._layers.values() for layer in versions.values())
+        held = sum(layer.nbytes for versions in self._layers.values() for layer in versions.values())
+        return held + sum(layer.nbytes for layer in self._removed)
+
+    def _check_room(self, name: str, nbytes: int) -> None:
+        if self._budget_bytes is None:
+            return
+        held_bytes = self._nbytes()
+        total = held_bytes + nbytes
+        if total > self._budget_bytes:
+            raise InsufficientMemoryError(
+                f"layer {name!r} takes {nbytes} bytes, which makes {total}, but memory_budget_bytes is "
+                f"{self._budget_bytes}; hold fewer layers, experts or versions here, or raise the budget",
+                needed_bytes=nbytes,
+                free_bytes=max(0, self._budget_bytes - held_bytes),
+            )
 
     def _find(self, name: str, weights_version: int | None) -> MoELayer:
         versions = self._layers.get(name)
@@ -96,11 +198,11 @@ class LayerStore:
                 raise UnavailableError(f"layer {name!r} is not loaded yet: the server is starting; come back")
             raise LayerNotFoundError(f"layer {name!r} is not held here; {self._names_held()}")
         if weights_version is None:
-            return versions[max(versions)]
+            return versions[self._current[name]]
         if weights_version not in versions:
             raise VersionNotHeldError(
                 f"layer {name!r} is not held in weights_version {weights_version}; held: "
-                f"{', '.join(map(str, sorted(versions)))}; leave it unset for the newest"
+                f"{', '.join(map(str, sorted(versions)))}; leave it unset for the current one"
             )
         return versions[weights_version]
 
@@ -110,3 +212,10 @@ class LayerStore:
             return "no layer is"
         more = f" and {len(names) - _MAX_NAMES_SHOWN} more" if len(names) > _MAX_NAMES_SHOWN else ""
         return f"held: {', '.join(names[:_MAX_NAMES_SHOWN])}{more}"
+
+
+def _freed(layer: MoELayer) -> threading.Event:
+    """Set when nobody has the layer any more."""
+    event = threading.Event()
+    weakref.finalize(layer, event.set).atexit = False
+    return event

@@ -6,7 +6,7 @@ Their bytes depend on (seed, layer, global expert id) alone: servers with differ
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from expertd_server.errors import ConfigError
 from expertd_server.types import Activation, LayerSpec, RoutingMethod
 from expertd_server.weights import ExpertWeights
 
-__all__ = ["PRESETS", "synthetic_layers", "synthetic_spec"]
+__all__ = ["PRESETS", "synthetic_layers", "synthetic_spec", "synthetic_weights"]
 
 PRESETS: Mapping[str, LayerSpec] = {
     "tiny": LayerSpec(
@@ -132,11 +132,15 @@ def synthetic_layers(
     if num_layers < 1 or seed < 0:
         raise ConfigError(f"num_layers is {num_layers} and seed {seed}, expected at least 1 and at least 0")
     return (
-        (f"synthetic.{preset}.{layer}", spec, _weights(spec, seed, layer).to(device)) for layer in range(num_layers)
+        (f"synthetic.{preset}.{layer}", spec, synthetic_weights(spec, seed, layer).to(device))
+        for layer in range(num_layers)
     )
 
 
-def _weights(spec: LayerSpec, seed: int, layer: int) -> ExpertWeights:
+def synthetic_weights(
+    spec: LayerSpec, seed: int, layer: int, progress: Callable[[int], None] | None = None
+) -> ExpertWeights:
+    """Weights of layer number `layer` of a seed. progress: called with the number of bytes after each expert."""
     gemm1 = torch.empty(spec.num_local, spec.gemm1_rows, spec.hidden_size, dtype=torch.float8_e4m3fn)
     gemm2 = torch.empty(spec.num_local, spec.hidden_size, spec.intermediate_size, dtype=torch.float8_e4m3fn)
     output1, output1_gate, output2 = (torch.empty(spec.num_local) for _ in range(3))
@@ -155,6 +159,8 @@ def _weights(spec: LayerSpec, seed: int, layer: int) -> ExpertWeights:
         output2[local] = gemm2_scale * down * GEMM2_INPUT_SCALE
         _fill(gemm1[local], random)
         _fill(gemm2[local], random)
+        if progress is not None:
+            progress(gemm1[local].numel() + gemm2[local].numel())
     return ExpertWeights(
         gemm1_weights=gemm1,
         output1_scales_scalar=output1,

@@ -134,6 +134,11 @@ class LayerSpec:
         """M, the rows of one expert's gemm1_weights."""
         return (2 if self.activation.is_gated else 1) * self.intermediate_size
 
+    @property
+    def weights_nbytes(self) -> int:
+        """Bytes of the FP8 weights of the experts held here."""
+        return self.num_local * (self.gemm1_rows + self.intermediate_size) * self.hidden_size
+
 
 def _routing_method(value: int) -> RoutingMethod:
     try:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from expertd_server.config import ENV_PREFIX, Config
-from expertd_server.metrics import Metrics
+from expertd_server.metrics import LayerFacts, Metrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 KUBERNETES = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
@@ -79,18 +79,20 @@ def test_environment_names_are_options_of_the_server(path: Path) -> None:
 def exported_metric_names() -> set[str]:
     metrics = Metrics(count_expert_tokens=True)
     metrics.set_server(version="0", backend="cpu", device="test")
-    metrics.add_layer(
-        "layer",
+    facts = LayerFacts(
+        layer="layer",
         weights_version=1,
+        is_current=True,
         hidden_size=16,
         intermediate_size=16,
-        local_expert_offset=0,
-        local_num_experts=2,
+        experts="0-1",
         top_k=1,
         routing="default",
         activation="swiglu",
         nbytes=1,
     )
+    metrics.watch_layers(lambda: [facts])
+    metrics.count_experts("layer", 0, 2)
     metrics.observe_batch("layer", 1, 1, [np.zeros((1, 1), np.int32)])
     families = metrics.registry.collect()
     suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}

@@ -357,6 +357,7 @@ def test_weights_are_replaced_under_load_and_versions_never_mix() -> None:
             load.wait(20)
             for server, experts in zip(servers, slices, strict=True):
                 server.store.add(moe_layer(LAYER, new, experts, backend, 2))
+                server.store.set_current(LAYER, 2)
                 load.wait(20)
             group.refresh(timeout_s=PATIENCE_S)
             load.wait(20)
@@ -395,6 +396,7 @@ def test_a_version_that_vanishes_between_look_and_use_is_replaced_by_a_common_on
         before = group.forward(LAYER, hidden, routing_logits=logits)
         for server, share in zip(servers, shares(2), strict=True):
             server.store.add(moe_layer(LAYER, other_weights(CASE, 5), slice_of(CASE, share, 2), backend, 2))
+            server.store.set_current(LAYER, 2)
             server.store.remove(LAYER, 1)
         after = group.forward(LAYER, hidden, routing_logits=logits)
         assert (before.weights_version, after.weights_version) == (1, 2)

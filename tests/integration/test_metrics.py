@@ -64,7 +64,7 @@ def test_requests_batches_and_experts_are_counted() -> None:
     assert sum(by_expert) == 16 * TOP_K
     assert at(samples, "expertd_expert_imbalance_ratio", layer=LAYER) == max(by_expert) / (16 * TOP_K / NUM_EXPERTS)
     assert ("expertd_expert_imbalance_ratio", frozenset({("layer", OTHER_LAYER)})) not in samples, "no tokens, no ratio"
-    assert at(samples, "expertd_layer_weights_bytes", layer=LAYER) > 0
+    assert at(samples, "expertd_layer_weights_bytes", layer=LAYER, weights_version="1") > 0
     assert {"expertd_layer_info", "expertd_backend_info", "expertd_build_info"} <= names(samples)
 
 

@@ -262,3 +262,89 @@ class GetServerInfoResponse(_message.Message):
     draining: bool
     instance_id: str
     def __init__(self, server_version: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., max_batch_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_queue_tokens: _Optional[int] = ..., draining: bool = ..., instance_id: _Optional[str] = ...) -> None: ...
+
+class CheckpointSource(_message.Message):
+    __slots__ = ("path", "calibration_path")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATION_PATH_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    calibration_path: str
+    def __init__(self, path: _Optional[str] = ..., calibration_path: _Optional[str] = ...) -> None: ...
+
+class SyntheticSource(_message.Message):
+    __slots__ = ("preset", "seed", "layer_index")
+    PRESET_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    LAYER_INDEX_FIELD_NUMBER: _ClassVar[int]
+    preset: str
+    seed: int
+    layer_index: int
+    def __init__(self, preset: _Optional[str] = ..., seed: _Optional[int] = ..., layer_index: _Optional[int] = ...) -> None: ...
+
+class LoadLayerRequest(_message.Message):
+    __slots__ = ("layer", "weights_version", "checkpoint", "synthetic")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    SYNTHETIC_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    weights_version: int
+    checkpoint: CheckpointSource
+    synthetic: SyntheticSource
+    def __init__(self, layer: _Optional[str] = ..., weights_version: _Optional[int] = ..., checkpoint: _Optional[_Union[CheckpointSource, _Mapping]] = ..., synthetic: _Optional[_Union[SyntheticSource, _Mapping]] = ...) -> None: ...
+
+class LoadLayerResponse(_message.Message):
+    __slots__ = ("layer", "weights_bytes", "load_time_ms")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_TIME_MS_FIELD_NUMBER: _ClassVar[int]
+    layer: LayerInfo
+    weights_bytes: int
+    load_time_ms: int
+    def __init__(self, layer: _Optional[_Union[LayerInfo, _Mapping]] = ..., weights_bytes: _Optional[int] = ..., load_time_ms: _Optional[int] = ...) -> None: ...
+
+class SwapWeightsRequest(_message.Message):
+    __slots__ = ("layer", "weights_version")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    weights_version: int
+    def __init__(self, layer: _Optional[str] = ..., weights_version: _Optional[int] = ...) -> None: ...
+
+class SwapWeightsResponse(_message.Message):
+    __slots__ = ("layer", "previous_weights_version")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    layer: LayerInfo
+    previous_weights_version: int
+    def __init__(self, layer: _Optional[_Union[LayerInfo, _Mapping]] = ..., previous_weights_version: _Optional[int] = ...) -> None: ...
+
+class UnloadLayerRequest(_message.Message):
+    __slots__ = ("layer", "weights_version", "timeout_ms")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    weights_version: int
+    timeout_ms: int
+    def __init__(self, layer: _Optional[str] = ..., weights_version: _Optional[int] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+
+class UnloadLayerResponse(_message.Message):
+    __slots__ = ("weights_bytes", "freed")
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREED_FIELD_NUMBER: _ClassVar[int]
+    weights_bytes: int
+    freed: bool
+    def __init__(self, weights_bytes: _Optional[int] = ..., freed: bool = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("timeout_ms",)
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    timeout_ms: int
+    def __init__(self, timeout_ms: _Optional[int] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("idle",)
+    IDLE_FIELD_NUMBER: _ClassVar[int]
+    idle: bool
+    def __init__(self, idle: bool = ...) -> None: ...

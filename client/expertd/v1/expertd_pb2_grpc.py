@@ -282,3 +282,254 @@ class ExpertService(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class AdminServiceStub(object):
+    """Orders to a running server: replace the weights of a layer without a stop, give them up, send the traffic elsewhere.
+
+    Off unless the server was started with --admin (EXPERTD_ADMIN), and then answered on an address of its own
+    (--admin-host, --admin-port), by default for this machine alone. On the data port every method here gets
+    PERMISSION_DENIED, reason ADMIN_ELSEWHERE or ADMIN_DISABLED, with a message that says which it is.
+
+    The order for a tier: LoadLayer on every server, then SwapWeights on every server, then UnloadLayer on every server.
+    Requests that name no version change over at the swap of their server; a group of servers names one version for all
+    parts of an answer, which every server holds from the last load to the first unload.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.LoadLayer = channel.unary_unary(
+                '/expertd.v1.AdminService/LoadLayer',
+                request_serializer=expertd_dot_v1_dot_expertd__pb2.LoadLayerRequest.SerializeToString,
+                response_deserializer=expertd_dot_v1_dot_expertd__pb2.LoadLayerResponse.FromString,
+                _registered_method=True)
+        self.SwapWeights = channel.unary_unary(
+                '/expertd.v1.AdminService/SwapWeights',
+                request_serializer=expertd_dot_v1_dot_expertd__pb2.SwapWeightsRequest.SerializeToString,
+                response_deserializer=expertd_dot_v1_dot_expertd__pb2.SwapWeightsResponse.FromString,
+                _registered_method=True)
+        self.UnloadLayer = channel.unary_unary(
+                '/expertd.v1.AdminService/UnloadLayer',
+                request_serializer=expertd_dot_v1_dot_expertd__pb2.UnloadLayerRequest.SerializeToString,
+                response_deserializer=expertd_dot_v1_dot_expertd__pb2.UnloadLayerResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/expertd.v1.AdminService/Drain',
+                request_serializer=expertd_dot_v1_dot_expertd__pb2.DrainRequest.SerializeToString,
+                response_deserializer=expertd_dot_v1_dot_expertd__pb2.DrainResponse.FromString,
+                _registered_method=True)
+
+
+class AdminServiceServicer(object):
+    """Orders to a running server: replace the weights of a layer without a stop, give them up, send the traffic elsewhere.
+
+    Off unless the server was started with --admin (EXPERTD_ADMIN), and then answered on an address of its own
+    (--admin-host, --admin-port), by default for this machine alone. On the data port every method here gets
+    PERMISSION_DENIED, reason ADMIN_ELSEWHERE or ADMIN_DISABLED, with a message that says which it is.
+
+    The order for a tier: LoadLayer on every server, then SwapWeights on every server, then UnloadLayer on every server.
+    Requests that name no version change over at the swap of their server; a group of servers names one version for all
+    parts of an answer, which every server holds from the last load to the first unload.
+    """
+
+    def LoadLayer(self, request, context):
+        """Read a version of a layer's weights and hold it beside those that are held already. Requests may name it from then
+        on; the current version stays what it is, unless the layer is new here: then this one is current.
+
+        A long call, seconds to minutes, and unary on purpose: every client has it, a deadline says all there is to say
+        about patience, and the server's log has the progress. When the caller leaves or its deadline passes, loading stops
+        at the next expert and nothing of it remains; GetLayer says which versions are held. Serving goes on meanwhile.
+        One load runs at a time.
+        Errors: INVALID_ARGUMENT (BadRequest names the field: an unknown layer, a path that is no checkpoint, another shape
+        than the versions held), FAILED_PRECONDITION with reason VERSION_CONFLICT (this version is held already),
+        BAD_CHECKPOINT (the message names the tensor) or INSUFFICIENT_MEMORY (ErrorInfo.metadata has needed_bytes and
+        free_bytes), RESOURCE_EXHAUSTED (another load runs; RetryInfo), UNAVAILABLE (starting or draining).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SwapWeights(self, request, context):
+        """Make a version that is held the current one: the version of every request that names none and is admitted from now
+        on. A request keeps the version that it was admitted with, and a batch has one version. The version before stays
+        held until UnloadLayer. Swapping to the current version changes nothing.
+        Errors: NOT_FOUND (unknown layer), FAILED_PRECONDITION (WEIGHTS_VERSION_NOT_HELD).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadLayer(self, request, context):
+        """Give up a version, or a whole layer. It takes no new requests from now on; those that were admitted are answered,
+        then its memory is free, and the call returns. Bounded by the caller's deadline and by timeout_ms.
+        Errors: NOT_FOUND (unknown layer), FAILED_PRECONDITION (WEIGHTS_VERSION_NOT_HELD; VERSION_CONFLICT for the current
+        version of a layer: swap first, or unload the layer), RESOURCE_EXHAUSTED (another unload waits; RetryInfo).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Take no new requests, as after SIGTERM, and stay up: health says NOT_SERVING, GetServerInfo.draining is true, new
+        requests get UNAVAILABLE, what was admitted is answered, streams end when nothing of them is in flight. Returns when
+        all of that is done, or when timeout_ms or the caller's deadline passes; the server drains on then, and another call
+        waits again. There is no way back: to serve again, restart the server.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AdminServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'LoadLayer': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadLayer,
+                    request_deserializer=expertd_dot_v1_dot_expertd__pb2.LoadLayerRequest.FromString,
+                    response_serializer=expertd_dot_v1_dot_expertd__pb2.LoadLayerResponse.SerializeToString,
+            ),
+            'SwapWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.SwapWeights,
+                    request_deserializer=expertd_dot_v1_dot_expertd__pb2.SwapWeightsRequest.FromString,
+                    response_serializer=expertd_dot_v1_dot_expertd__pb2.SwapWeightsResponse.SerializeToString,
+            ),
+            'UnloadLayer': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadLayer,
+                    request_deserializer=expertd_dot_v1_dot_expertd__pb2.UnloadLayerRequest.FromString,
+                    response_serializer=expertd_dot_v1_dot_expertd__pb2.UnloadLayerResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=expertd_dot_v1_dot_expertd__pb2.DrainRequest.FromString,
+                    response_serializer=expertd_dot_v1_dot_expertd__pb2.DrainResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'expertd.v1.AdminService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('expertd.v1.AdminService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class AdminService(object):
+    """Orders to a running server: replace the weights of a layer without a stop, give them up, send the traffic elsewhere.
+
+    Off unless the server was started with --admin (EXPERTD_ADMIN), and then answered on an address of its own
+    (--admin-host, --admin-port), by default for this machine alone. On the data port every method here gets
+    PERMISSION_DENIED, reason ADMIN_ELSEWHERE or ADMIN_DISABLED, with a message that says which it is.
+
+    The order for a tier: LoadLayer on every server, then SwapWeights on every server, then UnloadLayer on every server.
+    Requests that name no version change over at the swap of their server; a group of servers names one version for all
+    parts of an answer, which every server holds from the last load to the first unload.
+    """
+
+    @staticmethod
+    def LoadLayer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertd.v1.AdminService/LoadLayer',
+            expertd_dot_v1_dot_expertd__pb2.LoadLayerRequest.SerializeToString,
+            expertd_dot_v1_dot_expertd__pb2.LoadLayerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SwapWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertd.v1.AdminService/SwapWeights',
+            expertd_dot_v1_dot_expertd__pb2.SwapWeightsRequest.SerializeToString,
+            expertd_dot_v1_dot_expertd__pb2.SwapWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadLayer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertd.v1.AdminService/UnloadLayer',
+            expertd_dot_v1_dot_expertd__pb2.UnloadLayerRequest.SerializeToString,
+            expertd_dot_v1_dot_expertd__pb2.UnloadLayerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertd.v1.AdminService/Drain',
+            expertd_dot_v1_dot_expertd__pb2.DrainRequest.SerializeToString,
+            expertd_dot_v1_dot_expertd__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

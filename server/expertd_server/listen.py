@@ -1,0 +1,40 @@
+"""Ports: opened with TLS where the options say so, refused by name where they cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+
+from expertd_server.config import Config
+from expertd_server.errors import ConfigError
+
+__all__ = ["bind"]
+
+
+def bind(server: grpc.Server, config: Config, host: str, port: int) -> int:
+    """Have a gRPC server listen, with the TLS options of `config`; returns the real port. Raises ConfigError."""
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        if config.tls_cert_file is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, _credentials(config))
+    except RuntimeError as error:
+        raise ConfigError(f"cannot listen on {address}: {error}; is the port in use?") from error
+
+
+def _credentials(config: Config) -> grpc.ServerCredentials:
+    assert config.tls_cert_file is not None
+    assert config.tls_key_file is not None
+    pair = (_read("tls_key_file", config.tls_key_file), _read("tls_cert_file", config.tls_cert_file))
+    authorities = config.tls_client_ca_file
+    if authorities is None:
+        return grpc.ssl_server_credentials([pair])
+    return grpc.ssl_server_credentials([pair], _read("tls_client_ca_file", authorities), require_client_auth=True)
+
+
+def _read(option: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{option} is {path}, expected a readable PEM file: {error.strerror}") from error
