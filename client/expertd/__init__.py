@@ -5,12 +5,15 @@
     with expertd.Client("localhost:50051") as client:
         result = client.forward("model.layers.0", hidden_states, routing_logits=router_logits)
 
-ExpertGroup uses many servers, each with a slice of the experts, as one. Client and AsyncClient have the same methods,
-and so have ExpertGroup and AsyncExpertGroup. Arrays are numpy (with ml_dtypes for bfloat16 and float8_e4m3fn) or torch;
-results come as the same kind. Importing expertd imports neither torch nor anything that needs a compiler.
+ExpertGroup uses many servers, each with a slice of the experts, as one; AdminClient replaces the weights of a running
+server. AsyncClient, AsyncExpertGroup and AsyncAdminClient have the same methods. Arrays are numpy (with ml_dtypes for
+bfloat16 and float8_e4m3fn) or torch; results come as the same kind. Importing expertd imports neither torch nor what
+needs a compiler.
 """
 
+from expertd.admin import AdminClient
 from expertd.aio import AsyncClient
+from expertd.aio_admin import AsyncAdminClient
 from expertd.aio_group import AsyncExpertGroup
 from expertd.client import Client
 from expertd.config import ClientConfig, RetryPolicy
@@ -25,6 +28,7 @@ from expertd.errors import (
     LayerNotFoundError,
     MessageTooLargeError,
     NoReplicaError,
+    OrderRefusedError,
     OverloadedError,
     ProtocolError,
     ServerError,
@@ -41,9 +45,12 @@ from expertd.types import (
     ForwardResult,
     LayerInfo,
     LayerState,
+    LoadedVersion,
     RoutingMethod,
     ServerInfo,
+    SwappedVersion,
     Timing,
+    UnloadedVersion,
 )
 
 __version__ = "0.1.0"
@@ -51,6 +58,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AccessDeniedError",
     "Activation",
+    "AdminClient",
+    "AsyncAdminClient",
     "AsyncClient",
     "AsyncExpertGroup",
     "CancelledError",
@@ -69,8 +78,10 @@ __all__ = [
     "LayerInfo",
     "LayerNotFoundError",
     "LayerState",
+    "LoadedVersion",
     "MessageTooLargeError",
     "NoReplicaError",
+    "OrderRefusedError",
     "OverloadedError",
     "PartReport",
     "ProtocolError",
@@ -78,9 +89,11 @@ __all__ = [
     "RoutingMethod",
     "ServerError",
     "ServerInfo",
+    "SwappedVersion",
     "TimeoutError",
     "Timing",
     "TopologyError",
     "UnavailableError",
+    "UnloadedVersion",
     "VersionNotHeldError",
 ]

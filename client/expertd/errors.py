@@ -5,6 +5,7 @@ ExpertdError
 ├── MessageTooLargeError     raise ClientConfig.max_message_bytes, or send fewer tokens
 ├── LayerNotFoundError       ask layers() (also LookupError)
 ├── VersionNotHeldError      ask for a weights_version that is held, or for none (also LookupError)
+├── OrderRefusedError        an order to a server that does not fit what it holds: the message says what to do first
 ├── AccessDeniedError        fix the credentials or the metadata (also PermissionError)
 ├── OverloadedError          come back after `retry_after_s`; the SDK has done so until its retries ran out
 ├── UnavailableError         the server starts, drains or cannot be reached: try again later (also ConnectionError)
@@ -45,6 +46,7 @@ __all__ = [
     "LayerNotFoundError",
     "MessageTooLargeError",
     "NoReplicaError",
+    "OrderRefusedError",
     "OverloadedError",
     "ProtocolError",
     "ServerError",
@@ -108,6 +110,18 @@ class VersionNotHeldError(ExpertdError, LookupError):
 
     code = grpc.StatusCode.FAILED_PRECONDITION
     reason = "WEIGHTS_VERSION_NOT_HELD"
+
+
+class OrderRefusedError(ExpertdError):
+    """The server cannot do what AdminClient told it, as things are: `reason` is VERSION_CONFLICT, BAD_CHECKPOINT or
+    INSUFFICIENT_MEMORY."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "ORDER_REFUSED"
+    needed_bytes: int | None = None
+    """Of INSUFFICIENT_MEMORY: bytes that the weights would take."""
+    free_bytes: int | None = None
+    """Of INSUFFICIENT_MEMORY: bytes that there are for them."""
 
 
 class AccessDeniedError(ExpertdError, PermissionError):
@@ -213,6 +227,10 @@ _CLASS_BY_CODE: dict[grpc.StatusCode, type[ExpertdError]] = {
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DATA_LOSS: ServerError,
 }
+# Codes that stand for several things, told apart by the reason.
+_CLASS_BY_REASON: dict[str, type[ExpertdError]] = dict.fromkeys(
+    ("VERSION_CONFLICT", "BAD_CHECKPOINT", "INSUFFICIENT_MEMORY"), OrderRefusedError
+)
 _CODE_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -225,7 +243,8 @@ def error_from_status(
     code: grpc.StatusCode, message: str, details: Iterable[AnyMessage] = (), *, request_id: str | None = None
 ) -> ExpertdError:
     """The error for a status and its google.rpc details. Details of types that it does not know are skipped."""
-    kind = _CLASS_BY_CODE[code]
+    details = list(details)
+    kind = _CLASS_BY_REASON.get(_reason(details), _CLASS_BY_CODE[code])
     # NOTE: gRPC itself reports a message over the size limit as RESOURCE_EXHAUSTED; trying again would never help.
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
         kind = MessageTooLargeError
@@ -273,10 +292,27 @@ def stream_broken(error: ExpertdError) -> ExpertdError:
     return broken
 
 
+def _reason(details: Iterable[AnyMessage]) -> str:
+    """The reason of the ErrorInfo among them; empty where there is none that can be read."""
+    for detail in details:
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            try:
+                return str(error_details_pb2.ErrorInfo.FromString(detail.value).reason)
+            except DecodeError:
+                return ""
+    return ""
+
+
 def _apply_detail(error: ExpertdError, detail: AnyMessage) -> None:
     try:
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
-            error.reason = error_details_pb2.ErrorInfo.FromString(detail.value).reason or error.reason
+            info = error_details_pb2.ErrorInfo.FromString(detail.value)
+            error.reason = info.reason or error.reason
+            if isinstance(error, OrderRefusedError):
+                error.needed_bytes, error.free_bytes = (
+                    int(text) if (text := info.metadata[name]).isdecimal() else None
+                    for name in ("needed_bytes", "free_bytes")
+                )
         elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
             delay = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay
             if isinstance(error, OverloadedError | UnavailableError):

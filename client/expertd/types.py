@@ -19,9 +19,12 @@ __all__ = [
     "ForwardResult",
     "LayerInfo",
     "LayerState",
+    "LoadedVersion",
     "RoutingMethod",
     "ServerInfo",
+    "SwappedVersion",
     "Timing",
+    "UnloadedVersion",
 ]
 
 Array: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
@@ -116,6 +119,37 @@ class LayerInfo:
     """Every version held, ascending."""
     weights_bytes: int
     state: LayerState
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedVersion:
+    """A version of a layer's weights that a server holds now."""
+
+    layer: LayerInfo
+    """The layer with all its versions; its weights_version is the current one."""
+    weights_bytes: int
+    """Bytes of device memory (CPU backend: of RAM) that the loaded version takes."""
+    load_time_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwappedVersion:
+    """A version that is the current one now."""
+
+    layer: LayerInfo
+    previous_weights_version: int
+    """The version that was current before; held until it is unloaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnloadedVersion:
+    """A version, or a layer, that takes no requests any more."""
+
+    weights_bytes: int
+    """Bytes that it took."""
+    freed: bool
+    """Whether its memory is free; False: requests were in flight until the time was over, and the last of them will
+    free it."""
 
 
 @dataclass(frozen=True, kw_only=True)

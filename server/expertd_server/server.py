@@ -157,9 +157,9 @@ class Server:
         self._stop_requested.set()
 
     def drain(self, timeout_s: float) -> bool:
-        """Say NOT_SERVING, refuse new requests with UNAVAILABLE, finish what is in flight.
+        """Say NOT_SERVING, refuse new requests with UNAVAILABLE, finish what is in flight; whether all of it is.
 
-        False when something is left after timeout_s. Idle streams are closed at once, busy ones when they are idle. The process stays up; there is no way back.
+        Idle streams are closed at once, busy ones when they are idle. The process stays up; there is no way back.
         """
         until_s = time.monotonic() + timeout_s
         self._health.enter_graceful_shutdown()

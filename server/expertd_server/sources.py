@@ -47,7 +47,7 @@ def source_of(request: pb.LoadLayerRequest, experts: range | None) -> Source:
 
 class _CheckpointSource:
     def __init__(self, layer: str, source: pb.CheckpointSource, experts: range | None) -> None:
-        path = _absolute("checkpoint.path", source.path)
+        path = _existing("checkpoint.path", source.path)
         try:
             self._checkpoint = open_checkpoint(path)
         except (CheckpointError, OSError) as error:
@@ -58,7 +58,7 @@ class _CheckpointSource:
             raise InvalidArgumentError.of("layer", str(error)) from error
         self._calibration = None
         if source.calibration_path:
-            calibration_path = _absolute("checkpoint.calibration_path", source.calibration_path)
+            calibration_path = _existing("checkpoint.calibration_path", source.calibration_path)
             try:
                 self._calibration = read_calibration(calibration_path)
             except (CheckpointError, OSError) as error:
@@ -85,9 +85,15 @@ class _SyntheticSource:
         return synthetic_weights(self.spec, self._seed, self._layer_index, progress)
 
 
-def _absolute(field: str, path: str) -> Path:
+def _existing(field: str, path: str) -> Path:
     if len(path) > _MAX_PATH_LENGTH:
         raise InvalidArgumentError.of(field, f"has {len(path)} characters, expected at most {_MAX_PATH_LENGTH}")
     if not Path(path).is_absolute():
         raise InvalidArgumentError.of(field, f"is {path!r}, expected an absolute path on the server's disk")
+    try:
+        exists = Path(path).exists()
+    except OSError as error:
+        raise InvalidArgumentError.of(field, f"{path} cannot be opened: {error.strerror}") from error
+    if not exists:
+        raise InvalidArgumentError.of(field, f"is {path!r}, which is not on the server's disk")
     return Path(path)
