@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
@@ -212,6 +213,7 @@ class Batcher(Generic[P, R]):
         except Exception as error:
             self._leave_flight()
             self._fail_batch(batch, error)
+            del batch  # the error holds this frame, see _clear_frames
         else:
             with self._changed:
                 self._flights.append(_Flight(batch, running, launched_s))
@@ -243,6 +245,7 @@ class Batcher(Generic[P, R]):
             self._account_served(batch, flight.launched_s)
         finally:
             running.close()
+            del flight, batch, running  # an error holds this frame, see _clear_frames
         return True
 
     def drain(self, timeout_s: float) -> bool:
@@ -412,6 +415,7 @@ class Batcher(Generic[P, R]):
                 self._changed.notify_all()
                 return
             self._account_left_running(batch.entries)
+        _clear_frames(error)
         for entry in batch.entries:
             _fail(entry.future, error if is_final else _stopped())
 
@@ -442,6 +446,14 @@ def _timeout(entry: Entry[P, R], now_s: float) -> ExpertdServerError:
         f"the deadline passed after {now_s - entry.admitted_s:.3f} s, before the request was computed; "
         f"allow more time or try another server"
     )
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Let go of what an error's frames hold. Whoever keeps the error would keep the batch: its tensors, its layer."""
+    each: BaseException | None = error
+    while each is not None:
+        traceback.clear_frames(each.__traceback__)  # all but those that still run: they are the batcher's own
+        each = each.__cause__ or each.__context__
 
 
 def _fail(future: Future[R], error: Exception) -> None:

@@ -93,7 +93,6 @@ class Stream:
             if pending is not None:
                 yield self._answer(pending)
                 self._leave(pending)  # not before: gRPC comes back for more when it has written this one
-                del pending  # the next answer may be long in coming, and this one holds tensors and perhaps a layer
 
     def close(self) -> None:
         """End the call as soon as nothing is in flight."""

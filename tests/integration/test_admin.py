@@ -247,6 +247,33 @@ def test_unloading_waits_for_what_is_in_flight() -> None:
             assert asked.result(PATIENCE_S).weights_version == 2
 
 
+def test_neither_an_idle_stream_nor_a_failed_batch_keeps_weights_alive() -> None:
+    backend = SteeredBackend()
+    backend.gate.set()
+    poison = np.full((2, HIDDEN_SIZE), backend.POISON, np.uint8)
+    bad = pb.ForwardRequest(
+        layer=LAYER,
+        hidden_states=pb.Tensor(dtype=pb.DATA_TYPE_FLOAT8_E4M3FN, shape=poison.shape, data=poison.tobytes()),
+        routing_logits=pb.Tensor(
+            dtype=pb.DATA_TYPE_FLOAT32, shape=(2, NUM_EXPERTS), data=np.zeros((2, NUM_EXPERTS), np.float32).tobytes()
+        ),
+    )
+    is_over = threading.Event()
+
+    def messages() -> Iterator[pb.ForwardStreamRequest]:
+        yield pb.ForwardStreamRequest(id=1, request=bad)
+        is_over.wait(PATIENCE_S)  # the stream stays open
+
+    with running(backend, **ADMIN) as live, admin_of(live) as admin:
+        stream = live.stub.ForwardStream(messages())
+        assert "poisoned" in next(stream).error.message
+        admin.load_layer(LAYER, 2, synthetic="tiny")
+        admin.swap_weights(LAYER, 2)
+        assert admin.unload_layer(LAYER, 1).freed
+        is_over.set()
+        assert list(stream) == []
+
+
 def test_a_layer_is_unloaded_and_another_one_comes() -> None:
     hidden, logits = inputs(1)
     with running(metrics_port=0, **ADMIN) as live, admin_of(live) as admin, client_of(live) as client:

@@ -36,6 +36,7 @@ from tier import (
     slice_of,
     start,
     stopping,
+    sum_of_slices,
 )
 
 import expertd
@@ -368,24 +369,9 @@ def test_weights_are_replaced_under_load_and_versions_never_mix() -> None:
             final = group.forward(LAYER, *inputs(CASE)[:1], routing_logits=inputs(CASE)[1])
         assert not load.failures
         assert final.weights_version == 2
-        one = [_halves(reference, layer) for layer in ("old", "new")]
+        one = [sum_of_slices(reference, layer, CASE, slices) for layer in ("old", "new")]
         assert load.outputs == set(one), "an answer that is of neither version alone"
         assert bits(final.output) == one[1]
-
-
-def _halves(server: Server, layer: str) -> bytes:
-    """What a group of two halves answers, worked out with one server and the group's own sum."""
-    hidden, logits = inputs(CASE)
-    with Client(address(server)) as client:
-        routed = client.forward(layer, hidden, routing_logits=logits, return_routing=True)
-        assert routed.topk_ids is not None
-        total = np.zeros(hidden.shape, np.float32)
-        for is_mine in (routed.topk_ids < 8, routed.topk_ids >= 8):
-            ids = np.where(is_mine, routed.topk_ids, -1).astype(np.int32)
-            half = client.forward(layer, hidden, topk_ids=ids, topk_weights=routed.expert_weights)
-            assert half.output is not None
-            total += half.output.astype(np.float32)
-    return bits(total.astype(ml_dtypes.bfloat16))
 
 
 def test_a_version_that_vanishes_between_look_and_use_is_replaced_by_a_common_one() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from cases import Case, make_case
 
-from expertd import ExpertGroup, GroupConfig
+from expertd import Client, ExpertGroup, GroupConfig
 from expertd_server.backend import MoEOutput, PreparedLayer
 from expertd_server.backend_cpu import TorchBackend
 from expertd_server.config import Config
@@ -125,6 +125,7 @@ class Load:
     num_threads: int = 4
     timeout_s: float = 20.0
     outputs: set[bytes] = field(default_factory=set)
+    by_version: dict[int, set[bytes]] = field(default_factory=dict)
     num_answers: int = 0
     failures: list[BaseException] = field(default_factory=list)
 
@@ -166,8 +167,31 @@ class Load:
                 return
             with self._answered:
                 self.outputs.add(bits(result.output))
+                self.by_version.setdefault(result.weights_version, set()).add(bits(result.output))
                 self.num_answers += 1
                 self._answered.notify_all()
+
+
+def sum_of_slices(
+    server: Server, layer: str, case: Case, slices: Sequence[range], weights_version: int | None = None
+) -> bytes:
+    """What a group of servers with these slices answers, worked out with one server and the group's own sum."""
+    hidden, logits = inputs(case)
+    with Client(address(server)) as client:
+        routed = client.forward(
+            layer, hidden, routing_logits=logits, return_routing=True, weights_version=weights_version
+        )
+        assert routed.topk_ids is not None
+        total = np.zeros(hidden.shape, np.float32)
+        for experts in slices:
+            is_mine = (routed.topk_ids >= experts.start) & (routed.topk_ids < experts.stop)
+            ids = np.where(is_mine, routed.topk_ids, -1).astype(np.int32)
+            part = client.forward(
+                layer, hidden, topk_ids=ids, topk_weights=routed.expert_weights, weights_version=weights_version
+            )
+            assert part.output is not None
+            total += part.output.astype(np.float32)
+    return bits(total.astype(ml_dtypes.bfloat16))
 
 
 def other_weights(case: Case, seed: int) -> Case:
