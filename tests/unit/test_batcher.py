@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -511,3 +513,39 @@ def test_accounts_balance_under_eight_threads_that_submit_cancel_and_expire(max_
     assert batcher.drain(PATIENCE_S)
     assert (batcher.queue_tokens, batcher.queue_requests) == (0, 0)
     assert batcher.stop(PATIENCE_S)
+
+
+class Payload:
+    """Something that can be watched."""
+
+
+class FailsLate(Done[str]):
+    """A batch that fails while it computes, and has it in its frame."""
+
+    def wait(self) -> None:
+        raise RuntimeError("bad")
+
+
+@pytest.mark.parametrize("fails", ["never", "at launch", "while it computes", "cancelled"])
+def test_an_answered_request_is_let_go_whoever_keeps_its_future(fails: str) -> None:
+    """Its tensors and its layer live no longer, without the help of the garbage collector."""
+
+    def launch(batch: Batch[Payload, str]) -> Done[str]:
+        if fails == "at launch":
+            raise RuntimeError(f"bad: {batch.num_tokens}")
+        return FailsLate(["done"]) if fails == "while it computes" else Done(["done"])
+
+    batcher = Batcher(launch, Limits(max_batch_tokens=1, max_queue_tokens=10, max_queue_requests=10))
+    payload = Payload()
+    alive = weakref.ref(payload)
+    gc.disable()
+    try:
+        future = batcher.submit("a", payload, 1)
+        del payload
+        if fails == "cancelled":
+            assert future.cancel()
+        assert batcher.run_once() == (fails != "cancelled")
+        assert future.done()
+        assert alive() is None
+    finally:
+        gc.enable()

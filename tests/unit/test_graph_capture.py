@@ -149,6 +149,22 @@ def test_growing_slots_forget_their_graphs() -> None:
     assert bench.graphs.find(slot, layer, BatchKind(FP8, False, BF16), 1) is None
 
 
+def test_capturing_again_captures_only_what_growing_slots_forgot() -> None:
+    """A larger layer that is loaded beside others makes the slots grow; their graphs are captured anew with its own."""
+    bench = Bench()
+    old, new = bench.layer(version=1), bench.layer(version=2)
+    bench.graphs.capture([old])
+    captured = bench.capturer.captured
+    bench.graphs.capture([new, old])
+    assert bench.capturer.captured == 2 * captured, "those of the old version were there"
+    kinds = bench.kinds(bench.slots[0], old)
+    bench.pool.require(10_000_000, 0)
+    bench.graphs.capture([new, old])
+    assert all(bench.kinds(slot, layer) == kinds for slot in bench.slots for layer in (old, new))
+    assert bench.capturer.captured == 4 * captured
+    assert len(bench.graphs) == 2 * captured
+
+
 def test_a_pool_gives_the_slot_used_last_and_says_when_there_is_none() -> None:
     pool = SlotPool([HostSlot(index) for index in range(2)])
     first, second = pool.take(0.0), pool.take(0.0)

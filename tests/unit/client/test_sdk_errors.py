@@ -54,6 +54,27 @@ def test_every_status_code_is_mapped(code: grpc.StatusCode) -> None:
     assert error.retryable == (code.name in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"))
 
 
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        ("WEIGHTS_VERSION_NOT_HELD", expertd.VersionNotHeldError),
+        ("VERSION_CONFLICT", expertd.OrderRefusedError),
+        ("BAD_CHECKPOINT", expertd.OrderRefusedError),
+        ("INSUFFICIENT_MEMORY", expertd.OrderRefusedError),
+        ("OF_A_LATER_SERVER", expertd.VersionNotHeldError),
+    ],
+)
+def test_a_code_that_stands_for_several_things_is_told_apart_by_the_reason(
+    reason: str, kind: type[expertd.ExpertdError]
+) -> None:
+    info = error_details_pb2.ErrorInfo(reason=reason, metadata={"needed_bytes": "12", "free_bytes": "many"})
+    error = errors.error_from_status(grpc.StatusCode.FAILED_PRECONDITION, "why", packed(info))
+    assert type(error) is kind
+    assert (error.reason, error.retryable) == (reason, False)
+    if isinstance(error, expertd.OrderRefusedError):
+        assert (error.needed_bytes, error.free_bytes) == (12, None)
+
+
 def test_number_that_grpc_does_not_define_is_unknown() -> None:
     assert errors.code_from_number(8) is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert errors.code_from_number(99) is grpc.StatusCode.UNKNOWN
