@@ -289,7 +289,7 @@ class AdminServiceStub(object):
 
     Off unless the server was started with --admin (EXPERTD_ADMIN), and then answered on an address of its own
     (--admin-host, --admin-port), by default for this machine alone. On the data port every method here gets
-    PERMISSION_DENIED, reason ADMIN_ELSEWHERE or ADMIN_DISABLED, with a message that says which it is.
+    PERMISSION_DENIED, reason ADMIN_NOT_HERE, with a message that says how to turn it on or where it is.
 
     The order for a tier: LoadLayer on every server, then SwapWeights on every server, then UnloadLayer on every server.
     Requests that name no version change over at the swap of their server; a group of servers names one version for all
@@ -329,7 +329,7 @@ class AdminServiceServicer(object):
 
     Off unless the server was started with --admin (EXPERTD_ADMIN), and then answered on an address of its own
     (--admin-host, --admin-port), by default for this machine alone. On the data port every method here gets
-    PERMISSION_DENIED, reason ADMIN_ELSEWHERE or ADMIN_DISABLED, with a message that says which it is.
+    PERMISSION_DENIED, reason ADMIN_NOT_HERE, with a message that says how to turn it on or where it is.
 
     The order for a tier: LoadLayer on every server, then SwapWeights on every server, then UnloadLayer on every server.
     Requests that name no version change over at the swap of their server; a group of servers names one version for all
@@ -419,7 +419,7 @@ class AdminService(object):
 
     Off unless the server was started with --admin (EXPERTD_ADMIN), and then answered on an address of its own
     (--admin-host, --admin-port), by default for this machine alone. On the data port every method here gets
-    PERMISSION_DENIED, reason ADMIN_ELSEWHERE or ADMIN_DISABLED, with a message that says which it is.
+    PERMISSION_DENIED, reason ADMIN_NOT_HERE, with a message that says how to turn it on or where it is.
 
     The order for a tier: LoadLayer on every server, then SwapWeights on every server, then UnloadLayer on every server.
     Requests that name no version change over at the swap of their server; a group of servers names one version for all
