@@ -1,4 +1,4 @@
-"""The command line: serve, inspect, demo, health.
+"""The command line: serve, inspect, demo, health, cluster.
 
 Exit codes: 0 done; 1 it failed on the way, the last line of standard error says why; 2 the command line, an option or
 the checkpoint cannot be used; 3 stopped with requests still in flight after shutdown_grace_s.
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from expertd_server import __version__
+from expertd_server.cluster_cli import add_cluster_command
 from expertd_server.config import add_flags, config_from
 from expertd_server.errors import CheckpointError, ConfigError, ExpertdServerError
 from expertd_server.logs import configure_logging
@@ -157,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     health.add_argument("--cert-file", type=Path, metavar="FILE", help="the client's certificate, PEM, for mutual TLS")
     health.add_argument("--key-file", type=Path, metavar="FILE", help="the certificate's private key, PEM")
     health.set_defaults(run=_health)
+    add_cluster_command(commands)
     demo = commands.add_parser(
         "demo",
         help="build a small model, serve it, talk to it, check the answers",

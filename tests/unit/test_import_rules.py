@@ -36,7 +36,10 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"batcher", "engine", "graphs", "layout", "staging"}),
     frozenset({"calls", "interceptor", "service", "status", "stream", "wire", "wire_parse"}),
     frozenset({"loader", "server"}),
-    frozenset({"demo", "health"}),
+    frozenset({"cluster_policy", "cluster_spec", "demo", "health", "tether"}),
+    frozenset({"cluster_server"}),
+    frozenset({"cluster_actors"}),
+    frozenset({"cluster", "cluster_cli"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
@@ -46,11 +49,12 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 # Third-party packages that only some modules may know.
 ONLY_IN = {
-    "grpc": {"cli", "health", "interceptor", "service", "stream", "server"},
-    "grpc_health": {"health", "server"},
+    "grpc": {"cli", "cluster_server", "health", "interceptor", "service", "stream", "server"},
+    "grpc_health": {"cluster_server", "health", "server"},
     "grpc_reflection": {"server"},
     "grpc_status": {"interceptor"},
-    "prometheus_client": {"metrics"},
+    "prometheus_client": {"cluster_server", "metrics"},
+    "ray": {"cluster", "cluster_actors"},
     "safetensors": {"calibration", "checkpoint", "tensor_files", "demo_model"},
 }
 
