@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 with warnings.catch_warnings():
@@ -120,7 +121,9 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
             raise ConfigError(f"--{name.replace('_', '-')} is set, but the cluster chooses it for each server")
     config = config_from(flags)
     defaults: dict[str, Any] = {name: getattr(Config, name) for name in SET_BY_THE_CLUSTER}
-    config = dataclasses.replace(config, **defaults)
+    # The servers run elsewhere: a path has to mean the same on every node.
+    paths: dict[str, Any] = {name: p.absolute() for name, p in vars(config).items() if isinstance(p, Path)}
+    config = dataclasses.replace(config, **(paths | defaults))
     return ClusterSpec(
         name=options.name,
         num_experts=_num_experts(config),
