@@ -36,10 +36,10 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"batcher", "engine", "graphs", "layout", "staging"}),
     frozenset({"calls", "interceptor", "service", "status", "stream", "wire", "wire_parse"}),
     frozenset({"loader", "server"}),
-    frozenset({"cluster_policy", "cluster_spec", "demo", "health", "tether"}),
-    frozenset({"cluster_server"}),
+    frozenset({"cluster_policy", "cluster_spec", "demo", "health", "plan_figures", "tether"}),
+    frozenset({"cluster_server", "plan"}),
     frozenset({"cluster_actors"}),
-    frozenset({"cluster", "cluster_cli"}),
+    frozenset({"cluster", "cluster_cli", "plan_cli", "plan_report"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
