@@ -133,6 +133,7 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
         cpus_per_shard=options.cpus_per_shard,
         gpus_per_shard=options.gpus_per_shard,
         topology_file=options.topology_file and options.topology_file.absolute(),
+        prometheus_file=options.prometheus_file and options.prometheus_file.absolute(),
         rebalance=options.rebalance,
         serve_flags=tuple(command_line(config)),
         max_queue_tokens=config.max_queue_tokens,

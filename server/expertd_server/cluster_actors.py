@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from expertd_server.cluster_policy import Balancer, Move, PolicyConfig, ShardLoad
 from expertd_server.cluster_server import ServerProcess, ServerStats, ServerStatus
-from expertd_server.cluster_spec import NAMESPACE, ClusterSpec, write_topology
+from expertd_server.cluster_spec import NAMESPACE, ClusterSpec, write_prometheus_targets, write_topology
 from expertd_server.errors import ExpertdServerError
 from expertd_server.logs import configure_logging
 
@@ -182,7 +182,7 @@ class Controller:
         """Held while replicas are added or retired, one change at a time."""
         self._replicas: dict[str, _Replica] = {}
         self._notes: list[str] = []
-        self._published: list[str] | None = None
+        self._published: object = None
         self._balancer = Balancer(PolicyConfig(min_replicas=spec.min_replicas, full_queue_tokens=spec.max_queue_tokens))
         self._stopping = threading.Event()
         self._find_replicas()
@@ -245,12 +245,13 @@ class Controller:
             self._move(Move(source=source, target=target, reason="asked for"))
 
     def down(self) -> None:
-        """Drain and stop every server, free what was reserved, remove the topology file."""
+        """Drain and stop every server, free what was reserved, remove what was published."""
         self._stopping.set()
         with self._changing:
             self._stop_all()
-        if self._spec.topology_file is not None:
-            self._spec.topology_file.unlink(missing_ok=True)
+        for path in (self._spec.topology_file, self._spec.prometheus_file):
+            if path is not None:
+                path.unlink(missing_ok=True)
 
     # ---- the loop
 
@@ -299,15 +300,23 @@ class Controller:
         return all_heard or time.monotonic() > self._settled_at_s
 
     def _publish(self) -> None:
-        path = self._spec.topology_file
         with self._lock:
-            if path is None or not self._is_settled():
+            if not self._is_settled():
                 return
             addresses = self.addresses()
-        if not addresses or addresses == self._published:
+            targets = sorted(
+                (each.status.metrics_address, each.shard)
+                for each in self._replicas.values()
+                if each.status.metrics_address is not None and not each.is_retiring
+            )
+        spec, published = self._spec, (addresses, targets)
+        if not addresses or published == self._published:
             return
-        write_topology(path, addresses)
-        self._published = addresses
+        if spec.topology_file is not None:
+            write_topology(spec.topology_file, addresses)
+        if spec.prometheus_file is not None:
+            write_prometheus_targets(spec.prometheus_file, spec.name, targets)
+        self._published = published
 
     def _mend(self) -> None:
         """Replace servers that are gone and that Ray has not brought back in time."""

@@ -54,7 +54,13 @@ def add_cluster_command(commands: Any) -> None:
     up.add_argument("--cpus-per-shard", type=float, default=1, metavar="N", help="for each server; default: 1")
     up.add_argument("--gpus-per-shard", type=float, default=0, metavar="N", help="for each server; default: 0")
     up.add_argument(
-        "--topology-file", type=_topology_file, metavar="FILE.json", help="keep the servers' addresses in this file"
+        "--topology-file", type=_json_file, metavar="FILE.json", help="keep the servers' addresses in this file"
+    )
+    up.add_argument(
+        "--prometheus-file",
+        type=_json_file,
+        metavar="FILE.json",
+        help="and where their metrics are, for file_sd_configs",
     )
     up.add_argument(
         "--rebalance",
@@ -104,7 +110,7 @@ def _runner(name: str) -> Callable[[argparse.Namespace], int]:
     return run
 
 
-def _topology_file(text: str) -> Path:
+def _json_file(text: str) -> Path:
     if not text.endswith(".json"):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a name that ends in .json, as ExpertGroup needs it")
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a name that ends in .json")
     return Path(text)

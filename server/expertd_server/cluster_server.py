@@ -58,6 +58,7 @@ class ServerStatus:
     state: State
     address: str | None = None
     """host:port; None until it is ready."""
+    metrics_address: str | None = None
     pid: int | None = None
     instance_id: str | None = None
     stats: ServerStats = field(default_factory=ServerStats)
@@ -125,10 +126,10 @@ class ServerProcess:
             process.kill()
         if state != "unhealthy":
             self._healthy_at_s = now_s
-        address = facts.get("address")
         return ServerStatus(
             state=state,
-            address=None if address is None else str(address),
+            address=str(facts["address"]) if facts else None,
+            metrics_address=f"{self._host}:{facts['metrics_port']}" if facts else None,
             pid=None if process is None else process.pid,
             instance_id=str(facts["instance_id"]) if facts else None,
             stats=stats,

@@ -10,7 +10,14 @@ from pathlib import Path
 
 from expertd_server.errors import ConfigError
 
-__all__ = ["NAMESPACE", "SET_BY_THE_CLUSTER", "ClusterSpec", "controller_name", "write_topology"]
+__all__ = [
+    "NAMESPACE",
+    "SET_BY_THE_CLUSTER",
+    "ClusterSpec",
+    "controller_name",
+    "write_prometheus_targets",
+    "write_topology",
+]
 
 NAMESPACE = "expertd"
 """Ray namespace of every actor."""
@@ -43,6 +50,8 @@ class ClusterSpec:
     """GPUs that Ray sets aside for each server, and all that it sees."""
     topology_file: Path | None
     """Where the controller writes the addresses, on its own host; None: only `expertd.ray.RayTier` knows them."""
+    prometheus_file: Path | None
+    """Where it writes the addresses of the metrics, for Prometheus' file_sd_configs."""
     rebalance: bool
     """Whether a replica moves from an idle shard to a busy one."""
     serve_flags: tuple[str, ...]
@@ -90,11 +99,17 @@ class ClusterSpec:
 
 
 def write_topology(path: Path, addresses: Sequence[str]) -> None:
-    """Write a topology file for ExpertGroup in one step: readers see the old one or the new one, whole.
+    """Write a topology file for ExpertGroup. Raises OSError."""
+    _replace(path, {"expertd_topology": 1, "servers": [{"address": address} for address in addresses]})
 
-    Raises OSError.
-    """
-    document = {"expertd_topology": 1, "servers": [{"address": address} for address in addresses]}
+
+def write_prometheus_targets(path: Path, tier: str, targets: Sequence[tuple[str, int]]) -> None:
+    """Write a file for Prometheus' file_sd_configs. targets: host:port of the metrics, and shard. Raises OSError."""
+    _replace(path, [{"targets": [target], "labels": {"tier": tier, "shard": str(shard)}} for target, shard in targets])
+
+
+def _replace(path: Path, document: object) -> None:
+    """In one step: readers see the old file or the new one, whole."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)

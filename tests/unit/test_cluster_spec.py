@@ -13,7 +13,7 @@ import pytest
 from expertd.topology import TopologyFile
 from expertd_server.cli import main
 from expertd_server.cluster_server import ServerStats, ServerStatus, parse_stats
-from expertd_server.cluster_spec import SET_BY_THE_CLUSTER, ClusterSpec, write_topology
+from expertd_server.cluster_spec import SET_BY_THE_CLUSTER, ClusterSpec, write_prometheus_targets, write_topology
 from expertd_server.config import Config, add_flags, command_line, config_from
 from expertd_server.errors import ConfigError
 from expertd_server.metrics import Metrics
@@ -30,6 +30,7 @@ SPEC = ClusterSpec(
     cpus_per_shard=1,
     gpus_per_shard=0,
     topology_file=None,
+    prometheus_file=None,
     rebalance=True,
     serve_flags=("--synthetic", "tiny"),
     max_queue_tokens=100,
@@ -71,6 +72,12 @@ def test_a_group_reads_the_topology_that_is_written(tmp_path: Path) -> None:
     assert TopologyFile(path).resolve() == ["127.0.0.1:5", "127.0.0.2:6"]
     assert json.loads(path.read_text())["expertd_topology"] == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_prometheus_reads_targets_with_their_shard(tmp_path: Path) -> None:
+    path = tmp_path / "targets.json"
+    write_prometheus_targets(path, "expertd", [("10.0.0.7:9", 3)])
+    assert json.loads(path.read_text()) == [{"targets": ["10.0.0.7:9"], "labels": {"tier": "expertd", "shard": "3"}}]
 
 
 def test_flags_say_what_the_options_are() -> None:
