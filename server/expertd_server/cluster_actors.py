@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,14 +182,21 @@ class Controller:
         """Held while replicas are added or retired, one change at a time."""
         self._replicas: dict[str, _Replica] = {}
         self._notes: list[str] = []
+        self._publishing = threading.Lock()
+        """Held while files are written."""
         self._published: object = None
         self._balancer = Balancer(PolicyConfig(min_replicas=spec.min_replicas, full_queue_tokens=spec.max_queue_tokens))
         self._stopping = threading.Event()
         self._find_replicas()
+        self._goal = Counter(replica.shard for replica in self._replicas.values())
+        """Replicas that each shard should have."""
+        self._mend_at_s = 0.0
+        """When to try again to add what is missing."""
         self._settled_at_s = time.monotonic() + _TAKE_OVER_S if self._replicas else 0.0
         """A controller that was started again says nothing before it has heard every server, or this moment."""
-        self._loop = threading.Thread(target=self._run, name="expertd-controller", daemon=True)
-        self._loop.start()
+        # Two threads: a server that drains for half a minute must not hold up the topology.
+        for name, steps in {"publish": (self._poll, self._publish), "tend": (self._tend,)}.items():
+            threading.Thread(target=self._repeat, args=steps, name=f"expertd-{name}", daemon=True).start()
 
     # ---- what the commands ask
 
@@ -204,6 +211,7 @@ class Controller:
                     group = self._reserve_shard(shard)
                     for index in range(self._spec.replicas):
                         self._start_server(shard, (group, index))
+                    self._goal[shard] = self._spec.replicas
             except ClusterError:
                 self._stop_all()
                 raise
@@ -229,10 +237,12 @@ class Controller:
         """
         with self._changing:
             for each in range(self._spec.shards) if shard is None else [shard]:
-                while len(self._of(each)) < replicas:
-                    self._add_replica(each)
-                excess = self._of(each)[replicas:] if replicas else []
-                self._retire(excess)
+                try:
+                    while len(self._of(each)) < replicas:
+                        self._add_replica(each)
+                    self._retire(self._of(each)[replicas:])
+                finally:
+                    self._goal[each] = len(self._of(each))
 
     def move(self, source: int, target: int) -> None:
         """Hand the place of one replica of `source` over to a new one of `target`, which is not awaited.
@@ -249,25 +259,30 @@ class Controller:
         self._stopping.set()
         with self._changing:
             self._stop_all()
-        for path in (self._spec.topology_file, self._spec.prometheus_file):
-            if path is not None:
-                path.unlink(missing_ok=True)
+        with self._publishing:
+            for path in (self._spec.topology_file, self._spec.prometheus_file):
+                if path is not None:
+                    path.unlink(missing_ok=True)
 
     # ---- the loop
 
-    def _run(self) -> None:
+    def _repeat(self, *steps: Callable[[], None]) -> None:
         while not self._stopping.wait(self._spec.interval_s):
+            for step in steps:
+                try:
+                    step()
+                except Exception as error:  # whatever it is, the tier is tended again
+                    log.exception("%s", step.__name__)
+                    self._note(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", logging.ERROR)
+
+    def _tend(self) -> None:
+        # A command that changes the tier does not wait for this, nor this for it.
+        if self._changing.acquire(blocking=False):
             try:
-                self._poll()
-                self._publish()
-                if self._changing.acquire(blocking=False):
-                    try:
-                        self._mend()
-                        self._rebalance()
-                    finally:
-                        self._changing.release()
-            except (RayError, ClusterError, OSError, ValueError) as error:
-                self._note(f"{type(error).__name__}: {str(error).splitlines()[0]}", logging.ERROR)
+                self._mend()
+                self._rebalance()
+            finally:
+                self._changing.release()
 
     def _poll(self) -> None:
         """Ask every server how it is, at most one question at a time, and take the answers that come."""
@@ -300,33 +315,42 @@ class Controller:
         return all_heard or time.monotonic() > self._settled_at_s
 
     def _publish(self) -> None:
-        with self._lock:
-            if not self._is_settled():
+        spec = self._spec
+        with self._publishing:
+            with self._lock:
+                if self._stopping.is_set() or not self._is_settled():
+                    return
+                addresses = self.addresses()
+                targets = sorted(
+                    (each.status.metrics_address, each.shard)
+                    for each in self._replicas.values()
+                    if each.status.metrics_address is not None and not each.is_retiring
+                )
+            if not addresses or (addresses, targets) == self._published:
                 return
-            addresses = self.addresses()
-            targets = sorted(
-                (each.status.metrics_address, each.shard)
-                for each in self._replicas.values()
-                if each.status.metrics_address is not None and not each.is_retiring
-            )
-        spec, published = self._spec, (addresses, targets)
-        if not addresses or published == self._published:
-            return
-        if spec.topology_file is not None:
-            write_topology(spec.topology_file, addresses)
-        if spec.prometheus_file is not None:
-            write_prometheus_targets(spec.prometheus_file, spec.name, targets)
-        self._published = published
+            if spec.topology_file is not None:
+                write_topology(spec.topology_file, addresses)
+            if spec.prometheus_file is not None:
+                write_prometheus_targets(spec.prometheus_file, spec.name, targets)
+            self._published = addresses, targets
 
     def _mend(self) -> None:
-        """Replace servers that are gone and that Ray has not brought back in time."""
+        """Replace servers that are gone and that Ray has not brought back in time. Holds _changing."""
         now_s = time.monotonic()
         for replica in self._all():
-            if now_s - replica.heard_at_s <= self._spec.replace_after_s:
-                continue
-            self._note(f"{replica.name} is gone for {now_s - replica.heard_at_s:.0f} s: replaced", logging.WARNING)
-            self._forget(replica)
-            self._add_replica(replica.shard)
+            silent_s = now_s - replica.heard_at_s
+            if silent_s > self._spec.replace_after_s:
+                self._note(f"{replica.name} is gone for {silent_s:.0f} s: to be replaced", logging.WARNING)
+                self._forget(replica)
+            elif replica.is_reachable and replica.status.state == "stopped":  # by a controller before this one
+                self._forget(replica)
+        if now_s < self._mend_at_s:
+            return
+        for shard in range(self._spec.shards):
+            while len(self._of(shard)) < self._goal[shard]:
+                self._mend_at_s = now_s + self._spec.replace_after_s  # unless this works
+                self._add_replica(shard)
+                self._mend_at_s = 0.0
 
     def _rebalance(self) -> None:
         if not self._spec.rebalance:
@@ -341,6 +365,8 @@ class Controller:
         hosts = {replica.node_id for replica in self._of(move.target)}
         # A host that has no replica of the target yet is best.
         leaving = min(self._of(move.source), key=lambda each: (each.node_id in hosts, each.name))
+        self._goal[move.source] -= 1
+        self._goal[move.target] += 1
         self._retire([leaving], keep_place=True)
         self._start_server(move.target, leaving.place)
 
@@ -445,9 +471,9 @@ class Controller:
         """A placement group with a place for each replica, on hosts of their own where there are enough."""
         spec, name = self._spec, f"{self._spec.name}.g{shard}"
         bundles = [spec.resources] * spec.replicas
-        for strategy in ("STRICT_SPREAD", "SPREAD"):
+        for strategy in ("STRICT_SPREAD", "SPREAD") if _num_nodes() >= spec.replicas else ("SPREAD",):
             group = placement_group(bundles, strategy=strategy, name=name, lifetime="detached")
-            if group.wait(_PLACEMENT_TIMEOUT_S if strategy == "SPREAD" or _num_nodes() >= spec.replicas else 0):
+            if group.wait(_PLACEMENT_TIMEOUT_S):
                 if strategy == "SPREAD" and spec.replicas > 1:
                     self._note(
                         f"replicas of shard {shard} share hosts: fewer than {spec.replicas} nodes have room for "

@@ -115,6 +115,14 @@ class Callers:
                 self.failures.append(error)
                 return
 
+    def summary(self, start: int) -> str:
+        """What became of the requests from number `start` on."""
+        times_ms = [1e3 * latency_s for latency_s in sorted(self.latencies_s[start:])]
+        return (
+            f"{len(self.failures)} of {len(times_ms)} requests failed, median {times_ms[len(times_ms) // 2]:.0f} ms, "
+            f"slowest {times_ms[-1]:.0f} ms"
+        )
+
     def check(self) -> None:
         """Answers keep coming, all of them the same."""
         before = len(self.latencies_s)
@@ -175,13 +183,9 @@ def test_a_tier_outlives_its_nodes(cluster: Any, tmp_path: Path, capsys: pytest.
             os.kill(each["pid"], signal.SIGKILL)
         cluster.remove_node(victim, allow_graceful=False)
         wait_for(lambda: all_serve(capsys, 4, without=[each["pid"] for each in lost]), "the lost servers elsewhere")
-        during = callers.latencies_s[num_before:]
         with capsys.disabled():
-            print(
-                f"\nnode with {len(lost)} of 4 servers lost: {len(callers.failures)} of {len(during)} requests failed, the "
-                f"slowest took {max(during) * 1e3:.0f} ms, median {sorted(during)[len(during) // 2] * 1e3:.0f} ms; servers "
-                f"back elsewhere after {time.monotonic() - killed_s:.1f} s"
-            )
+            print(f"\n{len(lost)} of 4 servers lost, back after {time.monotonic() - killed_s:.1f} s")
+            print(callers.summary(num_before))
         after = report(capsys)
         assert victim.node_id[:8] not in json.dumps(after["replicas"])
         for shard in range(2):
