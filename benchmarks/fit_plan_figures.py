@@ -17,21 +17,25 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from bench_kernels import CASES
-
 from expertd_server.plan_figures import Kernels, KernelWork
+from expertd_server.synthetic import PRESETS
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 TARGET = HERE.parent / "server" / "expertd_server" / "plan_figures.json"
 GPUS = ("h100", "h200")
+SHAPES = {
+    "mixtral": "mixtral-8x7b",
+    "qwen3": "qwen3-30b-a3b",
+    "deepseek": "deepseek-v3",
+    "scout": "llama4-scout",
+    "nemotron": "nemotron-3-super",
+}
+"""The presets that the cases of bench_kernels.py have the sizes of."""
 UNMEASURED = {
     "h100": {
         "gpu": "NVIDIA H100 80GB HBM3",
@@ -67,7 +71,9 @@ def fit(
 
 def work_of(cell: dict[str, Any]) -> KernelWork:
     """What a measured cell did."""
-    return KernelWork.of(CASES[cell["case"]], tokens=cell["tokens"], rows=cell["rows"], touched=cell["experts"])
+    return KernelWork.of(
+        PRESETS[SHAPES[cell["case"]]], tokens=cell["tokens"], rows=cell["rows"], touched=cell["experts"]
+    )
 
 
 def fit_kernels(path: Path) -> dict[str, Any]:
@@ -114,8 +120,7 @@ def newest(pattern: str) -> Path | None:
 def fit_client(path: Path) -> dict[str, Any]:
     """Microseconds of routing, splitting and summing on the client: fixed, and for each returned value."""
     rows = json.loads(path.read_text())["rows"]
-    hidden = {"qwen3-30b-a3b": 2048, "deepseek-v3": 7168}
-    values = [row["tokens"] * row["shards_per_token"] * hidden[row["layer"]] for row in rows]
+    values = [row["tokens"] * row["shards_per_token"] * PRESETS[row["layer"]].hidden_size for row in rows]
     measured = [row["all_us"] for row in rows]
     fixed_us, value_ns = fit(lambda q: [q[0] + q[1] * v / 1e3 for v in values], measured, [50.0, 0.5])
     errors = [abs((fixed_us + value_ns * v / 1e3) / us - 1) for v, us in zip(values, measured, strict=True)]

@@ -5,6 +5,8 @@ The nodes are real raylets, each with two CPUs in its books; the servers are rea
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -20,8 +22,9 @@ import psutil
 import pytest
 
 from expertd import ExpertGroup, GroupConfig
+from expertd.errors import TopologyError
 from expertd_server.cli import main
-from expertd_server.cluster_spec import NAMESPACE, controller_name
+from expertd_server.cluster_spec import NAMESPACE, ClusterSpec, controller_name
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'expertd-server[ray]'")
 
@@ -32,6 +35,21 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
+SPEC = ClusterSpec(
+    name="places",
+    num_experts=8,
+    shards=1,
+    replicas=1,
+    min_replicas=1,
+    cpus_per_shard=1,
+    gpus_per_shard=0,
+    topology_file=None,
+    prometheus_file=None,
+    rebalance=False,
+    serve_flags=(),
+    max_queue_tokens=1,
+    shutdown_grace_s=1,
+)
 SEED, NUM_TOKENS = 20261126, 16
 LAYER, HIDDEN_SIZE, NUM_EXPERTS = "synthetic.tiny.0", 256, 8
 PATIENCE_S = 120.0
@@ -56,24 +74,25 @@ def patiently(start: Callable[[], Any]) -> Any:
     return None
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
     """Three nodes; this process is connected to the first."""
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    head = {**NODE, "include_dashboard": False, "_system_config": SYSTEM}
-    cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
-    try:
-        for _ in range(2):
-            patiently(lambda: cluster.add_node(**NODE))
-        ray.init(cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "OMP_NUM_THREADS": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        head = {**NODE, "include_dashboard": False, "_system_config": SYSTEM}
+        cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
+        try:
+            for _ in range(2):
+                patiently(lambda: cluster.add_node(**NODE))
+            ray.init(cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
 
 
 class Callers:
@@ -153,6 +172,58 @@ def nodes_of(document: dict[str, Any], shard: int) -> list[str]:
     return [replica["node"] for replica in document["replicas"] if replica["shard"] == shard]
 
 
+class TestPlaces:
+    """Where a controller reserves them. It runs in this process, without servers."""
+
+    @staticmethod
+    @contextlib.contextmanager
+    def controller(replicas: int) -> Iterator[Any]:
+        from expertd_server.cluster_actors import Controller
+
+        controller = Controller(dataclasses.replace(SPEC, replicas=replicas))
+        try:
+            yield controller
+        finally:
+            controller.down()
+
+    @staticmethod
+    def nodes(controller: Any) -> list[str]:
+        return [node for group in controller._groups().values() for node in group["bundles_to_node_id"].values()]
+
+    @pytest.mark.usefixtures("cluster")
+    def test_replicas_have_hosts_of_their_own_where_there_are_enough(self) -> None:
+        with self.controller(3) as controller:
+            controller._reserve_shard(0)
+            assert len(set(self.nodes(controller))) == 3
+            assert controller.report().notes == ()
+
+    @pytest.mark.usefixtures("cluster")
+    def test_and_share_them_with_a_warning_where_there_are_not(self) -> None:
+        with self.controller(4) as controller:
+            controller._reserve_shard(0)
+            nodes = self.nodes(controller)
+            assert len(nodes) == 4
+            assert len(set(nodes)) == 3
+            assert "replicas of shard 0 share hosts" in controller.report().notes[0]
+
+    @pytest.mark.usefixtures("cluster")
+    def test_one_more_avoids_the_hosts_that_have_one(self) -> None:
+        with self.controller(2) as controller:
+            controller._reserve_shard(0)
+            taken = set(self.nodes(controller))
+            assert controller._reserve_one(taken) == f"{SPEC.name}.g1"
+            assert len(set(self.nodes(controller))) == 3
+
+    @pytest.mark.usefixtures("cluster")
+    def test_without_room_nothing_is_left_behind(self) -> None:
+        from expertd_server.cluster_actors import ClusterError
+
+        with self.controller(7) as controller:
+            with pytest.raises(ClusterError, match="no room for 7 replicas of shard 0: each needs 1 CPU"):
+                controller._reserve_shard(0)
+            assert controller._groups() == {}
+
+
 def test_a_tier_outlives_its_nodes(cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from expertd.ray import RayTier
 
@@ -220,6 +291,8 @@ def test_a_tier_outlives_its_nodes(cluster: Any, tmp_path: Path, capsys: pytest.
     assert not targets.exists()
     assert not any(psutil.pid_exists(pid) for pid in pids)
     assert main(["cluster", "status"]) == 1
+    with pytest.raises(TopologyError, match="Ray tier 'expertd'"):
+        RayTier().resolve()
     wait_for(lambda: ray.available_resources().get("CPU") == 4, "every CPU to be free again")
 
 

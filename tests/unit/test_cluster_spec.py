@@ -110,6 +110,14 @@ def test_bad_options_are_refused_before_ray_is_asked(
     assert message in capsys.readouterr().err
 
 
+def test_without_ray_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["cluster", "status"]) == 2
+    assert "pip install 'expertd-server[ray]'" in capsys.readouterr().err
+
+
 def test_statistics_are_read_from_the_metrics_of_a_server() -> None:
     metrics = Metrics(count_expert_tokens=True)
     layer = {"weights_version": 1, "hidden_size": 8, "intermediate_size": 8, "top_k": 1, "routing": "topk"}
