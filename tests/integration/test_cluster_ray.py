@@ -29,7 +29,7 @@ from expertd_server.cluster_spec import NAMESPACE, ClusterSpec, controller_name
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'expertd-server[ray]'")
 
 pytestmark = [
-    pytest.mark.timeout(420),  # about 50 s on two quiet cores; most of it Python processes that start
+    pytest.mark.timeout(600),  # about a minute on two quiet cores, most of it Python processes that start
     # Ray leaves sockets and log files to the garbage collector.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
