@@ -1,4 +1,4 @@
-"""The command line: serve, inspect, demo, health, admin.
+"""The command line: serve, inspect, health, admin, plan, cluster, demo.
 
 Exit codes: 0 done; 1 it failed on the way, the last line of standard error says why; 2 the command line, an option or
 the checkpoint cannot be used; 3 stopped with requests still in flight after shutdown_grace_s.
@@ -15,10 +15,12 @@ from pathlib import Path
 
 from expertd_server import __version__
 from expertd_server.admin_cli import add_admin_parser
+from expertd_server.cluster_cli import add_cluster_command
 from expertd_server.config import add_flags, config_from
 from expertd_server.errors import CheckpointError, ConfigError, ExpertdServerError
 from expertd_server.logs import configure_logging
 from expertd_server.malloc import reexec_with_settings
+from expertd_server.plan_cli import add_plan_command
 
 __all__ = ["main"]
 
@@ -161,6 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     health.add_argument("--key-file", type=Path, metavar="FILE", help="the certificate's private key, PEM")
     health.set_defaults(run=_health)
     add_admin_parser(commands)
+    add_plan_command(commands)
+    add_cluster_command(commands)
     demo = commands.add_parser(
         "demo",
         help="build a small model, serve it, talk to it, check the answers",

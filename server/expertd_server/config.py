@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from expertd_server.errors import ConfigError
 
-__all__ = ["ENV_PREFIX", "Config", "add_flags", "config_from", "markdown_table"]
+__all__ = ["ENV_PREFIX", "Config", "add_flags", "command_line", "config_from", "markdown_table"]
 
 ENV_PREFIX: Final = "EXPERTD_"
 
@@ -231,6 +231,20 @@ def config_from(flags: Mapping[str, Any], environment: Mapping[str, str] = os.en
         elif _env_name(name) in environment:
             values[name] = _parsed(name, environment[_env_name(name)], _env_name(name))
     return Config(**values)
+
+
+def command_line(config: Config) -> list[str]:
+    """Flags of `serve` that stand for these options; those that have their defaults are left out."""
+    flags: list[str] = []
+    for option in dataclasses.fields(Config):
+        value = getattr(config, option.name)
+        if value == option.default:
+            continue
+        if isinstance(value, bool):
+            flags.append(_flag(option.name if value else f"no_{option.name}"))
+        else:
+            flags += [_flag(option.name), ",".join(value) if isinstance(value, tuple) else str(value)]
+    return flags
 
 
 def markdown_table() -> str:

@@ -13,7 +13,7 @@ from expertd_server.types import LayerSpec
 
 __all__ = ["CACHE_VERSION", "TuningCache", "bucket", "choose_family", "layer_key"]
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Raise it when the kernels change, so that old measurements are not believed."""
 
 
@@ -35,14 +35,15 @@ def choose_family(tuned: dict[int, str] | None, spec: LayerSpec, num_tokens: int
     if tuned is not None and (name := tuned.get(bucket(num_tokens))) is not None:
         return name
     rows = num_tokens * spec.top_k / spec.num_experts  # of one expert, routed evenly
-    if num_tokens <= 2:
+    long_sums = min(spec.hidden_size, spec.intermediate_size) >= 2048
+    if num_tokens == 1 and not long_sums:
         return "s16w"
-    if rows <= 2 and spec.intermediate_size >= 2048:  # long sums in few tiles: halves are easier to spread
-        return "s16"
-    for limit, name in ((16, "d32"), (40, "d64"), (90, "m128")):
+    if rows <= 9 and long_sums:
+        return "s16x"
+    for limit, name in ((20, "d32w"), (45, "d64w"), (100, "m128")):
         if rows <= limit:
             return name
-    return "p160"
+    return "q160" if rows <= 160 and long_sums else "p160"
 
 
 class TuningCache:

@@ -36,7 +36,10 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"batcher", "engine", "graphs", "layout", "staging"}),
     frozenset({"calls", "interceptor", "service", "status", "stream", "wire", "wire_parse"}),
     frozenset({"admin", "admin_endpoint", "listen", "loader", "server", "sources"}),
-    frozenset({"admin_cli", "demo", "health"}),
+    frozenset({"admin_cli", "cluster_policy", "cluster_spec", "demo", "health", "plan_figures", "tether"}),
+    frozenset({"cluster_server", "plan"}),
+    frozenset({"cluster_actors"}),
+    frozenset({"cluster", "cluster_cli", "plan_cli", "plan_report"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
@@ -46,11 +49,23 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 # Third-party packages that only some modules may know.
 ONLY_IN = {
-    "grpc": {"admin", "admin_endpoint", "cli", "health", "interceptor", "listen", "service", "stream", "server"},
-    "grpc_health": {"health", "server"},
+    "grpc": {
+        "admin",
+        "admin_endpoint",
+        "cli",
+        "cluster_server",
+        "health",
+        "interceptor",
+        "listen",
+        "service",
+        "stream",
+        "server",
+    },
+    "grpc_health": {"cluster_server", "health", "server"},
     "grpc_reflection": {"server"},
     "grpc_status": {"interceptor"},
-    "prometheus_client": {"metrics"},
+    "prometheus_client": {"cluster_server", "metrics"},
+    "ray": {"cluster", "cluster_actors"},
     "safetensors": {"calibration", "checkpoint", "tensor_files", "demo_model"},
 }
 

@@ -1,0 +1,85 @@
+"""A server process that is kept alive, and ends with the process that started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from expertd_server.cluster_server import ServerProcess, ServerStatus
+from expertd_server.tether import tethered
+
+PATIENCE_S = 60.0
+
+
+def wait_for(process: ServerProcess, condition: Callable[[ServerStatus], bool]) -> ServerStatus:
+    until_s = time.monotonic() + PATIENCE_S
+    while not condition(status := process.status()):
+        assert time.monotonic() < until_s, status
+        time.sleep(0.05)
+    return status
+
+
+def test_a_killed_server_comes_back_and_a_drained_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERTD_PORT", "1")  # the flags alone count
+    flags = ["--synthetic", "tiny", "--device", "cpu", "--expert-token-metrics"]
+    process = ServerProcess(flags, "127.0.0.1", shutdown_grace_s=30)
+    first = wait_for(process, lambda status: status.state == "serving")
+    assert first.pid is not None
+    assert first.stats.tokens == 0
+    assert set(first.stats.expert_tokens) == set(range(8))
+    os.kill(first.pid, signal.SIGKILL)
+    second = wait_for(process, lambda status: status.state == "serving" and status.num_starts == 2)
+    assert second.exit_code == -signal.SIGKILL
+    assert second.pid != first.pid
+    assert second.instance_id != first.instance_id
+    assert process.drain()
+    assert process.status().state == "stopped"
+    assert not psutil.pid_exists(second.pid or 0)
+
+
+def test_a_server_that_cannot_start_says_why() -> None:
+    process = ServerProcess(["--synthetic", "tiny", "--experts", "9-12"], "127.0.0.1", shutdown_grace_s=1)
+    status = wait_for(process, lambda status: status.exit_code is not None)
+    assert status.exit_code == 2
+    assert "expertd-server: " in status.last_words
+    process.drain()
+
+
+_PARENT = """
+import subprocess, sys
+from expertd_server.tether import tethered
+child = subprocess.Popen(tethered([sys.executable, "-c", "import signal, sys; signal.sigwait([signal.SIGHUP])"]))
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+def test_a_tethered_process_ends_with_its_parent() -> None:
+    with subprocess.Popen([sys.executable, "-c", _PARENT], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        wait_until_executed(child)
+        parent.kill()
+    psutil.wait_procs([child], timeout=PATIENCE_S)
+    assert not child.is_running()
+
+
+def wait_until_executed(child: psutil.Process) -> None:
+    until_s = time.monotonic() + PATIENCE_S
+    while "sigwait" not in " ".join(child.cmdline()[:3]):
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
+
+
+def test_a_tethered_process_whose_parent_is_gone_does_not_start() -> None:
+    command = tethered(["/bin/echo", "never"])
+    command[3] = "1"  # some other process
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
