@@ -26,12 +26,14 @@ struct Family {
   static constexpr int kTileM = kM, kTileN = kN, kTileQuantum = kQuantum, kStages = kStages_, kCtasPerSm = kCtas;
 };
 
-using FamilyS16W = Family<64, 16, 8, 5, 2, 2>;           // one or two tokens: wide steps, few of them
-using FamilyS16 = Family<64, 16, 8, 10, 2>;              // up to two tokens per expert, large experts
-using FamilyD32 = Family<128, 32, 8, 5, 2>;              // decode
-using FamilyD64 = Family<128, 64, 16, 4, 2>;             // decode, more tokens per expert
-using FamilyM128 = Family<128, 128, 32, 6, 1>;           // between decode and prefill
-using FamilyQ160 = Family<128, 160, 32, 6, 1, 1, true>;  // the same, where memory sets the pace
+// NOTE: memory gives more when what is asked for together lies together. So decode families load 256 or 512 consecutive
+// bytes of each weight row per stage, one CTA per SM, with as many bytes on their way as fit.
+using FamilyS16W = Family<64, 16, 8, 5, 2, 2>;           // one token, short sums
+using FamilyS16X = Family<64, 16, 8, 5, 1, 4>;           // up to 9 rows per expert, long sums
+using FamilyD32W = Family<128, 32, 8, 5, 1, 2>;          // up to 20 rows per expert
+using FamilyD64W = Family<128, 64, 16, 4, 1, 2>;         // up to 45
+using FamilyM128 = Family<128, 128, 32, 6, 1>;           // up to 100
+using FamilyQ160 = Family<128, 160, 32, 3, 1, 2, true>;  // up to 150: memory still sets the pace
 using FamilyP160 = Family<256, 160, 32, 4, 1>;           // prefill
 
 struct FamilyInfo {
@@ -44,9 +46,9 @@ template <class F>
 void launch_family(Output output, const GemmMaps& maps, const GemmParams& p, int grid, const LaunchConfig& launch);
 
 extern template void launch_family<FamilyS16W>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
-extern template void launch_family<FamilyS16>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
-extern template void launch_family<FamilyD32>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
-extern template void launch_family<FamilyD64>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
+extern template void launch_family<FamilyS16X>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
+extern template void launch_family<FamilyD32W>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
+extern template void launch_family<FamilyD64W>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyM128>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyQ160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyP160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
@@ -56,10 +58,10 @@ constexpr FamilyInfo family_info(const char* name) {
   return {name, F::kTileM, F::kTileN, F::kTileQuantum, F::kTileWarpgroups, F::kCtasPerSm, &launch_family<F>};
 }
 
-inline const std::array<FamilyInfo, 7>& families() {
-  static const std::array<FamilyInfo, 7> table = {
-      family_info<FamilyS16W>("s16w"), family_info<FamilyS16>("s16"),   family_info<FamilyD32>("d32"),
-      family_info<FamilyD64>("d64"),   family_info<FamilyM128>("m128"), family_info<FamilyQ160>("q160"),
+inline const auto& families() {
+  static const std::array table = {
+      family_info<FamilyS16W>("s16w"), family_info<FamilyS16X>("s16x"), family_info<FamilyD32W>("d32w"),
+      family_info<FamilyD64W>("d64w"), family_info<FamilyM128>("m128"), family_info<FamilyQ160>("q160"),
       family_info<FamilyP160>("p160"),
   };
   return table;

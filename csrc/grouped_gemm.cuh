@@ -480,10 +480,6 @@ void launch_grouped_gemm(const GemmMaps& maps, const GemmParams& p, int grid, co
 
 template <class F>
 void launch_family(Output output, const GemmMaps& maps, const GemmParams& p, int grid, const LaunchConfig& launch) {
-#ifdef EXP_DEV
-  if (output == kSwiglu) return launch_grouped_gemm<F, kSwiglu>(maps, p, grid, launch);
-  return launch_grouped_gemm<F, kBFloat16>(maps, p, grid, launch);
-#endif
   switch (output) {
     case kGelu:
       return launch_grouped_gemm<F, kGelu>(maps, p, grid, launch);

@@ -21,6 +21,10 @@ namespace {
 constexpr int kMinWarps = 8, kMaxWarps = 16, kPermuteThreads = 1024;
 constexpr int kMaxClusterBlocks = 8;
 constexpr int kClusterTokens = 128;  // up to here one launch
+constexpr int kFewSlots = 32;        // up to here, and kMinWarps tokens, one block without tables
+
+// How blocks learn of each other's tokens: there is one; they are a cluster; through memory and a second launch.
+enum Way { kFew, kCluster, kMany };
 
 // Rows and token tiles of some experts.
 struct Extent {
@@ -50,7 +54,8 @@ __device__ __forceinline__ Share share_of(const RouteParams& p) {
 // ---- tokens
 
 template <Score kScore, int kPer>
-__device__ __forceinline__ void route_tokens(const RouteParams& p, Smem& smem, const Share& share, uint32_t* memory) {
+__device__ __forceinline__ void route_tokens(const RouteParams& p, Smem& smem, const Share& share, uint32_t* memory,
+                                             bool marks) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int t = warp; t < share.num_tokens; t += blockDim.x / 32) {
@@ -68,7 +73,7 @@ __device__ __forceinline__ void route_tokens(const RouteParams& p, Smem& smem, c
       const int local = id - p.local_offset;
       const bool held = static_cast<unsigned>(local) < static_cast<unsigned>(p.num_local);
       smem.ids[t * p.top_k + lane] = held ? local : -1;
-      if (held) atomicOr(&smem.bitmaps[local][t >> 5], 1u << (t & 31));
+      if (held && marks) atomicOr(&smem.bitmaps[local][t >> 5], 1u << (t & 31));
       p.topk_ids[slot] = id;
       reinterpret_cast<__nv_bfloat16*>(p.topk_weights)[slot] = __float2bfloat16_rn(weight);
       if (p.replay != nullptr) p.replay[slot] = static_cast<int16_t>(id);
@@ -150,19 +155,53 @@ __device__ __forceinline__ void write_permutation(const RouteParams& p, Smem& sm
   }
 }
 
-// ---- kernels
+// A handful of slots, one to a lane: placed by comparing each with each. No tables, no scans, and an expert has one
+// tile, because every family's tiles hold more rows than there are tokens.
+__device__ __forceinline__ void write_few(const RouteParams& p, const int* ids, int num_slots) {
+  const int slot = threadIdx.x % 32, expert = slot < num_slots ? ids[slot] : -1;
+  int before = 0, earlier = 0, rows = 0, tile = 0;
+#pragma unroll 8
+  for (int j = 0; j < num_slots; ++j) {
+    const int other = ids[j];
+    before += other >= 0 && other < expert;
+    rows += other == expert;
+    earlier += other == expert && j < slot;
+  }
+  const unsigned held = __ballot_sync(kAllLanes, expert >= 0);
+  const unsigned first = __ballot_sync(kAllLanes, expert >= 0 && earlier == 0);  // of their experts
+#pragma unroll 8
+  for (int j = 0; j < num_slots; ++j) tile += (first >> j & 1) != 0 && ids[j] < expert;
+  if (slot == 0) *p.schedule = Schedule{__popc(first), __popc(held), {0, 0}};
+  if (slot >= num_slots) return;
+  const int row = before + earlier;
+  p.expanded_to_row[slot] = expert >= 0 ? row : -1;
+  if (expert < 0) return;
+  p.row_token[row] = slot / p.top_k;
+  if (p.row_weight != nullptr) {
+    p.row_weight[row] = __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(p.topk_weights)[slot]);
+  }
+  if (earlier == 0) {
+    p.tile_ready[tile] = 0;
+    p.tiles[tile] = make_int4(expert | 1 << 16, before, rows, tile);
+  }
+}
 
-template <Score kScore, int kPer, bool kCluster>
+template <Score kScore, int kPer, Way kWay>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) route_kernel(const __grid_constant__ RouteParams p) {
   __shared__ Smem smem;
   extern __shared__ uint32_t memory[];  // [warps, num_experts + n_group], for odd groups
-  for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) smem.bitmaps[e][0] = smem.bitmaps[e][1] = 0;
-  __syncthreads();
+  if constexpr (kWay != kFew) {
+    for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) smem.bitmaps[e][0] = smem.bitmaps[e][1] = 0;
+    __syncthreads();
+  }
   sm90::griddepcontrol_wait();
   sm90::griddepcontrol_launch_dependents();
   const Share share = share_of(p);
-  route_tokens<kScore, kPer>(p, smem, share, memory + threadIdx.x / 32 * (p.num_experts + p.n_group));
-  if constexpr (kCluster) {
+  route_tokens<kScore, kPer>(p, smem, share, memory + threadIdx.x / 32 * (p.num_experts + p.n_group), kWay != kFew);
+  if constexpr (kWay == kFew) {
+    __syncthreads();
+    if (threadIdx.x < 32) write_few(p, smem.ids, max(0, share.num_tokens) * p.top_k);
+  } else if constexpr (kWay == kCluster) {
     sm90::cluster_arrive();
     sm90::cluster_wait();
     for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) {
@@ -233,24 +272,26 @@ __global__ void __launch_bounds__(kPermuteThreads, 1) permute_kernel(const __gri
 
 // ---- launch
 
-template <Score kScore, int kPer, bool kCluster>
-void launch_kernel_of(const RouteParams& p, int blocks, const LaunchConfig& launch) {
-  const int warps = std::clamp(p.block_tokens, kMinWarps, kMaxWarps);
+template <Score kScore, int kPer, Way kWay>
+void launch_way(const RouteParams& p, int blocks, const LaunchConfig& launch) {
+  const int warps = kWay == kFew ? p.block_tokens : std::clamp(p.block_tokens, kMinWarps, kMaxWarps);
   const bool odd_groups = p.logits != nullptr && p.n_group > 1 && lanes_per_group<kPer>(p) == 0;
   const int memory = odd_groups ? warps * (p.num_experts + p.n_group) * 4 : 0;
-  const auto kernel = route_kernel<kScore, kPer, kCluster>;
+  const auto kernel = route_kernel<kScore, kPer, kWay>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory),
              "raising the shared memory limit of the routing kernel");
-  const LaunchConfig config = {launch.stream, launch.pdl, kCluster ? blocks : 1};
+  const LaunchConfig config = {launch.stream, launch.pdl, kWay == kCluster ? blocks : 1};
   check_cuda(launch_kernel(kernel, blocks, warps * 32, memory, config, p), "launching the routing kernel");
 }
 
 template <Score kScore, int kPer>
 void launch_size(const RouteParams& p, int blocks, const LaunchConfig& launch) {
-  if (p.num_tokens <= kClusterTokens) {
-    launch_kernel_of<kScore, kPer, true>(p, blocks, launch);
+  if (blocks == 1 && p.block_tokens * p.top_k <= kFewSlots) {
+    launch_way<kScore, kPer, kFew>(p, blocks, launch);
+  } else if (p.num_tokens <= kClusterTokens) {
+    launch_way<kScore, kPer, kCluster>(p, blocks, launch);
   } else {
-    launch_kernel_of<kScore, kPer, false>(p, blocks, launch);
+    launch_way<kScore, kPer, kMany>(p, blocks, launch);
     check_cuda(launch_kernel(permute_kernel, blocks, kPermuteThreads, 0, launch, p),
                "launching the permutation kernel");
   }

@@ -43,7 +43,7 @@ def choose_family(tuned: dict[int, str] | None, spec: LayerSpec, num_tokens: int
     for limit, name in ((20, "d32w"), (45, "d64w"), (100, "m128")):
         if rows <= limit:
             return name
-    return "q160" if rows <= 160 and long_sums else "p160"
+    return "q160" if rows <= 150 else "p160"
 
 
 class TuningCache:
