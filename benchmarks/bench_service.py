@@ -35,14 +35,12 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).resolve().parent
-
-
 from _common import header, write_json
 from _requests import RequestShape
 
 from expertd_server.malloc import SETTINGS as MALLOC_SETTINGS
 
+HERE = Path(__file__).resolve().parent
 PERCENTILES = (50, 90, 99, 99.9)
 WARMUP_S = 0.7
 START_S = 1.5  # what client processes need to import gRPC

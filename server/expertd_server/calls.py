@@ -7,11 +7,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from expertd.v1 import expertd_pb2 as pb
 from expertd_server.engine import Engine, ForwardResult
 from expertd_server.metrics import Metrics
 from expertd_server.store import LayerStore
 from expertd_server.wire import read_call
+from expertd_server.wire_parse import RawRequest
 
 __all__ = ["Calls"]
 
@@ -33,7 +33,7 @@ class Calls:
         """Tokens that wait."""
         return self.engine.batcher.queue_tokens
 
-    def admit(self, request: pb.ForwardRequest, arrived_s: float, timeout_s: float) -> Future[ForwardResult]:
+    def admit(self, request: RawRequest, arrived_s: float, timeout_s: float) -> Future[ForwardResult]:
         """Check a request and queue it; raises what is wrong with it, see `read_call` and `Engine.submit`.
 
         timeout_s: what the caller allows from arrival to start; infinite where it says nothing.

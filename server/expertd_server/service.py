@@ -15,7 +15,8 @@ from expertd_server.calls import Calls
 from expertd_server.errors import OverloadedError, RequestTimeoutError
 from expertd_server.interceptor import request_id_of
 from expertd_server.stream import Stream
-from expertd_server.wire import checked_name, decode, encode_response, layer_info
+from expertd_server.wire import checked_name, encode_response, layer_info
+from expertd_server.wire_parse import parse_request
 
 __all__ = ["SERVICE_NAME", "ExpertService", "ServerFacts"]
 
@@ -75,7 +76,7 @@ class ExpertService:
         arrived_s = calls.clock()
         self._enter_unary(context)
         timeout_s = min(context.time_remaining(), calls.request_timeout_s)
-        future = calls.admit(decode(pb.ForwardRequest, data), arrived_s, timeout_s)
+        future = calls.admit(parse_request(data), arrived_s, timeout_s)
         if not context.add_callback(lambda: _cancel(future)):
             _cancel(future)
         try:

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import grpc
 from google.rpc import code_pb2
 
-from expertd.v1 import expertd_pb2 as pb
 from expertd_server.calls import Calls
 from expertd_server.engine import ForwardResult
 from expertd_server.errors import InvalidArgumentError, UnavailableError
 from expertd_server.status import status_of, stream_error_of
-from expertd_server.wire import decode, encode_stream_error, encode_stream_response
+from expertd_server.wire import encode_stream_error, encode_stream_response
+from expertd_server.wire_parse import parse_stream_request
 
 __all__ = ["Stream"]
 
@@ -128,14 +128,13 @@ class Stream:
     def _take(self, data: bytes) -> bool:
         """Admit one message as soon as there is room; False when the call ended meanwhile."""
         arrived_s = self._calls.clock()
-        message = decode(pb.ForwardStreamRequest, data)
-        shape = message.request.hidden_states.shape
-        num_tokens = min(shape[0], self._max_tokens) if shape else 0
+        message = parse_stream_request(data)
+        num_tokens = min(message.num_tokens, self._max_tokens)
         pending = _Pending(message.id, arrived_s, num_tokens, Future())
         if not self._enter(pending):
             return False
         try:
-            if not message.HasField("request"):
+            if message.request is None:
                 raise InvalidArgumentError.of("request", "is missing, expected a ForwardRequest")
             timeout_s = message.timeout_ms / 1e3 if message.timeout_ms else float("inf")
             timeout_s = min(timeout_s, self._context.time_remaining())

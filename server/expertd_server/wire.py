@@ -1,4 +1,4 @@
-"""Bytes to typed calls and back: the only place that knows how the layer's vocabulary is spelled in protobuf.
+"""Parsed requests to typed calls, answers to bytes: how the layer's vocabulary is spelled in protobuf.
 
 Published routing and activation ids are shifted by one on the wire (see the proto). Answers are a hand-made header
 joined with the tensors' bytes: building them through protobuf would copy every tensor twice.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
 import torch
-from google.protobuf.message import DecodeError
 
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming, HostTensor
@@ -20,11 +19,11 @@ from expertd_server.errors import FieldViolation, InvalidArgumentError
 from expertd_server.layer import MoELayer
 from expertd_server.store import LayerStore
 from expertd_server.types import LayerSpec
+from expertd_server.wire_parse import RawRequest, RawTensor
 
 __all__ = [
     "MAX_NAME_LENGTH",
     "checked_name",
-    "decode",
     "encode_response",
     "encode_stream_error",
     "encode_stream_response",
@@ -49,16 +48,6 @@ _REAL_DTYPES: Final = (pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_BFLOAT16)
 _ID_DTYPES: Final = (pb.DATA_TYPE_INT32,)
 _OUTPUT_DTYPES: Final = (pb.DATA_TYPE_BFLOAT16, pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_FLOAT16)
 
-_Message = TypeVar("_Message", pb.ForwardRequest, pb.ForwardStreamRequest)
-
-
-def decode(kind: type[_Message], data: bytes) -> _Message:
-    """Parse a message. Raises InvalidArgumentError on bytes that are none."""
-    try:
-        return kind.FromString(data)
-    except DecodeError as error:
-        raise InvalidArgumentError.of("request", f"{len(data)} bytes are no {kind.__name__}: {error}") from None
-
 
 def checked_name(name: str) -> str:
     """A layer name that is fit to look up and to repeat. Raises InvalidArgumentError."""
@@ -69,9 +58,7 @@ def checked_name(name: str) -> str:
     return name
 
 
-def read_call(
-    request: pb.ForwardRequest, store: LayerStore, *, max_batch_tokens: int, max_message_bytes: int
-) -> ForwardCall:
+def read_call(request: RawRequest, store: LayerStore, *, max_batch_tokens: int, max_message_bytes: int) -> ForwardCall:
     """Check everything about a request, and type it.
 
     Raises InvalidArgumentError, with a violation for every field that is wrong, and what `LayerStore.get` raises.
@@ -81,32 +68,30 @@ def read_call(
     checks = _Checks()
 
     takes = _FP8_ONLY if layer.hidden_states_scale is None else _HIDDEN_DTYPES
-    hidden_states = checks.tensor(request, "hidden_states", takes, spec.hidden_size)
+    hidden_states = checks.tensor(request.hidden_states, "hidden_states", takes, spec.hidden_size)
     num_tokens = None if hidden_states is None else hidden_states.shape[0]
     if num_tokens is not None and num_tokens > max_batch_tokens:
         checks.add("hidden_states.shape", f"has {num_tokens} tokens, expected at most {max_batch_tokens}; split it")
 
     logits = ids = weights = None
-    has_logits = request.HasField("routing_logits")
-    if has_logits == (request.HasField("topk_ids") or request.HasField("topk_weights")):
+    has_logits = request.routing_logits is not None
+    if has_logits == (request.topk_ids is not None or request.topk_weights is not None):
         given = "is given together with topk_ids or topk_weights" if has_logits else "is missing"
         checks.add("routing_logits", f"{given}, expected either routing_logits or both topk_ids and topk_weights")
     elif has_logits:
-        logits = checks.tensor(request, "routing_logits", _REAL_DTYPES, spec.num_experts, num_tokens)
+        logits = checks.tensor(request.routing_logits, "routing_logits", _REAL_DTYPES, spec.num_experts, num_tokens)
         checks.no_nan("routing_logits", logits)
     else:
-        ids = checks.tensor(request, "topk_ids", _ID_DTYPES, spec.top_k, num_tokens)
-        weights = checks.tensor(request, "topk_weights", _REAL_DTYPES, spec.top_k, num_tokens)
+        ids = checks.tensor(request.topk_ids, "topk_ids", _ID_DTYPES, spec.top_k, num_tokens)
+        weights = checks.tensor(request.topk_weights, "topk_weights", _REAL_DTYPES, spec.top_k, num_tokens)
         checks.ids_in_range("topk_ids", ids, spec.num_experts)
         checks.no_nan("topk_weights", weights)
 
-    options = request.options
-    output_dtype = options.output_dtype or pb.DATA_TYPE_BFLOAT16
-    do_finalize = options.do_finalize if options.HasField("do_finalize") else True
+    output_dtype = request.output_dtype or pb.DATA_TYPE_BFLOAT16
     if output_dtype not in _OUTPUT_DTYPES:
         checks.add("options.output_dtype", f"is {_dtype_name(output_dtype)}, expected {_choice(_OUTPUT_DTYPES)}")
     elif num_tokens is not None:
-        answer_bytes = _answer_bytes(spec, num_tokens, _TORCH_DTYPES[output_dtype].itemsize, do_finalize)
+        answer_bytes = _answer_bytes(spec, num_tokens, _TORCH_DTYPES[output_dtype].itemsize, request.do_finalize)
         if answer_bytes > max_message_bytes:
             checks.add(
                 "hidden_states.shape",
@@ -122,8 +107,8 @@ def read_call(
         topk_ids=ids,
         topk_weights=weights,
         output_dtype=_TORCH_DTYPES[output_dtype],
-        do_finalize=do_finalize,
-        return_routing=options.return_routing,
+        do_finalize=request.do_finalize,
+        return_routing=request.return_routing,
     )
 
 
@@ -141,26 +126,25 @@ class _Checks:
             raise InvalidArgumentError(self._violations)
 
     def tensor(
-        self, request: pb.ForwardRequest, field: str, dtypes: Sequence[int], columns: int, rows: int | None = None
+        self, message: RawTensor | None, field: str, dtypes: Sequence[int], columns: int, rows: int | None = None
     ) -> HostTensor | None:
         """The [rows, columns] tensor of a field; None, with a violation, when it is not one. rows None: any number."""
-        if not request.HasField(field):
+        if message is None:
             self.add(field, f"is missing, expected a [num_tokens, {columns}] tensor")
             return None
-        message: pb.Tensor = getattr(request, field)
         before = len(self._violations)
         if message.dtype not in dtypes:
             self.add(f"{field}.dtype", f"is {_dtype_name(message.dtype)}, expected {_choice(dtypes)}")
-        shape = tuple(message.shape[:3])
+        shape = message.shape
         expected = f"[{'num_tokens' if rows is None else rows}, {columns}]"
-        if len(message.shape) != 2:
-            self.add(f"{field}.shape", f"has {len(message.shape)} dimensions, expected {expected}")
+        if message.rank != 2:
+            self.add(f"{field}.shape", f"has {message.rank} dimensions, expected {expected}")
         elif shape[1] != columns or rows not in (None, shape[0]):
             self.add(f"{field}.shape", f"is {list(shape)}, expected {expected}")
         if len(self._violations) > before:
             return None
         dtype = _TORCH_DTYPES[message.dtype]
-        data = message.data  # NOTE: protobuf makes the bytes object here, at each access
+        data = message.data
         num_bytes = math.prod(shape) * dtype.itemsize
         if len(data) != num_bytes:
             self.add(f"{field}.data", f"has {len(data)} bytes, expected {num_bytes} for {list(shape)} {dtype}")

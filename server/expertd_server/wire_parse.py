@@ -60,6 +60,12 @@ class RawStreamRequest:
     request: RawRequest | None = None
     timeout_ms: int = 0
 
+    @property
+    def num_tokens(self) -> int:
+        """Rows of hidden_states as the request itself says; 0 where it does not."""
+        hidden_states = None if self.request is None else self.request.hidden_states
+        return hidden_states.shape[0] if hidden_states is not None and hidden_states.shape else 0
+
 
 def parse_request(data: bytes) -> RawRequest:
     """Parse a ForwardRequest. Raises InvalidArgumentError on bytes that are none."""
@@ -93,13 +99,13 @@ _OUTPUT_DTYPE, _DO_FINALIZE, _RETURN_ROUTING = 0x08, 0x10, 0x18
 
 def _stream_request(data: bytes) -> RawStreamRequest:
     result = RawStreamRequest()
-    seen = set()
+    seen = 0
     pos, end = 0, len(data)
     while pos < end:
         key = data[pos]
-        if key in seen:
+        if seen >> (key >> 3) & 1:
             raise _UnusualError
-        seen.add(key)
+        seen |= 1 << (key >> 3)
         value, pos = _varint(data, pos + 1, end)
         if key == _STREAM_REQUEST:
             stop = _within(pos + value, end)
@@ -116,12 +122,12 @@ def _stream_request(data: bytes) -> RawStreamRequest:
 
 def _request(data: bytes, view: memoryview, pos: int, end: int) -> RawRequest:
     result = RawRequest()
-    seen = set()
+    seen = 0
     while pos < end:
         key = data[pos]
-        if key in seen:
+        if seen >> (key >> 3) & 1:
             raise _UnusualError
-        seen.add(key)
+        seen |= 1 << (key >> 3)
         value, pos = _varint(data, pos + 1, end)
         if key == _VERSION:
             result.weights_version = value
@@ -144,12 +150,12 @@ def _request(data: bytes, view: memoryview, pos: int, end: int) -> RawRequest:
 
 def _tensor(data: bytes, view: memoryview, pos: int, end: int) -> RawTensor:
     result = RawTensor()
-    seen = set()
+    seen = 0
     while pos < end:
         key = data[pos]
-        if key in seen:
+        if seen >> (key >> 3) & 1:
             raise _UnusualError
-        seen.add(key)
+        seen |= 1 << (key >> 3)
         value, pos = _varint(data, pos + 1, end)
         if key == _DTYPE and value < 2**7:  # greater ones wrap around, as C's int32 does
             result.dtype = value
@@ -177,12 +183,12 @@ def _extents(data: bytes, pos: int, end: int) -> tuple[int, ...]:
 
 
 def _options(result: RawRequest, data: bytes, pos: int, end: int) -> None:
-    seen = set()
+    seen = 0
     while pos < end:
         key = data[pos]
-        if key in seen:
+        if seen >> (key >> 3) & 1:
             raise _UnusualError
-        seen.add(key)
+        seen |= 1 << (key >> 3)
         value, pos = _varint(data, pos + 1, end)
         if key == _OUTPUT_DTYPE and value < 2**7:
             result.output_dtype = value

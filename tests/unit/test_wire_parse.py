@@ -140,7 +140,7 @@ def check_stream_request(data: bytes) -> None:
 @example(delimited(1, b"\xed\xa0\x80"))  # a surrogate, which is no UTF-8
 @example(delimited(2, number(1, 2**64 - 1)))  # dtype -1
 @example(delimited(2, number(1, 4)) + delimited(2, number(2, 7)))  # two halves of one tensor, the shape unpacked
-@settings(max_examples=600)
+@settings(max_examples=600, deadline=None)
 def test_a_request_is_what_protobuf_says(data: bytes) -> None:
     check_request(data)
 
@@ -148,13 +148,13 @@ def test_a_request_is_what_protobuf_says(data: bytes) -> None:
 @given(stream_requests)
 @example(delimited(2, b"") + number(1, 2**64 - 1))
 @example(number(3, 2**32 + 5))  # a uint32 of more than 32 bits
-@settings(max_examples=600)
+@settings(max_examples=600, deadline=None)
 def test_a_stream_request_is_what_protobuf_says(data: bytes) -> None:
     check_stream_request(data)
 
 
 @given(stream_requests, st.data())
-@settings(max_examples=600)
+@settings(max_examples=600, deadline=None)
 def test_corrupted_bytes_are_refused_where_protobuf_refuses_them(data: bytes, draw: st.DataObject) -> None:
     changed = bytearray(data)
     for _ in range(draw.draw(st.integers(1, 3))):
@@ -164,7 +164,7 @@ def test_corrupted_bytes_are_refused_where_protobuf_refuses_them(data: bytes, dr
 
 
 @given(st.binary(max_size=60))
-@settings(max_examples=600)
+@settings(max_examples=600, deadline=None)
 def test_random_bytes(data: bytes) -> None:
     check_request(data)
     check_stream_request(data)
