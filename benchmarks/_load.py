@@ -4,7 +4,8 @@ Closed loop: every stream (or unary thread) keeps `in_flight` requests open. Ope
 of a Poisson process, whatever the server does, and a latency counts from the time at which its request was due, so that
 a server that stalls cannot hide it by slowing the clients down (coordinated omission).
 
-Reads one JSON object on standard input, writes an array of (due, done) times to a file: monotonic seconds.
+Reads one JSON object on standard input: the job. Says "ready", reads another: when to begin and to end. Then writes an
+array of (due, done) times to a file, monotonic seconds, and a JSON object of errors to standard output.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ class Job:
     in_flight: int
     rate: float | None
     """Requests due per second, over all streams of this process; None: closed loop."""
-    begin_s: float
-    """The first requests are due warmup_s before."""
-    end_s: float
-    """No request is due from then on."""
     warmup_s: float
     seed: int
     result_file: str
+    begin_s: float = 0.0
+    """The first requests are due warmup_s before."""
+    end_s: float = 0.0
+    """No request is due from then on."""
 
 
 @dataclass
@@ -195,7 +196,12 @@ def run_threads(threads: list[threading.Thread]) -> None:
 
 def main() -> None:
     """Run the job of standard input."""
-    job = Job(**json.load(sys.stdin))
+    job = Job(**json.loads(sys.stdin.readline()))
+    if job.transport.startswith("sdk"):
+        import expertd  # noqa: F401, PLC0415 (takes a while: before the clock runs)
+    print("ready", flush=True)
+    when = json.loads(sys.stdin.readline())
+    job.begin_s, job.end_s = when["begin_s"], when["end_s"]
     run = {"stream": run_stream, "unary": run_unary}.get(job.transport, run_sdk)
     records = [Record() for _ in range(job.streams)]
     time.sleep(max(0.0, job.begin_s - job.warmup_s - time.monotonic()))

@@ -32,18 +32,17 @@ from typing import Any
 
 import numpy as np
 import psutil
-from rich.console import Console
-from rich.table import Table
-
 from _common import header, write_json
 from _requests import RequestShape
+from rich.console import Console
+from rich.table import Table
 
 from expertd_server.malloc import SETTINGS as MALLOC_SETTINGS
 
 HERE = Path(__file__).resolve().parent
 PERCENTILES = (50, 90, 99, 99.9)
 WARMUP_S = 0.7
-START_S = 1.5  # what client processes need to import gRPC
+START_S = 0.1  # what client processes need to open their connections
 PRESETS = {"qwen3-30b-a3b": (2048, 128), "mixtral-8x7b": (4096, 8), "tiny": (256, 8)}
 """hidden_size and num_experts of the synthetic layers that can be asked for."""
 
@@ -96,8 +95,6 @@ class Point:
 
 def measure(target: Target, shape: RequestShape, layers: list[str], load: Load, seconds: float) -> Point:
     """Run the clients against a server for `seconds`, after a warm-up."""
-    begin_s = time.monotonic() + START_S + WARMUP_S + 0.1 * load.clients
-    end_s = begin_s + seconds
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder) / f"{n}.npy") for n in range(load.clients)]
         clients = []
@@ -111,18 +108,21 @@ def measure(target: Target, shape: RequestShape, layers: list[str], load: Load, 
                 "streams": load.streams,
                 "in_flight": load.in_flight,
                 "rate": None if load.rate is None else load.rate / load.clients,
-                "begin_s": begin_s,
-                "end_s": end_s,
                 "warmup_s": WARMUP_S,
                 "seed": n,
                 "result_file": file,
             }
             command = [sys.executable, str(HERE / "_load.py")]
             clients.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-            assert clients[-1].stdin is not None
-            clients[-1].stdin.write(json.dumps(job))
-            clients[-1].stdin.close()
-            clients[-1].stdin = None
+            tell(clients[-1], job)
+        for client in clients:
+            assert client.stdout is not None
+            if client.stdout.readline() != "ready\n":
+                sys.exit(f"a client of {target.name} did not start")
+        begin_s = time.monotonic() + START_S + WARMUP_S
+        end_s = begin_s + seconds
+        for client in clients:
+            tell(client, {"begin_s": begin_s, "end_s": end_s})
         time.sleep(max(0.0, begin_s - time.monotonic()))
         cpu_s = -target.cpu_s()
         time.sleep(max(0.0, end_s - time.monotonic()))
@@ -147,6 +147,13 @@ def measure(target: Target, shape: RequestShape, layers: list[str], load: Load, 
         cpu_us_per_request=cpu_s * 1e6 / answered,
         errors=errors,
     )
+
+
+def tell(client: subprocess.Popen[str], what: dict[str, Any]) -> None:
+    """Write a line to a client's standard input."""
+    assert client.stdin is not None
+    client.stdin.write(json.dumps(what) + "\n")
+    client.stdin.flush()
 
 
 def median_of(points: list[Point]) -> Point:
@@ -258,7 +265,8 @@ def main() -> None:
                             add_row(table, shape, f"open loop, {share:.0%} of saturated", row)
     console.print(table)
     if options.out is not None:
-        write_json(options.out, {**header(), "options": vars(options) | {"out": str(options.out)}, "points": results})
+        said = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+        write_json(options.out, {**header(), "cores": os.cpu_count(), "options": said, "points": results})
     if options.plot is not None:
         plot(results, options)
 

@@ -6,7 +6,9 @@ Its answers are zeros: of use to `benchmarks/bench_service.py` and to nobody els
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,24 +54,15 @@ class NoopBackend:
     ) -> MoEOutput:
         """See `Backend.forward`, but out and routing_replay_out are left as they are."""
         answers: _Answers = layer.state
-        num_tokens, hidden_size = hidden_states.shape
-        ids, expert_weights = answers.topk_ids[:num_tokens], answers.expert_weights[:num_tokens]
-        if do_finalize:
-            size = num_tokens * hidden_size
-            output = answers.zeros.view(output_dtype)[:size].view(num_tokens, hidden_size) if out is None else out
-            return MoEOutput(ids, expert_weights, output=output)
-        return MoEOutput(
-            ids,
-            expert_weights,
-            gemm2_output=torch.empty(0, hidden_size, dtype=torch.bfloat16),
-            expanded_idx_to_permuted_idx=ids.reshape(-1),
-        )
+        answer = answers.part(hidden_states.shape[0], output_dtype, do_finalize)
+        return answer if out is None else dataclasses.replace(answer, output=out)
 
 
 @dataclass(frozen=True)
 class _Answers:
     """What every answer is a part of; made once, so that a call costs nothing."""
 
+    hidden_size: int
     zeros: torch.Tensor
     topk_ids: torch.Tensor
     expert_weights: torch.Tensor
@@ -77,7 +70,26 @@ class _Answers:
     @classmethod
     def of(cls, spec: LayerSpec, max_num_tokens: int) -> _Answers:
         return cls(
+            hidden_size=spec.hidden_size,
             zeros=torch.zeros(max_num_tokens * spec.hidden_size * 4, dtype=torch.uint8),
             topk_ids=torch.full((max_num_tokens, spec.top_k), -1, dtype=torch.int32),
             expert_weights=torch.zeros(max_num_tokens, spec.top_k, dtype=torch.bfloat16),
+        )
+
+    @functools.cached_property
+    def part(self) -> Callable[[int, torch.dtype, bool], MoEOutput]:
+        """The answer to num_tokens in output_dtype, summed (do_finalize) or not."""
+        return functools.lru_cache(maxsize=256)(self._part)
+
+    def _part(self, num_tokens: int, output_dtype: torch.dtype, do_finalize: bool) -> MoEOutput:
+        ids, expert_weights = self.topk_ids[:num_tokens], self.expert_weights[:num_tokens]
+        size = num_tokens * self.hidden_size
+        if do_finalize:
+            output = self.zeros.view(output_dtype)[:size].view(num_tokens, self.hidden_size)
+            return MoEOutput(ids, expert_weights, output=output)
+        return MoEOutput(
+            ids,
+            expert_weights,
+            gemm2_output=torch.empty(0, self.hidden_size, dtype=torch.bfloat16),
+            expanded_idx_to_permuted_idx=ids.reshape(-1),
         )

@@ -9,6 +9,7 @@ A batch is launched, and finished later: with room for two in flight, one is gat
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -76,7 +77,7 @@ class Batch(Generic[P, R]):
     key: Hashable
     entries: list[Entry[P, R]]
 
-    @property
+    @functools.cached_property
     def num_tokens(self) -> int:
         """Tokens of all members."""
         return sum(entry.num_tokens for entry in self.entries)
@@ -124,7 +125,9 @@ class Batcher(Generic[P, R]):
         self._limits = limits
         self._clock = clock
         lock = threading.Lock()
-        self._changed = threading.Condition(lock)
+        # Who launches waits for _due, who finishes for _launched, who drains for _left: none is woken for another.
+        self._due = threading.Condition(lock)
+        self._left = threading.Condition(lock)
         self._launched = threading.Condition(lock)
         # Every key here has at least one entry.
         self._queues: dict[Hashable, OrderedDict[int, Entry[P, R]]] = {}
@@ -163,7 +166,7 @@ class Batcher(Generic[P, R]):
         """
         if num_tokens > self._limits.max_batch_tokens:
             raise ValueError(f"num_tokens is {num_tokens}, expected at most {self._limits.max_batch_tokens}")
-        with self._changed:
+        with self._due:
             if self._draining:
                 raise UnavailableError("the server is draining and takes no new requests; try another server")
             self._check_room(num_tokens)
@@ -173,7 +176,7 @@ class Batcher(Generic[P, R]):
             self._queue_tokens += num_tokens
             self._queue_requests += 1
             if self._num_in_flight < self._limits.max_in_flight:
-                self._changed.notify_all()
+                self._due.notify_all()
         # NOTE: a weak reference. The future would hold the entry, which holds the future: a request's tensors and its
         # layer would then live until Python happens to look for cycles.
         waiting = weakref.ref(entry)
@@ -215,14 +218,14 @@ class Batcher(Generic[P, R]):
             self._fail_batch(batch, error)
             del batch  # the error holds this frame, see _clear_frames
         else:
-            with self._changed:
+            with self._launched:
                 self._flights.append(_Flight(batch, running, launched_s))
                 self._launched.notify()
         return True
 
     def finish_once(self, timeout_s: float = 0.0) -> bool:
         """Wait up to timeout_s for a batch to be launched, finish it and serve its waiters; False when none was."""
-        with self._changed:
+        with self._launched:
             self._launched.wait_for(lambda: self._flights or self._is_over, timeout_s)
             if not self._flights:
                 return False
@@ -250,17 +253,17 @@ class Batcher(Generic[P, R]):
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for those admitted; False when some are left after timeout_s."""
-        with self._changed:
+        with self._left:
             self._draining = True
-            self._changed.notify_all()
-            return self._changed.wait_for(lambda: not (self._queue_requests or self._running_requests), timeout_s)
+            self._due.notify_all()
+            return self._left.wait_for(lambda: not (self._queue_requests or self._running_requests), timeout_s)
 
     def stop(self, timeout_s: float) -> bool:
         """Refuse new requests, fail those that wait with UnavailableError, and end the threads.
 
         Batches in flight are finished; False when they are not after timeout_s.
         """
-        with self._changed:
+        with self._due:
             self._draining = self._stopped = True
             left = [entry for queue in self._queues.values() for entry in queue.values()]
             self._queues.clear()
@@ -268,7 +271,7 @@ class Batcher(Generic[P, R]):
             again = list(self._again)
             self._again.clear()
             self._account_left_running(again)
-            self._changed.notify_all()
+            self._due.notify_all()
             self._launched.notify_all()
         for entry in again + [entry for entry in left if entry.future.set_running_or_notify_cancel()]:
             _fail(entry.future, _stopped())
@@ -276,6 +279,11 @@ class Batcher(Generic[P, R]):
         for thread in self._threads:
             thread.join(max(0.0, until_s - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
+
+    @property
+    def _has_work(self) -> bool:
+        """Whether a thread could launch something, now or when it has waited for company."""
+        return bool(self._queues or self._again) and self._num_in_flight < self._limits.max_in_flight
 
     @property
     def _is_over(self) -> bool:
@@ -310,11 +318,11 @@ class Batcher(Generic[P, R]):
         """Take a cancelled entry out of its queue, so that its room is free at once. None: it is in none."""
         if entry is None:
             return
-        with self._changed:
+        with self._left:
             queue = self._queues.get(entry.key)
             if queue is not None and queue.pop(entry.sequence, None) is not None:
                 self._account_left(entry)
-                self._changed.notify_all()
+                self._left.notify_all()
 
     def _account_left(self, entry: Entry[P, R]) -> None:
         self._queue_tokens -= entry.num_tokens
@@ -324,7 +332,7 @@ class Batcher(Generic[P, R]):
 
     def _take(self, timeout_s: float) -> tuple[Batch[P, R] | None, list[Entry[P, R]]]:
         """The batch that is due, if any, and the entries whose deadline passed while they waited."""
-        with self._changed:
+        with self._due:
             give_up_s = time.monotonic() + timeout_s
             while not self._stopped:
                 now_s, due_s = self._clock(), float("inf")
@@ -337,7 +345,8 @@ class Batcher(Generic[P, R]):
                 left_s = min(give_up_s - time.monotonic(), due_s - now_s)
                 if left_s <= 0:
                     break
-                self._changed.wait(left_s)
+                self._due.wait(left_s)
+            self._due.wait_for(lambda: self._is_over, timeout_s if self._stopped else 0.0)
             return None, []
 
     def _first_due(self) -> tuple[Hashable | None, float]:
@@ -386,7 +395,7 @@ class Batcher(Generic[P, R]):
             self._running_tokens += tokens
             self._running_requests += len(members)
             self._num_in_flight += 1
-        self._changed.notify_all()
+        self._left.notify_all()
         return (Batch(key, members) if members else None), expired
 
     def _pop_again(self, now_s: float) -> tuple[Batch[P, R] | None, list[Entry[P, R]]]:
@@ -399,20 +408,21 @@ class Batcher(Generic[P, R]):
         return Batch(entry.key, [entry]), []
 
     def _leave_flight(self) -> None:
-        with self._changed:
+        with self._due:
             self._num_in_flight -= 1
-            self._changed.notify_all()
+            if self._has_work or self._stopped:
+                self._due.notify_all()
             if self._is_over:
                 self._launched.notify_all()
 
     def _fail_batch(self, batch: Batch[P, R], error: Exception) -> None:
         """Fail a lone member; let several run again one by one, before all others: they are the oldest."""
         is_final = len(batch.entries) == 1
-        with self._changed:
+        with self._due:
             if not is_final and not self._stopped:
                 log.warning("a batch of %d requests failed, they run again one by one: %s", len(batch.entries), error)
                 self._again.extend(batch.entries)
-                self._changed.notify_all()
+                self._due.notify_all()
                 return
             self._account_left_running(batch.entries)
         _clear_frames(error)
@@ -422,11 +432,11 @@ class Batcher(Generic[P, R]):
     def _account_left_running(self, entries: Sequence[Entry[P, R]]) -> None:
         self._running_tokens -= sum(entry.num_tokens for entry in entries)
         self._running_requests -= len(entries)
-        self._changed.notify_all()
+        self._left.notify_all()
 
     def _account_served(self, batch: Batch[P, R], launched_s: float) -> None:
         now_s = self._clock()
-        with self._changed:
+        with self._left:
             self._account_left_running(batch.entries)
             # Batches overlap: this one has had the backend to itself since the one before was finished.
             alone_s = now_s - max(launched_s, self._finished_s)

@@ -10,15 +10,16 @@ their types agree; the batch is one copy in, one graph and one copy out, and two
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from expertd_server import routing
@@ -29,12 +30,12 @@ from expertd_server.fp8 import quantize_fp8
 from expertd_server.graphs import Capturer, CudaCapturer, Graphs, progress_bar, run_layer
 from expertd_server.layer import MoELayer
 from expertd_server.layout import (
+    NUM_VALID_BYTES,
     BatchKind,
     InputLayout,
     OutputLayout,
     Part,
     input_layout,
-    num_valid_tokens,
     output_layout,
     slot_bytes,
 )
@@ -135,8 +136,7 @@ class BatchReport:
     """[T, K] int32 or int16 on the host, the experts that were selected; valid during the call alone."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Key:
+class _Key(NamedTuple):
     """What requests must have in common to share a batch."""
 
     layer: MoELayer
@@ -226,7 +226,7 @@ class Engine:
 
     def _launch(self, batch: Batch[ForwardCall, ForwardResult]) -> _Running:
         layer = batch.entries[0].payload.layer
-        with _naming(layer, batch.num_tokens):
+        with _Naming(layer, batch.num_tokens):
             self._meet(layer)
             slot = self.slots.take(_SLOT_TIMEOUT_S)
             try:
@@ -300,11 +300,11 @@ class _Running:
         return self.batch.entries[0].payload.layer
 
     def wait(self) -> None:
-        with _naming(self.layer, self.batch.num_tokens):
+        with _Naming(self.layer, self.batch.num_tokens):
             self.slot.wait()
 
     def results(self) -> list[ForwardResult]:
-        with _naming(self.layer, self.batch.num_tokens):
+        with _Naming(self.layer, self.batch.num_tokens):
             return self._split()
 
     def close(self) -> None:
@@ -318,44 +318,53 @@ class _Running:
         batch, clock = self.batch, self.engine.clock
         start_s = clock()
         answer = self._host_answer()
-        calls = [entry.payload for entry in batch.entries]
-        rows = answer.expanded_idx_to_permuted_idx
-        is_owned = self.answer is not None and len(calls) == 1
-        parts: list[dict[str, torch.Tensor | None]] = []
+        entries, layer = batch.entries, self.layer
+        is_alone = len(entries) == 1
+        parts: list[_Part] = []
         first = 0
-        for call in calls:
+        for entry in entries:
+            call = entry.payload
             mine = slice(first, first + call.num_tokens)
             first += call.num_tokens
-            part: dict[str, torch.Tensor | None] = {}
-            if rows is None:
+            part = _Part()
+            if answer.expanded_idx_to_permuted_idx is None:
                 assert answer.output is not None
-                part["output"] = _own(answer.output[mine], call.output_dtype, is_owned=is_owned)
+                rows = answer.output if is_alone else answer.output[mine]
+                part.output = _own(rows, call.output_dtype, is_owned=is_alone and self.answer is not None)
             else:
                 assert answer.gemm2_output is not None
-                part["gemm2_output"], part["expanded_idx_to_permuted_idx"] = _own_rows(
-                    answer.gemm2_output, rows.view(-1, self.layer.spec.top_k)[mine], answer.topk_ids[mine]
+                slots = answer.expanded_idx_to_permuted_idx.view(-1, layer.spec.top_k)
+                part.gemm2_output, part.expanded_idx_to_permuted_idx = _own_rows(
+                    answer.gemm2_output, slots[mine], answer.topk_ids[mine]
                 )
             if call.return_routing or not call.do_finalize:
-                part["expert_weights"] = answer.expert_weights[mine].clone()
+                part.expert_weights = answer.expert_weights[mine].clone()
             if call.return_routing:
-                part["topk_ids"] = answer.topk_ids[mine].to(torch.int32, copy=True)
+                part.topk_ids = answer.topk_ids[mine].to(torch.int32, copy=True)
             parts.append(part)
 
         times = self.slot.times()
-        self.report = BatchReport(self.layer, len(calls), first, self.graph_rows, times.compute_s, answer.topk_ids)
-        timing = ForwardTiming(
-            queue_us=0,
-            copy_in_us=_us(self.gather_s + times.copy_in_s),
-            compute_us=_us(times.compute_s),
-            copy_out_us=_us(times.copy_out_s + clock() - start_s),
-            batch_tokens=first,
-            batch_requests=len(calls),
-        )
+        self.report = BatchReport(layer, len(entries), first, self.graph_rows, times.compute_s, answer.topk_ids)
+        copy_in_us, compute_us = _us(self.gather_s + times.copy_in_s), _us(times.compute_s)
+        copy_out_us = _us(times.copy_out_s + clock() - start_s)
         return [
             ForwardResult(
-                self.layer.weights_version, replace(timing, queue_us=_us(entry.queued_s + times.wait_s)), **part
+                layer.weights_version,
+                ForwardTiming(
+                    queue_us=_us(entry.queued_s + times.wait_s),
+                    copy_in_us=copy_in_us,
+                    compute_us=compute_us,
+                    copy_out_us=copy_out_us,
+                    batch_tokens=first,
+                    batch_requests=len(entries),
+                ),
+                part.output,
+                part.gemm2_output,
+                part.expert_weights,
+                part.topk_ids,
+                part.expanded_idx_to_permuted_idx,
             )
-            for entry, part in zip(batch.entries, parts, strict=True)
+            for entry, part in zip(entries, parts, strict=True)
         ]
 
     def _host_answer(self) -> MoEOutput:
@@ -367,28 +376,53 @@ class _Running:
                 expert_weights=outputs.expert_weights.view(slot.host_out, num_tokens),
                 output=outputs.output.view(slot.host_out, num_tokens),
             )
+        if slot.is_host:
+            return self.answer
         on_host: dict[str, Any] = {
             name: None if tensor is None else slot.read(tensor) for name, tensor in vars(self.answer).items()
         }
         return MoEOutput(**on_host)
 
 
-@contextlib.contextmanager
-def _naming(layer: MoELayer, num_tokens: int) -> Iterator[None]:
-    """Say which batch an unexpected error met."""
-    try:
-        yield
-    except ExpertdServerError:
-        raise
-    except Exception as error:
-        raise BackendError(
-            f"layer {layer.name!r}: the {layer.backend.name} backend failed on {num_tokens} tokens: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+@dataclass(slots=True)
+class _Part:
+    """The tensors of a `ForwardResult`."""
+
+    output: torch.Tensor | None = None
+    gemm2_output: torch.Tensor | None = None
+    expert_weights: torch.Tensor | None = None
+    topk_ids: torch.Tensor | None = None
+    expanded_idx_to_permuted_idx: torch.Tensor | None = None
+
+
+class _Naming:
+    """Says which batch an unexpected error met. A class: a generator would take as long as what it surrounds."""
+
+    __slots__ = ("_layer", "_num_tokens")
+
+    def __init__(self, layer: MoELayer, num_tokens: int) -> None:
+        self._layer = layer
+        self._num_tokens = num_tokens
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, ExpertdServerError):
+            layer = self._layer
+            raise BackendError(
+                f"layer {layer.name!r}: the {layer.backend.name} backend failed on {self._num_tokens} tokens: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
 
 def _kind_of(calls: Sequence[ForwardCall]) -> BatchKind:
     """What a batch of these calls computes with: the callers' types where they agree, else those that lead to all."""
+    if len(calls) == 1:
+        call = calls[0]
+        return BatchKind(call.hidden_states.dtype, call.topk_ids is not None, call.output_dtype)
     return BatchKind(
         hidden_dtype=_common({call.hidden_states.dtype for call in calls}, torch.float8_e4m3fn),
         is_routed=any(call.topk_ids is not None for call in calls),
@@ -405,19 +439,20 @@ def _gather(
     memory: torch.Tensor, layout: InputLayout, layer: MoELayer, calls: Iterable[ForwardCall], num_tokens: int
 ) -> None:
     """Write a batch into a slot's host memory."""
-    num_valid_tokens(memory).fill_(num_tokens)
+    flat = memory.numpy()
+    flat[:NUM_VALID_BYTES].view(np.int32)[0] = num_tokens
     first = 0
     for call in calls:
         hidden_states = call.hidden_states
         if hidden_states.dtype != layout.hidden_states.dtype:
             assert layer.hidden_states_scale is not None, "the service refuses such a call"
             hidden_states = _host_tensor(quantize_fp8(hidden_states.to_tensor(), layer.hidden_states_scale))
-        _put(memory, layout.hidden_states, first, hidden_states)
+        _put(flat, layout.hidden_states, first, hidden_states)
         given = _routing_of(call, layer, is_routed=len(layout.routing) > 1)
         for (_, part), tensor in zip(layout.routing, given, strict=True):
             # float32 holds every bfloat16 logit exactly; weights are rounded to bfloat16 on entry anyway.
             same = tensor if tensor.dtype == part.dtype else _host_tensor(tensor.to_tensor().to(part.dtype))
-            _put(memory, part, first, same)
+            _put(flat, part, first, same)
         first += call.num_tokens
 
 
@@ -437,15 +472,17 @@ def _host_tensor(tensor: torch.Tensor) -> HostTensor:
     return HostTensor(tensor.dtype, tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _put(memory: torch.Tensor, part: Part, first_row: int, tensor: HostTensor) -> None:
+def _put(memory: npt.NDArray[np.uint8], part: Part, first_row: int, tensor: HostTensor) -> None:
     """Copy a tensor's bytes to its rows of a part."""
     start, end = part.end(first_row), part.end(first_row + tensor.shape[0])
-    memory.numpy()[start:end] = np.frombuffer(tensor.data, np.uint8)
+    memory[start:end] = np.frombuffer(tensor.data, np.uint8)
 
 
 def _own(rows: torch.Tensor, dtype: torch.dtype, *, is_owned: bool) -> torch.Tensor:
     """The rows in memory of their own: a slow reader must not hold the whole batch's output."""
-    return rows.to(dtype) if is_owned or rows.dtype != dtype else rows.clone()
+    if rows.dtype != dtype:
+        return rows.to(dtype)
+    return rows if is_owned else rows.clone()
 
 
 def _own_rows(

@@ -87,7 +87,7 @@ class ExpertService:
             future.cancel()
             raise RequestTimeoutError(f"not computed within {timeout_s:.3f} s; allow more time or ask less") from None
         answer = encode_response(result, calls.queue_depth_tokens)
-        calls.answered("Forward", arrived_s, result)
+        calls.answered("Forward", arrived_s, result.timing)
         return answer
 
     def forward_stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:

@@ -121,7 +121,7 @@ class HostSlot:
         self.host_out = self.device_out = torch.empty(0, dtype=torch.uint8)
         self.graphs: GraphTable = WeakKeyDictionary()
         self._clock = clock
-        self._compute_s = 0.0
+        self._start_s = self._compute_s = 0.0
 
     @property
     def device_nbytes(self) -> int:
@@ -136,12 +136,15 @@ class HostSlot:
     def send(self, nbytes: int) -> None:
         """Nothing: the device reads the host's memory."""
 
-    @contextlib.contextmanager
-    def compute(self) -> Iterator[None]:
+    def compute(self) -> HostSlot:
         """See `Slot`; the computation is over when the block is."""
-        start_s = self._clock()
-        yield
-        self._compute_s = self._clock() - start_s
+        return self
+
+    def __enter__(self) -> None:
+        self._start_s = self._clock()
+
+    def __exit__(self, *_: object) -> None:
+        self._compute_s = self._clock() - self._start_s
 
     def fetch(self, nbytes: int) -> None:
         """Nothing: the answer is on the host."""
@@ -285,20 +288,28 @@ class SlotPool:
         One thread at a time may want a certain one.
         """
         with self._changed:
-            self._claimed = wanted or self._claimed
-            try:
-                if not self._changed.wait_for(lambda: self._may_take(wanted), timeout_s):
-                    raise BackendError(f"no staging slot was free within {timeout_s:.1f} s: the device does not get on")
-            finally:
-                self._claimed = None if wanted else self._claimed
-            slot = wanted or self._unclaimed()[-1]
-            self._free.remove(slot)
+            if wanted is None and self._claimed is None and self._free:
+                slot = self._free.pop()
+            else:
+                slot = self._wait_for(wanted, timeout_s)
             required = self._required
         try:
             slot.reserve(*required)
         except BaseException:
             self.give_back(slot)
             raise
+        return slot
+
+    def _wait_for(self, wanted: Slot | None, timeout_s: float) -> Slot:
+        """Under the lock."""
+        self._claimed = wanted or self._claimed
+        try:
+            if not self._changed.wait_for(lambda: self._may_take(wanted), timeout_s):
+                raise BackendError(f"no staging slot was free within {timeout_s:.1f} s: the device does not get on")
+        finally:
+            self._claimed = None if wanted else self._claimed
+        slot = wanted or self._unclaimed()[-1]
+        self._free.remove(slot)
         return slot
 
     def _may_take(self, wanted: Slot | None) -> bool:

@@ -16,7 +16,7 @@ import grpc
 from google.rpc import code_pb2
 
 from expertd_server.calls import Calls
-from expertd_server.engine import ForwardResult
+from expertd_server.engine import ForwardResult, ForwardTiming
 from expertd_server.errors import InvalidArgumentError, UnavailableError
 from expertd_server.status import status_of, stream_error_of
 from expertd_server.wire import encode_stream_error, encode_stream_response
@@ -33,7 +33,10 @@ class _Pending:
     request_id: int
     arrived_s: float
     num_tokens: int
-    future: Future[ForwardResult]
+    future: Future[ForwardResult] | None = None
+    """None: not admitted yet, or answered; its result need not wait for the answer to be written."""
+    timing: ForwardTiming | None = None
+    """Of an answer that is no error."""
 
 
 class Stream:
@@ -92,7 +95,10 @@ class Stream:
                 continue
             if pending is not None:
                 yield self._answer(pending)
-                self._leave(pending)  # not before: gRPC comes back for more when it has written this one
+                # Not before: gRPC comes back for more when it has written this one.
+                self._leave(pending)
+                if pending.timing is not None:
+                    self._calls.answered("ForwardStream", pending.arrived_s, pending.timing)
 
     def close(self) -> None:
         """End the call as soon as nothing is in flight."""
@@ -106,7 +112,8 @@ class Stream:
             left = list(self._pending)
             self._changed.notify_all()
         for pending in left:
-            pending.future.cancel()
+            if pending.future is not None:
+                pending.future.cancel()
             self._leave(pending)
         self._done.put(None)
 
@@ -117,6 +124,7 @@ class Stream:
                     raise _closing()
                 if not self._take(data):
                     return
+                del data  # the wait for the next message may be long, and this one large
         except (InvalidArgumentError, UnavailableError) as error:
             self._broken = error
         except grpc.RpcError:
@@ -130,20 +138,23 @@ class Stream:
         arrived_s = self._calls.clock()
         message = parse_stream_request(data)
         num_tokens = min(message.num_tokens, self._max_tokens)
-        pending = _Pending(message.id, arrived_s, num_tokens, Future())
+        pending = _Pending(message.id, arrived_s, num_tokens)
         if not self._enter(pending):
             return False
+        future: Future[ForwardResult]
         try:
             if message.request is None:
                 raise InvalidArgumentError.of("request", "is missing, expected a ForwardRequest")
             timeout_s = message.timeout_ms / 1e3 if message.timeout_ms else float("inf")
             timeout_s = min(timeout_s, self._context.time_remaining())
-            pending.future = self._calls.admit(message.request, arrived_s, timeout_s)
+            future = self._calls.admit(message.request, arrived_s, timeout_s)
         except Exception as error:  # the request fails alone, the stream lives on
-            pending.future.set_exception(error)
-        pending.future.add_done_callback(lambda _: self._done.put(pending))
+            future = Future()
+            future.set_exception(error)
+        pending.future = future
+        future.add_done_callback(lambda _: self._done.put(pending))
         if self._is_gone:
-            pending.future.cancel()
+            future.cancel()
         return True
 
     def _enter(self, pending: _Pending) -> bool:
@@ -173,14 +184,17 @@ class Stream:
 
     def _answer(self, pending: _Pending) -> bytes:
         try:
+            assert pending.future is not None
             result = pending.future.result(timeout=0)
             data = encode_stream_response(pending.request_id, result, self._calls.queue_depth_tokens)
+            pending.timing = result.timing
+            return data
         except Exception as error:
             status = status_of(error, self._log_id)
             self._calls.failed("ForwardStream", code_pb2.Code.Name(status.code))
             return encode_stream_error(pending.request_id, stream_error_of(status))
-        self._calls.answered("ForwardStream", pending.arrived_s, result)
-        return data
+        finally:
+            pending.future = None
 
 
 def _closing() -> UnavailableError:

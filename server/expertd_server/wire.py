@@ -6,6 +6,7 @@ joined with the tensors' bytes: building them through protobuf would copy every 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -179,12 +180,14 @@ class _Checks:
 
 def encode_response(result: ForwardResult, queue_depth_tokens: int) -> bytes:
     """A serialised ForwardResponse."""
-    return b"".join(_response(result, queue_depth_tokens))
+    parts, _ = _response(result, queue_depth_tokens)
+    return b"".join(parts)
 
 
 def encode_stream_response(request_id: int, result: ForwardResult, queue_depth_tokens: int) -> bytes:
     """A serialised ForwardStreamResponse that holds an answer."""
-    return b"".join([_number(1, request_id), *_nested(2, _response(result, queue_depth_tokens))])
+    parts, num_bytes = _response(result, queue_depth_tokens)
+    return b"".join((_number(1, request_id) + _key(2) + _varint(num_bytes), *parts))
 
 
 def encode_stream_error(request_id: int, error: pb.StreamError) -> bytes:
@@ -224,13 +227,15 @@ def layer_info(layer: MoELayer, versions: Iterable[int]) -> pb.LayerInfo:
     return info
 
 
-# The writer. Parts are bytes or views of tensors; nothing is copied before the one join.
+# The writer. Parts are bytes written here and the tensors themselves; nothing is copied before the one join.
 
 _Parts = list[bytes | memoryview]
 
 
-def _response(result: ForwardResult, queue_depth_tokens: int) -> _Parts:
+def _response(result: ForwardResult, queue_depth_tokens: int) -> tuple[_Parts, int]:
+    """The pieces of a ForwardResponse, and their bytes together."""
     parts: _Parts = []
+    num_bytes = 0
     tensors = (
         result.output,
         result.gemm2_output,
@@ -240,44 +245,53 @@ def _response(result: ForwardResult, queue_depth_tokens: int) -> _Parts:
     )
     for field, tensor in enumerate(tensors, start=1):
         if tensor is not None:
-            parts += _nested(field, _tensor(tensor))
-    parts += _nested(6, [_timing(result.timing, queue_depth_tokens)])
-    parts.append(_number(7, result.weights_version))
-    return parts
+            head, data_bytes = _tensor_head(field, tensor.dtype, tensor.shape)
+            parts.append(head)
+            num_bytes += len(head) + data_bytes
+            if data_bytes:
+                parts.append(_tensor_bytes(tensor))
+    timing = _timing(result.timing, queue_depth_tokens)
+    tail = _key(6) + _varint(len(timing)) + timing + _number(7, result.weights_version)
+    parts.append(tail)
+    return parts, num_bytes + len(tail)
 
 
-def _tensor(tensor: torch.Tensor) -> _Parts:
-    shape = b"".join(map(_varint, tensor.shape))
-    parts: _Parts = [_number(1, _WIRE_DTYPES[tensor.dtype]), *_nested(2, [shape])]
-    if tensor.numel():  # an empty field is left out
-        parts += _nested(3, [_tensor_bytes(tensor)])
-    return parts
+@functools.lru_cache(maxsize=4096)
+def _tensor_head(field: int, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, int]:
+    """A field's Tensor up to its elements, and how many bytes of those must follow."""
+    extents = b"".join(map(_varint, shape))
+    data_bytes = math.prod(shape) * dtype.itemsize
+    head = _number(1, _WIRE_DTYPES[dtype]) + _key(2) + _varint(len(extents)) + extents
+    if data_bytes:  # an empty field is left out
+        head += _key(3) + _varint(data_bytes)
+    return _key(field) + _varint(len(head) + data_bytes) + head, data_bytes
 
 
 def _timing(timing: ForwardTiming, queue_depth_tokens: int) -> bytes:
-    values = (
-        timing.queue_us,
-        timing.copy_in_us,
-        timing.compute_us,
-        timing.copy_out_us,
-        timing.batch_tokens,
-        timing.batch_requests,
-        queue_depth_tokens,
+    return (
+        _number(1, timing.queue_us)
+        + _number(2, timing.copy_in_us)
+        + _number(3, timing.compute_us)
+        + _number(4, timing.copy_out_us)
+        + _number(5, timing.batch_tokens)
+        + _number(6, timing.batch_requests)
+        + _number(7, queue_depth_tokens)
     )
-    return b"".join(_number(field, value) for field, value in enumerate(values, start=1))
 
 
-def _nested(field: int, parts: _Parts) -> _Parts:
-    """A length-delimited field."""
-    return [_varint(field << 3 | 2), _varint(sum(map(len, parts))), *parts]
+def _key(field: int) -> bytes:
+    """What starts a length-delimited field."""
+    return _BYTES[field << 3 | 2]
 
 
 def _number(field: int, value: int) -> bytes:
     """A varint field, left out when zero."""
-    return _varint(field << 3) + _varint(value) if value else b""
+    return _BYTES[field << 3] + _varint(value) if value else b""
 
 
 def _varint(value: int) -> bytes:
+    if value < 0x80:
+        return _BYTES[value]
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -286,9 +300,12 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
+_BYTES: Final = tuple(bytes((value,)) for value in range(0x80))
+
+
 def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The elements of a contiguous host tensor, as a flat view of bytes."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    """The elements of a contiguous host tensor of at least one, as bytes of the tensor's dimensions; a view."""
+    return tensor.view(torch.uint8).numpy().data
 
 
 def _answer_bytes(spec: LayerSpec, num_tokens: int, itemsize: int, do_finalize: bool) -> int:
