@@ -55,7 +55,7 @@ class Limits:
     """Batches that are launched and not computed yet."""
 
 
-@dataclass(eq=False, slots=True, weakref_slot=True)
+@dataclass(eq=False)  # NOTE: no slots: some Pythons (3.12.3) lose weakref_slot in a generic class
 class Entry(Generic[P, R]):
     """One admitted request."""
 
