@@ -12,7 +12,7 @@ CLIENT = Path(__file__).parents[2] / "client" / "expertd"
 
 # Lower levels first. A module imports from its own level and from those below, never from above.
 LEVELS: tuple[frozenset[str], ...] = (
-    frozenset({"__init__", "config", "errors", "fp8", "logs", "malloc", "memory", "metrics", "types"}),
+    frozenset({"__init__", "config", "errors", "fp8", "logs", "malloc", "memory", "metrics", "types", "workers"}),
     frozenset({"routing", "reference", "tuning", "weights", "checks"}),
     frozenset(
         {
@@ -27,6 +27,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "demo_model",
             "dialects",
             "ops",
+            "products",
             "quantization",
             "synthetic",
             "tensor_files",
