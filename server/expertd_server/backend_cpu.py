@@ -50,6 +50,10 @@ class TorchBackend:
         """The layer as it is: `forward` converts the experts that it touches, at every call, and keeps none."""
         return PreparedLayer(spec, weights, weights.nbytes)
 
+    def tune(self, layer: PreparedLayer, tune_max_num_tokens: int = 8192) -> dict[int, str]:
+        """There is nothing to choose."""
+        return {}
+
     @torch.no_grad()
     def forward(
         self,
