@@ -26,6 +26,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "checkpoint",
             "demo_model",
             "dialects",
+            "export",
             "ops",
             "products",
             "quantization",
@@ -67,7 +68,7 @@ ONLY_IN = {
     "grpc_status": {"interceptor"},
     "prometheus_client": {"cluster_server", "metrics"},
     "ray": {"cluster", "cluster_actors"},
-    "safetensors": {"calibration", "checkpoint", "tensor_files", "demo_model"},
+    "safetensors": {"calibration", "checkpoint", "tensor_files", "demo_model", "export"},
 }
 
 
