@@ -32,16 +32,14 @@ from typing import Any
 
 import numpy as np
 import psutil
+from _common import header, write_json
+from _requests import RequestShape
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).resolve().parent
-
-
-from _common import header, write_json
-from _requests import RequestShape
-
 from expertd_server.malloc import SETTINGS as MALLOC_SETTINGS
+
+HERE = Path(__file__).resolve().parent
 
 PERCENTILES = (50, 90, 99, 99.9)
 WARMUP_S = 0.7

@@ -11,14 +11,13 @@ bfloat16 and float8_e4m3fn) or torch; results come as the same kind. Importing e
 needs a compiler.
 """
 
-from expertd.admin import AdminClient
-
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from expertd.admin import AdminClient
     from expertd.aio import AsyncClient
     from expertd.aio_admin import AsyncAdminClient
     from expertd.aio_group import AsyncExpertGroup
@@ -107,6 +106,7 @@ __all__ = [
 
 # Each name is imported when it is first used: a worker that calls one server does not wait for asyncio and groups.
 _NAMES_OF = {
+    "admin": ("AdminClient",),
     "aio": ("AsyncClient",),
     "aio_admin": ("AsyncAdminClient",),
     "aio_group": ("AsyncExpertGroup",),
