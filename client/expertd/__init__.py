@@ -11,47 +11,53 @@ bfloat16 and float8_e4m3fn) or torch; results come as the same kind. Importing e
 needs a compiler.
 """
 
-from expertd.admin import AdminClient
-from expertd.aio import AsyncClient
-from expertd.aio_admin import AsyncAdminClient
-from expertd.aio_group import AsyncExpertGroup
-from expertd.client import Client
-from expertd.config import ClientConfig, RetryPolicy
-from expertd.errors import (
-    AccessDeniedError,
-    CancelledError,
-    ClosedError,
-    ConfigError,
-    ExpertdError,
-    FieldViolation,
-    InvalidRequestError,
-    LayerNotFoundError,
-    MessageTooLargeError,
-    NoReplicaError,
-    OrderRefusedError,
-    OverloadedError,
-    ProtocolError,
-    ServerError,
-    TimeoutError,
-    TopologyError,
-    UnavailableError,
-    VersionNotHeldError,
-)
-from expertd.group import ExpertGroup
-from expertd.group_types import GroupConfig, GroupResult, PartReport
-from expertd.types import (
-    Activation,
-    ForwardRequest,
-    ForwardResult,
-    LayerInfo,
-    LayerState,
-    LoadedVersion,
-    RoutingMethod,
-    ServerInfo,
-    SwappedVersion,
-    Timing,
-    UnloadedVersion,
-)
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from expertd.admin import AdminClient
+    from expertd.aio import AsyncClient
+    from expertd.aio_admin import AsyncAdminClient
+    from expertd.aio_group import AsyncExpertGroup
+    from expertd.client import Client
+    from expertd.config import ClientConfig, RetryPolicy
+    from expertd.errors import (
+        AccessDeniedError,
+        CancelledError,
+        ClosedError,
+        ConfigError,
+        ExpertdError,
+        FieldViolation,
+        InvalidRequestError,
+        LayerNotFoundError,
+        MessageTooLargeError,
+        NoReplicaError,
+        OrderRefusedError,
+        OverloadedError,
+        ProtocolError,
+        ServerError,
+        TimeoutError,
+        TopologyError,
+        UnavailableError,
+        VersionNotHeldError,
+    )
+    from expertd.group import ExpertGroup
+    from expertd.group_types import GroupConfig, GroupResult, PartReport
+    from expertd.types import (
+        Activation,
+        ForwardRequest,
+        ForwardResult,
+        LayerInfo,
+        LayerState,
+        LoadedVersion,
+        RoutingMethod,
+        ServerInfo,
+        SwappedVersion,
+        Timing,
+        UnloadedVersion,
+    )
 
 __version__ = "0.1.0"
 
@@ -97,3 +103,61 @@ __all__ = [
     "UnloadedVersion",
     "VersionNotHeldError",
 ]
+
+# Each name is imported when it is first used: a worker that calls one server does not wait for asyncio and groups.
+_NAMES_OF = {
+    "admin": ("AdminClient",),
+    "aio": ("AsyncClient",),
+    "aio_admin": ("AsyncAdminClient",),
+    "aio_group": ("AsyncExpertGroup",),
+    "client": ("Client",),
+    "config": ("ClientConfig", "RetryPolicy"),
+    "errors": (
+        "AccessDeniedError",
+        "CancelledError",
+        "ClosedError",
+        "ConfigError",
+        "ExpertdError",
+        "FieldViolation",
+        "InvalidRequestError",
+        "LayerNotFoundError",
+        "MessageTooLargeError",
+        "NoReplicaError",
+        "OrderRefusedError",
+        "OverloadedError",
+        "ProtocolError",
+        "ServerError",
+        "TimeoutError",
+        "TopologyError",
+        "UnavailableError",
+        "VersionNotHeldError",
+    ),
+    "group": ("ExpertGroup",),
+    "group_types": ("GroupConfig", "GroupResult", "PartReport"),
+    "types": (
+        "Activation",
+        "ForwardRequest",
+        "ForwardResult",
+        "LayerInfo",
+        "LayerState",
+        "LoadedVersion",
+        "RoutingMethod",
+        "ServerInfo",
+        "SwappedVersion",
+        "Timing",
+        "UnloadedVersion",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +61,13 @@ class Backend(Protocol):
         """
         ...
 
+    def tune(self, layer: PreparedLayer, tune_max_num_tokens: int = 8192) -> dict[int, str]:
+        """Measure what is fastest for up to so many tokens, and use it from now on; bits do not depend on it.
+
+        Returns {tokens: choice}, empty on backends that have no choice.
+        """
+        ...
+
     def forward(
         self,
         layer: PreparedLayer,
@@ -87,12 +95,13 @@ class Backend(Protocol):
         ...
 
 
-def select_backend(device: torch.device | str = "auto") -> Backend:
+def select_backend(device: torch.device | str = "auto", *, tuning_cache: Path | None = None) -> Backend:
     """The best backend for a device: "cuda" on a Hopper GPU whose kernels are installed, "torch" on any other CUDA
     device (and its log says why), "cpu" on the CPU.
 
     device: "cpu", "cuda", "cuda:1", ..., "auto": the current CUDA device where torch sees one, else the CPU; or "noop",
     which answers with zeros, for benchmarks.
+    tuning_cache: file of measured choices, for "cuda"; see `tuning.TuningCache`.
     Raises ValueError, naming the device, where there is no such device.
     """
     # Imported here: the backends import this module, and the kernels exist only where they were compiled.
@@ -116,7 +125,7 @@ def select_backend(device: torch.device | str = "auto") -> Backend:
     if reason is None:
         from expertd_server.backend_cuda import CudaBackend  # noqa: PLC0415
 
-        return CudaBackend(device)
+        return CudaBackend(device, tuning_cache=tuning_cache)
     _log.warning("backend 'torch' (plain torch, not the Hopper kernels) on %s: %s", device, reason)
     return TorchBackend(device)
 

@@ -11,13 +11,14 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from expertd_server import tuning
 from expertd_server.backend import MoEOutput, PreparedLayer
 from expertd_server.types import Activation, LayerSpec, RoutingMethod
-from expertd_server.weights import ExpertWeights
+from expertd_server.weights import ExpertWeights, pad_intermediate
 
 try:
     from expertd_server import _cuda
@@ -73,7 +74,7 @@ class CudaBackend:
 
     name = "cuda"
 
-    def __init__(self, device: torch.device | str = "cuda", *, tuning_cache: str | None = None) -> None:
+    def __init__(self, device: torch.device | str = "cuda", *, tuning_cache: str | Path | None = None) -> None:
         device = torch.device(device)
         if device.type != "cuda":
             raise RuntimeError(f"device is {device}, the CUDA backend needs a CUDA device")
@@ -96,18 +97,21 @@ class CudaBackend:
     # ---- planning
 
     def prepare(self, spec: LayerSpec, weights: ExpertWeights, *, max_num_tokens: int = 8192) -> PreparedLayer:
-        """See `Backend.prepare`. Reserves the current stream's scratch memory for calls of max_num_tokens."""
-        for name in ("hidden_size", "intermediate_size"):
-            if getattr(spec, name) % _TILE_MULTIPLE:
-                raise ValueError(
-                    f"{name} is {getattr(spec, name)}, the CUDA backend needs a multiple of {_TILE_MULTIPLE}: pad the "
-                    f"weights with zeros"
-                )
+        """See `Backend.prepare`. Reserves the current stream's scratch memory for calls of max_num_tokens.
+
+        hidden_size has to be a multiple of 16; an intermediate_size that is none is filled up with zeros.
+        """
+        if spec.hidden_size % _TILE_MULTIPLE:
+            raise ValueError(
+                f"hidden_size is {spec.hidden_size}, the CUDA backend needs a multiple of {_TILE_MULTIPLE}: pad the "
+                f"hidden states and the weights with zeros, or use the torch backend"
+            )
         if max_num_tokens < 1:
             raise ValueError(f"max_num_tokens is {max_num_tokens}, expected at least 1")
         weights.check(spec)
         weights = weights.to(self.device)
-        layer = _CudaLayer(spec, weights, max_num_tokens)
+        tiled, weights = pad_intermediate(spec, weights, _TILE_MULTIPLE)
+        layer = _CudaLayer(tiled, weights, max_num_tokens)
         layer.tuned = self._tuned.lookup(self.device_name, tuning.layer_key(spec))
         self._workspaces.reserve(layer.scratch(max_num_tokens).nbytes)
         with torch.cuda.device(self.device):
@@ -123,14 +127,17 @@ class CudaBackend:
     def tune(self, layer: PreparedLayer, tune_max_num_tokens: int = 8192) -> dict[int, str]:
         """Measure every tile family for 1, 2, 4, ... tune_max_num_tokens tokens and use the fastest from now on.
 
-        Returns {tokens: family}, which the tuning cache also keeps. Takes seconds and stalls the device: not for a
-        server under load. Bits do not depend on the choice.
+        Returns {tokens: family}, which the tuning cache also keeps; what it knows already is not measured again. Takes
+        seconds and stalls the device: not for a server under load. Bits do not depend on the choice.
         """
         spec, forced = layer.spec, self.force_family
-        choice: dict[int, str] = {}
+        choice = dict(layer.state.tuned or {})
+        largest = min(tuning.bucket(tune_max_num_tokens), layer.state.max_num_tokens)
+        missing = [n for n in (1 << i for i in range(largest.bit_length())) if n not in choice]
+        if not missing:
+            return choice
         with torch.cuda.device(self.device):
-            num_tokens = 1
-            while num_tokens <= min(tuning.bucket(tune_max_num_tokens), layer.state.max_num_tokens):
+            for num_tokens in missing:
                 x = torch.randn(num_tokens, spec.hidden_size, device=self.device).to(torch.float8_e4m3fn)
                 logits = torch.randn(num_tokens, spec.num_experts, device=self.device)
                 times: dict[str, float] = {}
@@ -138,7 +145,6 @@ class CudaBackend:
                     self.force_family = name
                     times[name] = _median_ms(partial(self.forward, layer, x, routing_logits=logits))
                 choice[num_tokens] = min(times, key=times.__getitem__)
-                num_tokens *= 2
         self.force_family = forced
         self._tuned.store(self.device_name, tuning.layer_key(spec), choice)
         layer.state.tuned = self._tuned.lookup(self.device_name, tuning.layer_key(spec))
@@ -297,7 +303,7 @@ class CudaBackend:
 
     def gemm1(self, layer: PreparedLayer, plan: _Plan, call: _Call, family: Family, x: int) -> None:
         """Rows of x [T, H] fp8 -> activated rows [R, I] fp8."""
-        spec, weights = layer.spec, layer.weights
+        spec, weights = layer.state.spec, layer.weights
         _cuda.gemm1(
             family=family.index,
             activation=int(spec.activation),
@@ -325,7 +331,7 @@ class CudaBackend:
 
     def gemm2(self, layer: PreparedLayer, plan: _Plan, call: _Call, family: Family) -> None:
         """Activated rows [R, I] fp8 -> rows [R, H] bfloat16."""
-        spec = layer.spec
+        spec = layer.state.spec
         _cuda.gemm2(
             family=family.index,
             maps=plan.maps(family, 1),

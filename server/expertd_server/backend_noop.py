@@ -37,6 +37,10 @@ class NoopBackend:
         kept = dataclasses.replace(weights, gemm1_weights=nothing, gemm2_weights=nothing)
         return PreparedLayer(spec, kept, kept.nbytes, _Answers.of(spec, max_num_tokens))
 
+    def tune(self, layer: PreparedLayer, tune_max_num_tokens: int = 8192) -> dict[int, str]:
+        """There is nothing to choose."""
+        return {}
+
     def forward(
         self,
         layer: PreparedLayer,

@@ -33,11 +33,15 @@ from expertd_server.types import Activation
 __all__ = [
     "Calibration",
     "InputScales",
+    "activate",
     "measure_input_scales",
     "read_calibration",
     "write_calibration",
 ]
 
+_HEADROOM = 2.0
+"""How many times as large as any that was measured a value may be before it is clipped. FP8 is a floating-point format
+with 15 binades of full precision, so that one binade above the measured ones costs nothing."""
 _KEYS = ("gemm1_input_scale", "gemm2_input_scale")
 
 
@@ -115,7 +119,7 @@ def measure_input_scales(
     activation: Activation,
     gemm1_weights_of: Callable[[int], tuple[torch.Tensor | None, torch.Tensor]],
 ) -> InputScales:
-    """Input scales under which the given tokens just fill the FP8 range.
+    """Input scales under which the given tokens fill the FP8 range up to a headroom of a factor of 2.
 
     hidden_states: [T, H] floating point, real inputs of the layer; topk_ids: [T, K] global expert ids.
     gemm1_weights_of: expert id to its gate [I, H] (None where not gated) and up [I, H] matrices, real values.
@@ -130,15 +134,16 @@ def measure_input_scales(
     for expert in torch.unique(topk_ids[topk_ids >= 0]).tolist():
         tokens = hidden[(topk_ids == expert).any(dim=1)]
         gate, up = gemm1_weights_of(expert)
-        inter = _activate(activation, None if gate is None else tokens @ gate.T, tokens @ up.T)
+        inter = activate(activation, None if gate is None else tokens @ gate.T, tokens @ up.T)
         gemm2_amax[expert] = float(inter.abs().max())
     largest = max(gemm2_amax)
     if not (math.isfinite(largest) and largest > 0):
         raise ValueError(f"the input of the second product has an absolute maximum of {largest}, expected positive")
-    return InputScales(gemm1_amax / FP8_MAX, tuple((amax or largest) / FP8_MAX for amax in gemm2_amax))
+    unit = _HEADROOM / FP8_MAX
+    return InputScales(gemm1_amax * unit, tuple((amax or largest) * unit for amax in gemm2_amax))
 
 
-def _activate(activation: Activation, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
+def activate(activation: Activation, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
     """What the second product takes in, before it is quantised."""
     if gate is None:
         match activation:

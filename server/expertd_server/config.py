@@ -147,6 +147,11 @@ class Config:
     tune_malloc: bool = field(default=True, metadata=_in(_OPERATION))
     """Start with glibc malloc settings that keep the memory of large messages mapped, unless the environment has its
     own; they save each answer of 0.5 MB about a millisecond. Freed memory then stays with the process, up to 4 GiB."""
+    tune_kernels: bool = field(default=False, metadata=_in(_OPERATION))
+    """On a Hopper GPU: measure at start which tile shapes are fastest for each kind of layer, up to max_batch_tokens.
+    Takes seconds for each kind; answers keep their bits. Off: a built-in choice, or what the tuning cache holds."""
+    tuning_cache: Path | None = field(default=None, metadata=_in(_OPERATION, "FILE"))
+    """JSON file that keeps what was measured, by GPU and kind of layer; read at start where it exists."""
     expert_token_metrics: bool = field(default=False, metadata=_in(_OPERATION))
     """Export tokens by layer and expert: one time series for each pair."""
     log_level: str = field(default="info", metadata=_in(_OPERATION, choices=_LOG_LEVELS))

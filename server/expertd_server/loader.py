@@ -44,6 +44,8 @@ def load_layers(config: Config, backend: Backend) -> Iterator[MoELayer]:
                 f"layer {name!r} does not fit into the memory of {backend.device}; hold fewer layers (--layers) or "
                 f"experts (--experts) here"
             ) from error
+        if config.tune_kernels:
+            log.info("tuning %s: %s", name, backend.tune(prepared, config.max_batch_tokens) or "nothing to choose")
         yield MoELayer(name, prepared, backend, config.weights_version)
 
 

@@ -13,6 +13,7 @@ import torch
 from expertd_server.backend import Backend, select_backend
 from expertd_server.backend_cpu import TorchBackend
 from expertd_server.checks import check_forward_args
+from expertd_server.tuning import is_autotuning
 from expertd_server.types import LayerSpec
 from expertd_server.weights import ExpertWeights
 
@@ -72,7 +73,8 @@ def trtllm_fp8_per_tensor_scale_moe(  # noqa: PLR0917 (the published signature)
     norm_topk_prob: False: methods 4 and 6 do not divide by the sum of the selected scores.
     routing_replay_out: [>= T, K] int16, rows 0 ... T-1 get the selected global ids.
     enable_pdl: programmatic dependent launch of the Hopper kernels; no effect elsewhere.
-    tune_max_num_tokens: at least 1; no effect, because no call is tuned on the fly.
+    tune_max_num_tokens: inside `tuning.autotune` the Hopper kernels are tuned for up to so many tokens, at least 1; no
+        effect outside of it and elsewhere.
     output_dtype: bfloat16, float32 or float16, of the finalized output. out: [T, H] of that type, written and returned.
     num_valid_tokens: int32 scalar on the device, at most T; rows at or past it are neither read nor written.
 
@@ -115,6 +117,7 @@ def trtllm_fp8_per_tensor_scale_moe(  # noqa: PLR0917 (the published signature)
         output_dtype=output_dtype,
         out=out,
         num_valid_tokens=num_valid_tokens,
+        tune_max_num_tokens=tune_max_num_tokens,
     )
 
 
@@ -194,6 +197,7 @@ def trtllm_fp8_per_tensor_scale_routed_moe(  # noqa: PLR0917 (the published sign
         output_dtype=output_dtype,
         out=out,
         num_valid_tokens=num_valid_tokens,
+        tune_max_num_tokens=tune_max_num_tokens,
     )
 
 
@@ -282,6 +286,7 @@ def _run(
     output_dtype: torch.dtype,
     out: torch.Tensor | None,
     num_valid_tokens: torch.Tensor | None,
+    tune_max_num_tokens: int,
 ) -> list[torch.Tensor] | torch.Tensor:
     check_forward_args(
         spec,
@@ -300,7 +305,12 @@ def _run(
     if isinstance(backend, TorchBackend):
         layer = backend.wrap(spec, weights)
     else:
-        layer = backend.prepare(spec, weights, max_num_tokens=max(1, hidden_states.shape[0]))
+        max_num_tokens = max(1, hidden_states.shape[0])
+        if is_autotuning():
+            layer = backend.prepare(spec, weights, max_num_tokens=max(max_num_tokens, tune_max_num_tokens))
+            backend.tune(layer, tune_max_num_tokens)
+        else:
+            layer = backend.prepare(spec, weights, max_num_tokens=max_num_tokens)
     result = backend.forward(
         layer,
         hidden_states,

@@ -58,7 +58,7 @@ class Server:
     ) -> None:
         self.config = config
         self.instance_id = uuid.uuid4().hex
-        self.backend = _backend(config.device) if backend is None else backend
+        self.backend = _backend(config) if backend is None else backend
         self._layers = load_layers(config, self.backend) if layers is None else layers
         self.metrics = Metrics(count_expert_tokens=config.expert_token_metrics)
         self.store = LayerStore(config.memory_budget_bytes)
@@ -287,15 +287,15 @@ def stop_on_signals(server: Server) -> None:
     signal.signal(signal.SIGINT, on_signal)
 
 
-def _backend(device: str) -> Backend:
+def _backend(config: Config) -> Backend:
     try:
-        return select_backend(device)
+        return select_backend(config.device, tuning_cache=config.tuning_cache)
     except (
         AssertionError,
         RuntimeError,
         ValueError,
     ) as error:  # torch has its own ways to say that there is no such GPU
-        raise ConfigError(f"device {device}: {error}") from error
+        raise ConfigError(f"device {config.device}: {error}") from error
 
 
 def _clear_ready_file(path: Path) -> None:

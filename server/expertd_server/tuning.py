@@ -1,20 +1,47 @@
 """Which tile family a call uses: measured on this kind of GPU where a cache has it, else a built-in rule.
 
-Whatever is chosen, the bits are the same.
+Whatever is chosen, the bits are the same. Nothing is measured unless somebody asks: `autotune` for the operator,
+`--tune-kernels` for a server.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 from expertd_server.types import LayerSpec
 
-__all__ = ["CACHE_VERSION", "TuningCache", "bucket", "choose_family", "layer_key"]
+__all__ = ["CACHE_VERSION", "TuningCache", "autotune", "bucket", "choose_family", "is_autotuning", "layer_key"]
 
 CACHE_VERSION = 2
 """Raise it when the kernels change, so that old measurements are not believed."""
+
+
+_autotuning: ContextVar[bool] = ContextVar("autotuning", default=False)
+
+
+@contextlib.contextmanager
+def autotune(enabled: bool = True) -> Iterator[None]:
+    """Calls of the operator inside measure the tile families for up to their tune_max_num_tokens tokens, once.
+
+    Of use on Hopper GPUs only; elsewhere nothing happens. The first call for each kind of layer takes seconds. What is
+    found holds for the process and, where EXPERTD_TUNING_CACHE names a file, for later ones. Not for use while a graph
+    is captured.
+    """
+    token = _autotuning.set(enabled)
+    try:
+        yield
+    finally:
+        _autotuning.reset(token)
+
+
+def is_autotuning() -> bool:
+    """Whether the caller is inside `autotune`."""
+    return _autotuning.get()
 
 
 def bucket(num_tokens: int) -> int:
@@ -49,10 +76,11 @@ def choose_family(tuned: dict[int, str] | None, spec: LayerSpec, num_tokens: int
 class TuningCache:
     """A JSON file of measured choices: {version, devices: {name: {layer key: {bucket: family}}}}.
 
-    path: None reads no file and writes none. EXPERTD_TUNING_CACHE names one for the whole process.
+    path: None: the one that EXPERTD_TUNING_CACHE names; where it names none, nothing is read or written.
+    Raises ValueError naming the file when it holds something else; a file of an older version is measured anew.
     """
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(self, path: str | Path | None = None) -> None:
         path = path or os.environ.get("EXPERTD_TUNING_CACHE")
         self._path = Path(path) if path else None
         self._devices: dict[str, dict[str, dict[int, str]]] = {}
@@ -75,10 +103,13 @@ class TuningCache:
 
     @staticmethod
     def _read(path: Path) -> dict[str, dict[str, dict[int, str]]]:
-        data = json.loads(path.read_text())
-        if data.get("version") != CACHE_VERSION:
-            return {}
-        return {
-            device: {key: {int(b): name for b, name in choice.items()} for key, choice in layers.items()}
-            for device, layers in data["devices"].items()
-        }
+        try:
+            data = json.loads(path.read_text())
+            if data["version"] != CACHE_VERSION:
+                return {}
+            return {
+                device: {key: {int(b): str(name) for b, name in choice.items()} for key, choice in layers.items()}
+                for device, layers in data["devices"].items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a tuning cache ({error}): delete it or name another file") from error

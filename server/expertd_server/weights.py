@@ -11,7 +11,7 @@ import torch
 
 from expertd_server.types import LayerSpec
 
-__all__ = ["ExpertWeights"]
+__all__ = ["ExpertWeights", "pad_intermediate"]
 
 
 @dataclass(frozen=True)
@@ -87,3 +87,22 @@ class ExpertWeights:
     def _tensors(self) -> dict[str, torch.Tensor]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def pad_intermediate(spec: LayerSpec, weights: ExpertWeights, multiple: int) -> tuple[LayerSpec, ExpertWeights]:
+    """The same layer with its intermediate_size filled up to a multiple by zeros; as it is where it is one already.
+
+    Outputs keep their bits: every activation is 0 at 0, and a sum does not change when zeros are added to its end.
+    """
+    size = spec.intermediate_size
+    padded = dataclasses.replace(spec, intermediate_size=size + -size % multiple)
+    if padded == spec:
+        return spec, weights
+    gemm1_weights = weights.gemm1_weights.new_zeros(spec.num_local, padded.gemm1_rows, spec.hidden_size)
+    halves = padded.gemm1_rows // padded.intermediate_size  # of a gated layer each half is padded at its own end
+    gemm1_weights.view(spec.num_local, halves, -1, spec.hidden_size)[:, :, :size] = weights.gemm1_weights.view(
+        spec.num_local, halves, size, spec.hidden_size
+    )
+    gemm2_weights = weights.gemm2_weights.new_zeros(spec.num_local, spec.hidden_size, padded.intermediate_size)
+    gemm2_weights[:, :, :size] = weights.gemm2_weights
+    return padded, dataclasses.replace(weights, gemm1_weights=gemm1_weights, gemm2_weights=gemm2_weights)

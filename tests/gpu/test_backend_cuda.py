@@ -18,6 +18,7 @@ from gpu_layers import ACTIVATIONS, METHODS, check_call, error, make_inputs, mak
 
 from expertd_server import reference  # noqa: E402
 from expertd_server.types import Activation, RoutingMethod  # noqa: E402
+from expertd_server.weights import pad_intermediate  # noqa: E402
 
 FAMILIES = gpu_layers.TILE_FAMILIES
 
@@ -245,7 +246,33 @@ def test_nan_stays_in_its_row(backend: CudaBackend) -> None:
         assert int(ids.max()) < layer.spec.num_experts
 
 
-@pytest.mark.parametrize(("field", "value"), [("hidden_size", 200), ("intermediate_size", 24)])
-def test_untileable_sizes_are_refused(backend: CudaBackend, field: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"{field} is {value}.*multiple of 16"):
-        prepared(backend, 16, **{field: value})
+def test_a_hidden_size_that_cannot_be_tiled_is_refused(backend: CudaBackend) -> None:
+    with pytest.raises(ValueError, match=r"hidden_size is 200.*multiple of 16"):
+        prepared(backend, 16, hidden_size=200)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name)
+@pytest.mark.parametrize("intermediate_size", [1, 24, 200])
+def test_an_intermediate_size_that_cannot_be_tiled_is_padded(
+    backend: CudaBackend, intermediate_size: int, activation: Activation
+) -> None:
+    layer = prepared(backend, 16, intermediate_size=intermediate_size, activation=activation)
+    spec = layer.spec
+    assert spec.intermediate_size == intermediate_size
+    hidden_states, logits = make_inputs(spec, 37, 5)
+    result = backend.forward(layer, hidden_states, routing_logits=logits)
+    assert result.output is not None
+    weights = make_weights(spec, 16)  # what `prepared` padded
+    expected = reference.forward(
+        spec,
+        weights.to("cpu"),
+        hidden_states.cpu(),
+        topk_ids=result.topk_ids.cpu(),
+        topk_weights=result.expert_weights.cpu(),
+    )
+    assert error(result.output.cpu(), expected.output) < 6e-2, f"seed 16, {spec}"  # few values: see check_call
+    padded = backend.prepare(*pad_intermediate(spec, weights, 64), max_num_tokens=256)
+    assert padded.spec.intermediate_size % 64 == 0
+    again = backend.forward(padded, hidden_states, routing_logits=logits).output
+    assert again is not None
+    assert same_bits(result.output, again), f"seed 16, {spec}"

@@ -119,4 +119,8 @@ def test_tuner(backend: CudaBackend, tmp_path: Path) -> None:
     assert set(choice) == {1, 2, 4, 8, 16}
     assert same_bits(before, tuned_backend.forward(layer, hidden_states, routing_logits=logits).output)
     again = Backend(tuning_cache=str(cache))
-    assert again.family(again.prepare(layer.spec, layer.weights), 5).name == choice[8]
+    known = again.prepare(layer.spec, layer.weights, max_num_tokens=16)
+    assert again.family(known, 5).name == choice[8]
+    written = cache.stat().st_mtime_ns
+    assert again.tune(known, 16) == choice
+    assert cache.stat().st_mtime_ns == written, "what is known is not measured again"

@@ -9,13 +9,46 @@ import pytest
 import torch
 from cases import Case, every_method, make_case, make_hidden_states, make_spec, relative_error, spec_id, visible_inter
 
-from expertd_server import backend, backend_cpu, reference
+from expertd_server import backend, backend_cpu, products, reference
 from expertd_server.backend import MoEOutput, select_backend
 from expertd_server.backend_cpu import TorchBackend
-from expertd_server.fp8 import from_fp8, quantize_fp8, to_fp8
+from expertd_server.fp8 import from_fp8, quantize_fp8, round_to_fp8, to_fp8
 from expertd_server.types import Activation, LayerSpec, RoutingMethod
 
 WHOLE_OUTPUT_BOUND = 4e-3
+
+
+def has_packed_bfloat16() -> bool:
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(32, 32, dtype=torch.bfloat16), 32)
+    except RuntimeError:
+        return False
+    return True
+
+
+def has_float16() -> bool:
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+EVERY_EXPERT_TYPE = [
+    pytest.param(
+        products.SplitExpert,
+        marks=pytest.mark.skipif(
+            not has_packed_bfloat16(), reason="no bfloat16 product with packed weights on this CPU"
+        ),
+    ),
+    *(
+        pytest.param(kind, marks=pytest.mark.skipif(not has_float16(), reason="torch has no float16 product here"))
+        for kind in (products.HalfExpert, products.MixedExpert)
+    ),
+    products.FloatExpert,
+]
+
+
+def use(monkeypatch: pytest.MonkeyPatch, expert_type: type) -> None:
+    """Multiply as on a CPU with these products."""
+    monkeypatch.setattr(products, "cpu_expert_type", lambda: expert_type)
+    monkeypatch.setattr(backend_cpu, "probe", products.probe.__wrapped__)  # its cache does not know the type
 
 
 def run(case: Case, **options: object) -> MoEOutput:
@@ -274,9 +307,9 @@ def test_prepared_and_unprepared_layers_give_the_same_bits() -> None:
     assert layer.nbytes == case.weights.nbytes
 
 
-@pytest.mark.parametrize("expert_type", [backend_cpu._SplitExpert, backend_cpu._HalfExpert])
+@pytest.mark.parametrize("expert_type", EVERY_EXPERT_TYPE)
 def test_inference_mode_gives_the_same_bits(expert_type: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend_cpu, "_cpu_expert_type", lambda: expert_type)
+    use(monkeypatch, expert_type)
     case = make_case(make_spec(), 50, seed=2)
     outside = output(case)
     with torch.inference_mode():
@@ -290,42 +323,106 @@ def test_nbytes_counts_two_bytes_a_weight() -> None:
     assert prepared.nbytes == 2 * num_weights + 3 * 4 * 16
 
 
-@pytest.mark.parametrize("expert_type", [backend_cpu._SplitExpert, backend_cpu._HalfExpert])
+@pytest.mark.parametrize("expert_type", EVERY_EXPERT_TYPE)
 @pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(512, 256), (37, 21)])
 def test_the_products_of_either_kind_of_cpu_agree_with_the_reference(
     hidden_size: int, intermediate_size: int, expert_type: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend_cpu, "_cpu_expert_type", lambda: expert_type)
+    use(monkeypatch, expert_type)
     spec = make_spec(hidden_size=hidden_size, intermediate_size=intermediate_size)
     check_against_reference(make_case(spec, 40, seed=5))
 
 
+@pytest.mark.parametrize(
+    "freedom",
+    [
+        products.Freedom(products.BLOCKS, in_blocks=True, any_threads=True),
+        products.Freedom((3, 40, 41, 100, products.MAX_ROWS), in_blocks=False, any_threads=False),
+    ],
+    ids=["blocks", "some numbers of rows"],
+)
 @pytest.mark.parametrize("spec", [make_spec(), make_spec(hidden_size=37, intermediate_size=21)], ids=["even", "odd"])
-def test_blocks_of_rows_change_nothing_but_the_time(spec: LayerSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_added_rows_and_blocks_change_nothing_but_the_time(
+    spec: LayerSpec, freedom: products.Freedom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, products.FloatExpert)
     case = make_case(spec, 200, seed=5, logits="one_expert")
     in_one_piece = output(case)
-    monkeypatch.setattr(backend_cpu, "_freedom", lambda *sizes: backend_cpu._Freedom(False, True))
-    in_blocks = output(case)
-    assert relative_error(in_blocks, in_one_piece) <= WHOLE_OUTPUT_BOUND
+    monkeypatch.setattr(backend_cpu, "probe", lambda *sizes: freedom)
+    found = output(case)
+    assert relative_error(found, in_one_piece) <= WHOLE_OUTPUT_BOUND
+    if not freedom.in_blocks:
+        return  # its numbers of rows are made up: whether their bits agree is the CPU's affair
     for t in (0, 31, 32, 199):
         one = dataclasses.replace(
             case, hidden_states=case.hidden_states[t : t + 1], routing_logits=case.routing_logits[t : t + 1]
         )
-        assert torch.equal(output(one)[0], in_blocks[t]), t
+        assert torch.equal(output(one)[0], found[t]), t
 
 
-def test_a_product_that_depends_on_the_number_of_rows_is_found(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Fickle(backend_cpu._SplitExpert):
+def test_numbers_of_rows() -> None:
+    some = products.Freedom((3, 6, 256), in_blocks=False, any_threads=True)
+    assert [some.num_rows(n) for n in (1, 3, 4, 7, 256)] == [3, 3, 6, 256, 256]
+    assert [products.ON_CUDA.num_rows(n) for n in (1, 32, 33, 256)] == [32, 32, 64, 256]
+    assert products.Freedom(None, in_blocks=False, any_threads=True).num_rows(7) == 7
+
+
+class Steady(products.FloatExpert):
+    """Bits that do not depend on the number of rows, whatever the CPU."""
+
+    def gemm1(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([super(Steady, self).gemm1(row) for row in torch.split(x, 1)])
+
+    def gemm2(self, inter: torch.Tensor, scale: float) -> torch.Tensor:
+        return torch.cat([super(Steady, self).gemm2(row, scale) for row in torch.split(inter, 1)])
+
+
+def fickle(rows: range) -> type[Steady]:
+    """Rounds differently when there are so many rows."""
+
+    class Fickle(Steady):
         def gemm1(self, x: torch.Tensor) -> torch.Tensor:
             a = super().gemm1(x)
-            return a if len(x) > 2 else a.nextafter(torch.tensor(torch.inf))
+            return a.nextafter(torch.tensor(torch.inf)) if len(x) in rows else a
 
-    monkeypatch.setattr(backend_cpu, "_cpu_expert_type", lambda: Fickle)
+    return Fickle
+
+
+@pytest.mark.parametrize(
+    ("rows", "smallest", "in_blocks"), [(range(0), 1, False), (range(1, 3), 3, False), (range(1, 200), 32, True)]
+)
+def test_a_product_that_depends_on_the_number_of_rows_is_found(
+    rows: range,
+    smallest: int,
+    in_blocks: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    use(monkeypatch, fickle(rows))
     with caplog.at_level(logging.WARNING):
-        assert not backend_cpu._freedom.__wrapped__(48, 32, 24, 1).any_rows
-    assert "48 x 32" in caplog.text
+        freedom = products.probe.__wrapped__(48, 32, 24, 1)
+    assert freedom.num_rows(1) == smallest
+    assert freedom.in_blocks == in_blocks
+    assert (freedom.row_counts is None) == (not rows)
+    assert ("48 x 32" in caplog.text) == in_blocks
+    case = make_case(make_spec(), 5, seed=2)
+    together = output(case)
+    for t in range(5):
+        alone = dataclasses.replace(
+            case, hidden_states=case.hidden_states[t : t + 1], routing_logits=case.routing_logits[t : t + 1]
+        )
+        assert torch.equal(output(alone)[0], together[t]), t
+
+
+def test_rounding_to_fp8_in_place_gives_the_values_of_the_conversion() -> None:
+    finite = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (finite[:-1] + finite[1:]) / 2
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e-30, 449.0, 480.0, 1e9])
+    x = torch.cat([finite, middles, middles.nextafter(finite[1:]), middles.nextafter(finite[:-1]), special])
+    noise = torch.randn(100_000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.linspace(-4, 3, 100_000)
+    x = torch.cat([x, -x, noise])
+    expected = from_fp8(to_fp8(x), torch.float32)
+    torch.testing.assert_close(round_to_fp8(x), expected, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def test_select_backend() -> None:

@@ -95,7 +95,7 @@ def test_a_row_is_activated_to_the_same_bits_in_any_company(activation: Activati
             torch.randn(700, columns * (2 if activation.is_gated else 1), generator=torch.Generator().manual_seed(0))
             * 4
         )
-        together = backend_cpu._activate(activation, a, 0.7, 1.3)
+        together = backend_cpu._activate(activation, a.clone(), 0.7, 1.3)
         for t in range(0, 700, 7):
             for rows in (slice(t, t + 1), slice(max(0, t - 2), t + 1)):
                 few = backend_cpu._activate(activation, a[rows].clone(), 0.7, 1.3)

@@ -502,18 +502,18 @@ def test_projection_is_the_real_weight(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.projection(LAYER, 2, Projection.DOWN), real)
 
 
-def test_measured_scales_just_hold_the_activations(tmp_path: Path) -> None:
+def test_measured_scales_hold_activations_twice_as_large(tmp_path: Path) -> None:
     made = draft(fp8=False)
     checkpoint = open_checkpoint(made.write(tmp_path))
     generator = torch.Generator().manual_seed(7)
     hidden = torch.randn(20, H, generator=generator)
     ids = torch.randint(0, E - 1, (20, K), generator=generator)  # nobody chooses the last expert
     scales = checkpoint.measure(LAYER, hidden, ids)
-    assert scales.gemm1 == float(hidden.abs().max()) / 448
+    assert scales.gemm1 == pytest.approx(float(hidden.abs().max()) / 224, rel=1e-6)
     gate, up = (made.tensors[made.name(0, 1, p)].float() for p in ("gate", "up"))
     tokens = hidden[(ids == 1).any(dim=1)]
     inter = torch.nn.functional.silu(tokens @ gate.T) * (tokens @ up.T)
-    assert scales.gemm2[1] == pytest.approx(float(inter.abs().max()) / 448, rel=1e-6)
+    assert scales.gemm2[1] == pytest.approx(float(inter.abs().max()) / 224, rel=1e-6)
     assert scales.gemm2[E - 1] == max(scales.gemm2[: E - 1])
 
 

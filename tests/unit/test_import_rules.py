@@ -12,7 +12,7 @@ CLIENT = Path(__file__).parents[2] / "client" / "expertd"
 
 # Lower levels first. A module imports from its own level and from those below, never from above.
 LEVELS: tuple[frozenset[str], ...] = (
-    frozenset({"__init__", "config", "errors", "fp8", "logs", "malloc", "memory", "metrics", "types"}),
+    frozenset({"__init__", "config", "errors", "fp8", "logs", "malloc", "memory", "metrics", "types", "workers"}),
     frozenset({"routing", "reference", "tuning", "weights", "checks"}),
     frozenset(
         {
@@ -26,7 +26,9 @@ LEVELS: tuple[frozenset[str], ...] = (
             "checkpoint",
             "demo_model",
             "dialects",
+            "export",
             "ops",
+            "products",
             "quantization",
             "synthetic",
             "tensor_files",
@@ -66,7 +68,7 @@ ONLY_IN = {
     "grpc_status": {"interceptor"},
     "prometheus_client": {"cluster_server", "metrics"},
     "ray": {"cluster", "cluster_actors"},
-    "safetensors": {"calibration", "checkpoint", "tensor_files", "demo_model"},
+    "safetensors": {"calibration", "checkpoint", "tensor_files", "demo_model", "export"},
 }
 
 

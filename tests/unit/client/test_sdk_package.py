@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import expertd
 import expertd.config
@@ -15,6 +18,7 @@ import expertd.types
 _PROBE = """
 import sys
 import expertd
+[getattr(expertd, name) for name in expertd.__all__]
 heavy = sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "transformers", "expertd_server", "pytest"})
 print(heavy)
 """
@@ -36,9 +40,34 @@ def test_types_that_callers_meet_are_exported() -> None:
     assert public <= set(expertd.__all__), public - set(expertd.__all__)
 
 
+def test_import_waits_for_nothing_that_is_not_used() -> None:
+    code = "import sys, expertd; print(sorted({'asyncio', 'grpc', 'numpy'} & set(sys.modules)))"
+    probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert probe.stdout.strip() == "[]"
+    assert set(expertd._MODULE_OF) == {*expertd.__all__} - {"__version__"}
+    assert set(dir(expertd)) >= {*expertd.__all__}
+    with pytest.raises(AttributeError, match="has no attribute 'Clients'"):
+        expertd.Clients  # noqa: B018
+
+
 def test_import_brings_no_torch() -> None:
     probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=60, check=True)
     assert probe.stdout.strip() == "[]"
+
+
+def test_the_distribution_needs_what_workers_can_install_without_a_compiler() -> None:
+    """All of these publish wheels; torch is the caller's own affair."""
+    needed = {
+        re.split(r"[<>=!~ ;\[]", line)[0].replace("_", "-") for line in importlib.metadata.requires("expertd") or ()
+    }
+    assert needed == {
+        "googleapis-common-protos",
+        "grpcio",
+        "grpcio-health-checking",
+        "ml-dtypes",
+        "numpy",
+        "protobuf",
+    }
 
 
 def test_package_is_typed() -> None:
