@@ -6,7 +6,7 @@ what comes back, and calls `poll` again at `wake_at` at the latest. The caller h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -74,6 +74,8 @@ class Job:
     num_tokens: int
     replicas: Sequence[Replica]
     """Servers that hold the experts in the version that the call asks for."""
+    look_again: Callable[[], Sequence[Replica]] = tuple
+    """Who holds them now; nobody: go on with those that did."""
     attempts: list[Attempt] = field(default_factory=list)
     """On the wire now."""
     tried: set[Replica] = field(default_factory=set)
@@ -247,6 +249,7 @@ class Dispatch:
             job.num_rounds += 1
             job.retry_after_s = 0.0
             job.tried.clear()
+            job.replicas = job.look_again() or job.replicas  # servers may have come since the call began
         return None
 
     def _send(self, job: Job, replica: Replica, now: float, *, is_hedge: bool = False) -> Attempt:

@@ -370,3 +370,17 @@ def test_abandon_takes_back_what_was_not_even_sent() -> None:
     rig.dispatch.poll(rig.now)  # no tickets yet
     rig.dispatch.abandon()
     rig.assert_idle()
+
+
+def test_a_server_that_came_after_the_call_began_is_asked_in_the_next_round() -> None:
+    rig = Rig([["a"]])
+    newcomer = Replica("b", max_in_flight=4, max_failures=3)
+    rig.fail(rig.poll_one(), UnavailableError("gone"))
+    rig.dispatch.jobs[0].look_again = lambda: [newcomer]
+    assert rig.poll() == [], "a pause first"
+    rig.sleep()
+    attempt = rig.poll_one()
+    assert attempt.replica is newcomer
+    assert rig.answer(attempt)
+    assert rig.dispatch.is_done
+    assert rig.dispatch.failure is None
