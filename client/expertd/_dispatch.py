@@ -184,6 +184,11 @@ class Dispatch:
             return
         self._settle(attempt)
         self._judge(attempt.replica, job, error, now)
+        if job.attempts:
+            # Another server has the part still. Should it be slow, this one may be asked again.
+            delay = self._hedge_delay_s(job)
+            job.tried.discard(attempt.replica)
+            job.hedge_at = None if delay is None else now + max(delay, job.retry_after_s)
         if isinstance(error, _FATAL):
             self.failure = error
         elif not job.attempts and job.unfit.issuperset(job.replicas):
@@ -224,7 +229,7 @@ class Dispatch:
             return self._try_another(job, now)
         if all(attempt.replica.breaker.state is BreakerState.OPEN for attempt in job.attempts):
             # Others found out that this server is gone: do not wait for what will not come.
-            replica = pick(job.replicas, now, job.tried | job.unfit)
+            replica = pick(job.replicas, now, job.tried | job.unfit, desperate=True)
             return None if replica is None else self._send(job, replica, now)
         if job.hedge_at is not None and now >= job.hedge_at:
             return self._hedge(job, now)
@@ -274,7 +279,8 @@ class Dispatch:
         return attempt
 
     def _hedge(self, job: Job, now: float) -> Attempt | None:
-        replica = pick(job.replicas, now, job.tried | job.unfit)
+        # One that is out of use is better than none: it may have been slow for a moment, this one may be frozen.
+        replica = pick(job.replicas, now, job.tried | job.unfit, desperate=True)
         if replica is not None and self._shared.budget.spend():
             return self._send(job, replica, now, is_hedge=True)
         # Look again in a while: the budget grows, and other calls may find out that the first server is gone.
