@@ -292,8 +292,8 @@ def _check_agreement(holders: Sequence[tuple[str, LayerInfo]]) -> None:
     first_address, first = holders[0]
     by_version: dict[int, tuple[str, LayerInfo]] = {}
     for address, layer in holders:
-        for field in _SPEC_FIELDS:
-            _same(field, (first_address, first), (address, layer), getattr(first, field), getattr(layer, field))
+        for name in _SPEC_FIELDS:
+            _same(name, (first_address, first), (address, layer), getattr(first, name), getattr(layer, name))
         other = by_version.setdefault(layer.weights_version, (address, layer))
         _same("hidden_states_scale", other, (address, layer), other[1].hidden_states_scale, layer.hidden_states_scale)
         _same("routing_bias", other, (address, layer), _bias_bytes(other[1]), _bias_bytes(layer))
