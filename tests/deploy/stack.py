@@ -68,22 +68,25 @@ class Stack:
         lines = self.compose("logs", "--no-log-prefix", "--no-color", "worker").splitlines()
         return [line for line in lines if line.startswith('{"error"')]
 
-    def get(self, service: str, url: str) -> str:
-        """The body of a page as a service's container sees it."""
-        return self.python(
-            service, f"import urllib.request as r; print(r.urlopen({url!r}, timeout=10).read().decode())"
+    def get(self, service: str, *urls: str) -> list[str]:
+        """The bodies of some pages as a service's container sees them."""
+        code = (
+            f"import json, urllib.request as r; "
+            f"print(json.dumps([r.urlopen(url, timeout=10).read().decode() for url in {urls!r}]))"
         )
+        bodies: list[str] = json.loads(self.python(service, code))
+        return bodies
 
     def wait_used(self, num_servers: int = len(SHARDS), timeout_s: float = 90) -> None:
         """Return when the worker sends requests to so many servers."""
         until_s = time.monotonic() + timeout_s
         while True:
-            lines = self.get("worker", "http://127.0.0.1:9091/metrics").splitlines()
-            up = [line for line in lines if line.startswith("expertd_client_replica_up{")]
+            (text,) = self.get("worker", "http://127.0.0.1:9091/metrics")
+            up = [line for line in text.splitlines() if line.startswith("expertd_client_replica_up{")]
             if sum(line.endswith(" 1.0") for line in up) == num_servers:
                 return
             assert time.monotonic() < until_s, f"the worker does not use {num_servers} servers: {up}"
-            time.sleep(0.3)
+            time.sleep(1)
 
     def python(self, service: str, code: str) -> str:
         """Run a line of Python inside a service's container."""

@@ -8,7 +8,6 @@ benchmarks/bench_faults.py, not here.
 from __future__ import annotations
 
 import json
-import re
 import time
 from typing import Any
 from urllib.parse import quote
@@ -44,20 +43,25 @@ def test_image_says_how_to_stop_it_and_how_to_see_its_health(stack: Stack) -> No
     assert image["Config"]["Healthcheck"]["Test"] == ["CMD", "expertd-server", "health"]
 
 
-def prometheus(stack: Stack, path: str) -> Any:
-    """What Prometheus answers to a request of its HTTP interface."""
-    answer = json.loads(stack.get("prometheus", f"http://127.0.0.1:9090/api/v1/{path}"))
-    assert answer["status"] == "success", answer
-    return answer["data"]
+def prometheus(stack: Stack, *paths: str) -> list[Any]:
+    """What Prometheus answers to some requests of its HTTP interface."""
+    bodies = stack.get("prometheus", *(f"http://127.0.0.1:9090/api/v1/{path}" for path in paths))
+    answers = [json.loads(body) for body in bodies]
+    assert all(answer["status"] == "success" for answer in answers), answers
+    return [answer["data"] for answer in answers]
+
+
+def samples_of(stack: Stack, *queries: str) -> list[list[dict[str, Any]]]:
+    """The present samples of each query."""
+    return [data["result"] for data in prometheus(stack, *(f"query?query={quote(query)}" for query in queries))]
 
 
 def wait_for_samples(stack: Stack, query: str, count: int) -> list[dict[str, Any]]:
-    """The query's result, once it has so many samples."""
+    """The query's samples, once there are so many."""
     until_s = time.monotonic() + 60
-    while len(result := prometheus(stack, f"query?query={quote(query)}")["result"]) != count:
-        assert time.monotonic() < until_s, f"{query}: {result}, targets: {prometheus(stack, 'targets')}"
+    while len(samples := samples_of(stack, query)[0]) != count:
+        assert time.monotonic() < until_s, f"{query}: {samples}, targets: {prometheus(stack, 'targets')}"
         time.sleep(0.5)
-    samples: list[dict[str, Any]] = result
     return samples
 
 
@@ -76,7 +80,8 @@ def test_alert_rules_are_loaded_and_evaluate(stack: Stack) -> None:
     wanted = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"]
     until_s = time.monotonic() + 30
     while True:
-        rules = [rule for group in prometheus(stack, "rules")["groups"] for rule in group["rules"]]
+        (loaded,) = prometheus(stack, "rules")
+        rules = [rule for group in loaded["groups"] for rule in group["rules"]]
         if all(rule["health"] == "ok" for rule in rules):
             break
         assert all(rule["health"] != "err" for rule in rules), rules
@@ -96,12 +101,9 @@ def test_dashboard_queries_have_answers(stack: Stack) -> None:
     """Every panel shows something, but the one of refused requests: there are none."""
     queries = dashboard_queries()
     assert queries
-    for query in queries:
-        assert "$" not in query
-        if re.search("RESOURCE_EXHAUSTED", query):
-            assert prometheus(stack, f"query?query={quote(query)}")["result"] == []
-        else:
-            assert prometheus(stack, f"query?query={quote(query)}")["result"], query
+    assert not any("$" in query for query in queries)
+    empty = [query for query, samples in zip(queries, samples_of(stack, *queries), strict=True) if not samples]
+    assert empty == [query for query in queries if "RESOURCE_EXHAUSTED" in query]
 
 
 def test_kill_of_one_replica_fails_no_request(stack: Stack) -> None:
