@@ -46,7 +46,8 @@ bench: install  ## time the CPU backend; see benchmarks/ for the others
 	$(BIN)/python benchmarks/bench_layer.py
 
 up:  ## build the image and start two shards, two replicas each, and a worker
-	docker compose -f deploy/docker-compose.yml up --build --detach --wait
+	docker compose -f deploy/docker-compose.yml build shard-0-a
+	docker compose -f deploy/docker-compose.yml up --no-build --detach --wait
 
 down:  ## stop what `make up` started
 	docker compose -f deploy/docker-compose.yml down --volumes

@@ -23,6 +23,7 @@ from expertd.types import Activation, LayerInfo, LayerState, RoutingMethod
 from expertd.v1 import expertd_pb2 as pb
 
 BUDGET_US = 400.0
+BYTES_LIMIT = 1.05
 BUDGET_CASE = ("qwen3-30b-a3b", 4, 128)
 
 
@@ -71,8 +72,8 @@ CASES = [(QWEN3, shards, tokens) for tokens in (1, 16, 128, 1024) for shards in 
 CASES += [(DEEPSEEK, shards, tokens) for tokens in (16, 128, 1024) for shards in (8,)]
 
 
-def median_us(work: Callable[[], Any], runs: int) -> float:
-    """The median time of one call."""
+def time_us(work: Callable[[], Any], runs: int) -> dict[str, float]:
+    """The median and the least time of one call: they are far apart where others use the cores too."""
     for _ in range(max(3, runs // 10)):
         work()
     times = []
@@ -80,7 +81,7 @@ def median_us(work: Callable[[], Any], runs: int) -> float:
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)
-    return statistics.median(times) * 1e6
+    return {"median_us": statistics.median(times) * 1e6, "least_us": min(times) * 1e6}
 
 
 def measure(info: LayerInfo, num_shards: int, num_tokens: int, runs: int) -> dict[str, Any]:
@@ -113,9 +114,9 @@ def measure(info: LayerInfo, num_shards: int, num_tokens: int, runs: int) -> dic
         "layer": info.name,
         "shards": num_shards,
         "tokens": num_tokens,
-        "route_us": median_us(lambda: route(info, logits), runs),
-        "split_us": median_us(split_parts, runs),
-        "combine_us": median_us(lambda: combine(num_tokens, info.hidden_size, outputs, bfloat16), runs),
+        "route": time_us(lambda: route(info, logits), runs),
+        "split": time_us(split_parts, runs),
+        "combine": time_us(lambda: combine(num_tokens, info.hidden_size, outputs, bfloat16), runs),
         "shards_per_token": needed_rows / num_tokens,
         "sent_bytes": sent,
         "sent_over_needed": sent / (needed_rows * row_bytes),
@@ -141,20 +142,29 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=300, help="runs of each measurement (default: 300)")
     arguments = parser.parse_args()
     rows = [measure(*case, arguments.runs) for case in CASES]
-    print(
-        "layer          shards tokens | route µs split µs combine µs   all µs | shards/token sent/needed   of broadcast"
-    )
+    print("median µs      shards tokens |   route    split  combine      all  (least) | shards/token  sent/needed")
     for row in rows:
-        total = row["all_us"] = row["route_us"] + row["split_us"] + row["combine_us"]
+        steps = [row["route"], row["split"], row["combine"]]
+        row["all"] = {name: sum(step[name] for step in steps) for name in ("median_us", "least_us")}
         print(
-            f"{row['layer']:14s} {row['shards']:6d} {row['tokens']:6d} | {row['route_us']:8.0f} {row['split_us']:8.0f} "
-            f"{row['combine_us']:10.0f} {total:8.0f} | {row['shards_per_token']:12.2f} {row['sent_over_needed']:11.3f} "
-            f"{row['sent_bytes'] / row['broadcast_bytes']:13.1%}"
+            f"{row['layer']:14s} {row['shards']:6d} {row['tokens']:6d} |"
+            + "".join(f"{step['median_us']:8.0f} " for step in [*steps, row["all"]])
+            + f"{row['all']['least_us']:8.0f}  | {row['shards_per_token']:12.2f} {row['sent_over_needed']:12.3f}"
         )
-        if (row["layer"], row["shards"], row["tokens"]) == BUDGET_CASE:
-            verdict = "met" if total <= BUDGET_US else "missed"
+    print("\nbytes sent, against sending every token to every shard")
+    for row in rows:
+        if row["tokens"] == BUDGET_CASE[2]:
+            share = row["sent_bytes"] / row["broadcast_bytes"]
+            print(f"{row['layer']} over {row['shards']} shards: {share:.1%}, {1 - share:.1%} saved")
+    most = max(row["sent_over_needed"] for row in rows)
+    verdict = "met" if most <= BYTES_LIMIT else "MISSED"
+    print(f"bytes at most {BYTES_LIMIT} x (tokens x shards needed x row): at most {most:.3f}, {verdict}")
+    name, shards, tokens = BUDGET_CASE
+    (total,) = [row["all"] for row in rows if (row["layer"], row["shards"], row["tokens"]) == BUDGET_CASE]
+    verdict = "met" if total["median_us"] <= BUDGET_US else "MISSED"
     print(
-        f"budget of {BUDGET_US:.0f} µs for {BUDGET_CASE[2]} tokens of {BUDGET_CASE[0]} over {BUDGET_CASE[1]}: {verdict}"
+        f"{tokens} tokens of {name} over {shards} shards in at most {BUDGET_US:.0f} µs: "
+        f"{total['median_us']:.0f} median, {total['least_us']:.0f} least, {verdict}"
     )
     if arguments.json:
         write_json(arguments.json, {**header(), "rows": rows})

@@ -1,9 +1,11 @@
 """A worker that keeps a tier of expert servers busy through ExpertGroup and checks every answer it gets.
 
 It sends the same few requests over and over from several threads: the first answer to each must be repeated to the bit,
-whichever replica gives it. Prints one line of JSON a second; Prometheus metrics are on port 9091.
+whichever replica gives it. Prints one line of JSON a second; Prometheus metrics are on METRICS_PORT.
 
-Environment: TARGETS "host:port,host:port,...", CONCURRENCY, NUM_TOKENS, SEED.
+Environment: TARGETS "host:port,host:port,..."; CONCURRENCY; NUM_TOKENS; SEED; RATE, requests a second (0: each thread
+sends when its last answer is there); METRICS_PORT (9091); TRACE_FILE, which gets a line for each request as it ends:
+"end_s latency_s outcome".
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterable, Iterator
 
 import ml_dtypes
 import numpy as np
-from prometheus_client import Counter, Histogram, start_http_server
+from prometheus_client import REGISTRY, Counter, Histogram, Metric, start_http_server
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 import expertd
 
@@ -35,11 +40,32 @@ request_seconds = Histogram(
 tokens_total = Counter("worker_tokens", "Tokens in answered requests.")
 
 
+class GroupMetrics(Collector):
+    """The group's own counters, named expertd_client_…, among those of this process."""
+
+    def __init__(self, group: expertd.ExpertGroup) -> None:
+        self.group = group
+
+    def collect(self) -> Iterator[Metric]:
+        """See Collector."""
+        yield from text_string_to_metric_families(self.group.metrics_text())
+
+    def describe(self) -> Iterable[Metric]:
+        """See Collector. Nothing: the names are not known to the registry beforehand."""
+        return []
+
+
 class Load:
     """Sends requests and compares answers until told to stop."""
 
-    def __init__(self, group: expertd.ExpertGroup, num_tokens: int, seed: int) -> None:
+    def __init__(
+        self, group: expertd.ExpertGroup, num_tokens: int, seed: int, rate: float = 0.0, trace_file: str = ""
+    ) -> None:
+        """rate: requests a second of all threads together; 0: each thread sends when its last answer is there."""
         self.group = group
+        self.trace = open(trace_file, "a", buffering=1) if trace_file else None  # noqa: SIM115 lives with the process
+        self.rate = rate
+        self.next_start_s = time.monotonic()
         self.stopping = threading.Event()
         self.lock = threading.Lock()
         self.latencies_s: list[float] = []
@@ -57,6 +83,7 @@ class Load:
     def run(self, first: int) -> None:
         """One thread's work."""
         for index in itertools.islice(itertools.cycle(range(NUM_DISTINCT_REQUESTS)), first, None):
+            self.await_turn()
             if self.stopping.is_set():
                 return
             layer, hidden_states, logits = self.requests[index]
@@ -68,6 +95,14 @@ class Load:
                 outcome = type(error).__name__
                 print(json.dumps({"error": outcome, "message": str(error)}), flush=True)
             self.count(outcome, time.monotonic() - start_s, len(hidden_states))
+
+    def await_turn(self) -> None:
+        """Wait until the rate allows another request. Turns that were missed are not made up for."""
+        if not self.rate:
+            return
+        with self.lock:
+            turn_s = self.next_start_s = max(self.next_start_s + 1 / self.rate, time.monotonic())
+        self.stopping.wait(turn_s - time.monotonic())
 
     def is_expected(self, index: int, answer: bytes) -> bool:
         """Whether this answer repeats the first one to the same request."""
@@ -83,6 +118,8 @@ class Load:
         with self.lock:
             self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
             self.latencies_s.append(latency_s)
+            if self.trace is not None:
+                self.trace.write(f"{time.time():.4f} {latency_s:.5f} {outcome}\n")
 
     def report(self) -> None:
         """Print what happened since the last report."""
@@ -97,10 +134,17 @@ class Load:
 
 
 def main() -> None:
-    start_http_server(9091)
+    start_http_server(int(os.environ.get("METRICS_PORT", "9091")))
     with expertd.ExpertGroup(os.environ["TARGETS"].split(",")) as group:
         group.wait_ready(timeout_s=120)
-        load = Load(group, int(os.environ.get("NUM_TOKENS", "32")), int(os.environ.get("SEED", "0")))
+        REGISTRY.register(GroupMetrics(group))
+        load = Load(
+            group,
+            int(os.environ.get("NUM_TOKENS", "32")),
+            int(os.environ.get("SEED", "0")),
+            float(os.environ.get("RATE", "0")),
+            os.environ.get("TRACE_FILE", ""),
+        )
         signal.signal(signal.SIGTERM, lambda *_: load.stopping.set())
         signal.signal(signal.SIGINT, lambda *_: load.stopping.set())
         concurrency = int(os.environ.get("CONCURRENCY", "4"))

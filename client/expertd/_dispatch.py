@@ -6,7 +6,7 @@ what comes back, and calls `poll` again at `wake_at` at the latest. The caller h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -74,6 +74,8 @@ class Job:
     num_tokens: int
     replicas: Sequence[Replica]
     """Servers that hold the experts in the version that the call asks for."""
+    look_again: Callable[[], Sequence[Replica]] = tuple
+    """Who holds them now; nobody: go on with those that did."""
     attempts: list[Attempt] = field(default_factory=list)
     """On the wire now."""
     tried: set[Replica] = field(default_factory=set)
@@ -182,6 +184,11 @@ class Dispatch:
             return
         self._settle(attempt)
         self._judge(attempt.replica, job, error, now)
+        if job.attempts:
+            # Another server has the part still. Should it be slow, this one may be asked again.
+            delay = self._hedge_delay_s(job)
+            job.tried.discard(attempt.replica)
+            job.hedge_at = None if delay is None else now + max(delay, job.retry_after_s)
         if isinstance(error, _FATAL):
             self.failure = error
         elif not job.attempts and job.unfit.issuperset(job.replicas):
@@ -222,7 +229,7 @@ class Dispatch:
             return self._try_another(job, now)
         if all(attempt.replica.breaker.state is BreakerState.OPEN for attempt in job.attempts):
             # Others found out that this server is gone: do not wait for what will not come.
-            replica = pick(job.replicas, now, job.tried | job.unfit)
+            replica = pick(job.replicas, now, job.tried | job.unfit, desperate=True)
             return None if replica is None else self._send(job, replica, now)
         if job.hedge_at is not None and now >= job.hedge_at:
             return self._hedge(job, now)
@@ -247,6 +254,7 @@ class Dispatch:
             job.num_rounds += 1
             job.retry_after_s = 0.0
             job.tried.clear()
+            job.replicas = job.look_again() or job.replicas  # servers may have come since the call began
         return None
 
     def _send(self, job: Job, replica: Replica, now: float, *, is_hedge: bool = False) -> Attempt:
@@ -271,7 +279,8 @@ class Dispatch:
         return attempt
 
     def _hedge(self, job: Job, now: float) -> Attempt | None:
-        replica = pick(job.replicas, now, job.tried | job.unfit)
+        # One that is out of use is better than none: it may have been slow for a moment, this one may be frozen.
+        replica = pick(job.replicas, now, job.tried | job.unfit, desperate=True)
         if replica is not None and self._shared.budget.spend():
             return self._send(job, replica, now, is_hedge=True)
         # Look again in a while: the budget grows, and other calls may find out that the first server is gone.

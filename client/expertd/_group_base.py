@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -88,6 +89,9 @@ class GroupBase:
                 is_up = replica.breaker.state is BreakerState.CLOSED and not replica.draining
                 gauges["expertd_client_replica_up", labels] = int(is_up)
                 gauges["expertd_client_replica_in_flight_tokens", labels] = replica.in_flight_tokens
+            if self._shared.latencies is not None:
+                for max_tokens, delay_s in self._shared.latencies.hedge_delays_s().items():
+                    gauges["expertd_client_hedge_delay_seconds", (("max_tokens", str(max_tokens)),)] = delay_s
         return self.stats.prometheus_text(gauges)
 
     def placement(self, layer: str) -> LayerPlacement:
@@ -190,6 +194,9 @@ class GroupBase:
             if self._refresh_error is not None:
                 raise copy.copy(self._refresh_error)
             problems = list(self._disagreements)
+            if not self._placements:
+                # They listen before they have loaded anything.
+                problems.append(f"no layer is held by {', '.join(sorted(self._members))} yet")
             if not self.config.allow_partial:
                 problems += [each.describe_missing() for each in self._placements.values() if each.missing]
             if problems:
@@ -246,10 +253,11 @@ class GroupBase:
             partial_dtype=self.config.partial_dtype,
             broadcast=self.config.mode == "broadcast",
         )
-        jobs = [
-            Job(index, placement.shards[part.shard].experts, part.num_tokens, holders[part.shard])
-            for index, part in enumerate(call.parts)
-        ]
+        jobs = []
+        for index, part in enumerate(call.parts):
+            experts = placement.shards[part.shard].experts
+            look_again = functools.partial(self._current_holders, prepared.layer, experts, version)
+            jobs.append(Job(index, experts, part.num_tokens, holders[part.shard], look_again))
         dispatch = Dispatch(jobs, self._shared, layer=prepared.layer, deadline=deadline, allow_partial=allow_partial)
         return Prepared(call, dispatch)
 
@@ -270,6 +278,12 @@ class GroupBase:
             for address, held in versions.items()
             if version in held and address in self._replicas
         ]
+
+    def _current_holders(self, layer: str, experts: range, version: int) -> list[Replica]:
+        """Holders of one slice as of the last refresh; none when the layer is cut otherwise now. Holds the lock."""
+        placement = self._placements.get(layer)
+        shards = () if placement is None else placement.shards
+        return [r for shard in shards if shard.experts == experts for r in self._holders(shard.versions, version)]
 
     def _info(self, placement: LayerPlacement, version: int, request: PreparedRequest) -> LayerInfo:
         info = placement.infos.get(version)

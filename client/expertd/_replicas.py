@@ -165,6 +165,14 @@ class Latencies:
             return None
         return max(self._min_delay_s, window.percentile_s)
 
+    def hedge_delays_s(self) -> dict[int, float]:
+        """The delays that are known, by the most tokens of the requests that each holds for."""
+        return {
+            2**bits - 1: max(self._min_delay_s, window.percentile_s)
+            for bits, window in sorted(self._windows.items())
+            if window.percentile_s is not None
+        }
+
 
 @dataclass(slots=True)
 class _Window:

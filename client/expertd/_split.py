@@ -7,7 +7,6 @@ slices alone: not on which answer came first, nor on which replica gave it.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ Rows: TypeAlias = "np.ndarray[Any, np.dtype[np.intp]]"
 AnyArray: TypeAlias = "np.ndarray[Any, Any]"
 
 NO_SHARD = -1
-_BLOCK_BYTES = 512 * 1024  # of float32 sums made at a time, so that they stay close to the core
+_NO_EXPERT = np.int32(-1)
+_BLOCK_BYTES = 1024 * 1024  # of float32 sums made at a time, so that they stay close to the core
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,27 +75,27 @@ def split(
     hidden_states: [T, H]. topk_ids: [T, K] int32. topk_weights: [T, K] bfloat16. slot_owners: see `owners`.
     max_rows: for each shard, the most tokens in one part. broadcast: every token goes to every shard.
     """
-    num_tokens = topk_ids.shape[0]
+    num_shards, (num_tokens, top_k) = len(max_rows), topk_ids.shape
+    is_owned = slot_owners == np.arange(num_shards, dtype=slot_owners.dtype)[:, None, None]
+    is_needed = np.ones((num_shards, num_tokens), np.bool_) if broadcast else is_owned.any(axis=2)
+    my_ids = np.where(is_owned, topk_ids, _NO_EXPERT).reshape(num_shards * num_tokens, top_k)
+    # Rows of all parts one below the other, so that each tensor is gathered once.
+    pairs = np.flatnonzero(is_needed)
+    bounds = np.cumsum([0, *np.count_nonzero(is_needed, axis=1).tolist()]).tolist()
+    tokens = pairs % num_tokens if num_tokens else pairs
     hidden_rows = hidden_states.data.reshape(num_tokens, hidden_states.row_nbytes)
     weight_rows = topk_weights.view(np.uint16)  # plain integers are copied faster than bfloat16
-    is_owned = slot_owners == np.arange(len(max_rows))[:, None, None]
-    is_needed = is_owned.any(axis=2)
+    gathered_ids, gathered_weights = my_ids.take(pairs, axis=0), weight_rows.take(tokens, axis=0)
     parts = []
     for shard, limit in enumerate(max_rows):
-        rows = np.arange(num_tokens) if broadcast else np.flatnonzero(is_needed[shard])
-        my_ids = np.where(is_owned[shard], topk_ids, np.int32(-1))
-        for start in range(0, len(rows), limit):
-            some = rows[start : start + limit]
-            everything = len(some) == num_tokens
-            parts.append(
-                Part(
-                    shard,
-                    some,
-                    hidden_states if everything else _wire(hidden_states.dtype, hidden_rows[some], hidden_states),
-                    _wire(pb.DATA_TYPE_INT32, my_ids[some]),
-                    _wire(pb.DATA_TYPE_BFLOAT16, weight_rows[some]),
-                )
-            )
+        for start in range(bounds[shard], bounds[shard + 1], limit):
+            stop = min(start + limit, bounds[shard + 1])
+            rows = tokens[start:stop]
+            hidden = hidden_states
+            if len(rows) < num_tokens:
+                hidden = _wire(hidden_states.dtype, hidden_rows.take(rows, axis=0), hidden_states)
+            ids = _wire(pb.DATA_TYPE_INT32, gathered_ids[start:stop])
+            parts.append(Part(shard, rows, hidden, ids, _wire(pb.DATA_TYPE_BFLOAT16, gathered_weights[start:stop])))
     return parts
 
 
@@ -108,20 +108,34 @@ def combine(num_tokens: int, hidden_size: int, parts: Sequence[tuple[Rows, AnyAr
     out = np.empty((num_tokens, hidden_size), dtype=dtype)
     block_tokens = max(1, min(num_tokens, _BLOCK_BYTES // (4 * hidden_size)))
     sums, addends = _scratch.arrays(block_tokens, hidden_size)
-    edges = np.append(np.arange(0, num_tokens, block_tokens), num_tokens)
-    aligned = [_Aligned(rows, output, edges) for rows, output in parts]
-    for block, (start, stop) in enumerate(itertools.pairwise(edges.tolist())):
-        total, addend = sums[: stop - start], addends[: stop - start]
-        summand: Any = 0.0
-        for part in aligned:
-            if part.fill(addend, block, start):
-                np.add(summand, addend, out=total)
-                summand = total
-        if summand is not total:
-            total.fill(0)
-        with np.errstate(over="ignore"):  # float16: infinity, as everywhere
+    with np.errstate(over="ignore"):  # float16: infinity, as everywhere
+        for start in range(0, num_tokens, block_tokens):
+            stop = min(start + block_tokens, num_tokens)
+            total, addend = sums[: stop - start], addends[: stop - start]
+            is_empty = True
+            for rows, output in parts:
+                low, high = rows.searchsorted((start, stop)).tolist()
+                if low == high:
+                    continue
+                target = total if is_empty else addend
+                _lay_out(target, rows[low:high] - start, output[low:high])
+                np.add(target, 0.0 if is_empty else total, out=total)
+                is_empty = False
+            if is_empty:
+                total.fill(0)
             out[start:stop] = total
     return out
+
+
+def _lay_out(target: AnyArray, rows: Rows, values: AnyArray) -> None:
+    """Write values [n, H] to rows [n] of target [T, H], and zeros to all others."""
+    if len(rows) == len(target):
+        target[...] = values
+        return
+    is_absent = np.ones(len(target), dtype=np.bool_)
+    is_absent[rows] = False
+    target[rows] = values
+    target[is_absent] = 0
 
 
 class _Scratch(threading.local):
@@ -140,30 +154,6 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
-
-
-class _Aligned:
-    """One part's output, laid out by the request's tokens, a block of them at a time."""
-
-    def __init__(self, rows: Rows, output: AnyArray, edges: Rows) -> None:
-        is_absent = np.ones(edges[-1], dtype=np.bool_)
-        is_absent[rows] = False
-        self._rows, self._absent, self._output = rows, np.flatnonzero(is_absent), output
-        self._row_bounds = np.searchsorted(rows, edges).tolist()
-        self._absent_bounds = np.searchsorted(self._absent, edges).tolist()
-
-    def fill(self, addend: AnyArray, block: int, start: int) -> bool:
-        """Write the block's rows, zeros for absent ones; False, and nothing written, when all are absent."""
-        low, high = self._row_bounds[block : block + 2]
-        if low == high:
-            return False
-        if high - low == len(addend):
-            addend[...] = self._output[low:high]
-        else:
-            addend[self._rows[low:high] - start] = self._output[low:high]
-            absent_low, absent_high = self._absent_bounds[block : block + 2]
-            addend[self._absent[absent_low:absent_high] - start] = 0
-        return True
 
 
 def combine_rows(

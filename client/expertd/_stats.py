@@ -21,6 +21,7 @@ _HELP = {
     "expertd_client_received_bytes_total": "Bytes of the tensors in answers that were used.",
     "expertd_client_replica_up": "1 when the server gets requests, 0 when it drains or its circuit breaker is open.",
     "expertd_client_replica_in_flight_tokens": "Tokens on the wire to the server.",
+    "expertd_client_hedge_delay_seconds": "When a second server is asked, for parts of up to max_tokens tokens.",
 }
 
 Labels = tuple[tuple[str, str], ...]

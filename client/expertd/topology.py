@@ -11,7 +11,7 @@ import json
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -113,9 +113,21 @@ class _Fixed:
 @dataclass(frozen=True)
 class _Union:
     resolvers: tuple[Resolver, ...]
+    last: dict[int, Sequence[str]] = field(default_factory=dict)
+    """By position in `resolvers`, what each has said last."""
 
     def resolve(self) -> Sequence[str]:
-        return list(dict.fromkeys(address for each in self.resolvers for address in each.resolve()))
+        """One target that cannot be resolved, such as a container that is down, takes nothing from the others: it
+        stands for what it stood for before. Raises its error when no target stands for anything."""
+        errors: list[OSError | TopologyError] = []
+        for index, resolver in enumerate(self.resolvers):
+            try:
+                self.last[index] = resolver.resolve()
+            except (OSError, TopologyError) as error:
+                errors.append(error)
+        if errors and not self.last:
+            raise errors[0]
+        return list(dict.fromkeys(address for index in sorted(self.last) for address in self.last[index]))
 
 
 def resolver_for(targets: Targets) -> Resolver:
@@ -280,8 +292,8 @@ def _check_agreement(holders: Sequence[tuple[str, LayerInfo]]) -> None:
     first_address, first = holders[0]
     by_version: dict[int, tuple[str, LayerInfo]] = {}
     for address, layer in holders:
-        for field in _SPEC_FIELDS:
-            _same(field, (first_address, first), (address, layer), getattr(first, field), getattr(layer, field))
+        for name in _SPEC_FIELDS:
+            _same(name, (first_address, first), (address, layer), getattr(first, name), getattr(layer, name))
         other = by_version.setdefault(layer.weights_version, (address, layer))
         _same("hidden_states_scale", other, (address, layer), other[1].hidden_states_scale, layer.hidden_states_scale)
         _same("routing_bias", other, (address, layer), _bias_bytes(other[1]), _bias_bytes(layer))

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
-from stack import ROOT, Stack
+from stack import ROOT, SHARDS, Stack
 
 WHEELS = ROOT / "deploy" / "wheels"
 NO_ENGINE = 77
 BUILD_TIMEOUT_S = 900
+SERVICES = (*SHARDS, "worker", "prometheus")  # Grafana is in no package registry: its files are checked without it
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,10 @@ def docker_environment() -> Iterator[Mapping[str, str]]:
         for assignment in line.removeprefix("export ").split():
             name, _, value = assignment.partition("=")
             environment[name] = value
-    yield environment
-    subprocess.run([script, "down"], capture_output=True, timeout=120, check=True)
+    try:
+        yield environment
+    finally:
+        subprocess.run([script, "down"], capture_output=True, timeout=120, check=True)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,9 @@ def stack(docker_environment: Mapping[str, str]) -> Iterator[Stack]:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"torch=={version}", "-d", WHEELS]
         subprocess.run(command, check=True, timeout=300)
     stack = Stack(docker_environment)
-    stack.compose("build", "shard-0-a", timeout_s=BUILD_TIMEOUT_S)
-    stack.compose("up", "--detach", "--no-build", "--wait", timeout_s=300)
-    yield stack
-    stack.compose("down", "--volumes", "--timeout", "5")
+    stack.compose("build", "shard-0-a", "prometheus", timeout_s=BUILD_TIMEOUT_S)
+    try:
+        stack.compose("up", "--detach", "--no-build", "--wait", *SERVICES, timeout_s=300)
+        yield stack
+    finally:
+        stack.compose("down", "--volumes", "--timeout", "5")

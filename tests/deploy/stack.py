@@ -6,13 +6,14 @@ import dataclasses
 import json
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 __all__ = ["ROOT", "SHARDS", "Stack"]
 
 ROOT = Path(__file__).parents[2]
-COMPOSE_FILE = ROOT / "deploy" / "docker-compose.yml"
+COMPOSE_FILES = (ROOT / "deploy" / "docker-compose.yml", ROOT / "tests" / "deploy" / "docker-compose.test.yml")
 SHARDS = ("shard-0-a", "shard-0-b", "shard-1-a", "shard-1-b")
 
 
@@ -37,7 +38,8 @@ class Stack:
 
     def compose(self, *arguments: str, timeout_s: float = 300) -> str:
         """Run docker compose on the stack."""
-        return self.docker("compose", "-f", str(COMPOSE_FILE), *arguments, timeout_s=timeout_s)
+        files = [argument for path in COMPOSE_FILES for argument in ("-f", str(path))]
+        return self.docker("compose", *files, *arguments, timeout_s=timeout_s)
 
     def container(self, service: str) -> str:
         """Container id of a service."""
@@ -56,10 +58,35 @@ class Stack:
             assert time.monotonic() < until_s, f"{service} is {health}: {self.compose('logs', '--tail', '30', service)}"
             time.sleep(0.3)
 
-    def reports(self) -> list[dict[str, object]]:
-        """Every line that the worker has printed, oldest first."""
+    def outcomes(self) -> Counter[str]:
+        """Requests of the worker so far, by outcome."""
+        trace = self.docker("exec", self.container("worker"), "cat", "/tmp/requests").splitlines()
+        return Counter(line.rsplit(" ", 1)[1] for line in trace if line.count(" ") == 2)
+
+    def errors(self) -> list[str]:
+        """What the worker printed about requests that failed."""
         lines = self.compose("logs", "--no-log-prefix", "--no-color", "worker").splitlines()
-        return [json.loads(line) for line in lines if line.startswith("{")]
+        return [line for line in lines if line.startswith('{"error"')]
+
+    def get(self, service: str, *urls: str) -> list[str]:
+        """The bodies of some pages as a service's container sees them."""
+        code = (
+            f"import json, urllib.request as r; "
+            f"print(json.dumps([r.urlopen(url, timeout=10).read().decode() for url in {urls!r}]))"
+        )
+        bodies: list[str] = json.loads(self.python(service, code))
+        return bodies
+
+    def wait_used(self, num_servers: int = len(SHARDS), timeout_s: float = 90) -> None:
+        """Return when the worker sends requests to so many servers."""
+        until_s = time.monotonic() + timeout_s
+        while True:
+            (text,) = self.get("worker", "http://127.0.0.1:9091/metrics")
+            up = [line for line in text.splitlines() if line.startswith("expertd_client_replica_up{")]
+            if sum(line.endswith(" 1.0") for line in up) == num_servers:
+                return
+            assert time.monotonic() < until_s, f"the worker does not use {num_servers} servers: {up}"
+            time.sleep(1)
 
     def python(self, service: str, code: str) -> str:
         """Run a line of Python inside a service's container."""

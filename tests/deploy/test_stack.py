@@ -1,67 +1,117 @@
 """Two shards with two replicas each, in containers, under the worker's load: what happens when one of them goes.
 
 The worker sends the same requests over and over and counts an answer whose bits differ from the first one as wrong, so
-`outcomes` says both that nothing failed and that nothing changed.
+`outcomes` says both that nothing failed and that nothing changed. How long things take is measured by
+benchmarks/bench_faults.py, not here.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from typing import Any
+from urllib.parse import quote
 
 import pytest
-from stack import SHARDS, Stack
+import yaml
+from stack import ROOT, SHARDS, Stack
 
 pytestmark = pytest.mark.timeout(900)  # the first test builds the image
 
 
-def outcomes(stack: Stack) -> dict[str, int]:
-    """Requests of the worker so far, by outcome."""
-    totals = [report["totals"] for report in stack.reports() if "totals" in report]
-    return dict(totals[-1]) if totals else {}  # type: ignore[call-overload,no-any-return]
-
-
 def run_load(stack: Stack, seconds: float) -> dict[str, int]:
     """Outcomes that were added while the load ran on for some seconds."""
-    before = outcomes(stack)
+    before = stack.outcomes()
     time.sleep(seconds)
-    after = outcomes(stack)
-    return {name: count - before.get(name, 0) for name, count in after.items() if count > before.get(name, 0)}
-
-
-def failures(stack: Stack) -> list[dict[str, object]]:
-    """What the worker printed about requests that failed."""
-    return [report for report in stack.reports() if "error" in report]
+    return dict(stack.outcomes() - before)
 
 
 def test_every_container_is_healthy_and_answers(stack: Stack) -> None:
     for service in SHARDS:
         stack.wait_healthy(service)
-    gained = run_load(stack, 4)
-    assert set(gained) == {"ok"}, (gained, failures(stack))
-    assert gained["ok"] > 20
+    gained = run_load(stack, 3)
+    assert set(gained) == {"ok"}, (gained, stack.errors())
 
 
 def test_containers_run_as_an_ordinary_user(stack: Stack) -> None:
     assert stack.python("shard-0-a", "import os; print(os.getuid())").strip() == "10001"
 
 
-def test_metrics_count_the_work(stack: Stack) -> None:
-    code = "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:9090/metrics').read().decode())"
-    for service in ("shard-0-a", "shard-1-a"):
-        text = stack.python(service, code)
-        counts = [
-            line for line in text.splitlines() if line.startswith("expertd_requests_total") and 'code="OK"' in line
-        ]
-        assert sum(float(line.rsplit(" ", 1)[1]) for line in counts) > 0, counts
+def test_image_says_how_to_stop_it_and_how_to_see_its_health(stack: Stack) -> None:
+    (image,) = json.loads(stack.docker("image", "inspect", "expertd-server:local"))
+    assert image["Config"]["StopSignal"] == "SIGTERM"
+    assert image["Config"]["Healthcheck"]["Test"] == ["CMD", "expertd-server", "health"]
+
+
+def prometheus(stack: Stack, *paths: str) -> list[Any]:
+    """What Prometheus answers to some requests of its HTTP interface."""
+    bodies = stack.get("prometheus", *(f"http://127.0.0.1:9090/api/v1/{path}" for path in paths))
+    answers = [json.loads(body) for body in bodies]
+    assert all(answer["status"] == "success" for answer in answers), answers
+    return [answer["data"] for answer in answers]
+
+
+def samples_of(stack: Stack, *queries: str) -> list[list[dict[str, Any]]]:
+    """The present samples of each query."""
+    return [data["result"] for data in prometheus(stack, *(f"query?query={quote(query)}" for query in queries))]
+
+
+def wait_for_samples(stack: Stack, query: str, count: int) -> list[dict[str, Any]]:
+    """The query's samples, once there are so many."""
+    until_s = time.monotonic() + 60
+    while len(samples := samples_of(stack, query)[0]) != count:
+        assert time.monotonic() < until_s, f"{query}: {samples}, targets: {prometheus(stack, 'targets')}"
+        time.sleep(0.5)
+    return samples
+
+
+def test_prometheus_scrapes_every_server_and_the_worker(stack: Stack) -> None:
+    up = wait_for_samples(stack, "up == 1", len(SHARDS) + 1)
+    assert {sample["metric"]["instance"] for sample in up} == {
+        *(f"{service}:9090" for service in SHARDS),
+        "worker:9091",
+    }
+    served = wait_for_samples(stack, 'sum by (instance) (expertd_requests_total{code="OK"}) > 0', len(SHARDS))
+    assert all(float(sample["value"][1]) > 0 for sample in served), served
+    wait_for_samples(stack, 'expertd_client_requests_total{outcome="ok"} > 0', 1)
+
+
+def test_alert_rules_are_loaded_and_evaluate(stack: Stack) -> None:
+    wanted = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"]
+    until_s = time.monotonic() + 30
+    while True:
+        (loaded,) = prometheus(stack, "rules")
+        rules = [rule for group in loaded["groups"] for rule in group["rules"]]
+        if all(rule["health"] == "ok" for rule in rules):
+            break
+        assert all(rule["health"] != "err" for rule in rules), rules
+        assert time.monotonic() < until_s, rules
+        time.sleep(0.5)
+    assert [rule["name"] for rule in rules] == [rule["alert"] for group in wanted for rule in group["rules"]]
+
+
+def dashboard_queries() -> list[str]:
+    """Every query of the dashboard, with its variables filled in as Grafana would."""
+    dashboard = json.loads((ROOT / "deploy/grafana/dashboards/expertd.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    return [query.replace("$instance", ".*").replace("$__rate_interval", "30s") for query in queries]
+
+
+def test_dashboard_queries_have_answers(stack: Stack) -> None:
+    """Every panel shows something, but the one of refused requests: there are none."""
+    queries = dashboard_queries()
+    assert queries
+    assert not any("$" in query for query in queries)
+    empty = [query for query, samples in zip(queries, samples_of(stack, *queries), strict=True) if not samples]
+    assert empty == [query for query in queries if "RESOURCE_EXHAUSTED" in query]
 
 
 def test_kill_of_one_replica_fails_no_request(stack: Stack) -> None:
     stack.docker("kill", "--signal", "KILL", stack.container("shard-0-a"))
-    gained = run_load(stack, 6)
-    assert set(gained) == {"ok"}, (gained, failures(stack))
-    stack.compose("up", "--detach", "--no-build", "--no-deps", "shard-0-a")
-    stack.wait_healthy("shard-0-a")
+    gained = run_load(stack, 5)
+    assert set(gained) == {"ok"}, (gained, stack.errors())
+    stack.compose("start", "shard-0-a")
+    stack.wait_used()
 
 
 def test_pause_of_one_replica_fails_no_request(stack: Stack) -> None:
@@ -69,23 +119,21 @@ def test_pause_of_one_replica_fails_no_request(stack: Stack) -> None:
     container = stack.container("shard-1-b")
     stack.docker("pause", container)
     try:
-        gained = run_load(stack, 8)
+        gained = run_load(stack, 6)
     finally:
         stack.docker("unpause", container)
-    assert set(gained) == {"ok"}, (gained, failures(stack))
-    stack.wait_healthy("shard-1-b")
+    assert set(gained) == {"ok"}, (gained, stack.errors())
+    stack.wait_used()
 
 
 def test_rolling_restart_fails_no_request(stack: Stack) -> None:
-    before = outcomes(stack)
+    before = stack.outcomes()
     for service in SHARDS:
         stack.compose("restart", "--timeout", "35", service)
-        stack.wait_healthy(service)
-        # The other replica goes only after the worker has had time to find this one again.
-        time.sleep(3)
-    after = outcomes(stack)
-    assert set(after) == {"ok"}, (after, failures(stack))
-    assert after["ok"] > before["ok"]
+        # The other replica goes only when the worker uses this one again.
+        stack.wait_used()
+    gained = dict(stack.outcomes() - before)
+    assert set(gained) == {"ok"}, (gained, stack.errors())
 
 
 def test_stop_drains_and_exits_with_0(stack: Stack) -> None:
@@ -94,4 +142,4 @@ def test_stop_drains_and_exits_with_0(stack: Stack) -> None:
     state = json.loads(stack.docker("inspect", "--format", "{{json .State}}", container))
     assert state["ExitCode"] == 0, stack.compose("logs", "--tail", "30", "shard-0-b")
     gained = run_load(stack, 3)
-    assert set(gained) == {"ok"}, (gained, failures(stack))
+    assert set(gained) == {"ok"}, (gained, stack.errors())

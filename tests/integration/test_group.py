@@ -280,6 +280,16 @@ def test_wait_ready_waits_for_the_last_shard(tier: list[Server], tmp_path: Path)
         assert group.forward(LAYER, hidden, routing_logits=logits).output is not None
 
 
+def test_servers_without_a_layer_are_not_ready_yet() -> None:
+    server = start({})
+    with (
+        stopping(server),
+        group_of(server) as group,
+        pytest.raises(TimeoutError, match=f"no layer .*{server.port} yet"),
+    ):
+        group.wait_ready(timeout_s=0.3)
+
+
 def _write_topology(path: Path, *servers: Server) -> None:
     partial = path.with_suffix(".part")
     document = {"expertd_topology": 1, "servers": [{"address": address(server)} for server in servers]}

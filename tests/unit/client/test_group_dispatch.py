@@ -370,3 +370,45 @@ def test_abandon_takes_back_what_was_not_even_sent() -> None:
     rig.dispatch.poll(rig.now)  # no tickets yet
     rig.dispatch.abandon()
     rig.assert_idle()
+
+
+def test_a_server_that_came_after_the_call_began_is_asked_in_the_next_round() -> None:
+    rig = Rig([["a"]])
+    newcomer = Replica("b", max_in_flight=4, max_failures=3)
+    rig.fail(rig.poll_one(), UnavailableError("gone"))
+    rig.dispatch.jobs[0].look_again = lambda: [newcomer]
+    assert rig.poll() == [], "a pause first"
+    rig.sleep()
+    attempt = rig.poll_one()
+    assert attempt.replica is newcomer
+    assert rig.answer(attempt)
+    assert rig.dispatch.is_done
+    assert rig.dispatch.failure is None
+
+
+def test_a_hedge_goes_to_a_server_that_is_out_of_use_rather_than_to_none() -> None:
+    rig = Rig([["a", "b"]], hedge_delay_s=0.25)
+    rig.replicas["b"].breaker.trip()
+    first = rig.poll_one()
+    assert first.replica.address == "a"
+    rig.now = 0.25
+    hedge = rig.poll_one()
+    assert hedge.is_hedge
+    assert hedge.replica.address == "b"
+    assert rig.answer(hedge)
+    assert rig.dispatch.is_done
+    rig.assert_idle()
+
+
+def test_a_hedge_that_fails_is_sent_again_while_the_first_server_says_nothing() -> None:
+    rig = Rig([["a", "b"]], hedge_delay_s=0.25)
+    rig.poll_one()
+    rig.now = 0.25
+    rig.fail(rig.poll_one(), UnavailableError("restarting"))
+    assert rig.poll() == []
+    assert rig.sleep() == 0.5
+    again = rig.poll_one()
+    assert again.is_hedge
+    assert again.replica.address == "b"
+    assert rig.answer(again)
+    rig.assert_idle()

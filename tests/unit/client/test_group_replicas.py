@@ -119,6 +119,7 @@ def test_hedge_delay_is_the_percentile_of_answers_of_like_size() -> None:
     assert latencies.hedge_delay_s(100) is None, "too few to tell"
     latencies.add(100, 0.5)
     assert latencies.hedge_delay_s(100) == 0.5
+    assert latencies.hedge_delays_s() == {127: 0.5}
     values = random.permutation(np.arange(1, 257)) / 1000
     for value in values.tolist():
         latencies.add(100, value)

@@ -193,3 +193,31 @@ def test_a_resolver_object_and_a_socket_path_are_targets() -> None:
 def test_a_target_that_is_none_is_an_error(target: Any) -> None:
     with pytest.raises(ConfigError, match="target"):
         resolver_for(target)
+
+
+class Changing:
+    """A resolver that says what the test wants."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.addresses: Sequence[str] | None = addresses
+
+    def resolve(self) -> Sequence[str]:
+        if self.addresses is None:
+            raise socket.gaierror("no such host")
+        return self.addresses
+
+
+def test_a_target_that_cannot_be_resolved_takes_nothing_from_the_others() -> None:
+    gone, moving = Changing("a:1"), Changing("b:1")
+    resolver = resolver_for([gone, moving])
+    assert resolver.resolve() == ["a:1", "b:1"]
+    gone.addresses, moving.addresses = None, ["c:1"]
+    assert resolver.resolve() == ["a:1", "c:1"], "what it stood for before, and the other's new address"
+
+
+def test_a_target_that_was_never_resolved_is_left_out() -> None:
+    gone = Changing()
+    gone.addresses = None
+    assert resolver_for([gone, Changing("b:1")]).resolve() == ["b:1"]
+    with pytest.raises(OSError, match="no such host"):
+        resolver_for([gone, gone]).resolve()
