@@ -121,7 +121,7 @@ def fit_client(path: Path) -> dict[str, Any]:
     """Microseconds of routing, splitting and summing on the client: fixed, and for each returned value."""
     rows = json.loads(path.read_text())["rows"]
     values = [row["tokens"] * row["shards_per_token"] * PRESETS[row["layer"]].hidden_size for row in rows]
-    measured = [row["all_us"] for row in rows]
+    measured = [row["all"]["median_us"] for row in rows]
     fixed_us, value_ns = fit(lambda q: [q[0] + q[1] * v / 1e3 for v in values], measured, [50.0, 0.5])
     errors = [abs((fixed_us + value_ns * v / 1e3) / us - 1) for v, us in zip(values, measured, strict=True)]
     return {
