@@ -6,14 +6,28 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
-from expertd_server.engine import Engine, ForwardResult, ForwardTiming
+from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming
 from expertd_server.metrics import Metrics
 from expertd_server.store import LayerStore
 from expertd_server.wire import read_call
 from expertd_server.wire_parse import RawRequest
 
-__all__ = ["Calls"]
+__all__ = ["CallEngine", "Calls"]
+
+
+class CallEngine(Protocol):
+    """What computes calls: an `Engine` in this process, or a `RemoteEngine` that stands for one in another."""
+
+    @property
+    def queue_tokens(self) -> int:
+        """Tokens that wait."""
+        ...
+
+    def submit(self, call: ForwardCall, deadline_s: float | None = None) -> Future[ForwardResult]:
+        """Queue a call, see `Engine.submit`."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +35,7 @@ class Calls:
     """clock: seconds, monotonic, the engine's."""
 
     store: LayerStore
-    engine: Engine
+    engine: CallEngine
     metrics: Metrics
     max_batch_tokens: int
     max_message_bytes: int
@@ -31,7 +45,7 @@ class Calls:
     @property
     def queue_depth_tokens(self) -> int:
         """Tokens that wait."""
-        return self.engine.batcher.queue_tokens
+        return self.engine.queue_tokens
 
     def admit(self, request: RawRequest, arrived_s: float, timeout_s: float) -> Future[ForwardResult]:
         """Check a request and queue it; raises what is wrong with it, see `read_call` and `Engine.submit`.

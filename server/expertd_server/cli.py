@@ -1,15 +1,10 @@
-"""The command line: serve, inspect, health, admin, plan, cluster, demo.
-
-Exit codes: 0 done; 1 it failed on the way, the last line of standard error says why; 2 the command line, an option or
-the checkpoint cannot be used; 3 stopped with requests still in flight after shutdown_grace_s.
-"""
+"""The command line: serve, inspect, health, admin, plan, cluster, demo. Exit codes: see `exits`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +12,8 @@ from expertd_server import __version__
 from expertd_server.admin_cli import add_admin_parser
 from expertd_server.cluster_cli import add_cluster_command
 from expertd_server.config import add_flags, config_from
-from expertd_server.errors import CheckpointError, ConfigError, ExpertdServerError
+from expertd_server.errors import ConfigError
+from expertd_server.exits import EXIT_CUT_OFF, exit_code_of
 from expertd_server.logs import configure_logging
 from expertd_server.malloc import reexec_with_settings
 from expertd_server.plan_cli import add_plan_command
@@ -25,10 +21,6 @@ from expertd_server.plan_cli import add_plan_command
 __all__ = ["main"]
 
 log = logging.getLogger(__name__)
-
-EXIT_FAILED = 1
-EXIT_UNUSABLE = 2
-EXIT_CUT_OFF = 3
 
 _SERVE_EXAMPLES = """\
 examples:
@@ -43,6 +35,8 @@ examples:
       --tls-cert-file server.pem --tls-key-file server.key --tls-client-ca-file clients.pem
   With an admin port for this machine, to replace weights while it runs (expertd-server admin --help):
     expertd-server serve --checkpoint ./ckpt --admin
+  More requests than one Python process can send and receive: four processes speak gRPC, a fifth computes
+    expertd-server serve --checkpoint ./Qwen3-30B-A3B-FP8 --frontends 4
   For a launcher: any free port, told in a file, and in a line of JSON on standard output, once every layer answers:
     expertd-server serve --synthetic tiny --port 0 --ready-file ready.json
 
@@ -53,21 +47,18 @@ Every option is also an environment variable, in brackets below the flag; flags 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the process' exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        code: int = options.run(options)
-        return code
-    except (ConfigError, CheckpointError) as error:
-        return _complain(error, EXIT_UNUSABLE)
-    except (ExpertdServerError, OSError) as error:
-        return _complain(error, EXIT_FAILED)
-    except KeyboardInterrupt:
-        return 130
+    return exit_code_of(lambda: options.run(options))
 
 
 def _serve(options: argparse.Namespace) -> int:
     config = config_from(vars(options))
     if config.tune_malloc:
         reexec_with_settings()
+    if config.frontends:
+        configure_logging(config.log_level, config.log_format, "supervisor")
+        from expertd_server.supervisor import Supervisor  # noqa: PLC0415
+
+        return Supervisor(config).run()
     configure_logging(config.log_level, config.log_format)
     from expertd_server.server import Server, stop_on_signals  # noqa: PLC0415 (torch: --help should not wait for it)
 
@@ -121,11 +112,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}, expected a readable PEM file") from error
-
-
-def _complain(error: Exception, code: int) -> int:
-    print(f"expertd-server: {error}", file=sys.stderr)
-    return code
 
 
 def _parser() -> argparse.ArgumentParser:

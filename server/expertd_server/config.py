@@ -23,7 +23,15 @@ from typing import Any, Final
 
 from expertd_server.errors import ConfigError
 
-__all__ = ["ENV_PREFIX", "Config", "add_flags", "command_line", "config_from", "markdown_table"]
+__all__ = [
+    "ENV_PREFIX",
+    "LARGEST_BLOCK_OVERHEAD_BYTES",
+    "Config",
+    "add_flags",
+    "command_line",
+    "config_from",
+    "markdown_table",
+]
 
 ENV_PREFIX: Final = "EXPERTD_"
 
@@ -31,6 +39,7 @@ _LAYERS: Final = "layers"
 _NETWORK: Final = "network"
 _TLS: Final = "TLS"
 _BATCHING: Final = "batching and limits"
+_PROCESSES: Final = "processes"
 _ADMIN: Final = "administration"
 _OPERATION: Final = "operation"
 
@@ -45,8 +54,12 @@ def _in(group: str, metavar: str | None = None, choices: tuple[str, ...] | None 
 
 _DEVICE: Final = re.compile(r"auto|cpu|cuda(:\d+)?|noop")  # noop: for benchmarks alone, see backend_noop
 
+LARGEST_BLOCK_OVERHEAD_BYTES: Final = 65536
+"""More than a request or its answer takes in shared memory beyond the bytes of its message; see blocks."""
+
 _UINT32_MAX: Final = 2**32 - 1
 _UNBOUNDED: Final = 2**63 - 1
+_MAX_FRONTEND_REQUESTS: Final = 65536
 
 _RANGES: Final = {
     "port": (0, 65535),
@@ -64,6 +77,8 @@ _RANGES: Final = {
     "max_streams": (1, 4096),  # each takes two threads
     "max_stream_requests": (1, _UNBOUNDED),
     "max_unary_requests": (1, 4096),
+    "frontends": (0, 64),
+    "frontend_arena_bytes": (1, _UNBOUNDED),
 }
 
 
@@ -131,6 +146,15 @@ class Config:
     request_timeout_s: float = field(default=60.0, metadata=_in(_BATCHING, "SECONDS"))
     """Give up on a request after this time where the caller sets no earlier deadline."""
 
+    frontends: int = field(default=0, metadata=_in(_PROCESSES, "N"))
+    """Answer gRPC in this many processes that share the port, apart from the one that computes; for throughput beyond
+    what one Python process can send and receive. max_streams and max_unary_requests then count for each of them. 0: one
+    process does everything."""
+    frontend_arena_bytes: int = field(default=536870912, metadata=_in(_PROCESSES, "BYTES"))
+    """Most memory that each front-end shares with the process that computes, for requests in flight and their answers;
+    at least max_message_bytes and 64 KiB. Pages are taken when first needed, and kept; /dev/shm is not used."""
+    engine_restart: bool = field(default=True, metadata=_in(_PROCESSES))
+    """With front-ends: start the process that computes again when it dies. Off: the server ends then, exit code 1."""
     admin: bool = field(default=False, metadata=_in(_ADMIN))
     """Answer AdminService: load weights, swap and unload versions of a layer, drain the server."""
     admin_host: str = field(default="127.0.0.1", metadata=_in(_ADMIN, "ADDRESS"))
@@ -143,7 +167,8 @@ class Config:
     """After SIGTERM or SIGINT: how long requests in flight may take to finish before the process ends anyway."""
     ready_file: Path | None = field(default=None, metadata=_in(_OPERATION, "FILE"))
     """Write one line of JSON here when every layer answers: address, port, metrics_port, admin_port, pid,
-    instance_id."""
+    instance_id. With front-ends also engine_pid and frontend_pids; it is removed while the engine or a front-end does
+    not answer."""
     tune_malloc: bool = field(default=True, metadata=_in(_OPERATION))
     """Start with glibc malloc settings that keep the memory of large messages mapped, unless the environment has its
     own; they save each answer of 0.5 MB about a millisecond. Freed memory then stays with the process, up to 4 GiB."""
@@ -176,6 +201,7 @@ class Config:
         for name in ("host", "admin_host"):
             if not getattr(self, name):
                 raise self._error(name, "an address such as 127.0.0.1")
+        self._check_arena()
         self._check_tls()
         if self.checkpoint is None:
             for name in ("layers", "calibration"):
@@ -185,9 +211,19 @@ class Config:
             _parse_experts(self.experts)
 
     @property
+    def max_frontend_requests(self) -> int:
+        """Most requests of one front-end in flight: no more than may wait in the engine would be of use."""
+        return min(self.max_queue_requests, _MAX_FRONTEND_REQUESTS)
+
+    @property
     def expert_range(self) -> range | None:
         """`experts` as a range of global ids; None: all."""
         return None if self.experts is None else _parse_experts(self.experts)
+
+    def _check_arena(self) -> None:
+        """The largest request, or answer, must fit."""
+        if self.frontends:
+            self._check_range("frontend_arena_bytes", self.max_message_bytes + LARGEST_BLOCK_OVERHEAD_BYTES, _UNBOUNDED)
 
     def _check_tls(self) -> None:
         if (self.tls_cert_file is None) != (self.tls_key_file is None):

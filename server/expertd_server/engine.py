@@ -182,6 +182,11 @@ class Engine:
         self._met: WeakSet[MoELayer] = WeakSet()
         self.batcher: Batcher[ForwardCall, ForwardResult] = Batcher(self._launch, limits, clock=clock)
 
+    @property
+    def queue_tokens(self) -> int:
+        """Tokens that wait."""
+        return self.batcher.queue_tokens
+
     def submit(self, call: ForwardCall, deadline_s: float | None = None) -> Future[ForwardResult]:
         """Queue a call; errors, deadline and cancellation as in `Batcher.submit`."""
         kind = None if self._is_host else _kind_of([call])

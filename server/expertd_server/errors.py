@@ -121,10 +121,17 @@ class OverloadedError(ExpertdServerError):
 
 
 class UnavailableError(ExpertdServerError):
-    """The server or the layer does not answer at present: it starts, or it drains."""
+    """The server or the layer does not answer at present: it starts, or it drains.
+
+    retry_delay_s: when to come back; None: this server does not expect to answer again.
+    """
 
     code = "UNAVAILABLE"
     reason = "NOT_SERVING"
+
+    def __init__(self, message: str, retry_delay_s: float | None = None) -> None:
+        self.retry_delay_s = retry_delay_s
+        super().__init__(message)
 
 
 class RequestTimeoutError(ExpertdServerError, TimeoutError):

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-__all__ = ["ExpertLoad", "LayerFacts", "Metrics", "MetricsEndpoint"]
+__all__ = ["ExpertLoad", "LayerFacts", "Metrics"]
 
 _DURATION_BUCKETS_S = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SIZE_BUCKETS = tuple(2**n for n in range(15))
@@ -260,20 +260,6 @@ class Metrics:
 
 def _of(values: Callable[[], dict[str, int]], name: str) -> int:
     return values()[name]
-
-
-class MetricsEndpoint:
-    """The registry over HTTP, at /metrics. port 0: any free one; `port` has the real number."""
-
-    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
-        self._server, self._thread = start_http_server(port, host, registry)
-        self.port: int = self._server.server_port
-
-    def close(self) -> None:
-        """Stop answering."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 class _WhenScraped(Collector):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -43,8 +44,8 @@ class ExpertService:
     def __init__(
         self, calls: Calls, facts: ServerFacts, *, max_unary_requests: int, max_streams: int, max_stream_requests: int
     ) -> None:
+        self.facts = facts
         self._calls = calls
-        self._facts = facts
         self._max_unary_requests = max_unary_requests
         self._max_streams = max_streams
         self._max_stream_requests = max_stream_requests
@@ -77,7 +78,7 @@ class ExpertService:
         self._enter_unary(context)
         timeout_s = min(context.time_remaining(), calls.request_timeout_s)
         future = calls.admit(parse_request(data), arrived_s, timeout_s)
-        if not context.add_callback(lambda: _cancel(future)):
+        if not context.add_callback(functools.partial(_cancel, future)):
             _cancel(future)
         try:
             result = future.result(max(0.0, arrived_s + timeout_s - calls.clock()))
@@ -86,6 +87,8 @@ class ExpertService:
         except TimeoutError:
             future.cancel()
             raise RequestTimeoutError(f"not computed within {timeout_s:.3f} s; allow more time or ask less") from None
+        finally:
+            del future  # its error knows this frame: leave no cycle
         answer = encode_response(result, calls.queue_depth_tokens)
         calls.answered("Forward", arrived_s, result.timing)
         return answer
@@ -117,7 +120,7 @@ class ExpertService:
         self, _request: pb.GetServerInfoRequest, _context: grpc.ServicerContext
     ) -> pb.GetServerInfoResponse:
         """What this server is and takes."""
-        facts = self._facts
+        facts = self.facts
         return pb.GetServerInfoResponse(
             server_version=facts.server_version,
             backend=facts.backend,

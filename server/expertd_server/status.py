@@ -11,9 +11,15 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from expertd.v1 import expertd_pb2 as pb
-from expertd_server.errors import ExpertdServerError, InvalidArgumentError, OverloadedError, RequestCancelledError
+from expertd_server.errors import (
+    ExpertdServerError,
+    InvalidArgumentError,
+    OverloadedError,
+    RequestCancelledError,
+    UnavailableError,
+)
 
-__all__ = ["DOMAIN", "status_of", "stream_error_of"]
+__all__ = ["DOMAIN", "RelayedError", "status_of", "stream_error_of"]
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +29,23 @@ DOMAIN = "expertd"
 _MAX_MESSAGE_CHARACTERS = 1024
 
 
+class RelayedError(ExpertdServerError):
+    """What went wrong in another process of this server, where it became a status with all its details."""
+
+    def __init__(self, status: status_pb2.Status) -> None:
+        self.status = status
+        super().__init__(status.message)
+
+
 def status_of(error: Exception, request_id: str = "") -> status_pb2.Status:
     """The status to answer with. An error that nobody raised on purpose is logged with an id, and only the id told.
 
     request_id: for the log line.
     """
+    if isinstance(error, RelayedError):
+        if error.status.code == code_pb2.INTERNAL:  # the other process knows no request_id
+            log.error("request %s failed: %s", request_id or "-", error)
+        return error.status
     if isinstance(error, CancelledError):
         error = RequestCancelledError("the caller left before the request was computed")
     if not isinstance(error, ExpertdServerError):
@@ -46,7 +64,7 @@ def status_of(error: Exception, request_id: str = "") -> status_pb2.Status:
         for violation in error.violations:
             bad_request.field_violations.add(field=violation.field, description=violation.description)
         details.append(bad_request)
-    if isinstance(error, OverloadedError):
+    if isinstance(error, OverloadedError | UnavailableError) and error.retry_delay_s is not None:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(round(error.retry_delay_s * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))

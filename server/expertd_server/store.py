@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from expertd_server.errors import (
@@ -21,6 +22,8 @@ __all__ = ["Held", "LayerStore", "Removed"]
 
 # Names shown when a name is not found: enough to see the pattern, short enough for a message.
 _MAX_NAMES_SHOWN = 8
+# What is told to whoever asks for a layer while layers are being loaded.
+_LOADING_RETRY_DELAY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,12 @@ class LayerStore:
 
     budget_bytes: most bytes that the prepared layers may hold together; None: no bound. Versions that were removed
     count until nobody has them any more.
-    A store starts out loading; see `get`.
+    A store starts out loading; see `get`. on_change: called after each change of what is held or current.
     """
 
-    def __init__(self, budget_bytes: int | None = None) -> None:
+    def __init__(self, budget_bytes: int | None = None, on_change: Callable[[], object] = lambda: None) -> None:
         self._budget_bytes = budget_bytes
+        self._on_change = on_change
         self._lock = threading.Lock()
         self._layers: dict[str, dict[int, MoELayer]] = {}
         self._current: dict[str, int] = {}
@@ -98,6 +102,7 @@ class LayerStore:
             self._check_room(layer.name, layer.nbytes)
             self._layers.setdefault(layer.name, versions)[layer.weights_version] = layer
             self._current.setdefault(layer.name, layer.weights_version)
+        self._on_change()
 
     def check_room(self, name: str, nbytes: int) -> None:
         """Raise InsufficientMemoryError unless the budget allows a layer of so many bytes."""
@@ -112,7 +117,8 @@ class LayerStore:
         with self._lock:
             self._find(name, weights_version)
             before, self._current[name] = self._current[name], weights_version
-            return before
+        self._on_change()
+        return before
 
     def remove(self, name: str, weights_version: int | None = None) -> Removed:
         """Give up one version, or a layer with all its versions.
@@ -135,12 +141,25 @@ class LayerStore:
             else:
                 gone = [versions.pop(weights_version)]
             self._removed.update(gone)
-            return Removed(sum(layer.nbytes for layer in gone), tuple(_freed(layer) for layer in gone))
+        self._on_change()
+        return Removed(sum(layer.nbytes for layer in gone), tuple(_freed(layer) for layer in gone))
+
+    def replace(self, layers: Iterable[tuple[MoELayer, bool]], *, is_loading: bool) -> None:
+        """Hold exactly these versions, each with whether it is the current one, whatever their size."""
+        held: dict[str, dict[int, MoELayer]] = {}
+        current: dict[str, int] = {}
+        for layer, is_current in layers:
+            held.setdefault(layer.name, {})[layer.weights_version] = layer
+            if is_current:
+                current[layer.name] = layer.weights_version
+        with self._lock:
+            self._layers, self._current, self._loading = held, current, is_loading
 
     def finish_loading(self) -> None:
         """Say that every layer is there: from now on an unknown name is NOT_FOUND rather than UNAVAILABLE."""
         with self._lock:
             self._loading = False
+        self._on_change()
 
     def get(self, name: str, weights_version: int | None = None) -> MoELayer:
         """A layer by name, in its current version or in the asked one.
@@ -195,7 +214,9 @@ class LayerStore:
         versions = self._layers.get(name)
         if versions is None:
             if self._loading:
-                raise UnavailableError(f"layer {name!r} is not loaded yet: the server is starting; come back")
+                raise UnavailableError(
+                    f"layer {name!r} is not loaded yet: the server is starting; come back", _LOADING_RETRY_DELAY_S
+                )
             raise LayerNotFoundError(f"layer {name!r} is not held here; {self._names_held()}")
         if weights_version is None:
             return versions[self._current[name]]

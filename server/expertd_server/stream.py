@@ -17,7 +17,7 @@ from google.rpc import code_pb2
 
 from expertd_server.calls import Calls
 from expertd_server.engine import ForwardResult, ForwardTiming
-from expertd_server.errors import InvalidArgumentError, UnavailableError
+from expertd_server.errors import InvalidArgumentError, RequestCancelledError, UnavailableError
 from expertd_server.status import status_of, stream_error_of
 from expertd_server.wire import encode_stream_error, encode_stream_response
 from expertd_server.wire_parse import parse_stream_request
@@ -112,8 +112,7 @@ class Stream:
             left = list(self._pending)
             self._changed.notify_all()
         for pending in left:
-            if pending.future is not None:
-                pending.future.cancel()
+            self._give_up(pending)
             self._leave(pending)
         self._done.put(None)
 
@@ -154,8 +153,14 @@ class Stream:
         pending.future = future
         future.add_done_callback(lambda _: self._done.put(pending))
         if self._is_gone:
-            future.cancel()
+            self._give_up(pending)
         return True
+
+    @staticmethod
+    def _give_up(pending: _Pending) -> None:
+        future, pending.future = pending.future, None  # the future's callback knows pending: leave no cycle
+        if future is not None:
+            future.cancel()
 
     def _enter(self, pending: _Pending) -> bool:
         with self._changed:
@@ -183,9 +188,11 @@ class Stream:
         self._calls.left()
 
     def _answer(self, pending: _Pending) -> bytes:
+        future, pending.future = pending.future, None
         try:
-            assert pending.future is not None
-            result = pending.future.result(timeout=0)
+            if future is None:
+                raise RequestCancelledError("the caller left")
+            result = future.result(timeout=0)
             data = encode_stream_response(pending.request_id, result, self._calls.queue_depth_tokens)
             pending.timing = result.timing
             return data
@@ -194,7 +201,7 @@ class Stream:
             self._calls.failed("ForwardStream", code_pb2.Code.Name(status.code))
             return encode_stream_error(pending.request_id, stream_error_of(status))
         finally:
-            pending.future = None
+            del future  # its error knows this frame: leave no cycle
 
 
 def _closing() -> UnavailableError:

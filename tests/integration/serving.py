@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from expertd.v1 import expertd_pb2_grpc
 from expertd_server.backend import Backend, MoEOutput, PreparedLayer
 from expertd_server.backend_cpu import TorchBackend
 from expertd_server.config import Config
+from expertd_server.engine_process import EngineProcess
+from expertd_server.frontend import Frontend
 from expertd_server.layer import MoELayer
 from expertd_server.server import Server
 from expertd_server.synthetic import synthetic_layers
@@ -211,3 +214,47 @@ def _failure(code: grpc.StatusCode, status: status_pb2.Status) -> Failure:
         tuple(violation.field for violation in bad.field_violations),
         retry.retry_delay.ToNanoseconds() / 1e9 if has_delay else None,
     )
+
+
+@dataclass
+class Split:
+    """A server whose front-ends and engine have processes' worth of objects each, here all in one process."""
+
+    engine: EngineProcess
+    frontends: list[Frontend]
+    channels: list[grpc.Channel]
+    """One to each front-end, which here have ports of their own."""
+
+    @property
+    def stubs(self) -> list[expertd_pb2_grpc.ExpertServiceStub]:
+        return [expertd_pb2_grpc.ExpertServiceStub(channel) for channel in self.channels]
+
+
+@contextlib.contextmanager
+def split(num_frontends: int = 2, backend: Backend | None = None, **options: Any) -> Iterator[Split]:
+    """A server of the two tiny layers with front-ends, shut down at the end."""
+    backend = TorchBackend("cpu") if backend is None else backend
+    config = Config(
+        port=0, frontends=num_frontends, **{"max_message_bytes": 2**21, "frontend_arena_bytes": 2**22} | options
+    )
+    inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with inlet, outlet, contextlib.ExitStack() as stack:
+        engine = EngineProcess(config, outlet, backend=backend, layers=tiny_layers(backend))
+        stack.callback(engine.shutdown)
+        frontends, channels = [], []
+        for number in range(num_frontends):
+            serving = threading.Event()
+            frontend = Frontend(
+                config, f"frontend-{number}", inlet, "an-instance", lambda is_so, event=serving: is_so and event.set()
+            )
+            stack.callback(frontend.shutdown)
+            channels.append(stack.enter_context(insecure_channel(frontend.start(0))))
+            frontends.append(frontend)
+            if number == 0:
+                assert engine.startup(lambda: False)
+            assert serving.wait(PATIENCE_S), "the front-end never served"
+        try:
+            yield Split(engine, frontends, channels)
+        finally:
+            if isinstance(backend, SteeredBackend):
+                backend.gate.set()

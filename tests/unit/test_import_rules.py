@@ -12,7 +12,27 @@ CLIENT = Path(__file__).parents[2] / "client" / "expertd"
 
 # Lower levels first. A module imports from its own level and from those below, never from above.
 LEVELS: tuple[frozenset[str], ...] = (
-    frozenset({"__init__", "config", "errors", "fp8", "logs", "malloc", "memory", "metrics", "types", "workers"}),
+    frozenset(
+        {
+            "__init__",
+            "config",
+            "control",
+            "errors",
+            "exits",
+            "fp8",
+            "logs",
+            "malloc",
+            "host_memory",
+            "memory",
+            "metrics",
+            "metrics_endpoint",
+            "ready",
+            "ring",
+            "server_metrics",
+            "types",
+            "workers",
+        }
+    ),
     frozenset({"routing", "reference", "tuning", "weights", "checks"}),
     frozenset(
         {
@@ -34,10 +54,25 @@ LEVELS: tuple[frozenset[str], ...] = (
             "tensor_files",
         }
     ),
-    frozenset({"layer", "store"}),
+    frozenset({"layer", "remote_layer", "store"}),
     frozenset({"batcher", "engine", "graphs", "layout", "staging"}),
     frozenset({"calls", "interceptor", "service", "status", "stream", "wire", "wire_parse"}),
-    frozenset({"admin", "admin_endpoint", "listen", "loader", "server", "sources"}),
+    frozenset({"blocks", "gate", "remote"}),
+    frozenset(
+        {
+            "child",
+            "admin",
+            "admin_endpoint",
+            "engine_host",
+            "engine_process",
+            "frontend",
+            "listen",
+            "listener",
+            "loader",
+            "sources",
+        }
+    ),
+    frozenset({"server", "supervisor"}),
     frozenset({"admin_cli", "cluster_policy", "cluster_spec", "demo", "health", "plan_figures", "tether"}),
     frozenset({"cluster_server", "plan"}),
     frozenset({"cluster_actors"}),
@@ -59,14 +94,14 @@ ONLY_IN = {
         "health",
         "interceptor",
         "listen",
+        "listener",
         "service",
         "stream",
-        "server",
     },
-    "grpc_health": {"cluster_server", "health", "server"},
-    "grpc_reflection": {"server"},
+    "grpc_health": {"cluster_server", "health", "listener"},
+    "grpc_reflection": {"listener"},
     "grpc_status": {"interceptor"},
-    "prometheus_client": {"cluster_server", "metrics"},
+    "prometheus_client": {"cluster_server", "metrics", "metrics_endpoint", "server_metrics"},
     "ray": {"cluster", "cluster_actors"},
     "safetensors": {"calibration", "checkpoint", "tensor_files", "demo_model", "export"},
 }

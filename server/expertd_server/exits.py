@@ -1,0 +1,36 @@
+"""What a process of this server says when it ends.
+
+Exit codes: 0 done; 1 it failed on the way, the last line of standard error says why; 2 the command line, an option or
+the checkpoint cannot be used; 3 stopped with requests still in flight after shutdown_grace_s.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Final
+
+from expertd_server.errors import CheckpointError, ConfigError, ExpertdServerError
+
+__all__ = ["EXIT_CUT_OFF", "EXIT_FAILED", "EXIT_UNUSABLE", "exit_code_of"]
+
+EXIT_FAILED: Final = 1
+EXIT_UNUSABLE: Final = 2
+EXIT_CUT_OFF: Final = 3
+
+
+def exit_code_of(run: Callable[[], int]) -> int:
+    """Run something, and turn what it raises on purpose into one line on standard error and an exit code."""
+    try:
+        return run()
+    except (ConfigError, CheckpointError) as error:
+        return _complain(error, EXIT_UNUSABLE)
+    except (ExpertdServerError, OSError) as error:
+        return _complain(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"expertd-server: {error}", file=sys.stderr, flush=True)
+    return code

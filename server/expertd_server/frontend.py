@@ -1,0 +1,102 @@
+"""A front-end process: speaks gRPC and computes nothing."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+
+from expertd_server import __version__
+from expertd_server.child import Child
+from expertd_server.config import Config
+from expertd_server.exits import EXIT_CUT_OFF
+from expertd_server.listener import Listener
+from expertd_server.metrics import Metrics
+from expertd_server.remote import EngineState, RemoteEngine
+from expertd_server.service import ServerFacts
+from expertd_server.store import LayerStore
+
+__all__ = ["Frontend", "run_frontend"]
+
+log = logging.getLogger(__name__)
+
+
+class Frontend:
+    """What a front-end process holds. mailbox: see `RemoteEngine`. on_serving: told whether requests are answered."""
+
+    def __init__(
+        self,
+        config: Config,
+        name: str,
+        mailbox: socket.socket,
+        instance_id: str,
+        on_serving: Callable[[bool], None] = lambda _: None,
+    ) -> None:
+        self._config = config
+        self._on_serving = on_serving
+        self._known: set[str] = set()
+        """Names of layers that health has heard of."""
+        self.metrics = Metrics()
+        self.store = LayerStore()
+        self.engine = RemoteEngine(
+            name,
+            mailbox,
+            arena_bytes=config.frontend_arena_bytes,
+            max_requests=config.max_frontend_requests,
+            on_state=self._apply,
+        )
+        facts = ServerFacts(
+            server_version=__version__,
+            backend="",
+            device="",
+            max_queue_tokens=config.max_queue_tokens,
+            instance_id=instance_id,
+        )
+        self._listener = Listener(
+            config, store=self.store, engine=self.engine, metrics=self.metrics, facts=facts, shares_port=True
+        )
+
+    def start(self, port: int) -> int:
+        """Listen, and look for an engine; returns the port. Raises ConfigError."""
+        port = self._listener.bind(port)
+        self._listener.start()
+        self.engine.start()
+        return port
+
+    def shutdown(self) -> bool:
+        """See `Listener.shutdown`."""
+        return self._listener.shutdown(self.engine, self._config.shutdown_grace_s)
+
+    def _apply(self, state: EngineState | None) -> None:
+        """Serve what the engine holds; None: it is gone."""
+        listener = self._listener
+        is_serving = state is not None and not state.is_loading and not state.is_draining
+        if not is_serving:
+            listener.set_serving(False)
+        layers = [] if state is None else [(one.to_layer(), one.is_current) for one in state.layers]
+        self.store.replace(layers, is_loading=state is None or state.is_loading)
+        if state is not None and state.is_draining:
+            listener.begin_drain()
+        held = set() if state is None else {one.name for one in state.layers}
+        for name in self._known | held:
+            listener.set_layer_serving(name, name in held)
+        self._known |= held
+        if state is not None:
+            listener.service.facts = replace(listener.service.facts, backend=state.backend, device=state.device)
+        if is_serving:
+            listener.set_serving(True)
+            log.info("serving %d layers", len(self.store.layers()))
+        self._on_serving(is_serving)
+
+
+def run_frontend(child: Child) -> int:
+    """Serve until the supervisor says stop; returns the exit code. Raises ConfigError."""
+    frontend = Frontend(
+        child.config, child.name, child.mailbox, child.instance_id, lambda serving: child.tell(is_serving=serving)
+    )
+    child.listen(lambda: list(frontend.metrics.registry.collect()))
+    frontend.start(child.port)
+    child.tell(is_serving=False)
+    child.stop_requested.wait()
+    return 0 if frontend.shutdown() else EXIT_CUT_OFF

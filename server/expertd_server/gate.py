@@ -1,0 +1,246 @@
+"""The engine's end of the way from the front-ends: takes their calls to the engine, and the answers back."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import pickle
+import select
+import socket
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Final
+
+from expertd_server.blocks import MAX_ERROR_BYTES, read_call, read_layer_id, write_answer, write_error
+from expertd_server.calls import CallEngine
+from expertd_server.control import Control
+from expertd_server.engine import ForwardResult
+from expertd_server.errors import UnavailableError
+from expertd_server.layer import MoELayer
+from expertd_server.remote import ANSWERED, CANCEL, FAILED, Applied, EngineState, Hello
+from expertd_server.remote_layer import RemoteLayer
+from expertd_server.ring import Channel, Descriptor
+from expertd_server.status import status_of
+from expertd_server.store import LayerStore
+
+__all__ = ["EngineGate"]
+
+log = logging.getLogger(__name__)
+
+_MAX_HELLO_BYTES: Final = 4096
+_STALE_RETRY_DELAY_S: Final = 0.01
+
+
+class EngineGate:
+    """Serves every front-end that says hello. One thread reads all that they send; it never waits for any of them.
+
+    store: what to serve, see `publish`. mailbox: see `RemoteEngine`. backend, device: as GetServerInfo tells them.
+    """
+
+    def __init__(
+        self,
+        engine: CallEngine,
+        store: LayerStore,
+        mailbox: socket.socket,
+        *,
+        backend: str,
+        device: str,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._mailbox = mailbox
+        # No other engine process of this machine gives out the same: the clock goes on while it is up.
+        self._layer_ids = itertools.count(time.monotonic_ns())
+        self._layers: dict[int, MoELayer] = {}
+        self._state = EngineState(0, (), is_loading=True, is_draining=False, backend=backend, device=device)
+        self._changed = threading.Condition()
+        self._peers: dict[int, _Peer] = {}
+        """By each of the two files of theirs that are read."""
+        self._epoll = select.epoll()
+        self._epoll.register(mailbox, select.EPOLLIN)
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self._is_draining = False
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="expertd-gate", daemon=True)
+
+    def start(self) -> None:
+        """Take front-ends in."""
+        self._thread.start()
+
+    def publish(self, timeout_s: float = 0.0) -> bool:
+        """Tell every front-end what the store holds by now; calls for other versions are refused from now on.
+
+        Returns whether all of them check new requests against this state, or a later one, within timeout_s.
+        """
+        with self._changed:
+            ids = {layer: layer_id for layer_id, layer in self._layers.items()}
+            layers: dict[int, MoELayer] = {}
+            told = []
+            for held in self._store.all_held():
+                for layer in held.versions:
+                    layer_id = ids.get(layer) or next(self._layer_ids)
+                    layers[layer_id] = layer
+                    told.append(RemoteLayer.of(layer, layer_id, is_current=layer is held.current))
+            self._layers = layers
+            state = replace(
+                self._state,
+                sequence=self._state.sequence + 1,
+                layers=tuple(told),
+                is_loading=self._store.is_loading,
+                is_draining=self._is_draining,
+            )
+            self._state = state
+            peers = set(self._peers.values())
+        for peer in peers:
+            peer.control.send(state)
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: all(peer.applied >= state.sequence for peer in self._peers.values()), timeout_s
+            )
+
+    def begin_drain(self) -> None:
+        """Have every front-end, of now and later, say NOT_SERVING and refuse new requests."""
+        self._is_draining = True
+        self.publish()
+
+    def close(self) -> None:
+        """Leave every front-end."""
+        self._is_closed = True
+        os.eventfd_write(self._wake_fd, 1)
+        self._thread.join()
+        for peer in set(self._peers.values()):
+            self._drop(peer)
+        self._epoll.close()
+        os.close(self._wake_fd)
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            for fd, _ in self._epoll.poll():
+                if fd == self._mailbox.fileno():
+                    self._welcome()
+                    continue
+                peer = self._peers.get(fd)
+                if peer is None:  # it was dropped a moment ago, or the gate is closed
+                    continue
+                try:
+                    self._read(peer, fd)
+                except EOFError:
+                    self._drop(peer)
+                except Exception:  # this thread serves everybody: one front-end's nonsense must not end it
+                    log.exception("cannot make sense of front-end %s", peer.name)
+                    self._drop(peer)
+
+    def _welcome(self) -> None:
+        try:
+            data, fds, flags, _ = socket.recv_fds(self._mailbox, _MAX_HELLO_BYTES, 4)
+        except OSError as error:
+            log.error("cannot take a front-end in: %s", error)
+            return
+        if flags & socket.MSG_CTRUNC or len(fds) != 4:
+            log.error(
+                "cannot take a front-end in: %d of its 4 files came; is the limit of open files reached?", len(fds)
+            )
+            for fd in fds:
+                os.close(fd)
+            return
+        hello: Hello = pickle.loads(data)
+        control = Control(socket.socket(fileno=fds[3]))
+        peer = _Peer(hello.name, Channel(hello.arena_bytes, hello.max_requests, *fds[:3]), control)
+        with self._changed:
+            for fd in peer.read_fds:
+                self._peers[fd] = peer
+                self._epoll.register(fd, select.EPOLLIN)
+            state = self._state
+        if control.send(state):
+            log.info("%s is connected", peer.name)
+
+    def _read(self, peer: _Peer, fd: int) -> None:
+        if fd == peer.from_frontend.eventfd:
+            for descriptor in peer.from_frontend.take():
+                self._handle(peer, descriptor)
+            return
+        if not peer.control.wait(0):  # the event was of an earlier file of this number
+            return
+        applied: Applied = peer.control.receive()
+        with self._changed:
+            peer.applied = applied.sequence
+            self._changed.notify_all()
+
+    def _handle(self, peer: _Peer, descriptor: Descriptor) -> None:
+        number = descriptor.request_id
+        if descriptor.kind == CANCEL:
+            future = peer.futures.get(number)
+            if future is not None:
+                future.cancel()
+            return
+        block = peer.memory[descriptor.offset : descriptor.offset + descriptor.nbytes]
+        try:
+            layer = self._layers.get(read_layer_id(block))
+            if layer is None:
+                raise UnavailableError(
+                    "the layers held here changed while this request came; ask again", _STALE_RETRY_DELAY_S
+                )
+            call, deadline_s = read_call(block, layer)
+            future = self._engine.submit(call, deadline_s)
+        except Exception as error:
+            self._fail(peer, number, block, error)
+            return
+        peer.futures[number] = future
+        future.add_done_callback(lambda done: self._done(peer, number, block, done))
+
+    def _done(self, peer: _Peer, number: int, block: memoryview, future: Future[ForwardResult]) -> None:
+        """Answer, in whichever thread the engine finished."""
+        peer.futures.pop(number, None)
+        if peer.is_gone:
+            return
+        try:
+            write_answer(block, future.result(), self._engine.queue_tokens)
+            peer.to_frontend.publish(ANSWERED, number)
+        except Exception as error:
+            self._fail(peer, number, block, error)
+
+    def _fail(self, peer: _Peer, number: int, block: memoryview, error: Exception) -> None:
+        status = status_of(error, peer.name)
+        data = status.SerializeToString()
+        if len(data) > MAX_ERROR_BYTES:
+            status.ClearField("details")
+            data = status.SerializeToString()
+        peer.to_frontend.publish(FAILED, number, nbytes=write_error(block, data))
+
+    def _drop(self, peer: _Peer) -> None:
+        """Forget a front-end. What it asked for and runs already is finished, in its memory, for nobody."""
+        with self._changed:
+            for fd in peer.read_fds:
+                self._epoll.unregister(fd)
+                del self._peers[fd]
+            self._changed.notify_all()
+        peer.close()
+        if not self._is_closed:
+            log.warning("%s is gone, %d requests of its own with it", peer.name, len(peer.futures))
+        for future in list(peer.futures.values()):
+            future.cancel()
+
+
+class _Peer:
+    """A front-end process."""
+
+    def __init__(self, name: str, channel: Channel, control: Control) -> None:
+        self.name = name
+        self.from_frontend, self.to_frontend, self.memory = channel.open()
+        self.control = control
+        self.read_fds = (self.from_frontend.eventfd, control.fileno())
+        self.futures: dict[int, Future[ForwardResult]] = {}
+        """Of requests that are not answered, by number."""
+        self.applied = 0
+        """Sequence of the newest state that it applies."""
+        self.is_gone = False
+
+    def close(self) -> None:
+        self.is_gone = True
+        self.from_frontend.close()
+        self.to_frontend.close()
+        self.control.close()

@@ -1,0 +1,151 @@
+"""The gRPC side of a process: its port, its threads, and the services behind it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from expertd_server.admin import ADMIN_SERVICE_NAME, not_here_handler
+from expertd_server.calls import CallEngine, Calls
+from expertd_server.config import Config
+from expertd_server.interceptor import ServiceInterceptor
+from expertd_server.listen import bind
+from expertd_server.metrics import Metrics
+from expertd_server.service import SERVICE_NAME, ExpertService, ServerFacts
+from expertd_server.store import LayerStore
+
+__all__ = ["Listener"]
+
+log = logging.getLogger(__name__)
+
+# Threads for everything but Forward and ForwardStream, so that a full server still answers health checks.
+_SPARE_THREADS = 16
+# What is left to gRPC when every call is over: closing connections.
+_CLOSE_S = 1.0
+
+
+class Drainable(Protocol):
+    """What computes the calls, as far as the end of a server is concerned; see `Batcher`."""
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for those admitted; False when some are left after timeout_s."""
+        ...
+
+    def stop(self, timeout_s: float) -> bool:
+        """Fail what is left and end; False when it has not after timeout_s."""
+        ...
+
+
+class Listener:
+    """ExpertService, health and reflection on one port. Until told otherwise, health says NOT_SERVING.
+
+    shares_port: whether other processes of this server listen on the same port.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        store: LayerStore,
+        engine: CallEngine,
+        metrics: Metrics,
+        facts: ServerFacts,
+        shares_port: bool = False,
+    ) -> None:
+        self._config = config
+        calls = Calls(
+            store=store,
+            engine=engine,
+            metrics=metrics,
+            max_batch_tokens=config.max_batch_tokens,
+            max_message_bytes=config.max_message_bytes,
+            request_timeout_s=config.request_timeout_s,
+        )
+        self.service = ExpertService(
+            calls,
+            facts,
+            max_unary_requests=config.max_unary_requests,
+            max_streams=config.max_streams,
+            max_stream_requests=config.max_stream_requests,
+        )
+        self._health = health.HealthServicer()
+        self._serving: dict[str, bool] = {}
+        num_threads = config.max_streams + config.max_unary_requests + _SPARE_THREADS
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="expertd-rpc")
+        self._grpc = grpc.server(
+            self._pool,
+            interceptors=[ServiceInterceptor(name, metrics) for name in (SERVICE_NAME, ADMIN_SERVICE_NAME)],
+            # More calls than threads would wait for one without bound; gRPC refuses them with RESOURCE_EXHAUSTED.
+            maximum_concurrent_rpcs=num_threads,
+            options=[
+                ("grpc.max_receive_message_length", config.max_message_bytes),
+                ("grpc.max_send_message_length", config.max_message_bytes),
+                # Where it is not asked for: a port in use is an error, not a second server that gets half the calls.
+                ("grpc.so_reuseport", int(shares_port)),
+                ("grpc.keepalive_time_ms", 30_000),  # notice callers that vanished without a word
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ],
+        )
+        self._grpc.add_generic_rpc_handlers((self.service.handler(), not_here_handler(config)))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        if config.reflection:
+            names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._grpc)
+        self.set_serving(False)
+
+    def bind(self, port: int) -> int:
+        """Take a port (0: any free one); returns its number. Raises ConfigError."""
+        return bind(self._grpc, self._config, self._config.host, port)
+
+    def start(self) -> None:
+        """Answer calls."""
+        self._grpc.start()
+
+    def set_serving(self, serving: bool) -> None:
+        """What health says of the server and of its service."""
+        self.set_layer_serving("", serving)
+        self.set_layer_serving(SERVICE_NAME, serving)
+
+    def set_layer_serving(self, name: str, serving: bool) -> None:
+        """What health says of a layer. Whoever watches it is told of changes alone."""
+        if self._serving.get(name) == serving:
+            return
+        self._serving[name] = serving
+        status = health_pb2.HealthCheckResponse
+        self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+
+    def begin_drain(self) -> None:
+        """Say NOT_SERVING, close idle streams at once and busy ones when they are idle. There is no way back."""
+        self._health.enter_graceful_shutdown()
+        self.service.begin_drain()
+
+    def drain(self, engine: Drainable, timeout_s: float) -> bool:
+        """Refuse new requests with UNAVAILABLE, finish what is in flight within timeout_s; whether all of it is."""
+        until_s = time.monotonic() + timeout_s
+        self.begin_drain()
+        drained = engine.drain(_left(until_s))
+        return self.service.wait_idle(_left(until_s)) and drained
+
+    def shutdown(self, engine: Drainable, grace_s: float) -> bool:
+        """Drain within grace_s, and close. False when something was cut off."""
+        drained = self.drain(engine, grace_s)
+        self._grpc.stop(_CLOSE_S if drained else 0).wait(2 * _CLOSE_S)
+        engine.stop(_CLOSE_S)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if drained:
+            log.info("stopped")
+        else:
+            log.warning("stopped after %.1f s, with requests still in flight", grace_s)
+        return drained
+
+
+def _left(until_s: float) -> float:
+    return max(0.0, until_s - time.monotonic())

@@ -1,0 +1,26 @@
+"""Metrics over HTTP."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, start_http_server
+
+from expertd_server.errors import ConfigError
+
+__all__ = ["MetricsEndpoint"]
+
+
+class MetricsEndpoint:
+    """A registry at /metrics. port 0: any free one; `port` has the real number. Raises ConfigError."""
+
+    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
+        try:
+            self._server, self._thread = start_http_server(port, host, registry)
+        except OSError as error:
+            raise ConfigError(f"metrics_port {port} on {host}: {error}") from error
+        self.port: int = self._server.server_port
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

@@ -1,0 +1,315 @@
+"""A front-end's end of the way to the engine's process: what stands in place of an `Engine` there.
+
+Deadlines are absolute times of the monotonic clock, which all processes of a machine share.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import pickle
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, fields
+from typing import Final
+
+from google.rpc import status_pb2
+
+from expertd_server.blocks import block_bytes, read_answer, read_error, write_call
+from expertd_server.control import Control
+from expertd_server.engine import ForwardCall, ForwardResult
+from expertd_server.errors import ExpertdServerError, OverloadedError, RequestTimeoutError, UnavailableError
+from expertd_server.remote_layer import RemoteLayer, layer_id_of
+from expertd_server.ring import Arena, Block, Channel, Descriptor
+from expertd_server.status import RelayedError
+
+__all__ = ["ANSWERED", "CANCEL", "FAILED", "SUBMIT", "Applied", "EngineState", "Hello", "RemoteEngine"]
+
+log = logging.getLogger(__name__)
+
+# Kinds of descriptors: to the engine, and from it. Of FAILED, nbytes is the size of the serialised google.rpc.Status.
+SUBMIT: Final = 1
+CANCEL: Final = 2
+ANSWERED: Final = 3
+FAILED: Final = 4
+
+# Threads look up this often whether they shall end; nothing else depends on it.
+_LOOK_UP_S: Final = 1.0
+# How long a request waits for room in the arena, unless its deadline is nearer, and what its caller is told then.
+_ROOM_TIMEOUT_S: Final = 1.0
+_ROOM_RETRY_DELAY_S: Final = 0.1
+# What callers are told while there is no engine.
+_ENGINE_RETRY_DELAY_S: Final = 1.0
+
+
+@dataclass(frozen=True)
+class Hello:
+    """From a front-end that looks for an engine, into the mailbox, together with the files of its channel and the
+    engine's end of a control connection."""
+
+    name: str
+    arena_bytes: int
+    max_requests: int
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """From the engine: what it holds. The newest replaces all before."""
+
+    sequence: int
+    layers: tuple[RemoteLayer, ...]
+    is_loading: bool
+    is_draining: bool
+    backend: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Applied:
+    """From a front-end: from now on requests are checked against this state, or a later one."""
+
+    sequence: int
+
+
+class RemoteEngine:
+    """Submits calls to the engine's process while there is one; looks for the next one when it has ended.
+
+    name: of this process. mailbox: where an engine finds what front-ends send to whichever engine comes.
+    on_state: called with what a new state holds, and with None when the engine is gone; in one thread.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        mailbox: socket.socket,
+        *,
+        arena_bytes: int,
+        max_requests: int,
+        on_state: Callable[[EngineState | None], None],
+    ) -> None:
+        self._name = name
+        self._mailbox = mailbox
+        self._arena_bytes = arena_bytes
+        self._max_requests = max_requests
+        self._on_state = on_state
+        self._link: _Link | None = None
+        self._is_draining = False
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="expertd-engine-link", daemon=True)
+
+    @property
+    def queue_tokens(self) -> int:
+        """Tokens that waited in the engine when its last answer was written."""
+        link = self._link
+        return 0 if link is None else link.queue_tokens
+
+    def start(self) -> None:
+        """Look for an engine."""
+        self._thread.start()
+
+    def submit(self, call: ForwardCall, deadline_s: float | None = None) -> Future[ForwardResult]:
+        """Queue a call, as `Engine.submit` does; what the engine refuses fails the future.
+
+        Waits for room in the shared memory, for a second at most and not beyond the deadline. Raises OverloadedError
+        when there is none, RequestTimeoutError, and UnavailableError when there is no engine or the server drains.
+        """
+        if self._is_draining:
+            raise UnavailableError("the server is draining and takes no new requests; try another server")
+        link = self._link
+        if link is None:
+            raise _no_engine()
+        return link.submit(call, deadline_s)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for those in flight; False when some are left after timeout_s."""
+        self._is_draining = True
+        link = self._link
+        return link is None or link.wait_idle(timeout_s)
+
+    def stop(self, timeout_s: float) -> bool:
+        """Leave the engine; calls in flight fail with UnavailableError. False when it has not ended after timeout_s."""
+        self._is_draining = self._is_closed = True
+        link = self._link
+        if link is not None:
+            link.hang_up()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            try:
+                link = self._connect()
+            except OSError as error:
+                log.error("cannot offer a channel to the engine: %s", error)
+                time.sleep(_LOOK_UP_S)
+                continue
+            try:
+                link.serve(self._enter, lambda: self._is_closed)
+            except Exception:  # this thread must outlive whatever an engine says
+                log.exception("the way to the engine broke; looking for it anew")
+            self._link = None
+            link.fail_all(_no_engine())
+            if not self._is_closed:
+                log.warning("the engine's process is gone")
+                self._on_state(None)
+
+    def _enter(self, link: _Link, state: EngineState) -> None:
+        self._on_state(state)
+        self._link = link
+
+    def _connect(self) -> _Link:
+        channel = Channel.make(self._arena_bytes, self._max_requests)
+        mine, theirs = socket.socketpair()
+        try:
+            hello = pickle.dumps(Hello(self._name, self._arena_bytes, self._max_requests))
+            with theirs:
+                socket.send_fds(self._mailbox, [hello], [*channel.fds, theirs.fileno()])
+        except OSError:
+            channel.close()
+            mine.close()
+            raise
+        return _Link(channel, Control(mine))
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockResult(ForwardResult):
+    """An answer whose tensors are views of a block, which is free again when this is gone."""
+
+    block: Block | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    future: Future[ForwardResult]
+    block: Block
+
+
+class _Link:
+    """The way to one engine process, for as long as that lives."""
+
+    def __init__(self, channel: Channel, control: Control) -> None:
+        self._max_requests = channel.max_requests
+        self._to_engine, self._from_engine, memory = channel.open()
+        self._arena = Arena(memory)
+        self._control = control
+        self._numbers = itertools.count(1)
+        self._changed = threading.Condition()
+        self._waiting: dict[int, _Waiting] = {}
+        self._is_over = False
+        self._sequence = 0
+        self.queue_tokens = 0
+
+    def submit(self, call: ForwardCall, deadline_s: float | None) -> Future[ForwardResult]:
+        block = self._room(block_bytes(call), deadline_s)
+        write_call(block.view, call, layer_id_of(call.layer), deadline_s)
+        future: Future[ForwardResult] = Future()
+        with self._changed:
+            if self._is_over:
+                raise _no_engine()
+            if len(self._waiting) >= self._max_requests:
+                raise OverloadedError(
+                    f"{len(self._waiting)} requests of this front-end are in flight, at most {self._max_requests} may "
+                    f"be (max_queue_requests); come back in {_ROOM_RETRY_DELAY_S} s",
+                    _ROOM_RETRY_DELAY_S,
+                )
+            number = next(self._numbers)
+            self._waiting[number] = _Waiting(future, block)
+            self._to_engine.publish(SUBMIT, number, block.offset, block.nbytes)
+        future.add_done_callback(lambda done: self._cancel(number) if done.cancelled() else None)
+        return future
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._waiting, timeout_s)
+
+    def hang_up(self) -> None:
+        self._control.hang_up()
+
+    def serve(self, on_state: Callable[[_Link, EngineState], None], is_closed: Callable[[], bool]) -> None:
+        """Hand out what comes from the engine until it is gone."""
+        poll = select.poll()
+        poll.register(self._from_engine.eventfd, select.POLLIN)
+        poll.register(self._control.fileno(), select.POLLIN)
+        is_over = False
+        while not (is_over or is_closed()):
+            ready = {fd for fd, _ in poll.poll(_LOOK_UP_S * 1000)}
+            if self._from_engine.eventfd in ready:
+                for descriptor in self._from_engine.take():
+                    self._answered(descriptor)
+            if self._control.fileno() in ready:
+                try:
+                    self._told(self._control.receive(), on_state)
+                except EOFError:
+                    is_over = True
+        for descriptor in self._from_engine.take():  # what the engine had answered before its end
+            self._answered(descriptor)
+
+    def fail_all(self, error: ExpertdServerError) -> None:
+        """The end of it: what was not answered fails."""
+        with self._changed:
+            self._is_over = True
+            waiting, self._waiting = list(self._waiting.values()), {}
+            self._changed.notify_all()
+        for one in waiting:
+            if one.future.set_running_or_notify_cancel():
+                one.future.set_exception(error)
+        self._to_engine.close()
+        self._from_engine.close()
+        self._control.close()
+
+    def _room(self, nbytes: int, deadline_s: float | None) -> Block:
+        timeout_s = _ROOM_TIMEOUT_S
+        if deadline_s is not None:
+            timeout_s = min(timeout_s, deadline_s - time.monotonic())
+        block = self._arena.allocate(nbytes, timeout_s)
+        if block is None:
+            if timeout_s < _ROOM_TIMEOUT_S:
+                raise RequestTimeoutError("the deadline passed before there was room for the request")
+            raise OverloadedError(
+                f"requests in flight leave no room for one of {nbytes} bytes in the {self._arena.nbytes} bytes of "
+                f"memory that this front-end shares with the engine (frontend_arena_bytes); come back in "
+                f"{_ROOM_RETRY_DELAY_S} s",
+                _ROOM_RETRY_DELAY_S,
+            )
+        return block
+
+    def _cancel(self, number: int) -> None:
+        with self._changed:
+            # The block stays the engine's until it answers: it may be reading it.
+            if number in self._waiting and not self._is_over:
+                self._to_engine.publish(CANCEL, number)
+
+    def _answered(self, descriptor: Descriptor) -> None:
+        with self._changed:
+            waiting = self._waiting.pop(descriptor.request_id)
+            if not self._waiting:
+                self._changed.notify_all()
+        future, block = waiting.future, waiting.block
+        if descriptor.kind == FAILED:
+            if future.set_running_or_notify_cancel():
+                status = status_pb2.Status.FromString(read_error(block.view, descriptor.nbytes))
+                future.set_exception(RelayedError(status))
+            return
+        result, self.queue_tokens = read_answer(block.view)
+        if future.set_running_or_notify_cancel():
+            parts = {field.name: getattr(result, field.name) for field in fields(ForwardResult)}
+            future.set_result(_BlockResult(**parts, block=block))
+
+    def _told(self, state: EngineState, on_state: Callable[[_Link, EngineState], None]) -> None:
+        if state.sequence < self._sequence:  # two threads of the engine's process sent them
+            return
+        self._sequence = state.sequence
+        on_state(self, state)
+        self._control.send(Applied(state.sequence))
+
+
+def _no_engine() -> UnavailableError:
+    return UnavailableError(
+        f"the process that computes is starting, or ended and is being started again; come back in "
+        f"{_ENGINE_RETRY_DELAY_S} s or try another server",
+        _ENGINE_RETRY_DELAY_S,
+    )

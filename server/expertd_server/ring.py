@@ -1,0 +1,242 @@
+"""Memory that a front-end process shares with the engine's process: an arena for tensors, two rings of descriptors.
+
+The front-end alone allocates, so no lock crosses a process. It takes a block, writes a request into it and publishes
+where the block is; from then on the block is the engine's, until the engine has put the answer into the same block and
+published that. Every request gets exactly one answer, and that bounds everything: a ring with room for what the
+requests in flight can publish never overflows, however slow its reader.
+
+The memory is an anonymous file (memfd_create): it has no name, nothing in /dev/shm has to be sized or cleaned up, and
+the kernel takes it back when the last process that maps it ends. Pages count as shared memory of the processes from
+when they are first written to.
+"""
+
+from __future__ import annotations
+
+import bisect
+import mmap
+import os
+import queue
+import struct
+import threading
+import time
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["ALIGNMENT_BYTES", "Arena", "Block", "Channel", "Descriptor", "Ring", "shared_bytes"]
+
+ALIGNMENT_BYTES: Final = 4096
+"""Of every block: a page, so that blocks that are free share no page with those that are not."""
+
+_DESCRIPTOR: Final = struct.Struct("<4Q")
+# A request is published once and cancelled at most once. While the engine reads nothing, no request that it has not
+# read is answered; so besides both descriptors of as many requests as may be in flight, at most as many cancellations
+# of requests answered before can wait.
+_TO_ENGINE_PER_REQUEST: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """What one side tells the other."""
+
+    kind: int
+    request_id: int
+    offset: int
+    """Of the block in the arena."""
+    nbytes: int
+
+
+class Ring:
+    """Descriptors from one process to another, and an eventfd that counts them.
+
+    The eventfd is all that both sides share besides the descriptors: each publication adds one to it after its
+    descriptor was written, and the reader takes as many descriptors as it counted. Both are system calls on one kernel
+    lock, which orders the accesses to the memory on every architecture. One thread reads; threads of one process write.
+    memory: room for as many descriptors as are ever published and not taken. The eventfd becomes the ring's.
+    """
+
+    def __init__(self, memory: memoryview, eventfd: int) -> None:
+        self.eventfd = eventfd
+        self._memory = memory
+        self._num_slots = len(memory) // _DESCRIPTOR.size
+        self._next = 0
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def publish(self, kind: int, request_id: int, offset: int = 0, nbytes: int = 0) -> None:
+        """Hand over a descriptor and wake the reader; never waits for it. Without effect on a closed ring."""
+        with self._lock:
+            if self._is_closed:  # NOTE: the number of the eventfd may be another file's by now
+                return
+            _DESCRIPTOR.pack_into(self._memory, self._next * _DESCRIPTOR.size, kind, request_id, offset, nbytes)
+            self._next = (self._next + 1) % self._num_slots
+            os.eventfd_write(self.eventfd, 1)
+
+    def take(self) -> list[Descriptor]:
+        """Every descriptor that was published since, oldest first; does not wait."""
+        try:
+            count = os.eventfd_read(self.eventfd)
+        except BlockingIOError:
+            return []
+        taken = []
+        for _ in range(count):
+            taken.append(Descriptor(*_DESCRIPTOR.unpack_from(self._memory, self._next * _DESCRIPTOR.size)))
+            self._next = (self._next + 1) % self._num_slots
+        return taken
+
+    def close(self) -> None:
+        """Close this process' end; for the reader's thread to call when it reads no more."""
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                os.close(self.eventfd)
+
+
+class Channel:
+    """What a front-end shares with an engine, as file descriptors that can be handed to the other process.
+
+    A front-end makes a new one for each engine process that it meets, so nothing that a dead process left behind is
+    ever read. arena_bytes: of the arena; max_requests: most requests in flight.
+    """
+
+    def __init__(self, arena_bytes: int, max_requests: int, memory_fd: int, engine_fd: int, frontend_fd: int) -> None:
+        self.arena_bytes = arena_bytes
+        self.max_requests = max_requests
+        self.fds = (memory_fd, engine_fd, frontend_fd)
+        """The memory, and the events of the ring to the engine and of the ring to the front-end."""
+
+    @classmethod
+    def make(cls, arena_bytes: int, max_requests: int) -> Channel:
+        """A new one. Raises OSError where the system has no file descriptors or memory left."""
+        fds: list[int] = []
+        try:
+            fds.append(os.memfd_create("expertd-frontend", os.MFD_CLOEXEC))
+            os.ftruncate(fds[0], shared_bytes(arena_bytes, max_requests))
+            fds += [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
+            return cls(arena_bytes, max_requests, *fds)
+        except OSError:
+            for fd in fds:
+                os.close(fd)
+            raise
+
+    def open(self) -> tuple[Ring, Ring, memoryview]:
+        """The ring to the engine, the ring to the front-end, and the arena's memory, mapped into this process.
+
+        To be called once in each process, after the file descriptors were handed over: they are the rings' from then
+        on. The mapping lives as long as any view of it.
+        """
+        memory = memoryview(mmap.mmap(self.fds[0], shared_bytes(self.arena_bytes, self.max_requests)))
+        os.close(self.fds[0])
+        first, second = _ring_bytes(self.max_requests)
+        return (
+            Ring(memory[:first], self.fds[1]),
+            Ring(memory[first : first + second], self.fds[2]),
+            memory[len(memory) - self.arena_bytes :],
+        )
+
+    def close(self) -> None:
+        """Close the file descriptors of a channel that was not opened."""
+        for fd in self.fds:
+            os.close(fd)
+
+
+def shared_bytes(arena_bytes: int, max_requests: int) -> int:
+    """Most memory that a channel takes."""
+    return _round_up(sum(_ring_bytes(max_requests))) + arena_bytes
+
+
+def _ring_bytes(max_requests: int) -> tuple[int, int]:
+    return _TO_ENGINE_PER_REQUEST * max_requests * _DESCRIPTOR.size, max_requests * _DESCRIPTOR.size
+
+
+class Block:
+    """A piece of an arena; it returns there when the last reference to it goes."""
+
+    __slots__ = ("_freed", "nbytes", "offset", "view")
+
+    def __init__(self, view: memoryview, offset: int, nbytes: int, freed: queue.SimpleQueue[tuple[int, int]]) -> None:
+        self.view = view
+        """[nbytes] bytes, writable, of unspecified contents."""
+        self.offset = offset
+        self.nbytes = nbytes
+        self._freed = freed
+
+    def __del__(self) -> None:
+        # NOTE: SimpleQueue alone may be used here: a destructor runs in any thread, between any two instructions.
+        self._freed.put((self.offset, self.nbytes))
+
+
+class Arena:
+    """Blocks of a memory, first fit at the lowest address, so that pages that were used before are used again.
+
+    Thread-safe, within the one process that allocates. clock: seconds, monotonic.
+    """
+
+    def __init__(self, memory: memoryview) -> None:
+        self._memory = memory
+        # Whoever holds it allocates, and waits for room if it must; nobody with a smaller wish passes by.
+        self._turn = threading.Lock()
+        self._freed: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+        self._starts = [0]
+        self._sizes = {0: len(memory)}
+        """Bytes of the free pieces by where they start; no two of them touch."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks and free pieces together."""
+        return len(self._memory)
+
+    def allocate(self, nbytes: int, timeout_s: float = 0.0) -> Block | None:
+        """A block of at least nbytes; None when no free piece has been large enough within timeout_s."""
+        size = _round_up(max(1, nbytes))
+        until_s = time.monotonic() + timeout_s
+        if size > len(self._memory) or not self._turn.acquire(timeout=max(0.0, timeout_s)):
+            return None
+        try:
+            self._collect()
+            while (start := self._take(size)) is None:
+                try:
+                    left_s = until_s - time.monotonic()
+                    self._release(*self._freed.get(block=left_s > 0, timeout=max(left_s, 0.0)))
+                except queue.Empty:
+                    return None
+        finally:
+            self._turn.release()
+        return Block(self._memory[start : start + size], start, size, self._freed)
+
+    def free_bytes(self) -> int:
+        """Bytes that no block holds."""
+        with self._turn:
+            self._collect()
+            return sum(self._sizes.values())
+
+    def _take(self, size: int) -> int | None:
+        for at, start in enumerate(self._starts):
+            left = self._sizes[start] - size
+            if left < 0:
+                continue
+            del self._sizes[start]
+            if left:
+                self._starts[at] = start + size
+                self._sizes[start + size] = left
+            else:
+                del self._starts[at]
+            return start
+        return None
+
+    def _collect(self) -> None:
+        while not self._freed.empty():
+            self._release(*self._freed.get())
+
+    def _release(self, start: int, size: int) -> None:
+        at = bisect.bisect(self._starts, start)
+        if at < len(self._starts) and self._starts[at] == start + size:
+            size += self._sizes.pop(self._starts.pop(at))
+        if at and self._starts[at - 1] + self._sizes[self._starts[at - 1]] == start:
+            self._sizes[self._starts[at - 1]] += size
+        else:
+            self._starts.insert(at, start)
+            self._sizes[start] = size
+
+
+def _round_up(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -1,0 +1,585 @@
+"""A front-end and the engine's gate in one process, with an engine that a test answers for."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import fields
+from time import monotonic
+
+import pytest
+import torch
+from google.rpc import code_pb2, error_details_pb2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertd_server.blocks import block_bytes, read_answer, read_call, write_answer, write_call
+from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming, HostTensor
+from expertd_server.errors import (
+    ExpertdServerError,
+    FieldViolation,
+    InvalidArgumentError,
+    OverloadedError,
+    RequestTimeoutError,
+    UnavailableError,
+)
+from expertd_server.gate import EngineGate
+from expertd_server.layer import MoELayer
+from expertd_server.remote import EngineState, RemoteEngine
+from expertd_server.remote_layer import RemoteLayer
+from expertd_server.ring import ALIGNMENT_BYTES
+from expertd_server.status import RelayedError, status_of
+from expertd_server.store import LayerStore
+from expertd_server.types import LayerSpec
+
+PATIENCE_S = 30.0
+ARENA_BYTES = 64 * ALIGNMENT_BYTES
+MAX_REQUESTS = 8
+HIDDEN_SIZE, NUM_EXPERTS, TOP_K = 64, 8, 2
+TIMING = ForwardTiming(1, 2, 3, 4, 5, 6)
+
+
+def a_layer(name: str = "a", version: int = 1) -> MoELayer:
+    spec = LayerSpec(hidden_size=HIDDEN_SIZE, intermediate_size=32, num_experts=NUM_EXPERTS, top_k=TOP_K)
+    return RemoteLayer(
+        layer_id=0,
+        name=name,
+        weights_version=version,
+        is_current=True,
+        spec=spec,
+        nbytes=1000,
+        hidden_states_scale=2.0,
+        routing_bias=None,
+    ).to_layer()
+
+
+class FakeEngine:
+    """Keeps what is submitted, for the test to answer."""
+
+    def __init__(self) -> None:
+        self.queue_tokens = 0
+        self.calls: list[tuple[ForwardCall, float | None]] = []
+        self.futures: list[Future[ForwardResult]] = []
+        self.refusal: Exception | None = None
+        self._changed = threading.Condition()
+
+    def submit(self, call: ForwardCall, deadline_s: float | None = None) -> Future[ForwardResult]:
+        if self.refusal is not None:
+            raise self.refusal
+        with self._changed:
+            self.calls.append((call, deadline_s))
+            self.futures.append(Future())
+            self._changed.notify_all()
+        return self.futures[-1]
+
+    def wait(self, count: int) -> Future[ForwardResult]:
+        """The count-th call's future, once it has come."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.futures) >= count, PATIENCE_S), "the call never came"
+        return self.futures[count - 1]
+
+
+class Side:
+    """A front-end's side: the remote engine, and the states it was told."""
+
+    def __init__(self, name: str, mailbox: socket.socket) -> None:
+        self.states: list[EngineState | None] = []
+        self._changed = threading.Condition()
+        self.remote = RemoteEngine(
+            name, mailbox, arena_bytes=ARENA_BYTES, max_requests=MAX_REQUESTS, on_state=self._on_state
+        )
+        self.remote.start()
+
+    def _on_state(self, state: EngineState | None) -> None:
+        with self._changed:
+            self.states.append(state)
+            self._changed.notify_all()
+
+    def wait_serving(self, serving: bool = True) -> None:
+        def is_so() -> bool:
+            state = self.states[-1] if self.states else None
+            return (state is not None and not state.is_loading) == serving and bool(self.states)
+
+        with self._changed:
+            assert self._changed.wait_for(is_so, PATIENCE_S), self.states
+        if serving:
+            until_s = monotonic() + PATIENCE_S
+            while self.remote._link is None:
+                assert monotonic() < until_s
+
+    def layer(self, name: str = "a") -> MoELayer:
+        """The newest that was told under a name."""
+        state = self.states[-1]
+        assert state is not None
+        return [one for one in state.layers if one.name == name][-1].to_layer()
+
+    def call(self, num_tokens: int = 3, **options: bool) -> ForwardCall:
+        return call_of(self.layer(), num_tokens, **options)
+
+    def is_arena_free(self) -> bool:
+        link = self.remote._link
+        assert link is not None
+        return link._arena.free_bytes() == ARENA_BYTES
+
+    def wait_arena_free(self) -> None:
+        until_s = monotonic() + PATIENCE_S
+        while not self.is_arena_free():
+            assert monotonic() < until_s, "blocks are still held"
+
+
+class Rig:
+    """One gate, any number of front-ends, one mailbox."""
+
+    def __init__(self) -> None:
+        self.inlet, self.outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.engine = FakeEngine()
+        self.store = LayerStore()
+        self.gate = self._gate()
+        self.sides: list[Side] = []
+
+    def _gate(self) -> EngineGate:
+        gate = EngineGate(self.engine, self.store, self.outlet, backend="fake", device="none")
+        gate.start()
+        return gate
+
+    def restart(self) -> None:
+        self.gate.close()
+        self.engine = FakeEngine()
+        self.store = LayerStore()
+        self.gate = self._gate()
+
+    def publish(self, *layers: MoELayer, timeout_s: float = PATIENCE_S) -> bool:
+        self.store.replace([(layer, True) for layer in layers], is_loading=False)
+        return self.gate.publish(timeout_s)
+
+    def side(self) -> Side:
+        """A front-end that serves."""
+        if not self.store.all_held():
+            self.publish(a_layer(), timeout_s=0)
+        side = Side(f"frontend-{len(self.sides)}", self.inlet)
+        self.sides.append(side)
+        side.wait_serving()
+        return side
+
+    def close(self) -> None:
+        for side in self.sides:
+            assert side.remote.stop(PATIENCE_S)
+        self.gate.close()
+        self.inlet.close()
+        self.outlet.close()
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    with a_rig() as rig:
+        yield rig
+
+
+@contextmanager
+def a_rig() -> Iterator[Rig]:
+    rig = Rig()
+    try:
+        yield rig
+    finally:
+        rig.close()
+
+
+def call_of(layer: MoELayer, num_tokens: int, **options: bool) -> ForwardCall:
+    hidden_states = host(
+        torch.arange(num_tokens * HIDDEN_SIZE, dtype=torch.int32).view(num_tokens, HIDDEN_SIZE).float()
+    )
+    routing_logits = host(torch.ones(num_tokens, NUM_EXPERTS, dtype=torch.bfloat16))
+    return ForwardCall(layer, hidden_states, routing_logits=routing_logits, **options)  # type: ignore[arg-type]
+
+
+def host(tensor: torch.Tensor) -> HostTensor:
+    data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return HostTensor(tensor.dtype, tuple(tensor.shape), data)
+
+
+def result_of(num_tokens: int, value: float = 1.0) -> ForwardResult:
+    return ForwardResult(7, TIMING, output=torch.full((num_tokens, HIDDEN_SIZE), value, dtype=torch.bfloat16))
+
+
+def is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(bits(one), bits(other))
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+
+
+class TestBlocks:
+    @settings(max_examples=60, deadline=None)
+    @given(
+        num_tokens=st.integers(0, 9),
+        hidden=FLOATS,
+        routed=st.booleans(),
+        output=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+        do_finalize=st.booleans(),
+        return_routing=st.booleans(),
+        deadline_s=st.none() | st.floats(0, 1e9),
+        seed=st.integers(0, 2**32 - 1),
+    )
+    def test_calls_and_answers_come_out_as_they_went_in(  # noqa: PLR0917
+        self,
+        num_tokens: int,
+        hidden: torch.dtype,
+        routed: bool,
+        output: torch.dtype,
+        do_finalize: bool,
+        return_routing: bool,
+        deadline_s: float | None,
+        seed: int,
+    ) -> None:
+        chance = torch.Generator().manual_seed(seed)
+
+        def some(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            size = torch.Size(shape).numel() * dtype.itemsize
+            return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=chance).view(dtype).view(shape)
+
+        layer = a_layer()
+        call = ForwardCall(
+            layer,
+            host(some(hidden, num_tokens, HIDDEN_SIZE)),
+            routing_logits=None if routed else host(some(torch.bfloat16, num_tokens, NUM_EXPERTS)),
+            topk_ids=host(some(torch.int32, num_tokens, TOP_K)) if routed else None,
+            topk_weights=host(some(torch.float32, num_tokens, TOP_K)) if routed else None,
+            output_dtype=output,
+            do_finalize=do_finalize,
+            return_routing=return_routing,
+        )
+        guard = 64
+        memory = memoryview(bytearray(b"\xaa" * (block_bytes(call) + guard)))
+        block = memory[:-guard]
+        write_call(block, call, 2**63, deadline_s)
+        assert read_call(block, layer) == (call, deadline_s)
+        num_rows = num_tokens * TOP_K
+        answer = ForwardResult(
+            2**40,
+            TIMING,
+            output=some(output, num_tokens, HIDDEN_SIZE) if do_finalize else None,
+            gemm2_output=None if do_finalize else some(torch.bfloat16, num_rows, HIDDEN_SIZE),
+            expert_weights=some(torch.bfloat16, num_tokens, TOP_K),
+            topk_ids=some(torch.int32, num_tokens, TOP_K) if return_routing else None,
+            expanded_idx_to_permuted_idx=None if do_finalize else some(torch.int32, num_rows),
+        )
+        write_answer(block, answer, 12345)
+        read, queue_tokens = read_answer(block)
+        assert (read.weights_version, read.timing, queue_tokens) == (2**40, TIMING, 12345)
+        for field in fields(ForwardResult)[2:]:
+            assert is_same(getattr(read, field.name), getattr(answer, field.name)), field.name
+        assert bytes(memory[-guard:]) == b"\xaa" * guard, "beyond the block"
+
+
+class TestCalls:
+    def test_a_call_and_its_answer_cross(self, rig: Rig) -> None:
+        side = rig.side()
+        asked = side.call(5, return_routing=True)
+        future = side.remote.submit(asked, 12.5)
+        rig.engine.wait(1)
+        call, deadline_s = rig.engine.calls[0]
+        assert deadline_s == 12.5
+        assert call.layer.name == "a"
+        assert (call.hidden_states, call.routing_logits) == (asked.hidden_states, asked.routing_logits)
+        assert (call.topk_ids, call.output_dtype, call.return_routing) == (None, torch.bfloat16, True)
+        rig.engine.queue_tokens = 99
+        rig.engine.futures[0].set_result(result_of(5))
+        result = future.result(PATIENCE_S)
+        assert is_same(result.output, result_of(5).output)
+        assert (result.weights_version, result.timing, side.remote.queue_tokens) == (7, TIMING, 99)
+        rig.engine.calls.clear()
+        del call, result, future
+        side.wait_arena_free()
+
+    def test_answers_come_in_any_order_and_each_to_its_own(self, rig: Rig) -> None:
+        sides = [rig.side(), rig.side()]
+        futures = [(number, side.remote.submit(side.call(number + 1))) for number in range(4) for side in sides]
+        rig.engine.wait(8)
+        for call, done in zip(reversed(rig.engine.calls), reversed(rig.engine.futures), strict=True):
+            done.set_result(result_of(call[0].num_tokens, call[0].num_tokens))
+        for number, future in futures:
+            assert is_same(future.result(PATIENCE_S).output, result_of(number + 1, number + 1).output)
+
+    def test_blocks_are_used_again(self, rig: Rig) -> None:
+        side = rig.side()
+        link = side.remote._link
+        assert link is not None
+        for number in range(1, 1001):
+            future = side.remote.submit(side.call(1 + number % 50))
+            rig.engine.wait(number).set_result(result_of(1 + number % 50, number))
+            assert future.result(PATIENCE_S).output is not None
+            rig.engine.calls.clear()
+        del future
+        side.wait_arena_free()
+        assert not link._waiting
+
+    def test_what_is_asked_of_a_layer_that_has_gone_is_told_to_come_again(self, rig: Rig) -> None:
+        side = rig.side()
+        stale = side.call()
+        assert rig.publish(a_layer("b")), "all have applied it"
+        assert [one.name for one in side.states[-1].layers] == ["b"]  # type: ignore[union-attr]
+        with pytest.raises(RelayedError) as caught:
+            side.remote.submit(stale).result(PATIENCE_S)
+        assert status_of(caught.value).code == code_pb2.UNAVAILABLE
+        assert retry_delay_s(caught.value) is not None
+
+    def test_a_layer_keeps_its_identity_over_states(self, rig: Rig) -> None:
+        side = rig.side()
+        held = a_layer("kept")
+        rig.publish(held)
+        before = call_of(side.layer("kept"), 1)
+        rig.publish(held, a_layer("other"))
+        future = side.remote.submit(before)
+        rig.engine.wait(1).set_result(result_of(1))
+        future.result(PATIENCE_S)
+        assert rig.engine.calls[0][0].layer is held
+
+
+class TestErrors:
+    @pytest.mark.parametrize("when", ["refused", "failed"])
+    @pytest.mark.parametrize(
+        "error",
+        [
+            InvalidArgumentError([FieldViolation("x.shape", "is bad"), FieldViolation("y", "is worse")]),
+            OverloadedError("full", 0.25),
+            UnavailableError("draining"),
+            UnavailableError("starting", 1.5),
+            RequestTimeoutError("too late"),
+            InvalidArgumentError([FieldViolation("f" * 1000, "d" * 9000)]),
+        ],
+        ids=lambda error: type(error).__name__,
+    )
+    def test_errors_cross_with_all_their_details(self, rig: Rig, error: ExpertdServerError, when: str) -> None:
+        side = rig.side()
+        if when == "refused":
+            rig.engine.refusal = error
+        future = side.remote.submit(side.call())
+        if when == "failed":
+            rig.engine.wait(1).set_exception(error)
+        with pytest.raises(RelayedError) as caught:
+            future.result(PATIENCE_S)
+        expected = status_of(error)
+        if expected.ByteSize() > 8192:
+            expected.ClearField("details")
+        assert status_of(caught.value) == expected
+        del future, caught
+        rig.engine.calls.clear()
+        side.wait_arena_free()
+
+    @pytest.mark.parametrize("when", ["refused", "failed"])
+    def test_an_unforeseen_error_is_logged_where_it_happened_and_not_told(
+        self, rig: Rig, when: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        side = rig.side()
+        if when == "refused":
+            rig.engine.refusal = RuntimeError("secret")
+        future = side.remote.submit(side.call())
+        if when == "failed":
+            rig.engine.wait(1).set_exception(RuntimeError("secret"))
+        with pytest.raises(RelayedError) as caught:
+            future.result(PATIENCE_S)
+        status = status_of(caught.value, "request-7")
+        assert status.code == code_pb2.INTERNAL
+        assert "secret" not in str(status)
+        incident = status.message.split()[2].rstrip(";")
+        assert "secret" in caplog.text
+        assert any(incident in line and "request-7" in line for line in caplog.text.splitlines()), caplog.text
+
+    def test_an_answer_that_does_not_fit_fails_alone(self, rig: Rig) -> None:
+        side = rig.side()
+        future = side.remote.submit(side.call(1))
+        rig.engine.wait(1).set_result(result_of(1000))
+        with pytest.raises(RelayedError) as caught:
+            future.result(PATIENCE_S)
+        assert status_of(caught.value).code == code_pb2.INTERNAL
+        again = side.remote.submit(side.call(1))
+        rig.engine.wait(2).set_result(result_of(1))
+        again.result(PATIENCE_S)
+
+
+class TestCancelling:
+    def test_a_call_that_waits_is_taken_back(self, rig: Rig) -> None:
+        side = rig.side()
+        future = side.remote.submit(side.call())
+        inner = rig.engine.wait(1)
+        assert future.cancel()
+        wait_for(inner.cancelled)
+        del future
+        rig.engine.calls.clear()
+        side.wait_arena_free()
+
+    def test_a_call_that_runs_keeps_its_memory_until_it_has_run(self, rig: Rig) -> None:
+        side = rig.side()
+        future = side.remote.submit(side.call())
+        inner = rig.engine.wait(1)
+        assert inner.set_running_or_notify_cancel()
+        assert future.cancel()
+        side.remote.submit(side.call())
+        rig.engine.wait(2).set_result(result_of(3))  # and the cancellation that came before it was read too
+        assert not side.is_arena_free()
+        inner.set_result(result_of(3))
+        rig.engine.calls.clear()
+        side.wait_arena_free()
+
+    def test_cancelling_races_with_answering(self, rig: Rig) -> None:
+        side = rig.side()
+        for number in range(1, 301):
+            future = side.remote.submit(side.call())
+            inner = rig.engine.wait(number)
+            if not inner.set_running_or_notify_cancel():
+                continue
+            answerer = threading.Thread(target=inner.set_result, args=(result_of(3),))
+            answerer.start()
+            future.cancel()
+            answerer.join(PATIENCE_S)
+        rig.engine.calls.clear()
+        del future
+        side.wait_arena_free()
+        link = side.remote._link
+        assert link is not None
+        assert not link._waiting
+
+
+class TestLimits:
+    def test_a_full_arena_makes_wait_and_then_refuses(self, rig: Rig) -> None:
+        side = rig.side()
+        large = 256  # tokens, of 64 KiB and some
+        futures = [side.remote.submit(side.call(large)) for _ in range(3)]
+        with pytest.raises(RequestTimeoutError):
+            side.remote.submit(side.call(large), monotonic() + 0.01)
+        with pytest.raises(RequestTimeoutError):
+            side.remote.submit(side.call(large), monotonic() - 1)
+        with pytest.raises(OverloadedError, match="frontend_arena_bytes"):
+            side.remote.submit(call_of(side.layer(), 2000))
+        got: list[Future[ForwardResult]] = []
+        waiter = threading.Thread(target=lambda: got.append(side.remote.submit(side.call(large), monotonic() + 1000)))
+        rig.engine.wait(3)
+        rig.engine.calls.clear()
+        waiter.start()
+        rig.engine.futures[0].set_result(result_of(large))
+        futures.pop(0).result(PATIENCE_S)
+        waiter.join(PATIENCE_S)
+        assert len(got) == 1, "it waited until there was room"
+
+    def test_requests_in_flight_are_bounded(self, rig: Rig) -> None:
+        side = rig.side()
+        futures = [side.remote.submit(side.call(1)) for _ in range(MAX_REQUESTS)]
+        with pytest.raises(OverloadedError, match="in flight"):
+            side.remote.submit(side.call(1))
+        rig.engine.wait(1).set_result(result_of(1))
+        futures[0].result(PATIENCE_S)
+        side.remote.submit(side.call(1))
+
+
+class TestEnds:
+    def test_before_there_is_an_engine_requests_are_told_to_come_back(self, rig: Rig) -> None:
+        rig.gate.close()
+        side = Side("early", rig.inlet)
+        rig.sides.append(side)
+        with pytest.raises(UnavailableError) as caught:
+            side.remote.submit(call_of(a_layer(), 1))
+        assert caught.value.retry_delay_s is not None
+        rig.gate = rig._gate()
+        rig.publish(a_layer(), timeout_s=0)
+        side.wait_serving()
+        future = side.remote.submit(side.call())
+        rig.engine.wait(1).set_result(result_of(3))
+        future.result(PATIENCE_S)
+
+    def test_when_the_engine_ends_its_requests_fail_and_the_next_serves(self, rig: Rig) -> None:
+        side = rig.side()
+        stale = side.call()
+        futures = [side.remote.submit(stale) for _ in range(3)]
+        rig.engine.wait(3)
+        rig.restart()
+        for future in futures:
+            with pytest.raises(UnavailableError) as caught:
+                future.result(PATIENCE_S)
+            assert caught.value.retry_delay_s is not None
+        side.wait_serving(False)
+        rig.publish(a_layer(), timeout_s=0)
+        side.wait_serving()
+        with pytest.raises(RelayedError):
+            side.remote.submit(stale).result(PATIENCE_S)  # never another layer that happens to have its number
+        future = side.remote.submit(side.call())
+        rig.engine.wait(1).set_result(result_of(3))
+        future.result(PATIENCE_S)
+
+    def test_when_a_front_end_ends_the_others_go_on(self, rig: Rig) -> None:
+        dying, living = rig.side(), rig.side()
+        runs, waits = dying.remote.submit(dying.call()), dying.remote.submit(dying.call())
+        of_another = living.remote.submit(living.call())
+        rig.engine.wait(3)
+        running, waiting, other = rig.engine.futures
+        assert running.set_running_or_notify_cancel()
+        assert dying.remote.stop(PATIENCE_S)
+        wait_for(waiting.cancelled)
+        running.set_result(result_of(3))  # into memory that nobody else maps any more
+        other.set_result(result_of(3))
+        assert of_another.result(PATIENCE_S).output is not None
+        for future in (runs, waits):
+            with pytest.raises(UnavailableError):
+                future.result(PATIENCE_S)
+
+    def test_drain_refuses_and_waits(self, rig: Rig) -> None:
+        side = rig.side()
+        future = side.remote.submit(side.call())
+        inner = rig.engine.wait(1)
+        assert not side.remote.drain(0.01)
+        with pytest.raises(UnavailableError, match="draining"):
+            side.remote.submit(side.call())
+        inner.set_result(result_of(3))
+        assert side.remote.drain(PATIENCE_S)
+        assert future.done()
+
+    def test_coming_and_going_leaves_nothing_open(self) -> None:
+        def open_files() -> int:
+            gc.collect()
+            return len(os.listdir("/proc/self/fd"))
+
+        def mappings() -> int:
+            with open("/proc/self/maps") as maps:
+                return sum("expertd-frontend" in line for line in maps)
+
+        before = open_files(), mappings()
+        for _ in range(3):
+            with a_rig() as rig:
+                side = rig.side()
+                side.remote.submit(side.call())
+                rig.engine.wait(1)
+                rig.restart()
+                rig.side()
+                for one in rig.sides:
+                    one.states.clear()
+            del rig, side, one
+        wait_for(lambda: (open_files(), mappings()) == before)
+
+
+def retry_delay_s(error: RelayedError) -> float | None:
+    for detail in error.status.details:
+        info = error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            return info.retry_delay.ToNanoseconds() / 1e9
+    return None
+
+
+def wait_for(condition: object) -> None:
+    """Wait for what no event tells."""
+    assert callable(condition)
+    pause = threading.Event()
+    for _ in range(int(PATIENCE_S / 0.005)):
+        if condition():
+            return
+        pause.wait(0.005)
+    pytest.fail(f"not so within {PATIENCE_S} s")
