@@ -220,10 +220,10 @@ class ExpertGroup(GroupBase):
         """Wait for a refresh. Raises TimeoutError when none has ended by the deadline, ClosedError after close()."""
         with self._refreshed:
             wanted = self._next_generation()
+            self._wanted.set()  # before the thread starts, which would otherwise look twice
             if self._refresher is None and not self._closed.is_set():
                 self._refresher = threading.Thread(target=self._keep_fresh, name="expertd-group-refresher", daemon=True)
                 self._refresher.start()
-            self._wanted.set()
             self._refreshed.wait_for(
                 lambda: self._generation >= wanted or self._closed.is_set(), deadline - time.monotonic()
             )
