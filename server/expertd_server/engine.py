@@ -10,6 +10,7 @@ their types agree; the batch is one copy in, one graph and one copy out, and two
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -180,6 +181,7 @@ class Engine:
         if capturer is not None:
             self.graphs = Graphs(self.slots, min(max_graph_tokens, limits.max_batch_tokens), capturer)
         self._met: WeakSet[MoELayer] = WeakSet()
+        self._met_lock = threading.Lock()  # a scrape of the metrics goes through them while batches add to them
         self.batcher: Batcher[ForwardCall, ForwardResult] = Batcher(self._launch, limits, clock=clock)
 
     @property
@@ -210,7 +212,9 @@ class Engine:
         tensors hold. Empty on the CPU."""
         if self._backend.device.type != "cuda":
             return {}
-        weights, staging = sum(layer.nbytes for layer in list(self._met)), self.slots.device_nbytes
+        with self._met_lock:
+            layers = list(self._met)
+        weights, staging = sum(layer.nbytes for layer in layers), self.slots.device_nbytes
         return {
             "weights": weights,
             "staging": staging,
@@ -227,7 +231,8 @@ class Engine:
         if self._backend.device.type == "cuda":
             # NOTE: the weights were written on the default stream, which the slots' streams do not wait for.
             torch.cuda.default_stream(self._backend.device).synchronize()
-        self._met.add(layer)
+        with self._met_lock:
+            self._met.add(layer)
 
     def _launch(self, batch: Batch[ForwardCall, ForwardResult]) -> _Running:
         layer = batch.entries[0].payload.layer

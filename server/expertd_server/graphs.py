@@ -76,6 +76,9 @@ class CudaCapturer:
         # The backend's scratch memory belongs to a stream: all graphs share that of this one, which runs nothing else.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        # Held while something is started that uses the graphs' scratch memory. A warm-up starts in three steps, and a
+        # replay between them would run beside it.
+        self._submitting = threading.Lock()
 
     def capture(self, run: Callable[[], MoEOutput]) -> tuple[Callable[[], None], MoEOutput]:
         """See `Capturer`."""
@@ -91,15 +94,21 @@ class CudaCapturer:
                     graph.capture_end()
                 raise
             graph.capture_end()
-        return graph.replay, answer
+
+        def replay() -> None:
+            with self._submitting:
+                graph.replay()
+
+        return replay, answer
 
     def warm_up(self, run: Callable[[], MoEOutput]) -> None:
         """See `Capturer`."""
         current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            run()
-        current.wait_stream(self._stream)
+        with self._submitting:
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                run()
+            current.wait_stream(self._stream)
 
     def free_bytes(self) -> int:
         """See `Capturer`."""
@@ -119,17 +128,18 @@ class Graphs:
         self._lock = threading.Lock()
         # One thread at a time goes through the slots.
         self._capturing = threading.Lock()
+        # Held while a slot's table of layers changes or is gone through: other threads ask for sizes.
+        self._tables_lock = threading.Lock()
         self._warm: set[tuple[LayerSpec, BatchKind, int]] = set()
         self._num_unforeseen = 0
 
     @property
     def nbytes(self) -> int:
         """Device memory of all graphs: by how much free memory shrank while they were captured."""
-        tables = [table for slot in self._pool.slots for table in list(slot.graphs.values())]
-        return sum(graph.nbytes for table in tables for graph in list(table.values()))
+        return sum(graph.nbytes for table in self._tables() for graph in list(table.values()))
 
     def __len__(self) -> int:
-        return sum(len(table) for slot in self._pool.slots for table in list(slot.graphs.values()))
+        return sum(len(table) for table in self._tables())
 
     def bucket(self, num_tokens: int) -> int | None:
         """The smallest bucket that takes num_tokens; None: there is none."""
@@ -171,6 +181,10 @@ class Graphs:
             log.warning("layer %r: no graph for %d tokens of %s: %s", layer.name, bucket, kind, error)
         finally:
             self._lock.release()
+
+    def _tables(self) -> list[dict[tuple[BatchKind, int], Graph]]:
+        with self._tables_lock:
+            return [table for slot in self._pool.slots for table in slot.graphs.values()]
 
     def _usual(self, layer: MoELayer) -> list[tuple[BatchKind, int]]:
         hidden_dtypes = [torch.float8_e4m3fn]
@@ -224,7 +238,8 @@ class Graphs:
                 for _, _, replay, _ in captured:
                     replay()
         nbytes = max(0, free_bytes - self._capturer.free_bytes()) // max(1, len(wanted))
-        table = slot.graphs.setdefault(layer, {})
+        with self._tables_lock:
+            table = slot.graphs.setdefault(layer, {})
         for kind, rows, replay, answer in captured:
             table[kind, rows] = Graph(rows, replay, answer.expert_weights, nbytes)
 
