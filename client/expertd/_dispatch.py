@@ -85,13 +85,20 @@ class Job:
     num_rounds: int = 0
     num_attempts: int = 0
     not_before: float = float("-inf")
+    """When the round begins."""
     retry_after_s: float = 0.0
     """The longest pause that an overloaded server asked for in this round."""
     hedge_at: float | None = None
+    """When to look whether to ask another server while one has the part."""
     failing_since: float | None = None
     last_error: ExpertdError | None = None
     answered_by: str | None = None
     is_missing: bool = False
+
+    @property
+    def untried(self) -> list[Replica]:
+        """Servers that may be asked in this round."""
+        return [replica for replica in self.replicas if replica not in self.tried and replica not in self.unfit]
 
     @property
     def is_open(self) -> bool:
@@ -185,10 +192,11 @@ class Dispatch:
         self._settle(attempt)
         self._judge(attempt.replica, job, error, now)
         if job.attempts:
-            # Another server has the part still. Should it be slow, this one may be asked again.
+            # Another server has the part still. Should it be slow, this one may be asked again, after a pause.
+            if attempt.replica not in job.unfit and not job.untried:
+                self._next_round(job, now)
             delay = self._hedge_delay_s(job)
-            job.tried.discard(attempt.replica)
-            job.hedge_at = None if delay is None else now + max(delay, job.retry_after_s)
+            job.hedge_at = None if delay is None else max(now + delay, job.not_before)
         if isinstance(error, _FATAL):
             self.failure = error
         elif not job.attempts and job.unfit.issuperset(job.replicas):
@@ -229,40 +237,52 @@ class Dispatch:
             return self._try_another(job, now)
         if all(attempt.replica.breaker.state is BreakerState.OPEN for attempt in job.attempts):
             # Others found out that this server is gone: do not wait for what will not come.
-            replica = pick(job.replicas, now, job.tried | job.unfit, desperate=True)
-            return None if replica is None else self._send(job, replica, now)
+            return self._fail_over(job, now)
         if job.hedge_at is not None and now >= job.hedge_at:
             return self._hedge(job, now)
+        return None
+
+    def _fail_over(self, job: Job, now: float) -> Attempt | None:
+        untried = job.untried
+        replica = pick(untried, now, desperate=True) if now >= job.not_before else None
+        if replica is not None:
+            return self._send(job, replica, now)
+        job.hedge_at = max(job.not_before, now + _ROOM_POLL_S) if untried else None
         return None
 
     def _try_another(self, job: Job, now: float) -> Attempt | None:
         if now < job.not_before:
             return None
-        config = self._shared.config
-        fit = [replica for replica in job.replicas if replica not in job.unfit]
-        untried = [replica for replica in fit if replica not in job.tried]
-        if untried:
+        patience_s = self._shared.config.no_replica_timeout_s
+        if untried := job.untried:
             replica = pick(untried, now, desperate=True)
             if replica is not None:
                 return self._send(job, replica, now)
             job.not_before = now + _ROOM_POLL_S
-        elif not fit or (job.failing_since is not None and now - job.failing_since >= config.no_replica_timeout_s):
+        elif job.unfit.issuperset(job.replicas) or (
+            job.failing_since is not None and now - job.failing_since >= patience_s
+        ):
             self._give_up(job, self._no_replica(job))
         else:
-            pause = min(config.max_backoff_s, config.initial_backoff_s * 2**job.num_rounds)
-            job.not_before = now + max(pause, job.retry_after_s)
-            job.num_rounds += 1
-            job.retry_after_s = 0.0
-            job.tried.clear()
-            job.replicas = job.look_again() or job.replicas  # servers may have come since the call began
+            self._next_round(job, now)
         return None
+
+    def _next_round(self, job: Job, now: float) -> None:
+        """After a pause, all servers may be asked again that do not have the part still."""
+        config = self._shared.config
+        pause = min(config.max_backoff_s, config.initial_backoff_s * 2**job.num_rounds)
+        job.not_before = now + max(pause, job.retry_after_s)
+        job.num_rounds += 1
+        job.retry_after_s = 0.0
+        job.tried = {attempt.replica for attempt in job.attempts}
+        job.replicas = job.look_again() or job.replicas  # servers may have come since the call began
 
     def _send(self, job: Job, replica: Replica, now: float, *, is_hedge: bool = False) -> Attempt:
         config = self._shared.config
         job.tried.add(replica)
         job.num_attempts += 1
         left = self._deadline - now
-        has_others = any(other not in job.tried and other not in job.unfit for other in job.replicas)
+        has_others = bool(job.untried)
         timeout = min(config.attempt_timeout_s, left / 2 if has_others else left)
         delay = self._hedge_delay_s(job)
         job.hedge_at = None if is_hedge or delay is None or not has_others else now + delay
@@ -280,11 +300,12 @@ class Dispatch:
 
     def _hedge(self, job: Job, now: float) -> Attempt | None:
         # One that is out of use is better than none: it may have been slow for a moment, this one may be frozen.
-        replica = pick(job.replicas, now, job.tried | job.unfit, desperate=True)
+        delay = self._hedge_delay_s(job)
+        replica = None if delay is None else pick(job.untried, now, desperate=True)
         if replica is not None and self._shared.budget.spend():
             return self._send(job, replica, now, is_hedge=True)
         # Look again in a while: the budget grows, and other calls may find out that the first server is gone.
-        job.hedge_at = now + (self._hedge_delay_s(job) or self._shared.config.attempt_timeout_s)
+        job.hedge_at = now + (delay or self._shared.config.attempt_timeout_s)
         return None
 
     def _hedge_delay_s(self, job: Job) -> float | None:

@@ -412,3 +412,49 @@ def test_a_hedge_that_fails_is_sent_again_while_the_first_server_says_nothing() 
     assert again.replica.address == "b"
     assert rig.answer(again)
     rig.assert_idle()
+
+
+@pytest.mark.parametrize("hedge_delay_s", [None, 0.25])
+def test_while_one_server_hangs_another_that_refuses_is_given_the_time_it_asks_for(hedge_delay_s: float | None) -> None:
+    rig = Rig([["a", "b"]], hedge_delay_s=hedge_delay_s)
+    rig.replicas["a"].sent(10_000)  # so that b is asked first
+    assert rig.poll_one().replica.address == "b"
+    rig.replicas["b"].breaker.trip()
+    refused = OverloadedError("full")
+    refused.retry_after_s = 1.0
+    asked_at = []
+    while rig.now < 3.5 and len(asked_at) < 10:
+        if not (attempts := rig.poll()):
+            rig.sleep()
+        for attempt in attempts:
+            asked_at.append((attempt.replica.address, rig.now))
+            rig.fail(attempt, refused)
+    assert asked_at == [("a", 0.0), ("a", 1.0), ("a", 2.0), ("a", 3.0)]
+
+
+def test_while_one_server_hangs_and_another_refuses_the_third_is_asked_at_once() -> None:
+    rig = Rig([["a", "b", "c"]])
+    hanging = rig.poll_one()
+    hanging.replica.breaker.trip()
+    refused = OverloadedError("full")
+    refused.retry_after_s = 1.0
+    second = rig.poll_one()
+    rig.fail(second, refused)
+    third = rig.poll_one()
+    assert sorted(addresses([hanging, second, third])) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("others", [["b"], []])
+def test_while_one_server_hangs_and_the_others_are_full_the_call_sleeps(others: list[str]) -> None:
+    rig = Rig([["a", *others]], hedge_delay_s=0.25)
+    assert rig.poll_one().replica.address == "a"
+    for _ in range(4 * len(others)):
+        rig.replicas["b"].sent(1)
+    rig.now = 0.25
+    rig.replicas["a"].breaker.trip()
+    assert rig.poll() == []
+    assert rig.dispatch.wake_at() > rig.now
+    if others:
+        rig.replicas["b"].settled(1)
+        rig.sleep()
+        assert rig.poll_one().replica.address == "b"
