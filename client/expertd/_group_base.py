@@ -29,7 +29,7 @@ from expertd.errors import (
     VersionNotHeldError,
 )
 from expertd.group_types import GroupConfig, GroupResult
-from expertd.topology import LayerPlacement, Member, Targets, distinct, place_layer, resolver_for
+from expertd.topology import LayerPlacement, Member, Targets, distinct, place_layer, resolver_for, still_held
 from expertd.types import ForwardRequest, LayerInfo, LayerState, RoutingMethod
 
 __all__ = ["GroupBase", "Prepared", "Probe", "is_worth_a_look"]
@@ -183,7 +183,7 @@ class GroupBase:
             except TopologyError as error:
                 logger.error("refresh: %s", error)
                 self._disagreements.append(str(error))
-                placement = previous
+                placement = None if previous is None else still_held(previous, self._members)
             if placement is not None:
                 placements[name] = placement
         self._placements = placements
@@ -214,7 +214,8 @@ class GroupBase:
         """The layer as one server that held all of it would describe it. Holds the lock."""
         version = self._best_version(placement)
         info = placement.infos[version]
-        versions = frozenset.intersection(*(frozenset().union(*s.versions.values()) for s in placement.shards))
+        held = [frozenset().union(*shard.versions.values()) for shard in placement.shards]
+        versions = frozenset.intersection(*held) if held else frozenset()
         total = sum(
             max(self._members[address].layers[placement.name].weights_bytes for address in shard.versions)
             for shard in placement.shards

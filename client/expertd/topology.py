@@ -11,7 +11,7 @@ import json
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -29,6 +29,7 @@ __all__ = [
     "distinct",
     "place_layer",
     "resolver_for",
+    "still_held",
 ]
 
 _FILE_VERSION = 1
@@ -245,6 +246,28 @@ def place_layer(name: str, members: Iterable[Member], previous: LayerPlacement |
         num_current=num_current,
         unused=tuple(sorted(a for bounds, held in replicas.items() if bounds not in slices for a in held)),
     )
+
+
+def still_held(placement: LayerPlacement, members: Mapping[str, Member]) -> LayerPlacement:
+    """What is left of a placement: each shard with those of its servers that are members, by address, and still hold
+    exactly this slice; a shard without any is missing."""
+    shards = []
+    for shard in placement.shards:
+        versions = {
+            a: held for a, held in shard.versions.items() if a in members and _holds(members[a], placement, shard)
+        }
+        if versions:
+            shards.append(Shard(shard.experts, versions))
+    unused = tuple(address for address in placement.unused if address in members)
+    return replace(placement, shards=tuple(shards), unused=unused)
+
+
+def _holds(member: Member, placement: LayerPlacement, shard: Shard) -> bool:
+    layer = member.layers.get(placement.name)
+    if layer is None or layer.state is not LayerState.READY:
+        return False
+    start = layer.local_expert_offset
+    return range(start, start + layer.local_num_experts) == shard.experts
 
 
 def _kept(slices: Iterable[tuple[int, int]], previous: LayerPlacement | None) -> list[tuple[int, int]] | None:
