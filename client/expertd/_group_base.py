@@ -134,11 +134,15 @@ class GroupBase:
                 tried = "; ".join(errors) or "the targets stand for no address"
                 self._refresh_error = UnavailableError(f"no server of the group answered: {tried}")
 
-    def _refresh_failed(self, error: ExpertdError) -> None:
-        """The targets could not be resolved: go on with the members that there are."""
+    def _refresh_failed(self, error: Exception) -> None:
+        """The targets could not be resolved, or the look failed: go on with the members that there are."""
+        if not isinstance(error, OSError | TopologyError):
+            # A resolver of the caller's own, or a mistake of ours: the group must go on looking.
+            logger.error("refresh failed: %s", error, exc_info=error)
         with self._lock:
             self._end_refresh()
-            self._refresh_error = None if self._members else error
+            seen = error if isinstance(error, TopologyError) else UnavailableError(str(error) or repr(error))
+            self._refresh_error = None if self._members else seen
 
     def _begin_refresh(self) -> None:
         with self._lock:

@@ -245,15 +245,14 @@ class AsyncExpertGroup(GroupBase):
         self._begin_refresh()
         try:
             addresses = list(await asyncio.to_thread(self._resolver.resolve))
-        except (OSError, TopologyError) as error:
-            self._refresh_failed(error if isinstance(error, TopologyError) else UnavailableError(str(error)))
-        else:
             for address in addresses:
                 if address not in self._clients:
                     self._clients[address] = AsyncClient(self._client_config(address))
             left = [address for address in self._clients if address not in addresses]
             gone = [(self._replicas.get(address), self._clients.pop(address)) for address in left]
             self._take_members(addresses, await asyncio.gather(*map(self._ask, addresses)))
+        except Exception as error:
+            self._refresh_failed(error)
         self._refreshed.set()
         self._refreshed = asyncio.Event()
         return gone

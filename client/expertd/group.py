@@ -247,13 +247,10 @@ class ExpertGroup(GroupBase):
 
     def _refresh(self, executor: ThreadPoolExecutor) -> list[tuple[Replica | None, Client]]:
         """Look at everything anew. Returns the servers that have left, whose last answers may still be under way."""
+        gone: list[tuple[Replica | None, Client]] = []
         self._begin_refresh()
         try:
             addresses = list(self._resolver.resolve())
-        except (OSError, TopologyError) as error:
-            self._refresh_failed(error if isinstance(error, TopologyError) else UnavailableError(str(error)))
-            gone = []
-        else:
             with self._lock:
                 for address in addresses:
                     if address not in self._clients and not self._closed.is_set():
@@ -262,6 +259,8 @@ class ExpertGroup(GroupBase):
                 left = [address for address in self._clients if address not in addresses]
                 gone = [(self._replicas.get(address), self._clients.pop(address)) for address in left]
             self._take_members(addresses, list(executor.map(self._ask, clients)))
+        except Exception as error:
+            self._refresh_failed(error)
         with self._refreshed:
             self._refreshed.notify_all()
         return gone

@@ -59,8 +59,11 @@ class DnsName:
     port: int
 
     def resolve(self) -> Sequence[str]:
-        """See Resolver."""
-        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        """See Resolver. Raises TopologyError for a name that no host can have, OSError for one that none has."""
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except UnicodeError as error:
+            raise TopologyError(f"{self.host!r} is no host name: {error}") from error
         hosts = {str(address[0]) for *_, address in found}
         return sorted(f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}" for host in hosts)
 
@@ -99,7 +102,10 @@ class TopologyFile:
                 raise TopologyError(
                     f"topology file {str(self.path)!r}: servers[{index}].address is {address!r}, expected 'host:port'"
                 )
-            addresses += resolver_for(address).resolve()
+            try:
+                addresses += resolver_for(address).resolve()
+            except (ConfigError, TopologyError) as error:
+                raise TopologyError(f"topology file {str(self.path)!r}: servers[{index}].address: {error}") from error
         return addresses
 
 

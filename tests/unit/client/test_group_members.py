@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Iterable, Sequence
 
 import ml_dtypes
 import numpy as np
 import pytest
 from test_group_topology import E, member
 
+from expertd import AsyncExpertGroup, ExpertGroup
 from expertd._group_base import GroupBase, Probe
-from expertd.errors import NoReplicaError
+from expertd.errors import ConfigError, NoReplicaError
 from expertd.topology import Member
 from expertd.types import ForwardRequest
 
+TIMEOUT_S = 3.0
 REQUEST = ForwardRequest(
     layer="layer", hidden_states=np.zeros((3, 64), ml_dtypes.float8_e4m3fn), routing_logits=np.zeros((3, E), np.float32)
 )
@@ -65,3 +68,42 @@ def test_when_only_servers_that_disagree_are_left_all_experts_are_missing() -> N
     with pytest.raises(NoReplicaError, match="no server holds experts 0-11"):
         group._begin(REQUEST, deadline=1.0, allow_partial=False)
     assert group._begin(REQUEST, deadline=1.0, allow_partial=True).dispatch.is_done
+
+
+class Failing:
+    """Fails once after the first look, then stands for other addresses than before."""
+
+    def __init__(self, error: Exception) -> None:
+        self._answers: list[Exception | list[str]] = [["unix:/nowhere/a"], error, ["unix:/nowhere/b"]]
+
+    def resolve(self) -> Sequence[str]:
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+ERRORS = [ConfigError("bad line"), UnicodeError("label empty"), RuntimeError("bug"), OSError("gone")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_the_group_looks_again_whatever_a_resolver_raises(error: Exception) -> None:
+    with ExpertGroup(Failing(error)) as group:
+        group.refresh(timeout_s=TIMEOUT_S)
+        group.refresh(timeout_s=TIMEOUT_S)
+        assert str(error) in str(group._refresh_error)
+        group.refresh(timeout_s=TIMEOUT_S)
+        assert "nowhere/b" in str(group._refresh_error)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_the_asynchronous_group_looks_again_whatever_a_resolver_raises(error: Exception) -> None:
+    async def look() -> None:
+        async with AsyncExpertGroup(Failing(error)) as group:
+            await group.refresh(timeout_s=TIMEOUT_S)
+            await group.refresh(timeout_s=TIMEOUT_S)
+            assert str(error) in str(group._refresh_error)
+            await group.refresh(timeout_s=TIMEOUT_S)
+            assert "nowhere/b" in str(group._refresh_error)
+
+    asyncio.run(look())

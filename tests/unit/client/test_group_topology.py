@@ -157,6 +157,10 @@ def test_topology_file(tmp_path: Path) -> None:
         ('{"expertd_topology": 2}', "expertd_topology is 2, expected 1"),
         ('{"expertd_topology": 1}', "servers is None, expected a list"),
         ('{"expertd_topology": 1, "servers": ["a:1"]}', r"servers\[0\].address is None"),
+        (
+            '{"expertd_topology": 1, "servers": [{"address": "unix:/a"}, {"address": "a"}]}',
+            r"tier.json': servers\[1\].address: target is 'a'",
+        ),
     ],
 )
 def test_a_bad_topology_file_says_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
@@ -179,6 +183,13 @@ def test_a_name_stands_for_all_its_addresses(monkeypatch: pytest.MonkeyPatch) ->
     expected = ["10.0.0.1:50051", "10.0.0.2:50051", "[fd00::1]:50051"]
     assert sorted(resolver_for("experts.internal:50051").resolve()) == expected
     assert sorted(resolver_for("dns:///experts.internal:50051").resolve()) == expected
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64])
+def test_a_name_that_no_host_can_have_is_an_error_of_the_topology(host: str) -> None:
+    with pytest.raises(TopologyError, match=f"'{host}' is no host name"):
+        resolver_for(f"{host}:1").resolve()
+    assert resolver_for([f"{host}:1", "unix:/b"]).resolve() == ["unix:/b"]
 
 
 def test_a_resolver_object_and_a_socket_path_are_targets() -> None:
