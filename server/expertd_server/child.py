@@ -6,20 +6,24 @@ to, or when the supervisor is gone.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from expertd_server.control import Collect, Collected, Control, Serving, Start, Stop
-from expertd_server.exits import exit_code_of
+from expertd_server.exits import EXIT_FAILED, exit_code_of
 from expertd_server.logs import configure_logging
 
 __all__ = ["ENGINE", "Child", "start_child"]
+
+log = logging.getLogger(__name__)
 
 ENGINE: Final = "engine"
 
@@ -73,7 +77,14 @@ class Child:
                 case Stop():
                     self.stop_requested.set()
                 case Collect(number):
-                    self._control.send(Collected(number, collect()))
+                    self._send_metrics(number, collect)
+
+    def _send_metrics(self, number: int, collect: Callable[[], list[Any]]) -> None:
+        try:
+            self._control.send(Collected(number, collect()))
+        except Exception:  # this thread must hear the supervisor's next word, whatever the metrics are up to
+            log.exception("cannot collect metrics")
+            self._control.send(Collected(number, []))
 
 
 class _Role(Protocol):
@@ -102,7 +113,11 @@ def _main() -> int:
 
 
 if __name__ == "__main__":
-    code = _main()
+    try:
+        code = _main()
+    except BaseException:
+        traceback.print_exc()
+        code = EXIT_FAILED
     sys.stdout.flush()
     sys.stderr.flush()
     # Whatever thread of a library still runs must not hold up the end: all that matters was closed before.

@@ -35,6 +35,8 @@ class Frontend:
     ) -> None:
         self._config = config
         self._on_serving = on_serving
+        self._is_draining = False
+        """For good, even if the next engine knows nothing of it."""
         self._known: set[str] = set()
         """Names of layers that health has heard of."""
         self.metrics = Metrics()
@@ -61,6 +63,7 @@ class Frontend:
         """Listen, and look for an engine; returns the port. Raises ConfigError."""
         port = self._listener.bind(port)
         self._listener.start()
+        self._on_serving(False)  # before the engine, in whose thread the next word is said
         self.engine.start()
         return port
 
@@ -71,13 +74,15 @@ class Frontend:
     def _apply(self, state: EngineState | None) -> None:
         """Serve what the engine holds; None: it is gone."""
         listener = self._listener
-        is_serving = state is not None and not state.is_loading and not state.is_draining
+        self._is_draining |= state is not None and state.is_draining
+        is_serving = state is not None and not state.is_loading and not self._is_draining
         if not is_serving:
             listener.set_serving(False)
         layers = [] if state is None else [(one.to_layer(), one.is_current) for one in state.layers]
         self.store.replace(layers, is_loading=state is None or state.is_loading)
-        if state is not None and state.is_draining:
+        if self._is_draining:
             listener.begin_drain()
+            self.engine.drain(0)
         held = set() if state is None else {one.name for one in state.layers}
         for name in self._known | held:
             listener.set_layer_serving(name, name in held)
@@ -97,6 +102,5 @@ def run_frontend(child: Child) -> int:
     )
     child.listen(lambda: list(frontend.metrics.registry.collect()))
     frontend.start(child.port)
-    child.tell(is_serving=False)
     child.stop_requested.wait()
     return 0 if frontend.shutdown() else EXIT_CUT_OFF

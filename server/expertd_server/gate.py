@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -10,7 +11,7 @@ import select
 import socket
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from typing import Final
 
@@ -140,23 +141,39 @@ class EngineGate:
         except OSError as error:
             log.error("cannot take a front-end in: %s", error)
             return
-        if flags & socket.MSG_CTRUNC or len(fds) != 4:
-            log.error(
-                "cannot take a front-end in: %d of its 4 files came; is the limit of open files reached?", len(fds)
-            )
+        if not data:
+            log.info("nobody is left to start front-ends")
+            self._epoll.unregister(self._mailbox)
+            return
+        try:
+            if flags & socket.MSG_CTRUNC or len(fds) != 4:
+                raise OSError(f"{len(fds)} of its 4 files came; is the limit of open files reached?")
+            peer = self._take_in(pickle.loads(data), fds)
+        except Exception as error:  # the front-end sees its files closed, and asks again; the others go on
+            log.error("cannot take a front-end in: %s", error)
+            return
+        finally:
             for fd in fds:
                 os.close(fd)
-            return
-        hello: Hello = pickle.loads(data)
-        control = Control(socket.socket(fileno=fds[3]))
-        peer = _Peer(hello.name, Channel(hello.arena_bytes, hello.max_requests, *fds[:3]), control)
-        with self._changed:
-            for fd in peer.read_fds:
-                self._peers[fd] = peer
-                self._epoll.register(fd, select.EPOLLIN)
-            state = self._state
-        if control.send(state):
+        if peer.control.send(self._state):
             log.info("%s is connected", peer.name)
+
+    def _take_in(self, hello: Hello, fds: list[int]) -> _Peer:
+        """Takes those files out of fds that are somebody's by now."""
+        with contextlib.ExitStack() as undo:
+            connected = undo.enter_context(socket.socket(fileno=fds[3]))
+            del fds[3]
+            channel = Channel(hello.arena_bytes, hello.max_requests, *fds)
+            peer = _Peer(hello.name, channel, Control(connected))
+            fds.clear()
+            undo.callback(peer.close)
+            with self._changed:
+                for fd in peer.read_fds:
+                    self._epoll.register(fd, select.EPOLLIN)
+                    undo.callback(self._epoll.unregister, fd)
+                self._peers.update(dict.fromkeys(peer.read_fds, peer))
+            undo.pop_all()
+        return peer
 
     def _read(self, peer: _Peer, fd: int) -> None:
         if fd == peer.from_frontend.eventfd:
@@ -197,13 +214,18 @@ class EngineGate:
         peer.futures.pop(number, None)
         if peer.is_gone:
             return
+        # NOTE: an error that is raised here knows this frame, and the frame its future, which knows the error: a cycle.
+        failure = CancelledError() if future.cancelled() else future.exception()
+        if failure is not None:
+            self._fail(peer, number, block, failure)
+            return
         try:
             write_answer(block, future.result(), self._engine.queue_tokens)
             peer.to_frontend.publish(ANSWERED, number)
         except Exception as error:
             self._fail(peer, number, block, error)
 
-    def _fail(self, peer: _Peer, number: int, block: memoryview, error: Exception) -> None:
+    def _fail(self, peer: _Peer, number: int, block: memoryview, error: BaseException) -> None:
         status = status_of(error, peer.name)
         data = status.SerializeToString()
         if len(data) > MAX_ERROR_BYTES:

@@ -5,6 +5,7 @@ Deadlines are absolute times of the monotonic clock, which all processes of a ma
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import pickle
@@ -98,7 +99,7 @@ class RemoteEngine:
         self._on_state = on_state
         self._link: _Link | None = None
         self._is_draining = False
-        self._is_closed = False
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="expertd-engine-link", daemon=True)
 
     @property
@@ -132,7 +133,8 @@ class RemoteEngine:
 
     def stop(self, timeout_s: float) -> bool:
         """Leave the engine; calls in flight fail with UnavailableError. False when it has not ended after timeout_s."""
-        self._is_draining = self._is_closed = True
+        self._is_draining = True
+        self._closed.set()
         link = self._link
         if link is not None:
             link.hang_up()
@@ -140,39 +142,42 @@ class RemoteEngine:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while not self._is_closed:
+        while not self._closed.is_set():
             try:
                 link = self._connect()
             except OSError as error:
                 log.error("cannot offer a channel to the engine: %s", error)
-                time.sleep(_LOOK_UP_S)
+                self._closed.wait(_LOOK_UP_S)
                 continue
             try:
-                link.serve(self._enter, lambda: self._is_closed)
+                link.serve(self._enter, self._closed.is_set)
             except Exception:  # this thread must outlive whatever an engine says
                 log.exception("the way to the engine broke; looking for it anew")
-            self._link = None
+            was_taken_in, self._link = self._link is not None, None
             link.fail_all(_no_engine())
-            if not self._is_closed:
-                log.warning("the engine's process is gone")
-                self._on_state(None)
+            if self._closed.is_set():
+                return
+            log.warning("the engine's process is gone" if was_taken_in else "the engine did not take this front-end in")
+            self._on_state(None)
+            if not was_taken_in:  # it may refuse the next time too
+                self._closed.wait(_LOOK_UP_S)
 
     def _enter(self, link: _Link, state: EngineState) -> None:
         self._on_state(state)
         self._link = link
 
     def _connect(self) -> _Link:
-        channel = Channel.make(self._arena_bytes, self._max_requests)
-        mine, theirs = socket.socketpair()
-        try:
-            hello = pickle.dumps(Hello(self._name, self._arena_bytes, self._max_requests))
+        with contextlib.ExitStack() as undo:
+            channel = Channel.make(self._arena_bytes, self._max_requests)
+            undo.callback(channel.close)
+            mine, theirs = socket.socketpair()
+            undo.enter_context(mine)
             with theirs:
+                hello = pickle.dumps(Hello(self._name, self._arena_bytes, self._max_requests))
                 socket.send_fds(self._mailbox, [hello], [*channel.fds, theirs.fileno()])
-        except OSError:
-            channel.close()
-            mine.close()
-            raise
-        return _Link(channel, Control(mine))
+            link = _Link(channel, Control(mine))
+            undo.pop_all()
+        return link
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,18 +209,13 @@ class _Link:
         self.queue_tokens = 0
 
     def submit(self, call: ForwardCall, deadline_s: float | None) -> Future[ForwardResult]:
+        with self._changed:
+            self._check_open()
         block = self._room(block_bytes(call), deadline_s)
         write_call(block.view, call, layer_id_of(call.layer), deadline_s)
         future: Future[ForwardResult] = Future()
         with self._changed:
-            if self._is_over:
-                raise _no_engine()
-            if len(self._waiting) >= self._max_requests:
-                raise OverloadedError(
-                    f"{len(self._waiting)} requests of this front-end are in flight, at most {self._max_requests} may "
-                    f"be (max_queue_requests); come back in {_ROOM_RETRY_DELAY_S} s",
-                    _ROOM_RETRY_DELAY_S,
-                )
+            self._check_open()
             number = next(self._numbers)
             self._waiting[number] = _Waiting(future, block)
             self._to_engine.publish(SUBMIT, number, block.offset, block.nbytes)
@@ -260,6 +260,16 @@ class _Link:
         self._to_engine.close()
         self._from_engine.close()
         self._control.close()
+
+    def _check_open(self) -> None:
+        if self._is_over:
+            raise _no_engine()
+        if len(self._waiting) >= self._max_requests:
+            raise OverloadedError(
+                f"{len(self._waiting)} requests of this front-end are in flight, at most {self._max_requests} may "
+                f"be (max_queue_requests); come back in {_ROOM_RETRY_DELAY_S} s",
+                _ROOM_RETRY_DELAY_S,
+            )
 
     def _room(self, nbytes: int, deadline_s: float | None) -> Block:
         timeout_s = _ROOM_TIMEOUT_S

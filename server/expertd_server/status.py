@@ -37,7 +37,7 @@ class RelayedError(ExpertdServerError):
         super().__init__(status.message)
 
 
-def status_of(error: Exception, request_id: str = "") -> status_pb2.Status:
+def status_of(error: BaseException, request_id: str = "") -> status_pb2.Status:
     """The status to answer with. An error that nobody raised on purpose is logged with an id, and only the id told.
 
     request_id: for the log line.

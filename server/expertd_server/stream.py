@@ -82,12 +82,14 @@ class Stream:
             return
         threading.Thread(target=self._read, name="expertd-stream-reader", daemon=True).start()
         while not self._is_gone:
+            # In this order: the reader leaves its last request, then its error, and then says that it has ended.
+            is_closing, is_reading, broken = self._is_closing, self._is_reading, self._broken
             if not self._pending:
-                if self._broken is not None:
-                    raise self._broken
-                if not self._is_reading:
+                if broken is not None:
+                    raise broken
+                if not is_reading:
                     return
-                if self._is_closing:
+                if is_closing:
                     raise _closing()
             try:
                 pending = self._done.get(timeout=_LOOK_UP_S)
@@ -152,6 +154,7 @@ class Stream:
             future.set_exception(error)
         pending.future = future
         future.add_done_callback(lambda _: self._done.put(pending))
+        del future  # an error that was caught here knows this frame: leave no cycle
         if self._is_gone:
             self._give_up(pending)
         return True

@@ -23,7 +23,7 @@ from expertd_server.child import ENGINE, start_child
 from expertd_server.config import Config
 from expertd_server.control import Collect, Collected, Control, Serving, Start, Stop
 from expertd_server.errors import ConfigError
-from expertd_server.exits import EXIT_CUT_OFF, EXIT_FAILED, EXIT_UNUSABLE
+from expertd_server.exits import EXIT_CUT_OFF, EXIT_FAILED
 from expertd_server.host_memory import available_memory_bytes
 from expertd_server.metrics_endpoint import MetricsEndpoint
 from expertd_server.ready import clear_ready_file, write_ready_file
@@ -129,7 +129,11 @@ class Supervisor:
         mine, theirs = socket.socketpair()
         mailbox = self._mailbox_out if process.is_engine else self._mailbox_in
         with theirs:
-            process.popen = start_child(process.name, theirs, mailbox)
+            try:
+                process.popen = start_child(process.name, theirs, mailbox)
+            except OSError:
+                mine.close()
+                raise
         process.control = Control(mine)
         process.started_s, process.start_at_s = time.monotonic(), None
         process.control.send(Start(self._config, self._port, self._instance_id))
@@ -156,10 +160,22 @@ class Supervisor:
             return
         for process in self._processes:
             if process.start_at_s is not None and process.start_at_s <= time.monotonic():
-                counter = self._metrics.engine_restarts if process.is_engine else self._metrics.frontend_restarts
-                counter.inc()
-                self._start(process)
+                self._start_again(process)
         self._set_ready(all(process.is_serving for process in self._processes))
+
+    def _start_again(self, process: _Process) -> None:
+        try:
+            self._start(process)
+        except OSError as error:  # no memory, files or processes left, for now: the others serve on
+            log.error("cannot start %s: %s; it is tried again in %.1f s", process.name, error, process.pause_s)
+            self._start_later(process)
+            return
+        counter = self._metrics.engine_restarts if process.is_engine else self._metrics.frontend_restarts
+        counter.inc()
+
+    def _start_later(self, process: _Process) -> None:
+        process.start_at_s = time.monotonic() + process.pause_s
+        process.pause_s = min(max(_FIRST_PAUSE_S, 2 * process.pause_s), _MAX_PAUSE_S)
 
     def _pause_s(self) -> float:
         due_s = [process.start_at_s for process in self._processes if process.start_at_s is not None]
@@ -170,6 +186,12 @@ class Supervisor:
         try:
             message = process.control.receive()
         except EOFError:
+            self._ended(process)
+            return
+        except Exception:  # whatever it meant to say, there is no making sense of what follows either
+            log.exception("cannot make sense of %s, which is killed", process.name)
+            assert process.popen is not None
+            process.popen.kill()
             self._ended(process)
             return
         match message:
@@ -200,19 +222,18 @@ class Supervisor:
             return
         self._set_ready(False)
         how = f"ended with exit code {code}" if code >= 0 else f"was ended by signal {-code}"
-        if not process.has_started or (process.is_engine and code == EXIT_UNUSABLE):
+        # Later on whatever an engine ends with may pass: other programs share its GPU and its checkpoint's disk.
+        if not process.has_started:
             log.error("%s %s and cannot be started", process.name, how)
             self._stop(code if code > 0 else EXIT_FAILED)
         elif process.is_engine and not self._config.engine_restart:
             log.error("%s %s; the server ends with it (engine_restart is off)", process.name, how)
             self._stop(EXIT_FAILED)
         else:
-            now_s = time.monotonic()
-            if now_s - process.started_s > _SOON_S:
+            if time.monotonic() - process.started_s > _SOON_S:
                 process.pause_s = 0.0
             log.error("%s %s; it is started again in %.1f s", process.name, how, process.pause_s)
-            process.start_at_s = now_s + process.pause_s
-            process.pause_s = min(max(_FIRST_PAUSE_S, 2 * process.pause_s), _MAX_PAUSE_S)
+            self._start_later(process)
 
     def _stop(self, exit_code: int) -> None:
         """Begin to end the server: first the front-ends, which finish what is in flight, then the engine."""
@@ -245,16 +266,20 @@ class Supervisor:
         """Say so in the ready file, and the first time on standard output."""
         if is_ready == self._is_ready:
             return
-        self._is_ready = is_ready
-        ready_file = self._config.ready_file
-        if not is_ready:
-            if ready_file is not None:
-                ready_file.unlink(missing_ok=True)
-            return
-        facts = self._ready_facts()
-        log.info("ready on %s, %d front-ends: %s", facts["address"], len(self._frontends), self._summary)
+        ready_file, facts = self._config.ready_file, self._ready_facts()
         if ready_file is not None:
-            write_ready_file(ready_file, facts)
+            try:
+                if is_ready:
+                    write_ready_file(ready_file, facts)
+                else:
+                    ready_file.unlink(missing_ok=True)
+            except OSError as error:
+                log.error("the ready file cannot be changed, and is tried again: %s", error)
+                return
+        self._is_ready = is_ready
+        if not is_ready:
+            return
+        log.info("ready on %s, %d front-ends: %s", facts["address"], len(self._frontends), self._summary)
         if not self._was_ready:
             print(json.dumps(facts), flush=True)
         self._was_ready = True

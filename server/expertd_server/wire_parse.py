@@ -89,6 +89,9 @@ class _UnusualError(Exception):
     """Not the hand-written path's business."""
 
 
+_MAX_LENGTH_BYTES: Final = 5
+"""Of a length: protobuf refuses one that has more, whatever its value."""
+
 # Keys (field number << 3 | wire type); each below 128, and so one byte.
 _STREAM_ID, _STREAM_REQUEST, _STREAM_TIMEOUT = 0x08, 0x12, 0x18
 _LAYER, _OPTIONS, _VERSION = 0x0A, 0x32, 0x38
@@ -106,9 +109,10 @@ def _stream_request(data: bytes) -> RawStreamRequest:
         if seen >> (key >> 3) & 1:
             raise _UnusualError
         seen |= 1 << (key >> 3)
-        value, pos = _varint(data, pos + 1, end)
+        start = pos + 1
+        value, pos = _varint(data, start, end)
         if key == _STREAM_REQUEST:
-            stop = _within(pos + value, end)
+            stop = _stop(start, pos, value, end)
             result.request = _request(data, memoryview(data), pos, stop)
             pos = stop
         elif key == _STREAM_ID:
@@ -128,11 +132,12 @@ def _request(data: bytes, view: memoryview, pos: int, end: int) -> RawRequest:
         if seen >> (key >> 3) & 1:
             raise _UnusualError
         seen |= 1 << (key >> 3)
-        value, pos = _varint(data, pos + 1, end)
+        start = pos + 1
+        value, pos = _varint(data, start, end)
         if key == _VERSION:
             result.weights_version = value
             continue
-        stop = _within(pos + value, end)
+        stop = _stop(start, pos, value, end)
         if key in _TENSORS:
             setattr(result, _TENSORS[key], _tensor(data, view, pos, stop))
         elif key == _LAYER:
@@ -156,11 +161,12 @@ def _tensor(data: bytes, view: memoryview, pos: int, end: int) -> RawTensor:
         if seen >> (key >> 3) & 1:
             raise _UnusualError
         seen |= 1 << (key >> 3)
-        value, pos = _varint(data, pos + 1, end)
+        start = pos + 1
+        value, pos = _varint(data, start, end)
         if key == _DTYPE and value < 2**7:  # greater ones wrap around, as C's int32 does
             result.dtype = value
             continue
-        stop = _within(pos + value, end)
+        stop = _stop(start, pos, value, end)
         if key == _DATA:
             result.data = view[pos:stop]
         elif key == _SHAPE:
@@ -220,10 +226,11 @@ def _varint(data: bytes, pos: int, end: int) -> tuple[int, int]:
     raise _UnusualError
 
 
-def _within(stop: int, end: int) -> int:
-    if stop > end:
+def _stop(start: int, pos: int, length: int, end: int) -> int:
+    """Where something of this length ends that begins at pos; start: where its length began."""
+    if pos - start > _MAX_LENGTH_BYTES or pos + length > end:
         raise _UnusualError
-    return stop
+    return pos + length
 
 
 def _decode(kind: type[_Message], data: bytes) -> _Message:

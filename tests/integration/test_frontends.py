@@ -33,6 +33,7 @@ from serving import (
 import expertd
 from expertd.v1 import expertd_pb2 as pb
 from expertd.v1 import expertd_pb2_grpc
+from expertd_server.errors import UnavailableError
 
 SEED = 20261126
 
@@ -237,6 +238,36 @@ class TestLeaving:
         finally:
             gc.enable()
 
+    def test_memory_of_failed_and_refused_requests_comes_back_without_the_garbage_collector(self) -> None:
+        chance = np.random.default_rng(SEED)
+        backend = SteeredBackend()
+        with split(1, backend, max_batch_tokens=4, max_queue_tokens=4) as server:
+            stub, link = server.stubs[0], server.frontends[0].engine._link
+            assert link is not None
+            bad = request(chance, 1)
+            bad.hidden_states.data = bytes([SteeredBackend.POISON]) * HIDDEN_SIZE
+            gc.collect()
+            gc.disable()
+            try:
+                first = stub.Forward.future(request(chance, 1))
+                backend.wait_started()
+                second = stub.Forward.future(request(chance, 4))
+                wait_for(lambda: server.engine.host.engine.queue_tokens == 4)
+                refused = [error_of(stub, request(chance, 4)).code() for _ in range(10)]
+                messages = [pb.ForwardStreamRequest(id=n, request=request(chance, 4)) for n in range(10)]
+                refused += [stream_failure_of(one.error).code for one in stub.ForwardStream(iter(messages))]
+                assert set(refused) == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+                backend.gate.set()
+                first.result(PATIENCE_S)
+                second.result(PATIENCE_S)
+                failed = [error_of(stub, bad).code() for _ in range(10)]
+                messages = [pb.ForwardStreamRequest(id=n, request=bad) for n in range(4)]
+                failed += [stream_failure_of(one.error).code for one in stub.ForwardStream(iter(messages))]
+                assert set(failed) == {grpc.StatusCode.INTERNAL}
+                wait_for(lambda: link._arena.free_bytes() == link._arena.nbytes)
+            finally:
+                gc.enable()
+
     def test_a_front_end_that_drains_finishes_what_it_has(self) -> None:
         chance = np.random.default_rng(SEED)
         backend = SteeredBackend()
@@ -311,6 +342,14 @@ class TestOrders:
                 answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
                 assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
                 assert failure_of(error_of(stub, request(chance, 1))).code == grpc.StatusCode.UNAVAILABLE
+            # The next engine, if this one died now, would know nothing of it; its front-ends do.
+            frontend, said = server.frontends[0], list[bool]()
+            frontend._on_serving = said.append
+            server.engine.gate._is_draining = False
+            server.engine.gate.publish(PATIENCE_S)
+            assert said == [False]
+            with pytest.raises(UnavailableError, match="draining"):
+                frontend.engine.submit(None)  # type: ignore[arg-type]
 
     def test_the_data_port_takes_none(self, many: Split) -> None:
         for channel in many.channels:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import socket
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import fields
 from time import monotonic
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +33,7 @@ from expertd_server.errors import (
 )
 from expertd_server.gate import EngineGate
 from expertd_server.layer import MoELayer
-from expertd_server.remote import EngineState, RemoteEngine
+from expertd_server.remote import EngineState, Hello, RemoteEngine
 from expertd_server.remote_layer import RemoteLayer
 from expertd_server.ring import ALIGNMENT_BYTES
 from expertd_server.status import RelayedError, status_of
@@ -396,6 +399,24 @@ class TestErrors:
         assert "secret" in caplog.text
         assert any(incident in line and "request-7" in line for line in caplog.text.splitlines()), caplog.text
 
+    @pytest.mark.parametrize("when", ["cancelled", "failed"])
+    def test_what_fails_leaves_no_cycle(self, rig: Rig, when: str) -> None:
+        side = rig.side()
+        gc.collect()
+        gc.disable()
+        try:
+            future = side.remote.submit(side.call())
+            inner = weakref.ref(rig.engine.wait(1))
+            if when == "failed":
+                rig.engine.futures.pop().set_exception(RequestTimeoutError("too late"))
+            else:
+                rig.engine.futures.pop().cancel()
+            with pytest.raises(RelayedError):
+                future.result(PATIENCE_S)
+            wait_for(lambda: inner() is None)
+        finally:
+            gc.enable()
+
     def test_an_answer_that_does_not_fit_fails_alone(self, rig: Rig) -> None:
         side = rig.side()
         future = side.remote.submit(side.call(1))
@@ -542,6 +563,55 @@ class TestEnds:
         inner.set_result(result_of(3))
         assert side.remote.drain(PATIENCE_S)
         assert future.done()
+
+    def test_who_cannot_be_taken_in_harms_nobody_and_leaves_nothing_open(
+        self, rig: Rig, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        side = rig.side()
+        before = len(os.listdir("/proc/self/fd"))
+        # Nonsense; a memory too small to be mapped; three files.
+        hello = pickle.dumps(Hello("bad", ARENA_BYTES, MAX_REQUESTS))
+        for number, (data, count) in enumerate([(b"nonsense", 4), (hello, 4), (hello, 3)], 1):
+            mine, theirs = socket.socketpair()
+            fds = [os.memfd_create("small"), *(os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)), theirs.fileno()]
+            socket.send_fds(rig.inlet, [data], fds[:count])
+            wait_for(lambda number=number: caplog.text.count("cannot take a front-end in") == number)
+            for fd in fds[:3]:
+                os.close(fd)
+            theirs.close()
+            assert mine.recv(1) == b"", "its files were closed"
+            mine.close()
+        assert len(os.listdir("/proc/self/fd")) == before
+        future = side.remote.submit(side.call())
+        rig.engine.wait(1).set_result(result_of(3))
+        future.result(PATIENCE_S)
+
+    def test_a_front_end_that_was_not_taken_in_asks_again(self, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+        refusals = [OSError("too many open files")]
+        take_in = EngineGate._take_in
+
+        def fail_once(*arguments: Any) -> Any:
+            if refusals:
+                raise refusals.pop()
+            return take_in(*arguments)
+
+        monkeypatch.setattr(EngineGate, "_take_in", fail_once)
+        side = rig.side()
+        assert not refusals
+        future = side.remote.submit(side.call())
+        rig.engine.wait(1).set_result(result_of(3))
+        future.result(PATIENCE_S)
+
+    def test_the_end_of_the_mailbox_is_seen_once(self, rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level("INFO")
+        side = rig.side()
+        rig.inlet.close()
+        wait_for(lambda: "nobody is left" in caplog.text)
+        future = side.remote.submit(side.call())
+        rig.engine.wait(1).set_result(result_of(3))
+        future.result(PATIENCE_S)
+        assert caplog.text.count("nobody is left") == 1
+        assert "cannot take" not in caplog.text
 
     def test_coming_and_going_leaves_nothing_open(self) -> None:
         def open_files() -> int:

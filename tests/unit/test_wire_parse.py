@@ -61,7 +61,7 @@ def messages(*fields: st.SearchStrategy[bytes], most: int) -> st.SearchStrategy[
     return st.lists(st.one_of(usual, usual, usual, usual, unknown_fields()), max_size=most).map(b"".join)
 
 
-extras = st.sampled_from([0, 0, 0, 1, 9])
+extras = st.sampled_from([0, 0, 0, 0, 1, 4, 5, 8, 9])
 tensors = messages(
     st.builds(number, st.just(1), varints, extras),
     st.builds(delimited, st.just(2), st.lists(varints, max_size=5).map(lambda v: b"".join(map(varint, v))), extras),
@@ -147,6 +147,10 @@ def test_a_request_is_what_protobuf_says(data: bytes) -> None:
 
 @given(stream_requests)
 @example(delimited(2, b"") + number(1, 2**64 - 1))
+@example(delimited(2, b"", 4))  # a length of five bytes
+@example(delimited(2, b"", 5))  # and one of six, which protobuf refuses
+@example(delimited(2, delimited(2, b"", 5)))
+@example(delimited(2, delimited(2, delimited(3, b"", 5))))
 @example(number(3, 2**32 + 5))  # a uint32 of more than 32 bits
 @settings(max_examples=600, deadline=None)
 def test_a_stream_request_is_what_protobuf_says(data: bytes) -> None:

@@ -1,0 +1,116 @@
+"""What the supervisor does when the system has nothing left to give; real processes: see test_processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic
+
+import pytest
+
+from expertd_server import supervisor as module
+from expertd_server.config import Config
+from expertd_server.control import Control
+from expertd_server.supervisor import Supervisor
+
+
+class FakePopen:
+    """A process that has ended, with this exit code."""
+
+    pid = 1
+
+    def __init__(self, code: int) -> None:
+        self._code = code
+        self.was_killed = False
+
+    def wait(self, _timeout_s: float | None = None) -> int:
+        return self._code
+
+    def kill(self) -> None:
+        self.was_killed = True
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
+    one = Supervisor(Config(synthetic="tiny", frontends=1, ready_file=tmp_path / "ready"))
+    yield one
+    one._mailbox_in.close()
+    one._mailbox_out.close()
+    os.close(one._wake_fd)
+
+
+def give_engine(supervisor: Supervisor, popen: FakePopen) -> Control:
+    """Let an engine live that has served; returns its end of the conversation."""
+    mine, theirs = socket.socketpair()
+    engine = supervisor._engine
+    engine.popen, engine.control, engine.has_started = popen, Control(mine), True  # type: ignore[assignment]
+    engine.started_s = monotonic()
+    supervisor._metrics.started(engine.name)
+    return Control(theirs)
+
+
+def test_a_process_that_cannot_be_started_again_is_tried_later_and_leaves_nothing_open(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise BlockingIOError("no processes left")
+
+    monkeypatch.setattr(module, "start_child", fail)
+    engine = supervisor._engine
+    before = len(os.listdir("/proc/self/fd"))
+    for expected_pause_s in (0.5, 1.0, 2.0):
+        engine.start_at_s = 0.0
+        supervisor._step()
+        assert engine.popen is None
+        assert engine.start_at_s > 0
+        assert engine.pause_s == expected_pause_s
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert supervisor._exit_code is None
+    assert "cannot start engine: no processes left" in caplog.text
+    assert supervisor._metrics.engine_restarts._value.get() == 0
+
+
+def test_a_ready_file_that_cannot_be_written_is_tried_again(
+    supervisor: Supervisor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ready_file = supervisor._config.ready_file
+    assert ready_file is not None
+    with monkeypatch.context() as patch:
+
+        def fail(*_: object) -> None:
+            raise OSError("no space left")
+
+        patch.setattr(module, "write_ready_file", fail)
+        supervisor._set_ready(True)
+    assert "no space left" in caplog.text
+    assert capsys.readouterr().out == ""
+    supervisor._set_ready(True)
+    assert ready_file.read_text() == capsys.readouterr().out
+    supervisor._set_ready(False)
+    assert not ready_file.exists()
+
+
+@pytest.mark.parametrize("code", [1, 2, -9])
+def test_an_engine_that_has_served_is_started_again_whatever_it_ended_with(supervisor: Supervisor, code: int) -> None:
+    give_engine(supervisor, FakePopen(code)).close()
+    supervisor._hear(supervisor._engine)
+    assert supervisor._exit_code is None
+    assert supervisor._engine.start_at_s is not None
+
+
+def test_a_process_that_talks_nonsense_is_killed_and_started_again(
+    supervisor: Supervisor, caplog: pytest.LogCaptureFixture
+) -> None:
+    popen = FakePopen(-9)
+    engine = give_engine(supervisor, popen)
+    engine._socket.sendall((3).to_bytes(8, "little") + b"abc")
+    supervisor._hear(supervisor._engine)
+    assert popen.was_killed
+    assert supervisor._engine.start_at_s is not None
+    assert "cannot make sense of engine" in caplog.text
+    engine.close()
