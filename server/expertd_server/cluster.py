@@ -227,6 +227,7 @@ def _as_json(report: TierReport) -> dict[str, Any]:
             "experts": each.experts,
             "node": each.node,
             "address": each.status.address,
+            "admin_port": each.status.admin_port,
             "pid": each.status.pid,
             "state": _state(each),
             "queue_tokens": each.status.stats.queue_tokens,
@@ -252,7 +253,8 @@ def _state(replica: ReplicaReport) -> str:
 
 def _print(report: TierReport) -> None:
     table = Table("shard", "experts", "replica", "node", "address", "health", title=f"tier {report.spec.name}")
-    for title in ("queue tokens", "tokens/s", "busy"):
+    takes_orders = any(each.status.admin_port is not None for each in report.replicas)
+    for title in ("queue tokens", "tokens/s", "busy", *(["admin port"] if takes_orders else [])):
         table.add_column(title, justify="right")
     for each in report.replicas:
         table.add_row(
@@ -265,6 +267,7 @@ def _print(report: TierReport) -> None:
             f"{each.status.stats.queue_tokens:.0f}",
             f"{each.tokens_per_s:.0f}",
             f"{each.busy:.0%}",
+            *([str(each.status.admin_port or "-")] if takes_orders else []),
         )
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)

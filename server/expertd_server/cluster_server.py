@@ -59,6 +59,8 @@ class ServerStatus:
     address: str | None = None
     """host:port; None until it is ready."""
     metrics_address: str | None = None
+    admin_port: int | None = None
+    """Where it takes orders, on its own host's admin_host; None: not ready, or it takes none."""
     pid: int | None = None
     instance_id: str | None = None
     stats: ServerStats = field(default_factory=ServerStats)
@@ -149,6 +151,7 @@ class ServerProcess:
             state=state,
             address=str(facts["address"]) if facts else None,
             metrics_address=f"{self._host}:{facts['metrics_port']}" if facts else None,
+            admin_port=_port(facts.get("admin_port")),
             pid=None if process is None else process.pid,
             instance_id=str(facts["instance_id"]) if facts else None,
             stats=stats or ServerStats(),
@@ -204,7 +207,8 @@ class ServerProcess:
 
     def _start(self) -> subprocess.Popen[str] | None:
         command = [sys.executable, "-m", "expertd_server", "serve", *self._flags]
-        command += ["--host", self._host, "--port", "0", "--metrics-port", "0", "--ready-file", str(self._ready_file)]
+        command += ["--host", self._host, "--port", "0", "--metrics-port", "0", "--admin-port", "0"]
+        command += ["--ready-file", str(self._ready_file)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
         with self._lock:
             if self._draining.is_set():
@@ -250,3 +254,7 @@ class ServerProcess:
         except (OSError, grpc.RpcError, ValueError):
             return "unhealthy", None
         return "serving", stats
+
+
+def _port(fact: object) -> int | None:
+    return fact if isinstance(fact, int) else None

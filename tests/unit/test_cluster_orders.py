@@ -14,7 +14,8 @@ pytest.importorskip("ray", reason="needs Ray: pip install 'expertd-server[ray]'"
 from ray.exceptions import GetTimeoutError
 
 from expertd_server import cluster
-from expertd_server.cluster_actors import ClusterError, Controller
+from expertd_server.cluster_actors import ClusterError, Controller, ReplicaReport, TierReport
+from expertd_server.cluster_server import ServerStatus
 
 
 class FullCluster(Controller):
@@ -75,3 +76,22 @@ def test_the_controller_outlives_a_down_that_did_not_end(monkeypatch: pytest.Mon
     assert killed == []
     cluster._take_down(controller, spec)
     assert killed == [controller]
+
+
+def test_status_shows_the_port_for_orders(capsys: pytest.CaptureFixture[str]) -> None:
+    status = ServerStatus(state="serving", address="10.0.0.1:5", admin_port=41234)
+    replica = ReplicaReport(
+        name="t.s0.g0.0",
+        shard=0,
+        experts="0-7",
+        node="n",
+        status=status,
+        is_reachable=True,
+        tokens_per_s=0.0,
+        busy=0.0,
+    )
+    spec: Any = SimpleNamespace(name="t", topology_file=None)
+    report = TierReport(spec, (replica,), ())
+    cluster._print(report)
+    assert "41234" in capsys.readouterr().out
+    assert cluster._as_json(report)["replicas"][0]["admin_port"] == 41234
