@@ -472,6 +472,26 @@ def test_one_load_runs_at_a_time_and_serving_goes_on() -> None:
             assert first.result(PATIENCE_S).layer.weights_versions == (1, 2)
 
 
+def test_a_load_does_not_bring_back_a_layer_that_was_unloaded_meanwhile() -> None:
+    backend = GatedPrepare()
+    backend.gate.set()
+    with running(backend, **ADMIN) as live, admin_of(live) as admin:
+        backend.is_gated = True
+        with ThreadPoolExecutor() as pool:
+            load = pool.submit(admin.load_layer, LAYER, 2, synthetic="tiny", synthetic_seed=7)
+            assert backend.preparing.acquire(timeout=PATIENCE_S)
+            admin.unload_layer(LAYER)
+            backend.is_gated = False
+            backend.may_prepare.set()
+            with pytest.raises(expertd.OrderRefusedError, match="was unloaded while version 2") as caught:
+                load.result(PATIENCE_S)
+        assert caught.value.reason == "VERSION_CONFLICT"
+        assert [held.current.name for held in live.server.store.all_held()] == [OTHER_LAYER]
+        status = health_pb2_grpc.HealthStub(live.channel).Check(health_pb2.HealthCheckRequest(service=LAYER))
+        assert status.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert admin.load_layer(LAYER, 2, synthetic="tiny").layer.weights_version == 2, "asked for again, it comes"
+
+
 def test_a_load_whose_caller_leaves_leaves_nothing() -> None:
     backend = GatedPrepare()
     backend.gate.set()
