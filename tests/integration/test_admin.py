@@ -620,20 +620,27 @@ def test_orders_are_counted_and_the_metrics_follow() -> None:
 
 def test_beyond_this_machine_orders_take_mutual_tls() -> None:
     tls = {"tls_cert_file": CERTS / "server.pem", "tls_key_file": CERTS / "server.key"}
-    for options in ({}, tls):
+    clients = {"tls_client_ca_file": CERTS / "authority.pem"}
+    for options in ({}, tls, {**tls, **clients}):
         with pytest.raises(ConfigError, match=r"admin_host is '0\.0\.0\.0', expected .*mutual TLS"):
             Config(admin=True, admin_host="0.0.0.0", **options)
     Config(admin_host="0.0.0.0")  # off, so nobody listens
-    mutual = {**tls, "tls_client_ca_file": CERTS / "authority.pem", "admin_host": "0.0.0.0", **ADMIN}
-    with running(**mutual) as live:
+    # "intruder" is signed by the other authority, here that of the administrators.
+    administrators = {"admin_client_ca_file": CERTS / "stranger.pem", "admin_host": "0.0.0.0"}
+    with running(**tls, **clients, **administrators, **ADMIN) as live:
         target = f"127.0.0.1:{live.server.admin_port}"
         known = {"ca_file": CERTS / "authority.pem", "server_name": "localhost"}
-        pair = {"cert_file": CERTS / "client.pem", "key_file": CERTS / "client.key"}
+        pair = {"cert_file": CERTS / "intruder.pem", "key_file": CERTS / "intruder.key"}
         with expertd.AdminClient(expertd.ClientConfig(target, **known, **pair)) as admin:
             assert admin.swap_weights(LAYER, 1).previous_weights_version == 1
-        stranger = expertd.AdminClient(expertd.ClientConfig(target, **known))
-        with stranger, pytest.raises(expertd.UnavailableError):
-            stranger.swap_weights(LAYER, 1)
+        client = {"cert_file": CERTS / "client.pem", "key_file": CERTS / "client.key"}
+        for others in ({}, client):
+            other = expertd.AdminClient(expertd.ClientConfig(target, **known, **others))
+            with other, pytest.raises(expertd.UnavailableError):
+                other.swap_weights(LAYER, 1)
+        data = expertd.ClientConfig(f"127.0.0.1:{live.server.port}", **known, **client)
+        with expertd.Client(data) as sender:
+            assert [layer.name for layer in sender.layers()] == [LAYER, OTHER_LAYER]
 
 
 def test_an_admin_port_in_use_is_said_by_name() -> None:
