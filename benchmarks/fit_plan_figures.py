@@ -2,8 +2,10 @@
 
     python benchmarks/fit_plan_figures.py
 
-Reads the newest benchmarks/results/kernels-*.json of each GPU (even routing), the newest group-*.json and
-transport.json; writes server/expertd_server/plan_figures.json. The time of a layer is fitted as
+Reads the newest benchmarks/results/kernels-*.json of each GPU (even routing), the newest group-*.json, a run of the
+whole service with the no-op backend (SERVICE) and transport.json; writes server/expertd_server/plan_figures.json. The
+transport is that of the service with one process. With several only an echo of the same bytes was timed: their rates
+are the service's times the growth of the echo's. The time of a layer is fitted as
 
     launch + ((read * r)^blend + (math * m)^blend)^(1 / blend) + rows * w
 
@@ -26,6 +28,7 @@ from expertd_server.synthetic import PRESETS
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+SERVICE = RESULTS / "service-noop-h100-host-2026-11-26.json"
 TARGET = HERE.parent / "server" / "expertd_server" / "plan_figures.json"
 GPUS = ("h100", "h200")
 SHAPES = {
@@ -133,19 +136,25 @@ def fit_client(path: Path) -> dict[str, Any]:
 
 
 def fit_transport() -> dict[str, Any]:
-    """Straight lines through the measured points."""
+    """Straight lines through the measured points: the exchange of the whole service, copies of pinned memory."""
     measured = json.loads((HERE / "transport.json").read_text())
-    small, large = measured["one_in_flight"]
-    bytes_of = [point["sent_bytes"] + point["received_bytes"] for point in (small, large)]
-    byte_us = (large["p50_us"] - small["p50_us"]) / (bytes_of[1] - bytes_of[0])
+    points = json.loads(SERVICE.read_text())["points"]
+    small, large = (point for point in points if point["load"] == "lone stream")
+    bytes_of = [point["request_bytes"] + point["answer_bytes"] for point in (small, large)]
+    small_us, large_us = (point["expertd"]["latency_us"]["p50"] for point in (small, large))
+    byte_us = (large_us - small_us) / (bytes_of[1] - bytes_of[0])
+    # Saturated, and of the size that the echo's rates are of.
+    service_gbs = max(point["bytes_per_s"] for point in points if point["load"] == "saturated stream") / 1e9
+    echo_gbs = measured["server_gbs"]
     little, much = measured["pinned_copy"]
     times = [point["in_us"] + point["out_us"] for point in (little, much)]
     copy_byte_us = (times[1] - times[0]) / (much["bytes"] - little["bytes"]) / 2
     return {
-        "source": f"benchmarks/transport.json: {measured['source']}",
-        "exchange_us": round(small["p50_us"] - byte_us * bytes_of[0], 1),
+        "source": f"one process: benchmarks/results/{SERVICE.name}, the service without a backend, over loopback; more "
+        f"processes: not measured, its rate times the growth of an echo's in benchmarks/transport.json",
+        "exchange_us": round(small_us - byte_us * bytes_of[0], 1),
         "exchange_byte_ns": round(1e3 * byte_us, 4),
-        "server_gbs": measured["server_gbs"],
+        "server_gbs": {count: round(service_gbs * gbs / echo_gbs["1"], 2) for count, gbs in echo_gbs.items()},
         "copies_us": round(times[0] - 2 * copy_byte_us * little["bytes"], 1),
         "copies_byte_ns": round(1e3 * copy_byte_us, 5),
     }

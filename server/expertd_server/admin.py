@@ -73,6 +73,8 @@ class AdminService:
         self._is_draining = False
         self._loading = threading.Lock()
         self._unloading = threading.Lock()
+        self._changing = threading.Lock()
+        """Held for moments, while what is held changes: the store and all that is told of it change together."""
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
         """Every method, as gRPC serves it."""
@@ -88,6 +90,7 @@ class AdminService:
             raise UnavailableError(f"the server is {what} and takes no others")
         with _alone(self._loading, "LoadLayer"):
             start_s = time.monotonic()
+            was_held = self._is_held(name)
             source = self._source(request)
             self._check_room(name, source.spec)
             log.info("loading layer %s version %d: %.1f MB to read", name, version, source.spec.weights_nbytes / 1e6)
@@ -95,12 +98,17 @@ class AdminService:
             # Graphs of others too: where the slots had to grow for this layer, they have forgotten them.
             self._engine.capture([layer, *(one for held in self._store.all_held() for one in held.versions)])
             _check_caller(context)
-            self._hold(layer)
+            with self._changing:
+                if was_held and not self._is_held(name):
+                    raise VersionConflictError(
+                        f"layer {name!r} was unloaded while version {version} was being loaded; nothing of it is held: "
+                        f"load it again if it is still wanted"
+                    )
+                self._hold(layer)
+                info = self._info(name)
             elapsed_s = time.monotonic() - start_s
             log.info("loaded layer %s version %d in %.1f s", name, version, elapsed_s)
-            return pb.LoadLayerResponse(
-                layer=self._info(name), weights_bytes=layer.nbytes, load_time_ms=round(elapsed_s * 1e3)
-            )
+            return pb.LoadLayerResponse(layer=info, weights_bytes=layer.nbytes, load_time_ms=round(elapsed_s * 1e3))
 
     def swap_weights(self, request: pb.SwapWeightsRequest, _context: grpc.ServicerContext) -> pb.SwapWeightsResponse:
         """Make a version that is held the current one."""
@@ -115,9 +123,10 @@ class AdminService:
         """Give up a version or a layer, and wait until nobody computes with it."""
         name, version = checked_name(request.layer), request.weights_version
         with _alone(self._unloading, "UnloadLayer"):
-            removed = self._store.remove(name, version or None)
-            if not version:
-                self._forget(name)
+            with self._changing:
+                removed = self._store.remove(name, version or None)
+                if not version:
+                    self._forget(name)
             freed = removed.wait(self._timeout_s(request.timeout_ms, context))
         what = f"version {version}" if version else "all versions"
         log.info("unloaded layer %s, %s: %.1f MB %s", name, what, removed.nbytes / 1e6, "free" if freed else "in use")
@@ -188,6 +197,9 @@ class AdminService:
         if same is not None:
             return same
         return round(spec.weights_nbytes * max((one.nbytes / one.spec.weights_nbytes for one in held), default=1.0))
+
+    def _is_held(self, name: str) -> bool:
+        return any(held.current.name == name for held in self._store.all_held())
 
     def _info(self, name: str) -> pb.LayerInfo:
         held = self._store.held(name)

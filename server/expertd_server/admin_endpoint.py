@@ -31,7 +31,14 @@ class AdminEndpoint:
             options=[("grpc.so_reuseport", 0)],
         )
         self._grpc.add_generic_rpc_handlers((service.handler(),))
-        self.port = bind(self._grpc, config, config.admin_host, config.admin_port)
+        own_authority = config.admin_client_ca_file is not None
+        self.port = bind(
+            self._grpc,
+            config,
+            config.admin_host,
+            config.admin_port,
+            client_ca_option="admin_client_ca_file" if own_authority else "tls_client_ca_file",
+        )
         self._grpc.start()
 
     def close(self) -> None:

@@ -60,8 +60,11 @@ def up(options: argparse.Namespace) -> int:
         try:
             ray.get(controller.start.remote())
             report = _wait_ready(controller, options.timeout_s)
-        except BaseException:
-            _take_down(controller, spec.shutdown_grace_s)
+        except BaseException as error:
+            try:
+                _take_down(controller, spec)
+            except ClusterError as left:
+                raise ClusterError(f"{str(error) or type(error).__name__}; {left}") from error
             raise
         _print(report)
         if spec.topology_file is None:
@@ -110,7 +113,7 @@ def down(options: argparse.Namespace) -> int:
     """Let every server finish what it has, stop all of them, free what was reserved."""
     with _connected(options.address):
         controller = _controller(options.name)
-        _take_down(controller, _ask(controller.report).spec.shutdown_grace_s)
+        _take_down(controller, _ask(controller.report).spec)
     return 0
 
 
@@ -202,11 +205,14 @@ def _wait_ready(controller: Any, timeout_s: float) -> TierReport:
         time.sleep(0.2)
 
 
-def _take_down(controller: Any, shutdown_grace_s: float) -> None:
+def _take_down(controller: Any, spec: ClusterSpec) -> None:
+    """End every server, then the controller. Raises ClusterError, and leaves the controller, when servers remain."""
     try:
-        ray.get(controller.down.remote(), timeout=shutdown_grace_s + _DOWN_MARGIN_S)
-    finally:
-        ray.kill(controller, no_restart=True)
+        ray.get(controller.down.remote(), timeout=spec.shutdown_grace_s + _DOWN_MARGIN_S)
+    except RayError as error:  # without their controller nobody would find the servers again
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ClusterError(f"tier {spec.name!r} is not down yet: {reason}; run cluster down again") from error
+    ray.kill(controller, no_restart=True)
 
 
 def _serves(replica: ReplicaReport) -> bool:
@@ -221,6 +227,7 @@ def _as_json(report: TierReport) -> dict[str, Any]:
             "experts": each.experts,
             "node": each.node,
             "address": each.status.address,
+            "admin_port": each.status.admin_port,
             "pid": each.status.pid,
             "state": _state(each),
             "queue_tokens": each.status.stats.queue_tokens,
@@ -246,7 +253,8 @@ def _state(replica: ReplicaReport) -> str:
 
 def _print(report: TierReport) -> None:
     table = Table("shard", "experts", "replica", "node", "address", "health", title=f"tier {report.spec.name}")
-    for title in ("queue tokens", "tokens/s", "busy"):
+    takes_orders = any(each.status.admin_port is not None for each in report.replicas)
+    for title in ("queue tokens", "tokens/s", "busy", *(["admin port"] if takes_orders else [])):
         table.add_column(title, justify="right")
     for each in report.replicas:
         table.add_row(
@@ -259,6 +267,7 @@ def _print(report: TierReport) -> None:
             f"{each.status.stats.queue_tokens:.0f}",
             f"{each.tokens_per_s:.0f}",
             f"{each.busy:.0%}",
+            *([str(each.status.admin_port or "-")] if takes_orders else []),
         )
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)

@@ -233,7 +233,8 @@ class Controller:
     def scale(self, replicas: int, shard: int | None = None) -> None:
         """Give one shard, or each, so many replicas. Those that go finish what they have; new ones are not awaited.
 
-        Raises ClusterError when there is no room for all; those that found some stay.
+        Raises ClusterError when there is no room for all; those that found some stay, and a shard that had lost some
+        still gets them back.
         """
         with self._changing:
             for each in range(self._spec.shards) if shard is None else [shard]:
@@ -241,8 +242,10 @@ class Controller:
                     while len(self._of(each)) < replicas:
                         self._add_replica(each)
                     self._retire(self._of(each)[replicas:])
-                finally:
-                    self._goal[each] = len(self._of(each))
+                except BaseException:
+                    self._goal[each] = max(self._goal[each], len(self._of(each)))
+                    raise
+                self._goal[each] = len(self._of(each))
 
     def move(self, source: int, target: int) -> None:
         """Hand the place of one replica of `source` over to a new one of `target`, which is not awaited.

@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from expertd_server.config import ENV_PREFIX
 from expertd_server.tether import tethered
 
-__all__ = ["ServerProcess", "ServerStats", "ServerStatus", "parse_stats"]
+__all__ = ["ServerProcess", "ServerStats", "ServerStatus", "Silence", "parse_stats"]
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ State = Literal["starting", "serving", "unhealthy", "draining", "stopped"]
 _PROBE_TIMEOUT_S = 2.0
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 1.0, 30.0
 _LONG_LIFE_S = 60.0  # a process that lived for so long starts the pauses over
-_UNHEALTHY_LIMIT_S = 30.0  # then it is killed and started again
+_SILENCE_LIMIT_S = 30.0  # then it is killed and started again
 _KILL_MARGIN_S = 5.0
 _NUM_LAST_LINES = 5
 
@@ -59,6 +59,8 @@ class ServerStatus:
     address: str | None = None
     """host:port; None until it is ready."""
     metrics_address: str | None = None
+    admin_port: int | None = None
+    """Where it takes orders, on its own host's admin_host; None: not ready, or it takes none."""
     pid: int | None = None
     instance_id: str | None = None
     stats: ServerStats = field(default_factory=ServerStats)
@@ -89,6 +91,25 @@ def parse_stats(text: str) -> ServerStats:
     return ServerStats(tokens, busy_s, queue_tokens, dict(expert_tokens))
 
 
+class Silence:
+    """For how long a process has not answered: from the first probe that failed, not from the last that succeeded.
+
+    A gap between probes thus counts for nothing.
+    """
+
+    def __init__(self) -> None:
+        self._since_s: float | None = None
+
+    def after(self, answered: bool, now_s: float) -> float:
+        """Seconds of silence after a probe that ended at now_s, whatever it was that was answered."""
+        if answered:
+            self._since_s = None
+            return 0.0
+        if self._since_s is None:
+            self._since_s = now_s
+        return now_s - self._since_s
+
+
 class ServerProcess:
     """Keeps one server running until `drain`. Thread-safe."""
 
@@ -108,7 +129,7 @@ class ServerProcess:
         self._num_starts = 0
         self._exit_code: int | None = None
         self._last_words = ""
-        self._healthy_at_s = time.monotonic()
+        self._silence = Silence()
         # NOTE: the processes die with this thread, see tether: it has to live as long as they should.
         self._supervisor = threading.Thread(target=self._supervise, name="expertd-supervisor", daemon=True)
         self._supervisor.start()
@@ -118,21 +139,22 @@ class ServerProcess:
         with self._lock:
             process = self._process
             facts = self._read_facts() if process is not None else {}
-            channel = self._channel
+            channel, silence = self._channel, self._silence
         state, stats = self._probe(process, facts, channel)
         now_s = time.monotonic()
-        if state == "unhealthy" and process is not None and now_s - self._healthy_at_s > _UNHEALTHY_LIMIT_S:
-            log.error("pid %d has not answered for %.0f s: killed", process.pid, now_s - self._healthy_at_s)
+        # A server that answers NOT_SERVING does as it was told, as after `admin drain`: it is left alone.
+        silent_s = silence.after(stats is not None, now_s)
+        if process is not None and silent_s > _SILENCE_LIMIT_S:
+            log.error("pid %d has not answered for %.0f s: killed", process.pid, silent_s)
             process.kill()
-        if state != "unhealthy":
-            self._healthy_at_s = now_s
         return ServerStatus(
             state=state,
             address=str(facts["address"]) if facts else None,
             metrics_address=f"{self._host}:{facts['metrics_port']}" if facts else None,
+            admin_port=_port(facts.get("admin_port")),
             pid=None if process is None else process.pid,
             instance_id=str(facts["instance_id"]) if facts else None,
-            stats=stats,
+            stats=stats or ServerStats(),
             at_s=now_s,
             num_starts=self._num_starts,
             exit_code=self._exit_code,
@@ -185,13 +207,14 @@ class ServerProcess:
 
     def _start(self) -> subprocess.Popen[str] | None:
         command = [sys.executable, "-m", "expertd_server", "serve", *self._flags]
-        command += ["--host", self._host, "--port", "0", "--metrics-port", "0", "--ready-file", str(self._ready_file)]
+        command += ["--host", self._host, "--port", "0", "--metrics-port", "0", "--admin-port", "0"]
+        command += ["--ready-file", str(self._ready_file)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
         with self._lock:
             if self._draining.is_set():
                 return None
             self._ready_file.unlink(missing_ok=True)
-            self._healthy_at_s = time.monotonic()
+            self._silence = Silence()
             self._num_starts += 1
             self._process = subprocess.Popen(
                 tethered(command),
@@ -213,7 +236,8 @@ class ServerProcess:
 
     def _probe(
         self, process: subprocess.Popen[str] | None, facts: Mapping[str, object], channel: grpc.Channel | None
-    ) -> tuple[State, ServerStats]:
+    ) -> tuple[State, ServerStats | None]:
+        """The state and the statistics; None: it should have answered, and did not."""
         if self._draining.is_set():
             return ("stopped" if process is None else "draining"), ServerStats()
         if process is None or not facts:
@@ -228,5 +252,9 @@ class ServerProcess:
                 if answer.status != health_pb2.HealthCheckResponse.SERVING:
                     return "unhealthy", stats
         except (OSError, grpc.RpcError, ValueError):
-            return "unhealthy", ServerStats()
+            return "unhealthy", None
         return "serving", stats
+
+
+def _port(fact: object) -> int | None:
+    return fact if isinstance(fact, int) else None

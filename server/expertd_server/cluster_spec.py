@@ -22,7 +22,7 @@ __all__ = [
 NAMESPACE = "expertd"
 """Ray namespace of every actor."""
 
-SET_BY_THE_CLUSTER = ("experts", "host", "port", "metrics_port", "ready_file", "expert_token_metrics")
+SET_BY_THE_CLUSTER = ("experts", "host", "port", "metrics_port", "admin_port", "ready_file", "expert_token_metrics")
 """Options of `serve` that each server gets from its controller."""
 
 

@@ -159,9 +159,13 @@ class Config:
     """Answer AdminService: load weights, swap and unload versions of a layer, drain the server."""
     admin_host: str = field(default="127.0.0.1", metadata=_in(_ADMIN, "ADDRESS"))
     """Address to answer it on, with TLS if the server has it. Whoever reaches it commands the server: beyond this
-    machine it takes mutual TLS (--tls-client-ca-file)."""
+    machine it takes mutual TLS with an authority of its own (--admin-client-ca-file)."""
     admin_port: int = field(default=50052, metadata=_in(_ADMIN, "PORT"))
     """Port to answer it on; 0 picks a free one."""
+    admin_client_ca_file: Path | None = field(default=None, metadata=_in(_ADMIN, "FILE"))
+    """Take orders only from clients whose certificate one of these authorities signed, PEM: not the authority of the
+    clients that send requests, or each of them commands the server. Default: --tls-client-ca-file, on this machine
+    alone."""
 
     shutdown_grace_s: float = field(default=30.0, metadata=_in(_OPERATION, "SECONDS"))
     """After SIGTERM or SIGINT: how long requests in flight may take to finish before the process ends anyway."""
@@ -231,8 +235,10 @@ class Config:
             raise self._error(missing, "a file: tls_cert_file and tls_key_file go together")
         if self.tls_client_ca_file is not None and self.tls_cert_file is None:
             raise self._error("tls_cert_file", "a file: tls_client_ca_file needs the server's own certificate")
-        if self.admin and not _is_loopback(self.admin_host) and self.tls_client_ca_file is None:
-            raise self._error("admin_host", "an address of this machine alone, or mutual TLS (tls_client_ca_file)")
+        if self.admin_client_ca_file is not None and self.tls_cert_file is None:
+            raise self._error("tls_cert_file", "a file: admin_client_ca_file needs the server's own certificate")
+        if self.admin and not _is_loopback(self.admin_host) and self.admin_client_ca_file is None:
+            raise self._error("admin_host", "an address of this machine alone, or mutual TLS (admin_client_ca_file)")
 
     def _check_range(self, name: str, least: int, most: int) -> None:
         value = getattr(self, name)

@@ -12,25 +12,30 @@ from expertd_server.errors import ConfigError
 __all__ = ["bind"]
 
 
-def bind(server: grpc.Server, config: Config, host: str, port: int) -> int:
-    """Have a gRPC server listen, with the TLS options of `config`; returns the real port. Raises ConfigError."""
+def bind(
+    server: grpc.Server, config: Config, host: str, port: int, *, client_ca_option: str = "tls_client_ca_file"
+) -> int:
+    """Have a gRPC server listen, with the TLS options of `config`; returns the real port. Raises ConfigError.
+
+    client_ca_option: the one that names the authorities of the clients.
+    """
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         if config.tls_cert_file is None:
             return server.add_insecure_port(address)
-        return server.add_secure_port(address, _credentials(config))
+        return server.add_secure_port(address, _credentials(config, client_ca_option))
     except RuntimeError as error:
         raise ConfigError(f"cannot listen on {address}: {error}; is the port in use?") from error
 
 
-def _credentials(config: Config) -> grpc.ServerCredentials:
+def _credentials(config: Config, client_ca_option: str) -> grpc.ServerCredentials:
     assert config.tls_cert_file is not None
     assert config.tls_key_file is not None
     pair = (_read("tls_key_file", config.tls_key_file), _read("tls_cert_file", config.tls_cert_file))
-    authorities = config.tls_client_ca_file
+    authorities: Path | None = getattr(config, client_ca_option)
     if authorities is None:
         return grpc.ssl_server_credentials([pair])
-    return grpc.ssl_server_credentials([pair], _read("tls_client_ca_file", authorities), require_client_auth=True)
+    return grpc.ssl_server_credentials([pair], _read(client_ca_option, authorities), require_client_auth=True)
 
 
 def _read(option: str, path: Path) -> bytes:

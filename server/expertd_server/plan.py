@@ -211,8 +211,8 @@ def make_plan(question: Question, figures: Figures) -> Plan:
     """Answer a question. Raises ConfigError for a GPU, or a number of front-ends, without figures."""
     spec, gpu, transport = question.spec, figures.gpu(question.gpu), figures.transport
     if question.frontends not in transport.server_gbs:
-        measured = ", ".join(map(str, transport.server_gbs))
-        raise ConfigError(f"frontends is {question.frontends}, expected one of the measured {measured}")
+        known = ", ".join(map(str, transport.server_gbs))
+        raise ConfigError(f"frontends is {question.frontends}, expected one of {known}")
     budget = _USABLE_MEMORY * gpu.memory_bytes
     min_shards = next(
         (n for n in range(1, spec.num_experts + 1) if _memory_bytes(question, n) <= budget), spec.num_experts + 1

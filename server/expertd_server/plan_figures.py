@@ -105,7 +105,8 @@ class Transport:
     exchange_byte_ns: float
     """For each byte of request and answer."""
     server_gbs: dict[int, float]
-    """Most GB/s of requests and answers together, by number of serving processes on a server."""
+    """Most GB/s of requests and answers together, by number of serving processes on a server. One was measured; more
+    are scaled as an echo of the same bytes."""
     copies_us: float
     copies_byte_ns: float
     """For each byte in or out."""

@@ -472,6 +472,26 @@ def test_one_load_runs_at_a_time_and_serving_goes_on() -> None:
             assert first.result(PATIENCE_S).layer.weights_versions == (1, 2)
 
 
+def test_a_load_does_not_bring_back_a_layer_that_was_unloaded_meanwhile() -> None:
+    backend = GatedPrepare()
+    backend.gate.set()
+    with running(backend, **ADMIN) as live, admin_of(live) as admin:
+        backend.is_gated = True
+        with ThreadPoolExecutor() as pool:
+            load = pool.submit(admin.load_layer, LAYER, 2, synthetic="tiny", synthetic_seed=7)
+            assert backend.preparing.acquire(timeout=PATIENCE_S)
+            admin.unload_layer(LAYER)
+            backend.is_gated = False
+            backend.may_prepare.set()
+            with pytest.raises(expertd.OrderRefusedError, match="was unloaded while version 2") as caught:
+                load.result(PATIENCE_S)
+        assert caught.value.reason == "VERSION_CONFLICT"
+        assert [held.current.name for held in live.server.store.all_held()] == [OTHER_LAYER]
+        status = health_pb2_grpc.HealthStub(live.channel).Check(health_pb2.HealthCheckRequest(service=LAYER))
+        assert status.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert admin.load_layer(LAYER, 2, synthetic="tiny").layer.weights_version == 2, "asked for again, it comes"
+
+
 def test_a_load_whose_caller_leaves_leaves_nothing() -> None:
     backend = GatedPrepare()
     backend.gate.set()
@@ -600,20 +620,27 @@ def test_orders_are_counted_and_the_metrics_follow() -> None:
 
 def test_beyond_this_machine_orders_take_mutual_tls() -> None:
     tls = {"tls_cert_file": CERTS / "server.pem", "tls_key_file": CERTS / "server.key"}
-    for options in ({}, tls):
+    clients = {"tls_client_ca_file": CERTS / "authority.pem"}
+    for options in ({}, tls, {**tls, **clients}):
         with pytest.raises(ConfigError, match=r"admin_host is '0\.0\.0\.0', expected .*mutual TLS"):
             Config(admin=True, admin_host="0.0.0.0", **options)
     Config(admin_host="0.0.0.0")  # off, so nobody listens
-    mutual = {**tls, "tls_client_ca_file": CERTS / "authority.pem", "admin_host": "0.0.0.0", **ADMIN}
-    with running(**mutual) as live:
+    # "intruder" is signed by the other authority, here that of the administrators.
+    administrators = {"admin_client_ca_file": CERTS / "stranger.pem", "admin_host": "0.0.0.0"}
+    with running(**tls, **clients, **administrators, **ADMIN) as live:
         target = f"127.0.0.1:{live.server.admin_port}"
         known = {"ca_file": CERTS / "authority.pem", "server_name": "localhost"}
-        pair = {"cert_file": CERTS / "client.pem", "key_file": CERTS / "client.key"}
+        pair = {"cert_file": CERTS / "intruder.pem", "key_file": CERTS / "intruder.key"}
         with expertd.AdminClient(expertd.ClientConfig(target, **known, **pair)) as admin:
             assert admin.swap_weights(LAYER, 1).previous_weights_version == 1
-        stranger = expertd.AdminClient(expertd.ClientConfig(target, **known))
-        with stranger, pytest.raises(expertd.UnavailableError):
-            stranger.swap_weights(LAYER, 1)
+        client = {"cert_file": CERTS / "client.pem", "key_file": CERTS / "client.key"}
+        for others in ({}, client):
+            other = expertd.AdminClient(expertd.ClientConfig(target, **known, **others))
+            with other, pytest.raises(expertd.UnavailableError):
+                other.swap_weights(LAYER, 1)
+        data = expertd.ClientConfig(f"127.0.0.1:{live.server.port}", **known, **client)
+        with expertd.Client(data) as sender:
+            assert [layer.name for layer in sender.layers()] == [LAYER, OTHER_LAYER]
 
 
 def test_an_admin_port_in_use_is_said_by_name() -> None:

@@ -28,10 +28,12 @@ def wait_for(process: ServerProcess, condition: Callable[[ServerStatus], bool]) 
 
 def test_a_killed_server_comes_back_and_a_drained_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXPERTD_PORT", "1")  # the flags alone count
-    flags = ["--synthetic", "tiny", "--device", "cpu", "--expert-token-metrics"]
+    flags = ["--synthetic", "tiny", "--device", "cpu", "--expert-token-metrics", "--admin"]
     process = ServerProcess(flags, "127.0.0.1", shutdown_grace_s=30)
     first = wait_for(process, lambda status: status.state == "serving")
     assert first.pid is not None
+    assert first.admin_port, "the cluster's servers may share a host: each takes a free port"
+    assert first.admin_port != 50052
     assert first.stats.tokens == 0
     assert set(first.stats.expert_tokens) == set(range(8))
     os.kill(first.pid, signal.SIGKILL)

@@ -99,6 +99,7 @@ def test_what_the_cluster_sets_is_a_field_of_the_options() -> None:
         (["--shards", "2"], "--checkpoint or --synthetic"),
         (["--shards", "9", "--synthetic", "tiny"], "shards is 9, expected 1 to the 8 experts"),
         (["--shards", "2", "--synthetic", "tiny", "--experts", "0-3"], "--experts is set"),
+        (["--shards", "2", "--synthetic", "tiny", "--admin-port", "7"], "--admin-port is set"),
         (["--shards", "2", "--synthetic", "tiny", "--max-streams", "many"], "--max-streams is 'many'"),
         (["--shards", "2", "--checkpoint", "/no/such/checkpoint"], "/no/such/config.json"),
     ],
@@ -120,16 +121,8 @@ def test_without_ray_the_command_says_what_to_install(
 
 def test_statistics_are_read_from_the_metrics_of_a_server() -> None:
     metrics = Metrics(count_expert_tokens=True)
-    layer = {"weights_version": 1, "hidden_size": 8, "intermediate_size": 8, "top_k": 1, "routing": "topk"}
     for name in ("a", "b"):
-        metrics.add_layer(
-            name,
-            local_expert_offset=4,
-            local_num_experts=2,
-            activation="swiglu",
-            nbytes=1,
-            **layer,  # type: ignore[arg-type]
-        )
+        metrics.count_experts(name, 4, 2)
     import numpy as np
     from prometheus_client import generate_latest
 

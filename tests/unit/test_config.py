@@ -106,6 +106,8 @@ def test_experts(text: str | None, experts: range | None) -> None:
         ({"tls_cert_file": Path("c")}, "tls_key_file is None"),
         ({"tls_key_file": Path("k")}, "tls_cert_file is None"),
         ({"tls_client_ca_file": Path("a")}, "tls_cert_file is None"),
+        ({"admin_client_ca_file": Path("a")}, "tls_cert_file is None, .*admin_client_ca_file needs"),
+        ({"admin": True, "admin_host": "10.0.0.1"}, "admin_host is '10.0.0.1', .*mutual TLS .admin_client_ca_file"),
         ({"layers": ("a",)}, "layers is .*expected nothing unless checkpoint is given"),
         ({"calibration": Path("c")}, "calibration is .*expected nothing unless checkpoint"),
         ({"experts": "3"}, "experts is '3', expected two global ids"),

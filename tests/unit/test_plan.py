@@ -207,7 +207,7 @@ class TestVerdict:
         ({"shards": 5}, "shards is 5, expected 1 to the 4"),
         ({"network_gbps": -1.0}, "network_gbps is -1"),
         ({"gpu": "abacus"}, "gpu is 'abacus', expected one of toy"),
-        ({"frontends": 3}, "frontends is 3, expected one of the measured 1, 2"),
+        ({"frontends": 3}, "frontends is 3, expected one of 1, 2"),
     ],
 )
 def test_what_cannot_be_used_is_named(changes: dict[str, Any], message: str) -> None:
@@ -246,6 +246,17 @@ class TestFigures:
             # Another C library's pow may end the search a step elsewhere.
             same = value == (pytest.approx(expected, rel=0.02) if isinstance(value, float) else expected)
             assert same, f"{key} is {value}, the package has {expected}: run benchmarks/fit_plan_figures.py"
+
+    def test_the_transport_is_the_measured_service_and_not_an_echo(self, fitting: Any) -> None:
+        transport = load_figures().transport
+        points = json.loads(fitting.SERVICE.read_text())["points"]
+        for point in points:
+            num_bytes = point["request_bytes"] + point["answer_bytes"]
+            if point["load"] == "lone stream":
+                predicted_us = transport.exchange_us + transport.exchange_byte_ns * num_bytes / 1e3
+                assert predicted_us == pytest.approx(point["expertd"]["latency_us"]["p50"], rel=0.01), point["tokens"]
+            else:
+                assert point["bytes_per_s"] <= 1.01e9 * transport.server_gbs[1], point["tokens"]
 
     def test_predict_every_measured_cell(self, fitting: Any) -> None:
         figures = load_figures()

@@ -1,0 +1,97 @@
+"""Orders to a tier that fail half way lose nothing. No Ray cluster: its calls are played."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray", reason="needs Ray: pip install 'expertd-server[ray]'")
+
+from ray.exceptions import GetTimeoutError
+
+from expertd_server import cluster
+from expertd_server.cluster_actors import ClusterError, Controller, ReplicaReport, TierReport
+from expertd_server.cluster_server import ServerStatus
+
+
+class FullCluster(Controller):
+    """A controller whose Ray cluster has room for `room` replicas of its one shard."""
+
+    def __init__(self, present: int, goal: int, room: int) -> None:
+        self._spec: Any = SimpleNamespace(shards=1)
+        self._changing = threading.Lock()
+        self._goal = Counter({0: goal})
+        self.present, self.room = present, room
+
+    def _of(self, shard: int) -> list[Any]:
+        return [None] * self.present
+
+    def _add_replica(self, shard: int) -> None:
+        if self.present == self.room:
+            raise ClusterError("no room")
+        self.present += 1
+
+    def _retire(self, replicas: Any, *, keep_place: bool = False) -> None:
+        self.present -= len(replicas)
+
+
+@pytest.mark.parametrize(
+    ("present", "goal", "room", "expected"),
+    [(2, 3, 2, 3), (2, 2, 3, 3), (2, 2, 2, 2)],
+    ids=["one was lost", "one found room", "none found room"],
+)
+def test_a_scaling_that_fails_never_lowers_the_goal(present: int, goal: int, room: int, expected: int) -> None:
+    controller = FullCluster(present, goal, room)
+    with pytest.raises(ClusterError, match="no room"):
+        controller.scale(4)
+    assert controller._goal[0] == expected
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_a_scaling_that_works_sets_the_goal(replicas: int) -> None:
+    controller = FullCluster(present=2, goal=2, room=4)
+    controller.scale(replicas)
+    assert (controller.present, controller._goal[0]) == (replicas, replicas)
+
+
+def test_the_controller_outlives_a_down_that_did_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[object] = []
+    answers: list[Exception | None] = [GetTimeoutError("timed out"), None]
+
+    def get(_reference: object, timeout: float) -> None:
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr(cluster.ray, "get", get)
+    monkeypatch.setattr(cluster.ray, "kill", lambda actor, no_restart: killed.append(actor))
+    controller = SimpleNamespace(down=SimpleNamespace(remote=lambda: None))
+    spec: Any = SimpleNamespace(name="tier", shutdown_grace_s=1.0)
+    with pytest.raises(ClusterError, match=r"'tier' is not down yet: timed out; run cluster down again"):
+        cluster._take_down(controller, spec)
+    assert killed == []
+    cluster._take_down(controller, spec)
+    assert killed == [controller]
+
+
+def test_status_shows_the_port_for_orders(capsys: pytest.CaptureFixture[str]) -> None:
+    status = ServerStatus(state="serving", address="10.0.0.1:5", admin_port=41234)
+    replica = ReplicaReport(
+        name="t.s0.g0.0",
+        shard=0,
+        experts="0-7",
+        node="n",
+        status=status,
+        is_reachable=True,
+        tokens_per_s=0.0,
+        busy=0.0,
+    )
+    spec: Any = SimpleNamespace(name="t", topology_file=None)
+    report = TierReport(spec, (replica,), ())
+    cluster._print(report)
+    assert "41234" in capsys.readouterr().out
+    assert cluster._as_json(report)["replicas"][0]["admin_port"] == 41234
