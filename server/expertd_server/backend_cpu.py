@@ -123,7 +123,8 @@ class TorchBackend:
             x[block] = from_fp8(hidden_states[block], torch.float32)
 
         is_cpu = self.device.type == "cpu"
-        run_all(convert, range(0, len(x), _CONVERT_BLOCK_TOKENS), in_parallel=is_cpu)
+        several = len(x) > _CONVERT_BLOCK_TOKENS
+        run_all(convert, range(0, len(x), _CONVERT_BLOCK_TOKENS), by_workers=is_cpu and several)
         up_scales = weights.output1_scales_scalar.tolist()
         gate_scales = weights.output1_scales_gate_scalar.tolist()
         output2_scales = weights.output2_scales_scalar.tolist()
@@ -150,8 +151,8 @@ class TorchBackend:
             g[piece.rows] = rows[: piece.num_rows]
 
         # Fewer pieces than threads: let each product have all threads, where that cannot change its bits.
-        in_parallel = len(plan.pieces) >= torch.get_num_threads() or not freedom.any_threads
-        run_all(run, plan.pieces, in_parallel=is_cpu and in_parallel)
+        by_workers = len(plan.pieces) >= torch.get_num_threads() or not freedom.any_threads
+        run_all(run, plan.pieces, by_workers=is_cpu and by_workers)
 
 
 @dataclass(frozen=True)
@@ -240,4 +241,5 @@ def _finalize(g: torch.Tensor, row_of_slot: torch.Tensor, w: torch.Tensor, out: 
             total = total.add_(terms[:, k])
         out[block] = total
 
-    run_all(add_up, range(0, len(out), _FINALIZE_BLOCK_TOKENS), in_parallel=g.device.type == "cpu")
+    several = len(out) > _FINALIZE_BLOCK_TOKENS
+    run_all(add_up, range(0, len(out), _FINALIZE_BLOCK_TOKENS), by_workers=g.device.type == "cpu" and several)

@@ -1,8 +1,8 @@
 """An expert's two matrix products in plain torch, and what may change the bits of their rows.
 
 A row's bits may not depend on the rows beside it. Matrix products are the one place where a library could break that,
-by summing in another order for another number of rows. So the products are probed once for each size: where some
-numbers of rows give other bits, they are not used, and a caller with as many rows adds some.
+by summing in another order for another number of rows. So the products are probed once for each size: only numbers of
+rows that were tried and gave the same bits are used, and a caller with another number of rows adds some.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,8 +26,8 @@ _log = logging.getLogger(__name__)
 MAX_ROWS = 256
 """Most rows of one product."""
 _PROBE_ROWS = (
-    *range(1, 13), *range(14, 19), 21, 24, 27, 30, 31, 32, 33, 36, 42, 48, 60, 63, 64, 65, 72, 84, 96, 108, 120, 127,
-    128, 144, 168, 192, 216, 240, 255, MAX_ROWS,
+    *range(1, 13), *range(14, 19), 21, 24, 27, 30, 31, 32, 33, 36, 42, 48, 54, 60, 63, 64, 65, 72, 84, 96, 108, 120,
+    127, 128, 144, 156, 168, 180, 192, 216, 240, 255, MAX_ROWS,
 )  # fmt: skip
 """Libraries work through rows in groups of 4, 6, 8, 16 or 32 and treat a remainder in their own ways."""
 _BLOCK_ROWS = 32  # divides MAX_ROWS
@@ -184,8 +184,8 @@ def pack(gemm1_weights: torch.Tensor, gemm2_weights: torch.Tensor) -> Expert:
 class Freedom:
     """What cannot change the bits of a row in the products of one size."""
 
-    row_counts: tuple[int, ...] | None
-    """The numbers of rows that a product may have, ascending, the last one MAX_ROWS; None: any up to MAX_ROWS."""
+    row_counts: tuple[int, ...]
+    """The numbers of rows that a product may have, ascending, the last one MAX_ROWS."""
     in_blocks: bool
     """Rows are multiplied in blocks of _BLOCK_ROWS."""
     any_threads: bool
@@ -193,7 +193,7 @@ class Freedom:
 
     def num_rows(self, rows: int) -> int:
         """The number to multiply when there are that many: at least as many."""
-        return rows if self.row_counts is None else self.row_counts[bisect.bisect_left(self.row_counts, rows)]
+        return self.row_counts[bisect.bisect_left(self.row_counts, rows)]
 
     def multiply(self, product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """product(x), whose rows are `num_rows` of something."""
@@ -206,7 +206,11 @@ ON_CUDA = Freedom(BLOCKS, in_blocks=True, any_threads=True)
 
 @functools.cache
 def probe(gemm1_rows: int, hidden_size: int, intermediate_size: int, num_threads: int) -> Freedom:
-    """The freedom of the CPU's products. Tried, not assumed: it depends on the CPU and the libraries under torch."""
+    """The freedom of the CPU's products. Tried, not assumed: it depends on the CPU and the libraries under torch.
+
+    Every exact sum is zero, so that what a product returns is the rounding error of its sum, whose bits tell one order
+    of adding from another. Of a sum far from zero, rounded to bfloat16, they would tell in one value of ten thousand.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random_fp8(*shape: int) -> torch.Tensor:
@@ -215,30 +219,44 @@ def probe(gemm1_rows: int, hidden_size: int, intermediate_size: int, num_threads
         signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.uint8) * 0x80
         return (codes + signs).view(torch.float8_e4m3fn)
 
-    expert = pack(random_fp8(gemm1_rows, hidden_size), random_fp8(hidden_size, intermediate_size))
-    x = from_fp8(random_fp8(MAX_ROWS, hidden_size), torch.float32)
-    inter = from_fp8(random_fp8(MAX_ROWS, intermediate_size), torch.float32)
+    def cancelling(num_weights: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """FP8 weights [num_weights, size] and float32 inputs [MAX_ROWS, size], whose products add up to zero.
 
-    def products(*, on_one_thread: bool) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        Each term has its opposite at a random place, so that no part of a sum that a library may set apart is zero.
+        For an odd size one term is left over.
+        """
+        weights, inputs = random_fp8(num_weights, size), random_fp8(MAX_ROWS, size)
+        left, right = torch.randperm(size, generator=generator)[: size // 2 * 2].chunk(2)
+        inputs.view(torch.uint8)[:, right] = inputs.view(torch.uint8)[:, left]
+        weights.view(torch.uint8)[:, right] = weights.view(torch.uint8)[:, left] ^ 0x80  # the sign
+        return weights, from_fp8(inputs, torch.float32)
+
+    gemm1_weights, x = cancelling(gemm1_rows, hidden_size)
+    gemm2_weights, inter = cancelling(hidden_size, intermediate_size)
+    expert = pack(gemm1_weights, gemm2_weights)
+
+    def products(row_counts: Sequence[int], *, by_workers: bool) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Both products of the last rows of x and inter, by their number."""
         results = {}
 
         def run(rows: int) -> None:
             results[rows] = expert.gemm1(x[-rows:]), expert.gemm2(inter[-rows:], 0.3)
 
-        run_all(run, _PROBE_ROWS, in_parallel=on_one_thread)
+        run_all(run, row_counts, by_workers=by_workers)
         return results
 
     def equal(some: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> bool:
         return all(torch.equal(left, right) for left, right in zip(some, other, strict=True))
 
-    one, many = products(on_one_thread=True), products(on_one_thread=False)
+    one = products(_PROBE_ROWS, by_workers=True)
     a, g = one[MAX_ROWS]
     alike = tuple(rows for rows in _PROBE_ROWS if equal(one[rows], (a[-rows:], g[-rows:])))
+    in_blocks = alike[0] > _BLOCK_ROWS
+    many = products((_BLOCK_ROWS,) if in_blocks else alike, by_workers=False)
     freedom = Freedom(
-        row_counts=None if alike == _PROBE_ROWS else alike if alike[0] <= _BLOCK_ROWS else BLOCKS,
-        in_blocks=alike[0] > _BLOCK_ROWS,
-        any_threads=all(equal(one[rows], many[rows]) for rows in _PROBE_ROWS),
+        row_counts=BLOCKS if in_blocks else alike,
+        in_blocks=in_blocks,
+        any_threads=all(equal(one[rows], many[rows]) for rows in many),
     )
     if freedom.in_blocks:
         _log.warning(

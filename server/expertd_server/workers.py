@@ -17,10 +17,13 @@ _START_TIMEOUT_S = 60.0
 _Item = TypeVar("_Item")
 
 
-def run_all(function: Callable[[_Item], None], items: Sequence[_Item], *, in_parallel: bool) -> None:
-    """function(item) for every item: here, one after the other, or by the workers."""
+def run_all(function: Callable[[_Item], None], items: Sequence[_Item], *, by_workers: bool) -> None:
+    """function(item) for every item: by the workers, where torch uses one thread, or here, where it uses all of them.
+
+    A single item too goes to a worker if by_workers: the number of threads may change bits.
+    """
     num_threads = torch.get_num_threads()
-    if not in_parallel or num_threads == 1 or len(items) < 2:
+    if not by_workers or num_threads == 1:
         for item in items:
             function(item)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from expertd_server.backend import MoEOutput, select_backend
 from expertd_server.backend_cpu import TorchBackend
 from expertd_server.fp8 import from_fp8, quantize_fp8, round_to_fp8, to_fp8
 from expertd_server.types import Activation, LayerSpec, RoutingMethod
+from expertd_server.workers import run_all
 
 WHOLE_OUTPUT_BOUND = 4e-3
 
@@ -364,7 +366,6 @@ def test_numbers_of_rows() -> None:
     some = products.Freedom((3, 6, 256), in_blocks=False, any_threads=True)
     assert [some.num_rows(n) for n in (1, 3, 4, 7, 256)] == [3, 3, 6, 256, 256]
     assert [products.ON_CUDA.num_rows(n) for n in (1, 32, 33, 256)] == [32, 32, 64, 256]
-    assert products.Freedom(None, in_blocks=False, any_threads=True).num_rows(7) == 7
 
 
 class Steady(products.FloatExpert):
@@ -403,7 +404,7 @@ def test_a_product_that_depends_on_the_number_of_rows_is_found(
         freedom = products.probe.__wrapped__(48, 32, 24, 1)
     assert freedom.num_rows(1) == smallest
     assert freedom.in_blocks == in_blocks
-    assert (freedom.row_counts is None) == (not rows)
+    assert set(freedom.row_counts).isdisjoint(rows) or in_blocks
     assert ("48 x 32" in caplog.text) == in_blocks
     case = make_case(make_spec(), 5, seed=2)
     together = output(case)
@@ -412,6 +413,77 @@ def test_a_product_that_depends_on_the_number_of_rows_is_found(
             case, hidden_states=case.hidden_states[t : t + 1], routing_logits=case.routing_logits[t : t + 1]
         )
         assert torch.equal(output(alone)[0], together[t]), t
+
+
+def backwards(rows: range) -> type[Steady]:
+    """Adds up gemm2's terms from the last to the first when there are so many rows, and rounds the sum to bfloat16."""
+
+    class Backwards(Steady):
+        def gemm2(self, inter: torch.Tensor, scale: float) -> torch.Tensor:
+            columns = range(inter.shape[1])
+            total = torch.zeros(len(inter), self._gemm2_weights.shape[1])
+            for k in reversed(columns) if len(inter) in rows else columns:
+                total += inter[:, k, None] * self._gemm2_weights[k]
+            return (total * scale).bfloat16()
+
+    return Backwards
+
+
+@pytest.mark.parametrize("intermediate_size", [24, 21, 256])
+@pytest.mark.parametrize("rows", [range(1, 2), range(1, 5)], ids=["1 row", "1 to 4 rows"])
+def test_another_order_of_adding_is_found_behind_the_rounding_to_bfloat16(
+    rows: range, intermediate_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, backwards(rows))
+    freedom = products.probe.__wrapped__(2 * intermediate_size, 32, intermediate_size, 1)
+    assert freedom.num_rows(1) == rows.stop
+
+
+def test_numbers_of_rows_that_were_not_tried_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    untried = 13
+    use(monkeypatch, fickle(range(untried, untried + 1)))
+    freedom = products.probe.__wrapped__(48, 32, 24, 1)
+    assert freedom.num_rows(untried) == untried + 1
+    assert set(freedom.row_counts) == set(products._PROBE_ROWS)
+
+
+class ByThreads(Steady):
+    """Bits that depend on the number of threads of the caller."""
+
+    def gemm1(self, x: torch.Tensor) -> torch.Tensor:
+        return super().gemm1(x) * torch.get_num_threads()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_product_that_depends_on_the_number_of_threads_runs_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, ByThreads)
+    freedom = products.probe.__wrapped__(48, 32, 24, 2)
+    assert not freedom.any_threads
+    monkeypatch.setattr(backend_cpu, "probe", lambda *sizes: freedom)
+    case = make_case(make_spec(), 5, seed=2)
+    ids = torch.tensor([[3], [3], [7], [9], [12]], dtype=torch.int32)
+    together = output(case, topk_ids=ids, topk_weights=torch.ones(5, 1))  # four pieces
+    for t in range(5):  # one piece
+        alone = dataclasses.replace(case, hidden_states=case.hidden_states[t : t + 1])
+        assert torch.equal(output(alone, topk_ids=ids[t : t + 1], topk_weights=torch.ones(1, 1))[0], together[t]), t
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("num_items", [0, 1, 2, 5])
+def test_workers_take_every_item_even_a_single_one(num_items: int) -> None:
+    threads: dict[int, int] = {}
+    run_all(lambda item: threads.update({item: torch.get_num_threads()}), range(num_items), by_workers=True)
+    assert threads == dict.fromkeys(range(num_items), 1)
+    run_all(lambda item: threads.update({item: torch.get_num_threads()}), range(num_items), by_workers=False)
+    assert threads == dict.fromkeys(range(num_items), 2)
 
 
 def test_rounding_to_fp8_in_place_gives_the_values_of_the_conversion() -> None:
