@@ -204,6 +204,7 @@ class _Link:
         self._numbers = itertools.count(1)
         self._changed = threading.Condition()
         self._waiting: dict[int, _Waiting] = {}
+        self._is_completing = False
         self._is_over = False
         self._sequence = 0
         self.queue_tokens = 0
@@ -224,7 +225,7 @@ class _Link:
 
     def wait_idle(self, timeout_s: float) -> bool:
         with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting, timeout_s)
+            return self._changed.wait_for(lambda: not (self._waiting or self._is_completing), timeout_s)
 
     def hang_up(self) -> None:
         self._control.hang_up()
@@ -253,10 +254,13 @@ class _Link:
         with self._changed:
             self._is_over = True
             waiting, self._waiting = list(self._waiting.values()), {}
-            self._changed.notify_all()
+            self._is_completing = True
         for one in waiting:
             if one.future.set_running_or_notify_cancel():
                 one.future.set_exception(error)
+        with self._changed:
+            self._is_completing = False
+            self._changed.notify_all()
         self._to_engine.close()
         self._from_engine.close()
         self._control.close()
@@ -296,8 +300,16 @@ class _Link:
     def _answered(self, descriptor: Descriptor) -> None:
         with self._changed:
             waiting = self._waiting.pop(descriptor.request_id)
-            if not self._waiting:
-                self._changed.notify_all()
+            self._is_completing = True  # who waits for the last answer waits until its caller has it
+        try:
+            self._complete(waiting, descriptor)
+        finally:
+            with self._changed:
+                self._is_completing = False
+                if not self._waiting:
+                    self._changed.notify_all()
+
+    def _complete(self, waiting: _Waiting, descriptor: Descriptor) -> None:
         future, block = waiting.future, waiting.block
         if descriptor.kind == FAILED:
             if future.set_running_or_notify_cancel():
