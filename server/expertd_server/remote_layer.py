@@ -70,16 +70,19 @@ def layer_id_of(layer: MoELayer) -> int:
 
 
 class _Elsewhere:
-    """The backend of a layer that another process computes."""
+    """The backend of a layer that another process computes: nothing here may ask it to compute."""
 
     name = "elsewhere"
     device = torch.device("cpu")
 
     def prepare(self, spec: LayerSpec, weights: ExpertWeights, *, max_num_tokens: int = 8192) -> PreparedLayer:
-        raise NotImplementedError
+        raise AssertionError(_NOT_HERE)
 
     def tune(self, layer: PreparedLayer, tune_max_num_tokens: int = 8192) -> dict[int, str]:
-        raise NotImplementedError
+        raise AssertionError(_NOT_HERE)
 
     def forward(self, layer: PreparedLayer, hidden_states: torch.Tensor, **arguments: Any) -> MoEOutput:
-        raise NotImplementedError
+        raise AssertionError(_NOT_HERE)
+
+
+_NOT_HERE = "this layer is computed by the engine's process: submit the call to the RemoteEngine"
