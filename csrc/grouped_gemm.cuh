@@ -33,12 +33,17 @@ struct GemmTraits {
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + kProducerThreads;
   static constexpr int kStepK = F::kBoxes * kBoxK;  // bytes of K per stage: boxes side by side
+  static constexpr int kCluster = F::kCluster, kShareM = F::kTileM / kCluster;  // weight rows that this CTA loads
+  static constexpr bool kPair = kCluster > 1;
   static constexpr int kWeightBox = F::kTileM * kBoxK, kTokenBox = F::kTileN * kBoxK;
   static constexpr int kWeightBytes = F::kBoxes * kWeightBox, kTokenBytes = F::kBoxes * kTokenBox;
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
   static constexpr int kPassTokens = F::kTileN < 32 ? F::kTileN : 32;
   static constexpr int kPitch = kOut == kBFloat16 ? 144 : (kGated ? 32 : 64) * kAtoms + 16;
   static constexpr int kStagingBytes = kPassTokens * kPitch;
+  // Arrivals that free a tile's slot: warps that consume, and warps or threads that produce.
+  static constexpr int kTileReaders =
+      kCluster * (kTileWarps + (kGather ? kProducerWarps : 1)) + (kGather ? 0 : kCluster - 1);
   static constexpr int kBarriers = 2 * F::kStages + 6;
   static constexpr int kSmem =
       1024 + F::kStages * kStageBytes + kWarpgroups * kStagingBytes + ((kBarriers * 8 + 15) & ~15) + 2 * 16;
@@ -65,6 +70,33 @@ struct Ring {
     slots = turn + 16;
   }
   __device__ __forceinline__ uint32_t stage(uint32_t s) const { return base + s * G::kStageBytes; }
+
+  // A consumer warp is done with a stage: whoever writes into it next has to know, and that is the whole cluster.
+  __device__ __forceinline__ void release_stage(uint32_t s, int lane) const {
+    if constexpr (G::kPair) {
+      if (lane < G::kCluster) sm90::mbarrier_arrive_cluster(empty + s * 8, lane);
+    } else {
+      if (lane == 0) sm90::mbarrier_arrive(empty + s * 8);
+    }
+  }
+  // A reader (one thread) has taken tile n from its slot: the thread that fills the slots has to know.
+  __device__ __forceinline__ void release_tile(uint32_t n) const {
+    if constexpr (G::kPair) {
+      sm90::mbarrier_arrive_cluster(tile_empty + (n & 1) * 8, 0);
+    } else {
+      sm90::mbarrier_arrive(tile_empty + (n & 1) * 8);
+    }
+  }
+  __device__ __forceinline__ void wait_tile(uint32_t n) const {
+    sm90::mbarrier_wait(tile_full + (n & 1) * 8, (n >> 1) & 1);
+  }
+  // Until the consumers have released all that the last kStages steps before `step` brought.
+  // NOTE: ends every producer of a cluster: a CTA's shared memory must live until the others' last arrivals.
+  __device__ __forceinline__ void drain(uint32_t step) const {
+    for (uint32_t last = step + G::F::kStages; step != last; ++step) {
+      sm90::mbarrier_wait(empty + step % G::F::kStages * 8, ((step / G::F::kStages) & 1) ^ 1);
+    }
+  }
 };
 
 // ---- tiles
@@ -78,40 +110,65 @@ struct Tile {
   __device__ __forceinline__ int token_tile() const { return v.y; }
   __device__ __forceinline__ int first_row() const { return v.z; }
   __device__ __forceinline__ int rows() const { return v.w; }
-  // Columns of the product: rows rounded up.
+  // Columns of the product: rows rounded up. Without rows: one quantum, for the neighbour that shares the weights.
   template <class F>
   __device__ __forceinline__ int width() const {
-    return (v.w + F::kTileQuantum - 1) / F::kTileQuantum * F::kTileQuantum;
+    const int rows = F::kCluster > 1 ? max(v.w, 1) : v.w;
+    return (rows + F::kTileQuantum - 1) / F::kTileQuantum * F::kTileQuantum;
   }
 };
 constexpr int4 kEndTile = {-1, 0, 0, 0};
 
-// Tile q of the list. The token tiles of a block share the weights of each row tile, token tile fastest.
-__device__ __forceinline__ Tile find_tile(const GemmParams& p, int q, int m_tiles) {
-  const int near_index = q / m_tiles;  // of some token tile of the same block
+// Tiles q of the list, one for each CTA of a cluster: the same weights, neighbouring token tiles. The token tiles of a
+// block share the weights of each row tile, token tile fastest.
+template <int kCluster>
+struct Tiles {
+  Tile of[kCluster];
+};
+template <int kCluster>
+__device__ __forceinline__ Tiles<kCluster> find_tiles(const GemmParams& p, int q, int m_tiles) {
+  Tiles<kCluster> found;
+  const int near_index = q / m_tiles * kCluster;  // of some token tile of the same block
   const TokenTile near = __ldcg(p.tiles + min(near_index, p.max_token_tiles - 1));
-  if (near_index >= __ldcg(&p.schedule->num_token_tiles)) return {kEndTile};
-  const int in_block = near.x >> 16, local = q - near.w * m_tiles;
-  if (in_block == 1) return {{local | near.x << 16, near.w, near.y, near.z}};
-  const int index = near.w + local % in_block;
-  const TokenTile own = __ldcg(p.tiles + index);
-  return {{local / in_block | own.x << 16, index, own.y, own.z}};
+  if (near_index >= __ldcg(&p.schedule->num_token_tiles)) {
+#pragma unroll
+    for (int i = 0; i < kCluster; ++i) found.of[i] = {kEndTile};
+    return found;
+  }
+  const int in_block = (near.x >> 16) / kCluster, local = q - near.w / kCluster * m_tiles;
+  if (kCluster == 1 && in_block == 1) {
+    found.of[0] = {{local | near.x << 16, near.w, near.y, near.z}};
+    return found;
+  }
+  const int index = near.w + local % in_block * kCluster;
+#pragma unroll
+  for (int i = 0; i < kCluster; ++i) {
+    const TokenTile own = __ldcg(p.tiles + index + i);
+    found.of[i] = {{local / in_block | own.x << 16, index + i, own.y, own.z}};
+  }
+  return found;
 }
 
 // ---- producer
 
+// This CTA's share of the weights of a stage, into all CTAs of the cluster.
 template <class G>
 __device__ __forceinline__ void load_weights(const CUtensorMap* map, uint32_t dst, uint32_t bar, int step,
-                                             const Tile& t, uint64_t policy) {
+                                             const Tile& t, uint64_t policy, uint32_t rank) {
+  constexpr uint16_t kAll = (1 << G::kCluster) - 1;
+  const int first = t.m_tile() * G::F::kTileM + rank * G::kShareM;
 #pragma unroll
   for (int box = 0; box < G::F::kBoxes; ++box) {
     const int k = step * G::kStepK + box * kBoxK;
-    if constexpr (G::kGated) {
-      sm90::cp_async_bulk_tensor_5d(dst + box * G::kWeightBox, map, bar, k, 0, 0, t.m_tile() * (G::F::kTileM / 16),
-                                    t.expert(), policy);
+    const uint32_t at = dst + box * G::kWeightBox + rank * (G::kShareM * kBoxK);
+    if constexpr (G::kGated && G::kPair) {
+      sm90::cp_async_bulk_tensor_5d_multicast(at, map, bar, k, 0, 0, first / 16, t.expert(), kAll, policy);
+    } else if constexpr (G::kGated) {
+      sm90::cp_async_bulk_tensor_5d(at, map, bar, k, 0, 0, first / 16, t.expert(), policy);
+    } else if constexpr (G::kPair) {
+      sm90::cp_async_bulk_tensor_3d_multicast(at, map, bar, k, first, t.expert(), kAll, policy);
     } else {
-      sm90::cp_async_bulk_tensor_3d(dst + box * G::kWeightBox, map, bar, k, t.m_tile() * G::F::kTileM, t.expert(),
-                                    policy);
+      sm90::cp_async_bulk_tensor_3d(at, map, bar, k, first, t.expert(), policy);
     }
   }
 }
@@ -121,24 +178,42 @@ __device__ __forceinline__ int num_steps(const GemmParams& p) {
   return (p.k + G::kStepK - 1) / G::kStepK;
 }
 
-// One thread picks the tiles and hands them to everybody through two slots.
+// One thread of a cluster picks the tiles and hands them to everybody through two slots in each CTA.
 template <class G>
 struct TileQueue {
+  using Found = Tiles<G::kCluster>;
   const GemmParams& p;
   const Ring<G>& ring;
-  int next = blockIdx.x;
+  int next = blockIdx.x / G::kCluster;
 
   __device__ __forceinline__ TileQueue(const GemmParams& p, const Ring<G>& ring) : p(p), ring(ring) {}
-  __device__ __forceinline__ Tile load() const {
-    return find_tile(p, next, (p.weight_rows + G::F::kTileM - 1) / G::F::kTileM);
+  __device__ __forceinline__ Found load() const {
+    return find_tiles<G::kCluster>(p, next, (p.weight_rows + G::F::kTileM - 1) / G::F::kTileM);
   }
   __device__ __forceinline__ void advance() {
-    next = gridDim.x + atomicAdd(&p.schedule->next_tile[G::kOut == kBFloat16], 1);
+    next = gridDim.x / G::kCluster + atomicAdd(&p.schedule->next_tile[G::kOut == kBFloat16], 1);
   }
-  __device__ __forceinline__ void publish(const Tile& t, uint32_t n) const {
+  __device__ __forceinline__ void publish(const Found& tiles, uint32_t n) const {
+    const uint32_t slot = ring.slots + (n & 1) * 16, full = ring.tile_full + (n & 1) * 8;
+    wait_empty(n);
+    sm90::st_shared_v4(slot, tiles.of[0].v);
+    sm90::mbarrier_arrive(full);
+#pragma unroll
+    for (int i = 1; i < G::kCluster; ++i) {
+      sm90::send_v4(slot, tiles.of[i].v, full, i);
+    }
+  }
+  // After the last tile, the n-th, which no consumer works on.
+  __device__ __forceinline__ void close(const Found& end, uint32_t n) const {
+    publish(end, n);
+    if (G::F::kPingPong) {
+      publish(end, n + 1);
+    } else if (G::kPair) {
+      wait_empty(n + 1);  // NOTE: the shared memory must live until the other CTAs' last arrivals
+    }
+  }
+  __device__ __forceinline__ void wait_empty(uint32_t n) const {
     sm90::mbarrier_wait(ring.tile_empty + (n & 1) * 8, ((n >> 1) & 1) ^ 1);
-    sm90::st_shared_v4(ring.slots + (n & 1) * 16, t.v);
-    sm90::mbarrier_arrive(ring.tile_full + (n & 1) * 8);
   }
 };
 
@@ -152,31 +227,41 @@ __device__ __forceinline__ uint64_t weight_policy() {
 // NOTE: does not wait for product 1. The tile list is older than that: product 1 let this kernel start only after it
 // had itself waited for routing. So weights are under way before product 1 ends.
 template <class G>
-__device__ __forceinline__ void produce_weights(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map) {
+__device__ __forceinline__ void produce_weights(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map,
+                                                uint32_t rank) {
   using F = typename G::F;
   const uint64_t policy = weight_policy<G>();
   const int steps = num_steps<G>(p);
   TileQueue<G> queue(p, ring);
-  Tile t = queue.load();
+  typename TileQueue<G>::Found next;
+  if (rank == 0) next = queue.load();
   uint32_t step = 0;
   for (uint32_t n = 0;; ++n) {
-    queue.publish(t, n);
-    if (t.is_end()) {
-      if (F::kPingPong) queue.publish(t, n + 1);
-      break;
+    Tile t;
+    if (rank == 0) {
+      t = next.of[0];
+      if (t.is_end()) {
+        queue.close(next, n);
+        break;
+      }
+      queue.publish(next, n);
+      queue.advance();
+    } else {
+      ring.wait_tile(n);
+      t = {sm90::ld_shared_v4(ring.slots + (n & 1) * 16)};
+      if (t.is_end()) break;
+      ring.release_tile(n);
     }
-    queue.advance();
-    Tile next = t;
 #pragma unroll 1
     for (int ks = 0; ks < steps; ++ks, ++step) {
       const uint32_t s = step % F::kStages, phase = (step / F::kStages) & 1, full = ring.full + s * 8;
       sm90::mbarrier_wait(ring.empty + s * 8, phase ^ 1);
       sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
-      load_weights<G>(map, ring.stage(s), full, ks, t, policy);
-      if (ks == min(1, steps - 1)) next = queue.load();
+      load_weights<G>(map, ring.stage(s), full, ks, t, policy, rank);
+      if (rank == 0 && ks == min(1, steps - 1)) next = queue.load();
     }
-    t = next;
   }
+  if constexpr (G::kPair) ring.drain(step);
 }
 
 // Product 2, tokens: the rows of a tile lie side by side. In one thread of another warp: one thread alone cannot issue
@@ -193,10 +278,10 @@ __device__ __forceinline__ void produce_tokens(const GemmParams& p, const Ring<G
   uint32_t step = 0;
   int ready_tile = -1;
   for (uint32_t n = 0;; ++n) {
-    sm90::mbarrier_wait(ring.tile_full + (n & 1) * 8, (n >> 1) & 1);
+    ring.wait_tile(n);
     const Tile t = {sm90::ld_shared_v4(ring.slots + (n & 1) * 16)};
-    sm90::mbarrier_arrive(ring.tile_empty + (n & 1) * 8);
     if (t.is_end()) break;
+    ring.release_tile(n);
     if (t.token_tile() != ready_tile) {
       ready_tile = t.token_tile();
       while (sm90::ld_acquire(p.tile_ready + ready_tile) < p.ready_count) {
@@ -229,7 +314,8 @@ __device__ __forceinline__ void produce_tokens(const GemmParams& p, const Ring<G
 
 // Product 1: the rows of a tile are gathered from wherever their tokens are. Runs in all producer warps.
 template <class G>
-__device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map_w) {
+__device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map_w,
+                                                  uint32_t rank) {
   using F = typename G::F;
   constexpr int kRowStride = 4 * G::kProducerWarps, kRowsPerThread = (F::kTileN + kRowStride - 1) / kRowStride;
   constexpr bool kPreload = F::kTileM != 256;
@@ -240,37 +326,40 @@ __device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Rin
   const int chunk = thread & 7, row0 = thread >> 3;  // 16 bytes of rows row0, row0 + stride, ...
   const uint32_t offset0 = G::kWeightBytes + row0 * kBoxK + ((chunk ^ (row0 & 7)) << 4);  // the swizzle by hand
   TileQueue<G> queue(p, ring);
-  Tile next = {kEndTile};
-  if (thread == 0) next = queue.load();
+  const bool picks = thread == 0 && rank == 0;
+  typename TileQueue<G>::Found next;
+  if (picks) next = queue.load();
   uint32_t step = 0;
   for (uint32_t n = 0;; ++n) {
     int preloaded = 0;
-    if (thread == 0) {
-      queue.publish(next, n);
-      if (kPreload && n == 0 && !next.is_end()) {  // weights need not wait for the rows' addresses
-        for (; preloaded < min(F::kStages, steps); ++preloaded) {
-          const uint32_t full = ring.full + preloaded * 8;
-          sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
-          load_weights<G>(map_w, ring.stage(preloaded), full, preloaded, next, policy_w);
+    if (picks) {
+      const Tile& own = next.of[0];
+      if (own.is_end()) {
+        queue.close(next, n);
+      } else {
+        queue.publish(next, n);
+        if (kPreload && n == 0) {  // weights need not wait for the rows' addresses
+          for (; preloaded < min(F::kStages, steps); ++preloaded) {
+            const uint32_t full = ring.full + preloaded * 8;
+            sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
+            load_weights<G>(map_w, ring.stage(preloaded), full, preloaded, own, policy_w, rank);
+          }
         }
       }
     }
     __syncwarp();
-    sm90::mbarrier_wait(ring.tile_full + (n & 1) * 8, (n >> 1) & 1);
+    ring.wait_tile(n);
     const Tile t = {sm90::ld_shared_v4(ring.slots + (n & 1) * 16)};
+    if (t.is_end()) break;
     __syncwarp();
-    if (lane == 0) sm90::mbarrier_arrive(ring.tile_empty + (n & 1) * 8);
-    if (t.is_end()) {
-      if (F::kPingPong && thread == 0) queue.publish(t, n + 1);
-      break;
-    }
-    if (thread == 0) queue.advance();
+    if (lane == 0) ring.release_tile(n);
+    if (picks) queue.advance();
     const int width = t.width<F>();
     uint32_t source[kRowsPerThread];  // fits: T * H stays below 2^32 in one call
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
       const int row =
-          min(row0 + kRowStride * i, t.rows() - 1);  // padding columns repeat a valid row; nobody stores them
+          max(min(row0 + kRowStride * i, t.rows() - 1), 0);  // padding columns repeat a valid row; nobody stores them
       source[i] =
           static_cast<uint32_t>(__ldcg(p.row_token + t.first_row() + row)) * static_cast<uint32_t>(p.k) + chunk * 16;
     }
@@ -280,9 +369,9 @@ __device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Rin
       sm90::mbarrier_wait(ring.empty + s * 8, phase ^ 1);
       if (thread == 0 && ks >= preloaded) {
         sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
-        load_weights<G>(map_w, stage, full, ks, t, policy_w);
+        load_weights<G>(map_w, stage, full, ks, t, policy_w, rank);
       }
-      if (thread == 0 && ks == min(1, steps - 1)) next = queue.load();
+      if (picks && ks == min(1, steps - 1)) next = queue.load();
 #pragma unroll
       for (int box = 0; box < F::kBoxes; ++box) {
         // Past the end of K both operands must be true zeros: the other one may hold anything, and 0 * NaN is NaN.
@@ -301,6 +390,7 @@ __device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Rin
     }
   }
   sm90::cp_async_wait_all();
+  if constexpr (G::kPair) ring.drain(step);
 }
 
 // Product 1, while routing runs and memory is idle: into L2 with the weights of the tile that this CTA gets if the
@@ -311,13 +401,14 @@ __device__ __forceinline__ void prefetch_likely_weights(const GemmParams& p, con
   const int m_tiles = (p.weight_rows + F::kTileM - 1) / F::kTileM, per_expert = m_tiles * p.likely_token_tiles;
   const int expert = blockIdx.x / per_expert, m_tile = blockIdx.x % per_expert / p.likely_token_tiles;
   if (expert >= p.num_experts) return;
+  const int first = m_tile * F::kTileM + blockIdx.x % G::kCluster * G::kShareM;
   const int boxes = min(F::kStages * F::kBoxes, (p.k + kBoxK - 1) / kBoxK);
 #pragma unroll 1
   for (int box = 0; box < boxes; ++box) {
     if constexpr (G::kGated) {
-      sm90::cp_async_bulk_prefetch_tensor_5d(map, box * kBoxK, 0, 0, m_tile * (F::kTileM / 16), expert);
+      sm90::cp_async_bulk_prefetch_tensor_5d(map, box * kBoxK, 0, 0, first / 16, expert);
     } else {
-      sm90::cp_async_bulk_prefetch_tensor_3d(map, box * kBoxK, m_tile * F::kTileM, expert);
+      sm90::cp_async_bulk_prefetch_tensor_3d(map, box * kBoxK, first, expert);
     }
   }
 }
@@ -348,11 +439,11 @@ __device__ __forceinline__ void multiply(float* acc, uint32_t& step, int steps, 
     }
     sm90::wgmma_commit_group();
     sm90::wgmma_wait_group<1>();  // the previous step is done
-    if (ks > 0 && lane == 0) sm90::mbarrier_arrive(ring.empty + ((step - 1) % kStages) * 8);
+    if (ks > 0) ring.release_stage((step - 1) % kStages, lane);
   }
   if (G::F::kPingPong && lane == 0) sm90::mbarrier_arrive(ring.turn + (group ^ 1) * 8);
   sm90::wgmma_wait_group<0>();
-  if (lane == 0) sm90::mbarrier_arrive(ring.empty + ((step - 1) % kStages) * 8);
+  ring.release_stage((step - 1) % kStages, lane);
 }
 
 template <class G, int kUnits = 1>
@@ -377,7 +468,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Ring<G>& ring
   constexpr int kStride = F::kPingPong ? 2 : 1;
   const uint32_t first = F::kPingPong ? group : 0;
   uint32_t step = first * steps;
-  sm90::mbarrier_wait(ring.tile_full + first * 8, 0);
+  ring.wait_tile(first);
   Tile t = {sm90::ld_shared_v4(ring.slots + first * 16)};
   // NOTE: nothing may follow this loop, and nothing may leave it by break: ptxas 13.0 would then drop the register
   // budget that setmaxnreg raised, and spill.
@@ -390,7 +481,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Ring<G>& ring
 #pragma unroll
     for (int i = 0; i < G::kAccumulators; ++i) asm volatile("" : "+f"(acc[i])::"memory");
     __syncwarp();
-    if (lane == 0) sm90::mbarrier_arrive(ring.tile_empty + (n & 1) * 8);
+    if (lane == 0) ring.release_tile(n);
     EpilogueTile e;
     e.scale = __ldg(p.scale + t.expert());
     e.scale_gate = G::kGather ? __ldg(p.scale_gate + t.expert()) : 0.0f;
@@ -412,7 +503,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Ring<G>& ring
       if ((threadIdx.x & 127) == 0) sm90::red_release_add(p.tile_ready + t.token_tile(), 1);
     }
     n += kStride;
-    sm90::mbarrier_wait(ring.tile_full + (n & 1) * 8, (n >> 1) & 1);
+    ring.wait_tile(n);
     t = {sm90::ld_shared_v4(ring.slots + (n & 1) * 16)};
   }
 }
@@ -429,11 +520,11 @@ __global__ void __launch_bounds__(G::kThreads, G::F::kCtasPerSm)
   if (threadIdx.x == 0) {
     for (int s = 0; s < G::F::kStages; ++s) {
       sm90::mbarrier_init(ring.full + s * 8, G::kGather ? 1 + G::kProducerThreads : 2);
-      sm90::mbarrier_init(ring.empty + s * 8, G::kTileWarps);
+      sm90::mbarrier_init(ring.empty + s * 8, G::kCluster * G::kTileWarps);
     }
     for (int i = 0; i < 2; ++i) {
       sm90::mbarrier_init(ring.tile_full + i * 8, 1);
-      sm90::mbarrier_init(ring.tile_empty + i * 8, G::kTileWarps + (G::kGather ? G::kProducerWarps : 1));
+      sm90::mbarrier_init(ring.tile_empty + i * 8, G::kTileReaders);
       sm90::mbarrier_init(ring.turn + i * 8, 4);
     }
     sm90::fence_mbarrier_init();
@@ -443,7 +534,14 @@ __global__ void __launch_bounds__(G::kThreads, G::F::kCtasPerSm)
       sm90::prefetch_tensormap(&map_x_part);
     }
   }
-  __syncthreads();
+  uint32_t rank = 0;
+  if constexpr (G::kPair) {  // nobody reaches into a CTA whose barriers are not set up
+    rank = sm90::cluster_ctarank();
+    sm90::cluster_arrive();
+    sm90::cluster_wait();
+  } else {
+    __syncthreads();
+  }
   if constexpr (G::kGather) {
     if (p.likely_token_tiles > 0 && threadIdx.x == G::kConsumers) prefetch_likely_weights<G>(p, &map_w);
     sm90::griddepcontrol_wait();
@@ -452,10 +550,10 @@ __global__ void __launch_bounds__(G::kThreads, G::F::kCtasPerSm)
   if (warp >= 4 * G::kWarpgroups) {
     if constexpr (G::kMoveRegs) sm90::setmaxnreg_dec<G::kProducerRegs>();
     if constexpr (G::kGather) {
-      produce_by_gather<G>(p, ring, &map_w);
+      produce_by_gather<G>(p, ring, &map_w, rank);
     } else {
       // NOTE: only the tokens' thread waits for product 1; nobody touches its rows before that thread's copies arrive.
-      if (threadIdx.x == 128 * G::kWarpgroups) produce_weights<G>(p, ring, &map_w);
+      if (threadIdx.x == 128 * G::kWarpgroups) produce_weights<G>(p, ring, &map_w, rank);
       if (threadIdx.x == 128 * G::kWarpgroups + 32) produce_tokens<G>(p, ring, &map_x, &map_x_part);
     }
   } else {
@@ -474,7 +572,8 @@ void launch_grouped_gemm(const GemmMaps& maps, const GemmParams& p, int grid, co
   require(p.k % 16 == 0 && p.out_columns % 16 == 0, "hidden_size and intermediate_size must be multiples of 16");
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, G::kSmem),
              "raising the shared memory limit of a grouped GEMM");
-  check_cuda(launch_kernel(kernel, grid, G::kThreads, G::kSmem, launch, maps.weights, maps.tokens, maps.tokens_part, p),
+  const LaunchConfig config = {launch.stream, launch.pdl, F::kCluster};
+  check_cuda(launch_kernel(kernel, grid, G::kThreads, G::kSmem, config, maps.weights, maps.tokens, maps.tokens_part, p),
              "launching a grouped GEMM");
 }
 

@@ -42,8 +42,9 @@ struct RouteParams {
   int method, n_group, topk_group;
   float routed_scaling_factor;
   bool norm_topk_prob;
-  // The token tiles: at most tile_n rows each, cut in multiples of tile_quantum, tiles_per_block of them side by side.
-  int tile_n, tile_quantum, tiles_per_block;
+  // The token tiles: at most tile_n rows each, cut in multiples of tile_quantum, tiles_per_block of them side by side,
+  // a multiple of cluster of them for each expert; the last ones may be empty.
+  int tile_n, tile_quantum, tiles_per_block, cluster;
   int* topk_ids;           // [T, K]
   uint16_t* topk_weights;  // [T, K] bfloat16
   int16_t* replay;         // [T, K] or null

@@ -102,7 +102,10 @@ __device__ __forceinline__ Extent block_scan(Smem& smem, Extent mine, Extent& to
           inclusive.tiles - mine.tiles + __reduce_add_sync(kAllLanes, earlier ? other.tiles : 0)};
 }
 
-__device__ __forceinline__ int num_tiles(const RouteParams& p, int rows) { return (rows + p.tile_n - 1) / p.tile_n; }
+__device__ __forceinline__ int num_tiles(const RouteParams& p, int rows) {
+  const int tiles = (rows + p.tile_n - 1) / p.tile_n;
+  return (tiles + p.cluster - 1) / p.cluster * p.cluster;
+}
 
 // Near-equal tiles: 130 rows in tiles of up to 128 become 96 + 34 rather than 128 + 2.
 __device__ __forceinline__ void write_tiles(const RouteParams& p, int expert, int rows, int row0, int tile0) {
@@ -111,11 +114,11 @@ __device__ __forceinline__ void write_tiles(const RouteParams& p, int expert, in
   int at = 0, first = 0;
 #pragma unroll 1
   for (int i = 0; i < tiles; ++i) {
-    const int count = min(p.tile_quantum * (quotient + (i < longer)), rows - at);
+    const int count = min(p.tile_quantum * (quotient + (i < longer)), rows - at);  // may be 0 in a cluster's last
     if (i - first == p.tiles_per_block) first = i;
     p.tile_ready[tile0 + i] = 0;
     p.tiles[tile0 + i] =
-        make_int4(expert | min(p.tiles_per_block, tiles - first) << 16, row0 + at, count, tile0 + first);
+        make_int4(expert | min(p.tiles_per_block, tiles - first) << 16, row0 + min(at, rows - 1), count, tile0 + first);
     at += count;
   }
 }
@@ -286,7 +289,7 @@ void launch_way(const RouteParams& p, int blocks, const LaunchConfig& launch) {
 
 template <Score kScore, int kPer>
 void launch_size(const RouteParams& p, int blocks, const LaunchConfig& launch) {
-  if (blocks == 1 && p.block_tokens * p.top_k <= kFewSlots) {
+  if (blocks == 1 && p.block_tokens * p.top_k <= kFewSlots && p.cluster == 1) {
     launch_way<kScore, kPer, kFew>(p, blocks, launch);
   } else if (p.num_tokens <= kClusterTokens) {
     launch_way<kScore, kPer, kCluster>(p, blocks, launch);
@@ -315,6 +318,7 @@ int max_route_blocks(int num_tokens) {
 void launch_route(RouteParams p, const LaunchConfig& launch) {
   require(p.num_experts >= 1 && p.num_experts <= kMaxExperts, "num_experts must be 1 to 1024");
   require(p.top_k >= 1 && p.top_k <= std::min(kMaxTopK, p.num_experts), "top_k must be 1 to min(num_experts, 32)");
+  require(p.cluster >= 1 && p.tiles_per_block % p.cluster == 0, "tiles_per_block must be a multiple of cluster");
   require(p.local_offset >= 0 && p.num_local >= 1 && p.local_offset + p.num_local <= p.num_experts,
           "the local experts must lie inside 0 ... num_experts - 1");
   int blocks = 1;

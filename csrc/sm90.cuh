@@ -17,6 +17,28 @@ __device__ __forceinline__ void mbarrier_init(uint32_t bar, uint32_t count) {
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
+// The same barrier in another block of the cluster.
+// NOTE: orders this block's accesses only. Release at the cluster's scope is a fence of the whole GPU: 1 us.
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t bar, uint32_t block) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(bar),
+      "r"(block)
+      : "memory");
+}
+// Sixteen bytes into another block's shared memory; who waits for the barrier there sees them.
+__device__ __forceinline__ void send_v4(uint32_t address, int4 v, uint32_t bar, uint32_t block) {
+  asm volatile(
+      "{\n.reg .b32 remote, remote_bar;\n"
+      "mapa.shared::cluster.u32 remote, %0, %2;\n"
+      "mapa.shared::cluster.u32 remote_bar, %1, %2;\n"
+      "mbarrier.arrive.expect_tx.shared::cluster.b64 _, [remote_bar], 16;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [remote], {%3, %4, %5, %6}, [remote_bar];\n"
+      "}\n" ::"r"(address),
+      "r"(bar), "r"(block), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+      : "memory");
+}
 __device__ __forceinline__ void mbarrier_arrive(uint32_t bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
@@ -92,6 +114,25 @@ __device__ __forceinline__ void cp_async_bulk_tensor_5d(uint32_t dst, const CUte
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
       " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(dst),
       "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(policy)
+      : "memory");
+}
+// To the same place, and the same barrier, in every block of the cluster that `blocks` has a bit for.
+__device__ __forceinline__ void cp_async_bulk_tensor_3d_multicast(uint32_t dst, const CUtensorMap* map, uint32_t bar,
+                                                                  int c0, int c1, int c2, uint16_t blocks,
+                                                                  uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6, %7;" ::"r"(dst),
+      "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "h"(blocks), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void cp_async_bulk_tensor_5d_multicast(uint32_t dst, const CUtensorMap* map, uint32_t bar,
+                                                                  int c0, int c1, int c2, int c3, int c4,
+                                                                  uint16_t blocks, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8, %9;" ::"r"(dst),
+      "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "h"(blocks), "l"(policy)
       : "memory");
 }
 __device__ __forceinline__ void cp_async_bulk_prefetch_tensor_3d(const CUtensorMap* map, int c0, int c1, int c2) {
@@ -177,6 +218,11 @@ __device__ __forceinline__ uint32_t mapa(uint32_t address, uint32_t block) {
   uint32_t mapped;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(block));
   return mapped;
+}
+__device__ __forceinline__ uint32_t cluster_ctarank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
 }
 __device__ __forceinline__ uint2 ld_shared_cluster_v2(uint32_t address) {
   uint2 v;

@@ -50,11 +50,18 @@ class Family:
     tile_quantum: int
     tile_warpgroups: int
     ctas_per_sm: int
+    cluster: int
+    """CTAs that work side by side on as many token tiles of one expert, and share its weights."""
 
     @property
     def tiles_per_block(self) -> int:
         """Token tiles of an expert that share a pass over its weights."""
-        return max(1, _BLOCK_TOKENS // self.tile_n)
+        return max(1, _BLOCK_TOKENS // self.tile_n // self.cluster) * self.cluster
+
+    @property
+    def weight_box(self) -> int:
+        """Weight rows that one CTA loads, for all of its cluster."""
+        return self.tile_m // self.cluster
 
     def ready_count(self, weight_rows: int) -> int:
         """What a token tile's counter reaches when the first product is done with it: one for each warpgroup."""
@@ -286,6 +293,7 @@ class CudaBackend:
             tile_n=family.tile_n,
             tile_quantum=family.tile_quantum,
             tiles_per_block=family.tiles_per_block,
+            cluster=family.cluster,
             topk_ids=call.topk_ids.data_ptr(),
             topk_weights=call.topk_weights.data_ptr(),
             replay=_address(call.replay),
@@ -317,8 +325,8 @@ class CudaBackend:
             out_columns=spec.intermediate_size,
             k=spec.hidden_size,
             weight_rows=spec.gemm1_rows,
-            max_token_tiles=_max_token_tiles(spec, call.num_tokens, family.tile_n),
-            likely_token_tiles=_likely_token_tiles(spec, call.num_tokens, family.tile_n),
+            max_token_tiles=_max_token_tiles(spec, call.num_tokens, family),
+            likely_token_tiles=_likely_token_tiles(spec, call.num_tokens, family),
             num_experts=spec.num_local,
             schedule=plan.schedule,
             tiles=plan.tiles,
@@ -339,7 +347,7 @@ class CudaBackend:
             rows=plan.rows,
             hidden_size=spec.hidden_size,
             k=spec.intermediate_size,
-            max_token_tiles=_max_token_tiles(spec, call.num_tokens, family.tile_n),
+            max_token_tiles=_max_token_tiles(spec, call.num_tokens, family),
             schedule=plan.schedule,
             tiles=plan.tiles,
             tile_ready=plan.tile_ready,
@@ -367,8 +375,8 @@ class CudaBackend:
         )
 
     def _grid(self, spec: LayerSpec, family: Family, num_tokens: int, weight_rows: int) -> int:
-        tiles = _max_token_tiles(spec, num_tokens, family.tile_n) * -(-weight_rows // family.tile_m)
-        return min(tiles, self.num_sms * family.ctas_per_sm)
+        tiles = _max_token_tiles(spec, num_tokens, family) * -(-weight_rows // family.tile_m)
+        return min(tiles, self.num_sms * family.ctas_per_sm // family.cluster * family.cluster)
 
 
 def _median_ms(run: Callable[[], object], repeats: int = 7) -> float:
@@ -394,15 +402,17 @@ def _max_rows(spec: LayerSpec, num_tokens: int) -> int:
     return num_tokens * min(spec.top_k, spec.num_local)
 
 
-def _max_token_tiles(spec: LayerSpec, num_tokens: int, tile_n: int) -> int:
+def _max_token_tiles(spec: LayerSpec, num_tokens: int, family: Family) -> int:
     rows = _max_rows(spec, num_tokens)
-    return rows // tile_n + min(spec.num_local, rows)
+    tiles = rows // family.tile_n + family.cluster * min(spec.num_local, rows)
+    return tiles // family.cluster * family.cluster  # whole clusters, so as many as that at most
 
 
-def _likely_token_tiles(spec: LayerSpec, num_tokens: int, tile_n: int) -> int:
+def _likely_token_tiles(spec: LayerSpec, num_tokens: int, family: Family) -> int:
     """Token tiles that each expert has if all are equally chosen; 0 where many experts go without a token."""
     chosen = 1 - (1 - spec.top_k / spec.num_experts) ** num_tokens
-    return -(-num_tokens * spec.top_k // (spec.num_experts * tile_n)) if chosen >= _LIKELY else 0
+    clusters = -(-num_tokens * spec.top_k // (spec.num_experts * family.tile_n * family.cluster))
+    return clusters * family.cluster if chosen >= _LIKELY else 0
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -471,7 +481,7 @@ class _Scratch:
     def of(cls, spec: LayerSpec, num_tokens: int, *, quantizes: bool) -> _Scratch:
         rows = _max_rows(spec, num_tokens)
         blocks = _cuda.max_route_blocks(num_tokens)
-        tiles = max(_max_token_tiles(spec, num_tokens, f.tile_n) for f in FAMILIES.values())
+        tiles = max(_max_token_tiles(spec, num_tokens, f) for f in FAMILIES.values())
         sizes = {
             "schedule": _cuda.SCHEDULE_BYTES,
             "tiles": tiles * _cuda.TOKEN_TILE_BYTES,
@@ -594,11 +604,11 @@ def _tensor_maps(spec: LayerSpec, weights: ExpertWeights, inter: int, rows: int)
     for family in FAMILIES.values():
         at = maps[family.index].data_ptr()
         if spec.activation in (Activation.SWIGLU, Activation.GEGLU):
-            _cuda.encode_gate_up(at, w1, experts, intermediate, hidden, family.tile_m)
+            _cuda.encode_gate_up(at, w1, experts, intermediate, hidden, family.weight_box)
         else:
-            _cuda.encode_weight_rows(at, w1, experts, intermediate, hidden, family.tile_m)
+            _cuda.encode_weight_rows(at, w1, experts, intermediate, hidden, family.weight_box)
         at += 3 * size
-        _cuda.encode_weight_rows(at, w2, experts, hidden, intermediate, family.tile_m)
+        _cuda.encode_weight_rows(at, w2, experts, hidden, intermediate, family.weight_box)
         _cuda.encode_rows(at + size, inter, rows, intermediate, family.tile_n)
         _cuda.encode_rows(at + 2 * size, inter, rows, intermediate, family.tile_quantum)
     return maps

@@ -91,12 +91,12 @@ def test_no_routing_needs_more_token_tiles_than_planned(spec: LayerSpec) -> None
             for expert in rng.sample(favourites, slots):
                 rows[expert] += 1
         needed = sum(-(-count // family.tile_n) for count in rows)
-        planned = backend_cuda._max_token_tiles(spec, num_tokens, family.tile_n)
+        planned = backend_cuda._max_token_tiles(spec, num_tokens, family)
         assert needed <= planned, f"seed 0, {family.name}, {num_tokens} tokens, {spec}"
     # The worst case: one row more than whole tiles in as many experts as there are.
     for family, whole in itertools.product(FAMILIES, (0, 1, 3)):
         num_tokens = -(-spec.num_local * (whole * family.tile_n + 1) // slots)
-        planned = backend_cuda._max_token_tiles(spec, num_tokens, family.tile_n)
+        planned = backend_cuda._max_token_tiles(spec, num_tokens, family)
         assert spec.num_local * (whole + 1) <= planned, f"{family.name}, {num_tokens} tokens, {spec}"
 
 

@@ -1,0 +1,51 @@
+"""Small calls of every kernel, for compute-sanitizer; a program and no test, because it runs hundreds of times slower.
+
+    PYTHONPATH=server:client:tests/gpu compute-sanitizer --tool memcheck python tests/gpu/sanitizer_calls.py
+    PYTHONPATH=server:client:tests/gpu compute-sanitizer --tool racecheck python tests/gpu/sanitizer_calls.py
+
+Only the product's own kernels are looked at if `--kernel-regex kns=expertd` is added (torch's fill most of the time).
+"""
+
+from __future__ import annotations
+
+import torch
+from gpu_layers import TILE_FAMILIES, make_inputs, make_spec, make_weights, same_bits
+
+from expertd_server.backend_cuda import CudaBackend
+from expertd_server.types import Activation, RoutingMethod
+
+SHAPES = (
+    {"routing_method": RoutingMethod.RENORMALIZE_NAIVE, "num_experts": 8, "top_k": 2},
+    {
+        "routing_method": RoutingMethod.DEEPSEEK_V3,
+        "num_experts": 32,
+        "top_k": 4,
+        "n_group": 8,
+        "topk_group": 4,
+        "local_expert_offset": 4,
+        "local_num_experts": 8,
+        "activation": Activation.RELU2,
+    },
+)
+
+
+def main() -> None:
+    """Run every family at sizes that take each way through routing, and compare the families' bits."""
+    backend = CudaBackend()
+    for seed, fields in enumerate(SHAPES):
+        spec = make_spec(hidden_size=272, intermediate_size=144, **fields)
+        layer = backend.prepare(spec, make_weights(spec, seed, hidden_states_scale=0.05), max_num_tokens=700)
+        for num_tokens in (1, 3, 40, 128, 700):  # one warp, one block, a cluster, the largest cluster, two launches
+            hidden_states, logits = make_inputs(layer.spec, num_tokens, seed)
+            outputs = []
+            for family in TILE_FAMILIES:
+                backend.force_family = family
+                outputs.append(backend.forward(layer, hidden_states, routing_logits=logits).output)
+            backend.forward(layer, hidden_states.to(torch.bfloat16), routing_logits=logits, output_dtype=torch.float32)
+            torch.cuda.synchronize()
+            assert all(same_bits(outputs[0], other) for other in outputs[1:]), f"T {num_tokens}, {fields}"
+            print(f"shape {seed}, T {num_tokens}: {len(outputs)} families agree", flush=True)
+
+
+if __name__ == "__main__":
+    main()
