@@ -39,9 +39,7 @@ using FamilyD64W = Family<128, 64, 16, 4, 1, 2>;         // up to 45
 using FamilyM128 = Family<128, 128, 32, 6, 1>;           // up to 100
 using FamilyQ160 = Family<128, 160, 32, 3, 1, 2, true>;  // up to 150: memory still sets the pace
 using FamilyP160 = Family<256, 160, 32, 4, 1>;           // prefill
-using FamilyC160 = Family<256, 160, 32, 4, 1, 1, false, 2>;  // prefill, weights shared by two CTAs
-using FamilyE160 = Family<256, 160, 16, 4, 1, 1, false, 2>;
-using FamilyCQ160 = Family<128, 160, 32, 6, 1, 1, true, 2>;
+using FamilyC160 = Family<256, 160, 16, 4, 1, 1, false, 2>;  // prefill
 
 struct FamilyInfo {
   const char* name;
@@ -60,8 +58,6 @@ extern template void launch_family<FamilyM128>(Output, const GemmMaps&, const Ge
 extern template void launch_family<FamilyQ160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyP160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyC160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
-extern template void launch_family<FamilyE160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
-extern template void launch_family<FamilyCQ160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 
 template <class F>
 constexpr FamilyInfo family_info(const char* name) {
@@ -73,8 +69,7 @@ inline const auto& families() {
   static const std::array table = {
       family_info<FamilyS16W>("s16w"), family_info<FamilyS16X>("s16x"), family_info<FamilyD32W>("d32w"),
       family_info<FamilyD64W>("d64w"), family_info<FamilyM128>("m128"), family_info<FamilyQ160>("q160"),
-      family_info<FamilyP160>("p160"), family_info<FamilyC160>("c160"), family_info<FamilyE160>("e160"),
-      family_info<FamilyCQ160>("cq160"),
+      family_info<FamilyP160>("p160"), family_info<FamilyC160>("c160"),
   };
   return table;
 }

@@ -57,9 +57,10 @@ struct GemmTraits {
 // Shared-memory addresses of a CTA.
 template <class G>
 struct Ring {
-  uint32_t base, staging, full, empty, tile_full, tile_empty, turn, slots;
+  uint32_t base, staging, full, empty, tile_full, tile_empty, turn, slots, rank;
 
   __device__ __forceinline__ explicit Ring(const void* smem) {
+    rank = G::kPair ? sm90::cluster_ctarank() : 0;
     base = (sm90::smem_address(smem) + 1023u) & ~1023u;  // the swizzle wants stages on 1024-byte boundaries
     staging = base + G::F::kStages * G::kStageBytes;
     full = staging + G::kWarpgroups * G::kStagingBytes;
@@ -73,18 +74,17 @@ struct Ring {
 
   // A consumer warp is done with a stage: whoever writes into it next has to know, and that is the whole cluster.
   __device__ __forceinline__ void release_stage(uint32_t s, int lane) const {
+    if (lane == 0) sm90::mbarrier_arrive(empty + s * 8);
     if constexpr (G::kPair) {
-      if (lane < G::kCluster) sm90::mbarrier_arrive_cluster(empty + s * 8, lane);
-    } else {
-      if (lane == 0) sm90::mbarrier_arrive(empty + s * 8);
+      if (lane == 1) sm90::mbarrier_arrive_cluster(empty + s * 8, rank ^ 1);
     }
   }
   // A reader (one thread) has taken tile n from its slot: the thread that fills the slots has to know.
   __device__ __forceinline__ void release_tile(uint32_t n) const {
-    if constexpr (G::kPair) {
-      sm90::mbarrier_arrive_cluster(tile_empty + (n & 1) * 8, 0);
-    } else {
+    if (rank == 0) {
       sm90::mbarrier_arrive(tile_empty + (n & 1) * 8);
+    } else {
+      sm90::mbarrier_arrive_cluster(tile_empty + (n & 1) * 8, 0);
     }
   }
   __device__ __forceinline__ void wait_tile(uint32_t n) const {
@@ -227,18 +227,17 @@ __device__ __forceinline__ uint64_t weight_policy() {
 // NOTE: does not wait for product 1. The tile list is older than that: product 1 let this kernel start only after it
 // had itself waited for routing. So weights are under way before product 1 ends.
 template <class G>
-__device__ __forceinline__ void produce_weights(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map,
-                                                uint32_t rank) {
+__device__ __forceinline__ void produce_weights(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map) {
   using F = typename G::F;
   const uint64_t policy = weight_policy<G>();
   const int steps = num_steps<G>(p);
   TileQueue<G> queue(p, ring);
   typename TileQueue<G>::Found next;
-  if (rank == 0) next = queue.load();
+  if (ring.rank == 0) next = queue.load();
   uint32_t step = 0;
   for (uint32_t n = 0;; ++n) {
     Tile t;
-    if (rank == 0) {
+    if (ring.rank == 0) {
       t = next.of[0];
       if (t.is_end()) {
         queue.close(next, n);
@@ -257,8 +256,8 @@ __device__ __forceinline__ void produce_weights(const GemmParams& p, const Ring<
       const uint32_t s = step % F::kStages, phase = (step / F::kStages) & 1, full = ring.full + s * 8;
       sm90::mbarrier_wait(ring.empty + s * 8, phase ^ 1);
       sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
-      load_weights<G>(map, ring.stage(s), full, ks, t, policy, rank);
-      if (rank == 0 && ks == min(1, steps - 1)) next = queue.load();
+      load_weights<G>(map, ring.stage(s), full, ks, t, policy, ring.rank);
+      if (ring.rank == 0 && ks == min(1, steps - 1)) next = queue.load();
     }
   }
   if constexpr (G::kPair) ring.drain(step);
@@ -314,8 +313,7 @@ __device__ __forceinline__ void produce_tokens(const GemmParams& p, const Ring<G
 
 // Product 1: the rows of a tile are gathered from wherever their tokens are. Runs in all producer warps.
 template <class G>
-__device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map_w,
-                                                  uint32_t rank) {
+__device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map_w) {
   using F = typename G::F;
   constexpr int kRowStride = 4 * G::kProducerWarps, kRowsPerThread = (F::kTileN + kRowStride - 1) / kRowStride;
   constexpr bool kPreload = F::kTileM != 256;
@@ -326,7 +324,7 @@ __device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Rin
   const int chunk = thread & 7, row0 = thread >> 3;  // 16 bytes of rows row0, row0 + stride, ...
   const uint32_t offset0 = G::kWeightBytes + row0 * kBoxK + ((chunk ^ (row0 & 7)) << 4);  // the swizzle by hand
   TileQueue<G> queue(p, ring);
-  const bool picks = thread == 0 && rank == 0;
+  const bool picks = thread == 0 && ring.rank == 0;
   typename TileQueue<G>::Found next;
   if (picks) next = queue.load();
   uint32_t step = 0;
@@ -342,7 +340,7 @@ __device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Rin
           for (; preloaded < min(F::kStages, steps); ++preloaded) {
             const uint32_t full = ring.full + preloaded * 8;
             sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
-            load_weights<G>(map_w, ring.stage(preloaded), full, preloaded, own, policy_w, rank);
+            load_weights<G>(map_w, ring.stage(preloaded), full, preloaded, own, policy_w, ring.rank);
           }
         }
       }
@@ -369,7 +367,7 @@ __device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Rin
       sm90::mbarrier_wait(ring.empty + s * 8, phase ^ 1);
       if (thread == 0 && ks >= preloaded) {
         sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
-        load_weights<G>(map_w, stage, full, ks, t, policy_w, rank);
+        load_weights<G>(map_w, stage, full, ks, t, policy_w, ring.rank);
       }
       if (picks && ks == min(1, steps - 1)) next = queue.load();
 #pragma unroll
@@ -534,9 +532,7 @@ __global__ void __launch_bounds__(G::kThreads, G::F::kCtasPerSm)
       sm90::prefetch_tensormap(&map_x_part);
     }
   }
-  uint32_t rank = 0;
   if constexpr (G::kPair) {  // nobody reaches into a CTA whose barriers are not set up
-    rank = sm90::cluster_ctarank();
     sm90::cluster_arrive();
     sm90::cluster_wait();
   } else {
@@ -550,10 +546,10 @@ __global__ void __launch_bounds__(G::kThreads, G::F::kCtasPerSm)
   if (warp >= 4 * G::kWarpgroups) {
     if constexpr (G::kMoveRegs) sm90::setmaxnreg_dec<G::kProducerRegs>();
     if constexpr (G::kGather) {
-      produce_by_gather<G>(p, ring, &map_w, rank);
+      produce_by_gather<G>(p, ring, &map_w);
     } else {
       // NOTE: only the tokens' thread waits for product 1; nobody touches its rows before that thread's copies arrive.
-      if (threadIdx.x == 128 * G::kWarpgroups) produce_weights<G>(p, ring, &map_w, rank);
+      if (threadIdx.x == 128 * G::kWarpgroups) produce_weights<G>(p, ring, &map_w);
       if (threadIdx.x == 128 * G::kWarpgroups + 32) produce_tokens<G>(p, ring, &map_x, &map_x_part);
     }
   } else {
