@@ -17,7 +17,11 @@
 
 namespace expertd {
 
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, __fadd_rn(1.0f, __expf(-x))); }
+// x / (1 + exp(-x)) by the two approximations of the hardware, each good to 2^-22. -inf gives NaN, as in the formula.
+__device__ __forceinline__ float silu(float x) {
+  const float e = sm90::ex2_approx(__fmul_rn(x, -1.4426950408889634f));
+  return __fmul_rn(x, sm90::rcp_approx(__fadd_rn(1.0f, e)));
+}
 
 // x * Phi(x); erfc keeps the relative accuracy where Phi is small.
 __device__ __forceinline__ float gelu(float x) {
@@ -71,67 +75,71 @@ struct EpilogueTile {
 };
 
 // Product 1: activation and requantisation. Atoms: 64 weight rows = 32 features where gated, 64 where not.
-template <Output kOut, int kAtoms, int kTileN, int kPassTokens, int kPitch>
+// NOTE: all columns of a pass are computed, also those without a token: branches between them would make each wait for
+// the latency of the one before.
+template <Output kOut, int kAtoms, int kTileN, int kPassTokens, int kPitch, int kBuffers, bool kWeighted>
 __device__ __forceinline__ void store_activated(const float* acc, const EpilogueTile& t, uint8_t* out, int columns) {
   constexpr bool kGated = kOut == kSwiglu || kOut == kGeglu;
-  constexpr int kFeatures = kGated ? 32 : 64, kChunks = kFeatures * kAtoms / 16;
+  constexpr int kFeatures = kGated ? 32 : 64, kChunks = kFeatures * kAtoms / 16, kGroups = kPassTokens / 8;
   const int thread = t.warp * 32 + t.lane;
 #pragma unroll
   for (int pass = 0; pass < kTileN / kPassTokens; ++pass) {
-    if (pass * kPassTokens >= t.num_rows || t.first_column >= columns) continue;
-    sm90::bar_sync(t.barrier, 128);  // the last pass has been read
+    const int token0 = pass * kPassTokens;
+    if (token0 >= t.num_rows || t.first_column >= columns) continue;
+    const uint32_t staging = t.staging + pass % kBuffers * (kPassTokens * kPitch);
+    if (kBuffers == 1) sm90::bar_sync(t.barrier, 128);  // the last pass has been read
+    float weights[kGroups][2];
+    if constexpr (kWeighted) {
 #pragma unroll
-    for (int atom = 0; atom < kAtoms; ++atom) {
-#pragma unroll
-      for (int q = 0; q < (kPassTokens + 31) / 32; ++q) {
-        const int token0 = pass * kPassTokens + q * 32;
-        if (token0 >= t.num_rows) continue;
-        uint32_t packed[2][2] = {};  // [rows 0-7 or 8-15 of the warp][token bytes]; only the first where gated
-#pragma unroll
-        for (int g = 0; g < (kPassTokens < 32 ? kPassTokens / 8 : 4); ++g) {
-          if (token0 + g * 8 >= t.num_rows) continue;
-          const float* a = acc + atom * (kTileN / 2) + 4 * (token0 / 8 + g);
-          float v[4] = {a[0], a[1], a[2], a[3]};
-          if (t.row_weight != nullptr) {
-            const int token = token0 + g * 8 + 2 * (t.lane & 3);
-            const float w0 = __ldg(t.row_weight + t.first_row + min(token, t.num_rows - 1));
-            const float w1 = __ldg(t.row_weight + t.first_row + min(token + 1, t.num_rows - 1));
-            v[0] = __fmul_rn(v[0], w0), v[1] = __fmul_rn(v[1], w1), v[2] = __fmul_rn(v[2], w0),
-            v[3] = __fmul_rn(v[3], w1);
-          }
-          if constexpr (kGated) {
-            const float g0 = activate<kOut>(__fmul_rn(v[2], t.scale_gate));
-            const float g1 = activate<kOut>(__fmul_rn(v[3], t.scale_gate));
-            const uint32_t two =
-                pack_fp8(__fmul_rn(g0, __fmul_rn(v[0], t.scale)), __fmul_rn(g1, __fmul_rn(v[1], t.scale)));
-            packed[0][g >> 1] |= two << (16 * (g & 1));
-          } else {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const float g0 = activate<kOut>(__fmul_rn(v[2 * h], t.scale_gate));
-              const float g1 = activate<kOut>(__fmul_rn(v[2 * h + 1], t.scale_gate));
-              packed[h][g >> 1] |= pack_fp8(__fmul_rn(g0, t.scale), __fmul_rn(g1, t.scale)) << (16 * (g & 1));
-            }
-          }
-        }
-        const uint32_t line =
-            t.staging + (q * 32 + transposed_token(t.lane)) * kPitch + atom * kFeatures + t.warp * (kGated ? 8 : 16);
-        const bool inside = kPassTokens >= 32 || transposed_token(t.lane) < kPassTokens;
-#pragma unroll
-        for (int h = 0; h < (kGated ? 1 : 2); ++h) {
-          uint32_t lo, hi;
-          transpose_bytes(t.lane, packed[h][0], packed[h][1], lo, hi);
-          if (inside) sm90::st_shared_v2(line + 8 * h, lo, hi);
-        }
+      for (int g = 0; g < kGroups; ++g) {
+        const int token = token0 + g * 8 + 2 * (t.lane & 3);
+        const float* w = t.row_weight + t.first_row;
+        weights[g][0] = t.row_weight == nullptr ? 1.0f : __ldg(w + min(token, t.num_rows - 1));
+        weights[g][1] = t.row_weight == nullptr ? 1.0f : __ldg(w + min(token + 1, t.num_rows - 1));
       }
     }
-    sm90::bar_sync(t.barrier, 128);
+#pragma unroll
+    for (int atom = 0; atom < kAtoms; ++atom) {
+      uint32_t packed[2][2] = {};  // [rows 0-7 or 8-15 of the warp][token bytes]; only the first where gated
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        const float* a = acc + atom * (kTileN / 2) + 4 * (token0 / 8 + g);
+        float v[4] = {a[0], a[1], a[2], a[3]};
+        if constexpr (kWeighted) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) v[i] = __fmul_rn(v[i], weights[g][i & 1]);
+        }
+        if constexpr (kGated) {
+          const float g0 = activate<kOut>(__fmul_rn(v[2], t.scale_gate));
+          const float g1 = activate<kOut>(__fmul_rn(v[3], t.scale_gate));
+          const uint32_t two =
+              pack_fp8(__fmul_rn(g0, __fmul_rn(v[0], t.scale)), __fmul_rn(g1, __fmul_rn(v[1], t.scale)));
+          packed[0][g >> 1] |= two << (16 * (g & 1));
+        } else {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const float g0 = activate<kOut>(__fmul_rn(v[2 * h], t.scale_gate));
+            const float g1 = activate<kOut>(__fmul_rn(v[2 * h + 1], t.scale_gate));
+            packed[h][g >> 1] |= pack_fp8(__fmul_rn(g0, t.scale), __fmul_rn(g1, t.scale)) << (16 * (g & 1));
+          }
+        }
+      }
+      const uint32_t line = staging + transposed_token(t.lane) * kPitch + atom * kFeatures + t.warp * (kGated ? 8 : 16);
+      const bool inside = kPassTokens >= 32 || transposed_token(t.lane) < kPassTokens;
+#pragma unroll
+      for (int h = 0; h < (kGated ? 1 : 2); ++h) {
+        uint32_t lo, hi;
+        transpose_bytes(t.lane, packed[h][0], packed[h][1], lo, hi);
+        if (inside) sm90::st_shared_v2(line + 8 * h, lo, hi);
+      }
+    }
+    sm90::bar_sync(t.barrier, 128);  // with two buffers the only one of a pass: the other buffer is read meanwhile
 #pragma unroll
     for (int i = thread; i < kPassTokens * kChunks; i += 128) {
       const int token = i / kChunks, chunk = i % kChunks, column = t.first_column + chunk * 16;
-      if (pass * kPassTokens + token < t.num_rows && column < columns) {
-        *reinterpret_cast<int4*>(out + static_cast<size_t>(t.first_row + pass * kPassTokens + token) * columns +
-                                 column) = sm90::ld_shared_v4(t.staging + token * kPitch + chunk * 16);
+      if (token0 + token < t.num_rows && column < columns) {
+        *reinterpret_cast<int4*>(out + static_cast<size_t>(t.first_row + token0 + token) * columns + column) =
+            sm90::ld_shared_v4(staging + token * kPitch + chunk * 16);
       }
     }
   }

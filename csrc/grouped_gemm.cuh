@@ -40,7 +40,11 @@ struct GemmTraits {
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
   static constexpr int kPassTokens = F::kTileN < 32 ? F::kTileN : 32;
   static constexpr int kPitch = kOut == kBFloat16 ? 144 : (kGated ? 32 : 64) * kAtoms + 16;
-  static constexpr int kStagingBytes = kPassTokens * kPitch;
+  static constexpr int kMaxSmem = 232448 / F::kCtasPerSm - (F::kCtasPerSm > 1 ? 1024 : 0);
+  static constexpr int kRingBytes = 1024 + F::kStages * kStageBytes + 256;  // stages and, generously, barriers
+  static constexpr int kStagingBuffers =
+      kGather && kRingBytes + 2 * kWarpgroups * kPassTokens * kPitch <= kMaxSmem ? 2 : 1;
+  static constexpr int kStagingBytes = kStagingBuffers * kPassTokens * kPitch;
   // Arrivals that free a tile's slot: warps that consume, and warps or threads that produce.
   static constexpr int kTileReaders =
       kCluster * (kTileWarps + (kGather ? kProducerWarps : 1)) + (kGather ? 0 : kCluster - 1);
@@ -48,10 +52,14 @@ struct GemmTraits {
   static constexpr int kSmem =
       1024 + F::kStages * kStageBytes + kWarpgroups * kStagingBytes + ((kBarriers * 8 + 15) & ~15) + 2 * 16;
   static constexpr int kAccumulators = kAtoms * F::kTileN / 2;
+  // A release for the whole GPU waits until all that was stored has arrived. Where sums are long enough, it is done
+  // while the tensor cores already work on the next tile.
+  static constexpr bool kLateRelease = kGather && F::kTileM == 256;
+  static constexpr bool kPrefetch = kPair;
   // Wide tiles move registers from the producers to the consumers; the sums must fit what the launch allocated.
   static constexpr bool kMoveRegs = kAccumulators > 80;
   static constexpr int kProducerRegs = kGather ? 56 : 40, kConsumerRegs = kGather ? 224 : 232;
-  static_assert(kSmem <= 232448 / F::kCtasPerSm - (F::kCtasPerSm > 1 ? 1024 : 0), "shared memory");
+  static_assert(kSmem <= kMaxSmem, "shared memory");
 };
 
 // Shared-memory addresses of a CTA.
@@ -103,10 +111,12 @@ struct Ring {
 
 // A tile of the product, as it travels through shared memory: {row tile | expert << 16, token tile, first row, rows}.
 struct Tile {
+  static constexpr int kFirst = 1 << 30;  // in v.x: nobody has asked for these weights before
   int4 v;
   __device__ __forceinline__ bool is_end() const { return v.x < 0; }
   __device__ __forceinline__ int m_tile() const { return v.x & 0xffff; }
-  __device__ __forceinline__ int expert() const { return v.x >> 16; }
+  __device__ __forceinline__ int expert() const { return v.x >> 16 & 0x3fff; }
+  __device__ __forceinline__ bool is_first() const { return v.x & kFirst; }
   __device__ __forceinline__ int token_tile() const { return v.y; }
   __device__ __forceinline__ int first_row() const { return v.z; }
   __device__ __forceinline__ int rows() const { return v.w; }
@@ -137,14 +147,15 @@ __device__ __forceinline__ Tiles<kCluster> find_tiles(const GemmParams& p, int q
   }
   const int in_block = (near.x >> 16) / kCluster, local = q - near.w / kCluster * m_tiles;
   if (kCluster == 1 && in_block == 1) {
-    found.of[0] = {{local | near.x << 16, near.w, near.y, near.z}};
+    found.of[0] = {{local | (near.x & 0xffff) << 16, near.w, near.y, near.z}};
     return found;
   }
   const int index = near.w + local % in_block * kCluster;
 #pragma unroll
   for (int i = 0; i < kCluster; ++i) {
     const TokenTile own = __ldcg(p.tiles + index + i);
-    found.of[i] = {{local / in_block | own.x << 16, index + i, own.y, own.z}};
+    const int first = index == near.w ? Tile::kFirst : 0;
+    found.of[i] = {{local / in_block | (own.x & 0xffff) << 16 | first, index + i, own.y, own.z}};
   }
   return found;
 }
@@ -170,6 +181,37 @@ __device__ __forceinline__ void load_weights(const CUtensorMap* map, uint32_t ds
     } else {
       sm90::cp_async_bulk_tensor_3d(at, map, bar, k, first, t.expert(), policy);
     }
+  }
+}
+
+#ifndef PFD
+#define PFD 8
+#endif
+// One CTA's share of the weights of a step, into L2.
+template <class G>
+__device__ __forceinline__ void prefetch_weights(const CUtensorMap* map, int step, int m_tile, int expert,
+                                                 uint32_t rank) {
+  const int first = m_tile * G::F::kTileM + rank * G::kShareM;
+#pragma unroll
+  for (int box = 0; box < G::F::kBoxes; ++box) {
+    const int k = step * G::kStepK + box * kBoxK;
+    if constexpr (G::kGated) {
+      sm90::cp_async_bulk_prefetch_tensor_5d(map, k, 0, 0, first / 16, expert);
+    } else {
+      sm90::cp_async_bulk_prefetch_tensor_3d(map, k, first, expert);
+    }
+  }
+}
+
+// Ahead of the loads: what a CTA's stages hold is not enough to keep memory busy where weights are read once.
+template <class G>
+__device__ __forceinline__ void prefetch_ahead(const CUtensorMap* map, int ks, int steps, const Tile& t,
+                                               const Tile& next, uint32_t rank) {
+  const int ahead = ks + PFD;
+  if (ahead < steps) {
+    if (t.is_first()) prefetch_weights<G>(map, ahead, t.m_tile(), t.expert(), rank);
+  } else if (rank == 0 && ks > 1 && ahead < 2 * steps && !next.is_end() && next.is_first()) {
+    for (int r = 0; r < G::kCluster; ++r) prefetch_weights<G>(map, ahead - steps, next.m_tile(), next.expert(), r);
   }
 }
 
@@ -258,6 +300,7 @@ __device__ __forceinline__ void produce_weights(const GemmParams& p, const Ring<
       sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
       load_weights<G>(map, ring.stage(s), full, ks, t, policy, ring.rank);
       if (ring.rank == 0 && ks == min(1, steps - 1)) next = queue.load();
+      if constexpr (G::kPrefetch && PFD > 0) prefetch_ahead<G>(map, ks, steps, t, next.of[0], ring.rank);
     }
   }
   if constexpr (G::kPair) ring.drain(step);
@@ -370,6 +413,9 @@ __device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Rin
         load_weights<G>(map_w, stage, full, ks, t, policy_w, ring.rank);
       }
       if (picks && ks == min(1, steps - 1)) next = queue.load();
+      if constexpr (G::kPrefetch && PFD > 0) {
+        if (thread == 0) prefetch_ahead<G>(map_w, ks, steps, t, next.of[0], ring.rank);
+      }
 #pragma unroll
       for (int box = 0; box < F::kBoxes; ++box) {
         // Past the end of K both operands must be true zeros: the other one may hold anything, and 0 * NaN is NaN.
@@ -399,24 +445,17 @@ __device__ __forceinline__ void prefetch_likely_weights(const GemmParams& p, con
   const int m_tiles = (p.weight_rows + F::kTileM - 1) / F::kTileM, per_expert = m_tiles * p.likely_token_tiles;
   const int expert = blockIdx.x / per_expert, m_tile = blockIdx.x % per_expert / p.likely_token_tiles;
   if (expert >= p.num_experts) return;
-  const int first = m_tile * F::kTileM + blockIdx.x % G::kCluster * G::kShareM;
-  const int boxes = min(F::kStages * F::kBoxes, (p.k + kBoxK - 1) / kBoxK);
+  const int steps = min(F::kStages, num_steps<G>(p));
 #pragma unroll 1
-  for (int box = 0; box < boxes; ++box) {
-    if constexpr (G::kGated) {
-      sm90::cp_async_bulk_prefetch_tensor_5d(map, box * kBoxK, 0, 0, first / 16, expert);
-    } else {
-      sm90::cp_async_bulk_prefetch_tensor_3d(map, box * kBoxK, first, expert);
-    }
-  }
+  for (int step = 0; step < steps; ++step) prefetch_weights<G>(map, step, m_tile, expert, blockIdx.x % G::kCluster);
 }
 
 // ---- consumers
 
-// All of K for one tile of N tokens.
+// All of K for one tile of N tokens. done: the counter of the tile before, where that is still to be told.
 template <class G, int N>
 __device__ __forceinline__ void multiply(float* acc, uint32_t& step, int steps, const Ring<G>& ring, int group,
-                                         int lane) {
+                                         int lane, int* done) {
   const uint32_t weight_offset = G::F::kPingPong ? 0 : group * (64 * G::kAtoms * kBoxK);
   constexpr uint32_t kStages = G::F::kStages;
   for (int ks = 0; ks < steps; ++ks, ++step) {
@@ -436,6 +475,9 @@ __device__ __forceinline__ void multiply(float* acc, uint32_t& step, int steps, 
       }
     }
     sm90::wgmma_commit_group();
+    if constexpr (G::kLateRelease) {
+      if (ks == 1 && done != nullptr && (threadIdx.x & 127) == 0) sm90::red_release_add(done, 1);
+    }
     sm90::wgmma_wait_group<1>();  // the previous step is done
     if (ks > 0) ring.release_stage((step - 1) % kStages, lane);
   }
@@ -446,15 +488,15 @@ __device__ __forceinline__ void multiply(float* acc, uint32_t& step, int steps, 
 
 template <class G, int kUnits = 1>
 __device__ __forceinline__ void multiply_width(int units, float* acc, uint32_t& step, int steps, const Ring<G>& ring,
-                                               int group, int lane) {
+                                               int group, int lane, int* done) {
   constexpr int kWidth = kUnits * G::F::kTileQuantum;
   if constexpr (kWidth >= G::F::kTileN) {
-    multiply<G, kWidth>(acc, step, steps, ring, group, lane);
+    multiply<G, kWidth>(acc, step, steps, ring, group, lane, done);
   } else {
     if (units == kUnits) {
-      multiply<G, kWidth>(acc, step, steps, ring, group, lane);
+      multiply<G, kWidth>(acc, step, steps, ring, group, lane, done);
     } else {
-      multiply_width<G, kUnits + 1>(units, acc, step, steps, ring, group, lane);
+      multiply_width<G, kUnits + 1>(units, acc, step, steps, ring, group, lane, done);
     }
   }
 }
@@ -468,13 +510,14 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Ring<G>& ring
   uint32_t step = first * steps;
   ring.wait_tile(first);
   Tile t = {sm90::ld_shared_v4(ring.slots + first * 16)};
+  int* done = nullptr;
   // NOTE: nothing may follow this loop, and nothing may leave it by break: ptxas 13.0 would then drop the register
   // budget that setmaxnreg raised, and spill.
   for (uint32_t n = first; !t.is_end();) {
     float acc[G::kAccumulators];
     // NOTE: a wait for a stage looks one phase ahead and no further, so the other warpgroup must have seen all of its.
     if (F::kPingPong) sm90::mbarrier_wait(ring.turn + group * 8, ((n >> 1) & 1) ^ (group == 0));
-    multiply_width<G>(t.width<F>() / F::kTileQuantum, acc, step, steps, ring, group, lane);
+    multiply_width<G>(t.width<F>() / F::kTileQuantum, acc, step, steps, ring, group, lane, done);
     if (F::kPingPong) step += steps;  // the other's tile
 #pragma unroll
     for (int i = 0; i < G::kAccumulators; ++i) asm volatile("" : "+f"(acc[i])::"memory");
@@ -494,15 +537,28 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Ring<G>& ring
     if constexpr (G::kOut == kBFloat16) {
       store_bfloat16<G::kAtoms, F::kTileN, G::kPassTokens>(acc, e, static_cast<__nv_bfloat16*>(p.out), p.out_columns);
     } else {
-      store_activated<G::kOut, G::kAtoms, F::kTileN, G::kPassTokens, G::kPitch>(acc, e, static_cast<uint8_t*>(p.out),
-                                                                                p.out_columns);
+      constexpr bool kLong = G::kOut == kGelu || G::kOut == kGeglu;  // not worth having twice
+      if (kLong || p.row_weight != nullptr) {
+        store_activated<G::kOut, G::kAtoms, F::kTileN, G::kPassTokens, G::kPitch, G::kStagingBuffers, true>(
+            acc, e, static_cast<uint8_t*>(p.out), p.out_columns);
+      } else {
+        store_activated<G::kOut, G::kAtoms, F::kTileN, G::kPassTokens, G::kPitch, G::kStagingBuffers, false>(
+            acc, e, static_cast<uint8_t*>(p.out), p.out_columns);
+      }
       sm90::fence_proxy_async_global();  // product 2 reads these rows through the async proxy
       sm90::bar_sync(e.barrier, 128);
-      if ((threadIdx.x & 127) == 0) sm90::red_release_add(p.tile_ready + t.token_tile(), 1);
+      done = p.tile_ready + t.token_tile();
+      if (!G::kLateRelease && (threadIdx.x & 127) == 0) sm90::red_release_add(done, 1);
     }
     n += kStride;
     ring.wait_tile(n);
     t = {sm90::ld_shared_v4(ring.slots + (n & 1) * 16)};
+    if constexpr (G::kLateRelease) {
+      if (t.is_end() || steps < 2) {
+        if ((threadIdx.x & 127) == 0) sm90::red_release_add(done, 1);
+        done = nullptr;
+      }
+    }
   }
 }
 

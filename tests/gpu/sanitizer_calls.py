@@ -41,6 +41,8 @@ def main() -> None:
             for family in TILE_FAMILIES:
                 backend.force_family = family
                 outputs.append(backend.forward(layer, hidden_states, routing_logits=logits).output)
+                torch.cuda.synchronize()
+                print(f"shape {seed}, T {num_tokens}: {family}", flush=True)  # what is reported above this is of it
             backend.forward(layer, hidden_states.to(torch.bfloat16), routing_logits=logits, output_dtype=torch.float32)
             torch.cuda.synchronize()
             assert all(same_bits(outputs[0], other) for other in outputs[1:]), f"T {num_tokens}, {fields}"
