@@ -20,11 +20,11 @@ struct GemmMaps {
 // kCluster: CTAs that work on as many token tiles of one expert side by side; each loads its share of the weight rows,
 // for all of them.
 template <int kM, int kN, int kQuantum, int kStages_, int kCtas, int kBoxes_ = 1, bool kPingPong_ = false,
-          int kCluster_ = 1>
+          int kCluster_ = 1, int kTokenStages_ = kStages_>
 struct Family {
   static constexpr int kBoxes = kBoxes_;
   static constexpr bool kPingPong = kPingPong_;
-  static constexpr int kCluster = kCluster_;
+  static constexpr int kCluster = kCluster_, kTokenStages = kTokenStages_;
   static constexpr int kWarpgroups = kM == 64 ? 1 : 2;                 // that consume
   static constexpr int kTileWarpgroups = kPingPong ? 1 : kWarpgroups;  // that share a tile
   static constexpr int kTileM = kM, kTileN = kN, kTileQuantum = kQuantum, kStages = kStages_, kCtasPerSm = kCtas;
@@ -39,7 +39,9 @@ using FamilyD64W = Family<128, 64, 16, 4, 1, 2>;         // up to 45
 using FamilyM128 = Family<128, 128, 32, 6, 1>;           // up to 100
 using FamilyQ160 = Family<128, 160, 32, 3, 1, 2, true>;  // up to 150: memory still sets the pace
 using FamilyP160 = Family<256, 160, 32, 4, 1>;           // prefill
-using FamilyC160 = Family<256, 160, 16, 4, 1, 1, false, 2>;  // prefill
+using FamilyC160 = Family<256, 160, 16, 5, 1, 1, false, 2, 3>;  // prefill
+using FamilyE160 = Family<256, 160, 16, 4, 1, 1, false, 2, 4>;
+using FamilyR160 = Family<128, 160, 32, 4, 1, 2, true, 1, 2>;
 
 struct FamilyInfo {
   const char* name;
@@ -58,6 +60,8 @@ extern template void launch_family<FamilyM128>(Output, const GemmMaps&, const Ge
 extern template void launch_family<FamilyQ160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyP160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyC160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
+extern template void launch_family<FamilyE160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
+extern template void launch_family<FamilyR160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 
 template <class F>
 constexpr FamilyInfo family_info(const char* name) {
@@ -69,7 +73,7 @@ inline const auto& families() {
   static const std::array table = {
       family_info<FamilyS16W>("s16w"), family_info<FamilyS16X>("s16x"), family_info<FamilyD32W>("d32w"),
       family_info<FamilyD64W>("d64w"), family_info<FamilyM128>("m128"), family_info<FamilyQ160>("q160"),
-      family_info<FamilyP160>("p160"), family_info<FamilyC160>("c160"),
+      family_info<FamilyP160>("p160"), family_info<FamilyC160>("c160"), family_info<FamilyE160>("e160"), family_info<FamilyR160>("r160"),
   };
   return table;
 }

@@ -1,10 +1,13 @@
 // The grouped matrix products: out[rows of expert e] = x[rows of e] * weights[e]^T, weights as the M operand of wgmma
 // and tokens as N, so that few tokens cost few columns. One kernel template for both products and all sizes.
 //
-// A CTA takes tiles (weight rows x tokens) from a dynamic counter. One warpgroup produces: it streams 128 bytes of K
-// (or more) per stage into a ring, weights by TMA, tokens by TMA (product 2) or gathered row by row with cp.async
-// (product 1). The others consume: wgmma over the ring, then the epilogue, while the producer already fills the next
-// tile's stages.
+// A CTA takes tiles (weight rows x tokens) from a dynamic counter. One warpgroup produces: one thread of it streams
+// weights into a ring by TMA, 128 bytes of K (or more) per stage; its other warps stream tokens into a second ring, by TMA
+// (product 2) or gathered row by row with cp.async (product 1). The other warpgroups consume: wgmma over the rings, then
+// the epilogue, while the producers already fill the next tile's stages.
+//
+// Wide tiles work in clusters of two CTAs: the same weights, neighbouring token tiles of one expert. Each CTA loads half
+// of the weights for both (multicast), because L2 cannot deliver them twice as fast as the tensor cores take them.
 //
 // NOTE: every output element is one chain over K in ascending order by one warpgroup, whatever the family. The tensor
 // core's sum does not depend on N or on neighbouring columns, so all families give the same bits. Do not split K.
@@ -28,81 +31,108 @@ struct GemmTraits {
   static constexpr int kWarpgroups = F::kWarpgroups;
   static constexpr int kAtoms = F::kTileM / (64 * F::kTileWarpgroups);
   static constexpr int kTileWarps = 4 * F::kTileWarpgroups;  // consumer warps that share a tile
-  static constexpr int kProducerWarps = 4;
-  static constexpr int kProducerThreads = 32 * kProducerWarps;
   static constexpr int kConsumers = 128 * kWarpgroups;
-  static constexpr int kThreads = kConsumers + kProducerThreads;
+  static constexpr int kThreads = kConsumers + 128;
+  // The producers: a warp (one thread of it) for weights, then one for tokens (one thread), or three that gather them.
+  static constexpr int kTokenWarps = kGather ? 3 : 1;
   static constexpr int kStepK = F::kBoxes * kBoxK;  // bytes of K per stage: boxes side by side
   static constexpr int kCluster = F::kCluster, kShareM = F::kTileM / kCluster;  // weight rows that this CTA loads
-  static constexpr bool kPair = kCluster > 1;
+  static constexpr bool kPair = kCluster == 2;
+  static_assert(kCluster <= 2, "a CTA has one neighbour at most");
   static constexpr int kWeightBox = F::kTileM * kBoxK, kTokenBox = F::kTileN * kBoxK;
   static constexpr int kWeightBytes = F::kBoxes * kWeightBox, kTokenBytes = F::kBoxes * kTokenBox;
-  static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
-  static constexpr int kPassTokens = F::kTileN < 32 ? F::kTileN : 32;
-  static constexpr int kPitch = kOut == kBFloat16 ? 144 : (kGated ? 32 : 64) * kAtoms + 16;
+  static constexpr int kRingBytes = F::kStages * kWeightBytes + F::kTokenStages * kTokenBytes;
+  static constexpr int kBarriers = 2 * F::kStages + 2 * F::kTokenStages + 6;
+  // Shared memory besides the staging of results: alignment, rings, barriers, tile slots.
+  static constexpr int kFixedBytes = 1024 + kRingBytes + ((kBarriers * 8 + 15) & ~15) + 2 * 16;
   static constexpr int kMaxSmem = 232448 / F::kCtasPerSm - (F::kCtasPerSm > 1 ? 1024 : 0);
-  static constexpr int kRingBytes = 1024 + F::kStages * kStageBytes + 256;  // stages and, generously, barriers
-  static constexpr int kStagingBuffers =
-      kGather && kRingBytes + 2 * kWarpgroups * kPassTokens * kPitch <= kMaxSmem ? 2 : 1;
-  static constexpr int kStagingBytes = kStagingBuffers * kPassTokens * kPitch;
+  static constexpr int kPitch = kOut == kBFloat16 ? 144 : (kGated ? 32 : 64) * kAtoms + 16;
+  // Results are staged for so many tokens at a time, while others are being written out, as there is room for.
+  static constexpr int staging_bytes(int tokens, int buffers) { return kWarpgroups * tokens * buffers * kPitch; }
+  static constexpr int kPassTokens =
+      F::kTileN >= 32 && kFixedBytes + staging_bytes(32, 1) <= kMaxSmem ? 32 : 16;
+  static constexpr int kStagingBuffers = kGather && kFixedBytes + staging_bytes(kPassTokens, 2) <= kMaxSmem ? 2 : 1;
+  static constexpr int kStagingBytes = kStagingBuffers * kPassTokens * kPitch;  // of one warpgroup
+  static constexpr int kSmem = kFixedBytes + staging_bytes(kPassTokens, kStagingBuffers);
+  static_assert(kSmem <= kMaxSmem, "shared memory");
   // Arrivals that free a tile's slot: warps that consume, and warps or threads that produce.
-  static constexpr int kTileReaders =
-      kCluster * (kTileWarps + (kGather ? kProducerWarps : 1)) + (kGather ? 0 : kCluster - 1);
-  static constexpr int kBarriers = 2 * F::kStages + 6;
-  static constexpr int kSmem =
-      1024 + F::kStages * kStageBytes + kWarpgroups * kStagingBytes + ((kBarriers * 8 + 15) & ~15) + 2 * 16;
+  static constexpr int kTileReaders = kCluster * (kTileWarps + kTokenWarps) + kCluster - 1;
   static constexpr int kAccumulators = kAtoms * F::kTileN / 2;
   // A release for the whole GPU waits until all that was stored has arrived. Where sums are long enough, it is done
   // while the tensor cores already work on the next tile.
   static constexpr bool kLateRelease = kGather && F::kTileM == 256;
-  static constexpr bool kPrefetch = kPair;
   // Wide tiles move registers from the producers to the consumers; the sums must fit what the launch allocated.
   static constexpr bool kMoveRegs = kAccumulators > 80;
   static constexpr int kProducerRegs = kGather ? 56 : 40, kConsumerRegs = kGather ? 224 : 232;
-  static_assert(kSmem <= kMaxSmem, "shared memory");
 };
 
-// Shared-memory addresses of a CTA.
-template <class G>
+// Stages of one operand in shared memory, each with a barrier that says it is full and one that says it is free.
+template <int kStages_, int kBytes>
 struct Ring {
-  uint32_t base, staging, full, empty, tile_full, tile_empty, turn, slots, rank;
+  static constexpr int kStages = kStages_;
+  uint32_t data, barriers;
+  __device__ __forceinline__ uint32_t stage(uint32_t step) const { return data + step % kStages * kBytes; }
+  __device__ __forceinline__ uint32_t full(uint32_t step) const { return barriers + step % kStages * 8; }
+  __device__ __forceinline__ uint32_t empty(uint32_t step) const { return barriers + (kStages + step % kStages) * 8; }
+  __device__ __forceinline__ void wait_full(uint32_t step) const {
+    sm90::mbarrier_wait(full(step), (step / kStages) & 1);
+  }
+  __device__ __forceinline__ void wait_empty(uint32_t step) const {
+    sm90::mbarrier_wait(empty(step), ((step / kStages) & 1) ^ 1);
+  }
+};
 
-  __device__ __forceinline__ explicit Ring(const void* smem) {
+// What the warps of a CTA (and its neighbour) share.
+template <class G>
+struct Shared {
+  Ring<G::F::kStages, G::kWeightBytes> weights;
+  Ring<G::F::kTokenStages, G::kTokenBytes> tokens;
+  uint32_t staging, tile_full, tile_empty, turn, slots, rank;
+
+  __device__ __forceinline__ explicit Shared(const void* smem) {
     rank = G::kPair ? sm90::cluster_ctarank() : 0;
-    base = (sm90::smem_address(smem) + 1023u) & ~1023u;  // the swizzle wants stages on 1024-byte boundaries
-    staging = base + G::F::kStages * G::kStageBytes;
-    full = staging + G::kWarpgroups * G::kStagingBytes;
-    empty = full + G::F::kStages * 8;
-    tile_full = empty + G::F::kStages * 8;
+    weights.data = (sm90::smem_address(smem) + 1023u) & ~1023u;  // the swizzle wants stages on 1024-byte boundaries
+    tokens.data = weights.data + G::F::kStages * G::kWeightBytes;
+    staging = weights.data + G::kRingBytes;
+    weights.barriers = staging + G::kWarpgroups * G::kStagingBytes;
+    tokens.barriers = weights.barriers + 2 * G::F::kStages * 8;
+    tile_full = tokens.barriers + 2 * G::F::kTokenStages * 8;
     tile_empty = tile_full + 16;
     turn = tile_empty + 16;
     slots = turn + 16;
   }
-  __device__ __forceinline__ uint32_t stage(uint32_t s) const { return base + s * G::kStageBytes; }
 
-  // A consumer warp is done with a stage: whoever writes into it next has to know, and that is the whole cluster.
-  __device__ __forceinline__ void release_stage(uint32_t s, int lane) const {
-    if (lane == 0) sm90::mbarrier_arrive(empty + s * 8);
+  // A consumer warp is done with a step. Weights are written by both CTAs of a cluster, so both have to know.
+  __device__ __forceinline__ void release_step(uint32_t step, int lane) const {
+    if (lane == 0) sm90::mbarrier_arrive(weights.empty(step));
+    if (lane == 1) sm90::mbarrier_arrive(tokens.empty(step));
     if constexpr (G::kPair) {
-      if (lane == 1) sm90::mbarrier_arrive_cluster(empty + s * 8, rank ^ 1);
+      if (lane == 2) sm90::mbarrier_arrive_cluster(weights.empty(step), rank ^ 1);
     }
   }
-  // A reader (one thread) has taken tile n from its slot: the thread that fills the slots has to know.
+
+  __device__ __forceinline__ void wait_tile(uint32_t n) const {
+    sm90::mbarrier_wait(tile_full + (n & 1) * 8, (n >> 1) & 1);
+  }
+  // Tile n from its slot, to be released: in one thread.
+  __device__ __forceinline__ int4 tile(uint32_t n) const {
+    wait_tile(n);
+    return sm90::ld_shared_v4(slots + (n & 1) * 16);
+  }
+  // The same in all lanes of a warp; one reads, so that one arrival says that all have it.
+  __device__ __forceinline__ int4 tile_for_warp(uint32_t n, int lane) const {
+    wait_tile(n);
+    int4 v = {};
+    if (lane == 0) v = sm90::ld_shared_v4(slots + (n & 1) * 16);
+    constexpr unsigned kAll = 0xffffffffu;
+    return {__shfl_sync(kAll, v.x, 0), __shfl_sync(kAll, v.y, 0), __shfl_sync(kAll, v.z, 0), __shfl_sync(kAll, v.w, 0)};
+  }
+  // The thread that fills the slots, in the cluster's first CTA, has to know that a reader has taken tile n.
   __device__ __forceinline__ void release_tile(uint32_t n) const {
     if (rank == 0) {
       sm90::mbarrier_arrive(tile_empty + (n & 1) * 8);
     } else {
       sm90::mbarrier_arrive_cluster(tile_empty + (n & 1) * 8, 0);
-    }
-  }
-  __device__ __forceinline__ void wait_tile(uint32_t n) const {
-    sm90::mbarrier_wait(tile_full + (n & 1) * 8, (n >> 1) & 1);
-  }
-  // Until the consumers have released all that the last kStages steps before `step` brought.
-  // NOTE: ends every producer of a cluster: a CTA's shared memory must live until the others' last arrivals.
-  __device__ __forceinline__ void drain(uint32_t step) const {
-    for (uint32_t last = step + G::F::kStages; step != last; ++step) {
-      sm90::mbarrier_wait(empty + step % G::F::kStages * 8, ((step / G::F::kStages) & 1) ^ 1);
     }
   }
 };
@@ -111,12 +141,10 @@ struct Ring {
 
 // A tile of the product, as it travels through shared memory: {row tile | expert << 16, token tile, first row, rows}.
 struct Tile {
-  static constexpr int kFirst = 1 << 30;  // in v.x: nobody has asked for these weights before
   int4 v;
   __device__ __forceinline__ bool is_end() const { return v.x < 0; }
   __device__ __forceinline__ int m_tile() const { return v.x & 0xffff; }
-  __device__ __forceinline__ int expert() const { return v.x >> 16 & 0x3fff; }
-  __device__ __forceinline__ bool is_first() const { return v.x & kFirst; }
+  __device__ __forceinline__ int expert() const { return v.x >> 16; }
   __device__ __forceinline__ int token_tile() const { return v.y; }
   __device__ __forceinline__ int first_row() const { return v.z; }
   __device__ __forceinline__ int rows() const { return v.w; }
@@ -147,15 +175,14 @@ __device__ __forceinline__ Tiles<kCluster> find_tiles(const GemmParams& p, int q
   }
   const int in_block = (near.x >> 16) / kCluster, local = q - near.w / kCluster * m_tiles;
   if (kCluster == 1 && in_block == 1) {
-    found.of[0] = {{local | (near.x & 0xffff) << 16, near.w, near.y, near.z}};
+    found.of[0] = {{local | near.x << 16, near.w, near.y, near.z}};
     return found;
   }
   const int index = near.w + local % in_block * kCluster;
 #pragma unroll
   for (int i = 0; i < kCluster; ++i) {
     const TokenTile own = __ldcg(p.tiles + index + i);
-    const int first = index == near.w ? Tile::kFirst : 0;
-    found.of[i] = {{local / in_block | (own.x & 0xffff) << 16 | first, index + i, own.y, own.z}};
+    found.of[i] = {{local / in_block | own.x << 16, index + i, own.y, own.z}};
   }
   return found;
 }
@@ -184,9 +211,6 @@ __device__ __forceinline__ void load_weights(const CUtensorMap* map, uint32_t ds
   }
 }
 
-#ifndef PFD
-#define PFD 8
-#endif
 // One CTA's share of the weights of a step, into L2.
 template <class G>
 __device__ __forceinline__ void prefetch_weights(const CUtensorMap* map, int step, int m_tile, int expert,
@@ -203,18 +227,6 @@ __device__ __forceinline__ void prefetch_weights(const CUtensorMap* map, int ste
   }
 }
 
-// Ahead of the loads: what a CTA's stages hold is not enough to keep memory busy where weights are read once.
-template <class G>
-__device__ __forceinline__ void prefetch_ahead(const CUtensorMap* map, int ks, int steps, const Tile& t,
-                                               const Tile& next, uint32_t rank) {
-  const int ahead = ks + PFD;
-  if (ahead < steps) {
-    if (t.is_first()) prefetch_weights<G>(map, ahead, t.m_tile(), t.expert(), rank);
-  } else if (rank == 0 && ks > 1 && ahead < 2 * steps && !next.is_end() && next.is_first()) {
-    for (int r = 0; r < G::kCluster; ++r) prefetch_weights<G>(map, ahead - steps, next.m_tile(), next.expert(), r);
-  }
-}
-
 template <class G>
 __device__ __forceinline__ int num_steps(const GemmParams& p) {
   return (p.k + G::kStepK - 1) / G::kStepK;
@@ -225,10 +237,10 @@ template <class G>
 struct TileQueue {
   using Found = Tiles<G::kCluster>;
   const GemmParams& p;
-  const Ring<G>& ring;
+  const Shared<G>& shared;
   int next = blockIdx.x / G::kCluster;
 
-  __device__ __forceinline__ TileQueue(const GemmParams& p, const Ring<G>& ring) : p(p), ring(ring) {}
+  __device__ __forceinline__ TileQueue(const GemmParams& p, const Shared<G>& shared) : p(p), shared(shared) {}
   __device__ __forceinline__ Found load() const {
     return find_tiles<G::kCluster>(p, next, (p.weight_rows + G::F::kTileM - 1) / G::F::kTileM);
   }
@@ -236,7 +248,7 @@ struct TileQueue {
     next = gridDim.x / G::kCluster + atomicAdd(&p.schedule->next_tile[G::kOut == kBFloat16], 1);
   }
   __device__ __forceinline__ void publish(const Found& tiles, uint32_t n) const {
-    const uint32_t slot = ring.slots + (n & 1) * 16, full = ring.tile_full + (n & 1) * 8;
+    const uint32_t slot = shared.slots + (n & 1) * 16, full = shared.tile_full + (n & 1) * 8;
     wait_empty(n);
     sm90::st_shared_v4(slot, tiles.of[0].v);
     sm90::mbarrier_arrive(full);
@@ -255,7 +267,7 @@ struct TileQueue {
     }
   }
   __device__ __forceinline__ void wait_empty(uint32_t n) const {
-    sm90::mbarrier_wait(ring.tile_empty + (n & 1) * 8, ((n >> 1) & 1) ^ 1);
+    sm90::mbarrier_wait(shared.tile_empty + (n & 1) * 8, ((n >> 1) & 1) ^ 1);
   }
 };
 
@@ -265,21 +277,20 @@ __device__ __forceinline__ uint64_t weight_policy() {
   return G::F::kTileN > 128 ? sm90::createpolicy_evict_normal() : sm90::createpolicy_evict_first();
 }
 
-// Product 2, weights; in one thread.
-// NOTE: does not wait for product 1. The tile list is older than that: product 1 let this kernel start only after it
-// had itself waited for routing. So weights are under way before product 1 ends.
+// Weights; in one thread. It also deals out the tiles.
+// NOTE: in product 2 this does not wait for product 1. The tile list is older than that: product 1 let this kernel start
+// only after it had itself waited for routing. So weights are under way before product 1 ends.
 template <class G>
-__device__ __forceinline__ void produce_weights(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map) {
-  using F = typename G::F;
+__device__ __forceinline__ void produce_weights(const GemmParams& p, const Shared<G>& shared, const CUtensorMap* map) {
   const uint64_t policy = weight_policy<G>();
   const int steps = num_steps<G>(p);
-  TileQueue<G> queue(p, ring);
+  TileQueue<G> queue(p, shared);
   typename TileQueue<G>::Found next;
-  if (ring.rank == 0) next = queue.load();
+  if (shared.rank == 0) next = queue.load();
   uint32_t step = 0;
   for (uint32_t n = 0;; ++n) {
     Tile t;
-    if (ring.rank == 0) {
+    if (shared.rank == 0) {
       t = next.of[0];
       if (t.is_end()) {
         queue.close(next, n);
@@ -288,22 +299,23 @@ __device__ __forceinline__ void produce_weights(const GemmParams& p, const Ring<
       queue.publish(next, n);
       queue.advance();
     } else {
-      ring.wait_tile(n);
-      t = {sm90::ld_shared_v4(ring.slots + (n & 1) * 16)};
+      t = {shared.tile(n)};
       if (t.is_end()) break;
-      ring.release_tile(n);
+      shared.release_tile(n);
     }
 #pragma unroll 1
     for (int ks = 0; ks < steps; ++ks, ++step) {
-      const uint32_t s = step % F::kStages, phase = (step / F::kStages) & 1, full = ring.full + s * 8;
-      sm90::mbarrier_wait(ring.empty + s * 8, phase ^ 1);
+      const uint32_t full = shared.weights.full(step);
+      shared.weights.wait_empty(step);
       sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
-      load_weights<G>(map, ring.stage(s), full, ks, t, policy, ring.rank);
-      if (ring.rank == 0 && ks == min(1, steps - 1)) next = queue.load();
-      if constexpr (G::kPrefetch && PFD > 0) prefetch_ahead<G>(map, ks, steps, t, next.of[0], ring.rank);
+      load_weights<G>(map, shared.weights.stage(step), full, ks, t, policy, shared.rank);
+      if (shared.rank == 0 && ks == min(1, steps - 1)) next = queue.load();
     }
   }
-  if constexpr (G::kPair) ring.drain(step);
+  if constexpr (G::kPair) {
+    // NOTE: a CTA's shared memory must live until the neighbour's last arrivals, which these waits see.
+    for (uint32_t last = step + G::F::kStages; step != last; ++step) shared.weights.wait_empty(step);
+  }
 }
 
 // Product 2, tokens: the rows of a tile lie side by side. In one thread of another warp: one thread alone cannot issue
@@ -311,7 +323,7 @@ __device__ __forceinline__ void produce_weights(const GemmParams& p, const Ring<
 // NOTE: waits for the rows of its own tile, not for the whole of product 1. That cannot deadlock: this kernel's CTAs
 // get a place only once all of product 1's have one.
 template <class G>
-__device__ __forceinline__ void produce_tokens(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map,
+__device__ __forceinline__ void produce_tokens(const GemmParams& p, const Shared<G>& shared, const CUtensorMap* map,
                                                const CUtensorMap* map_part) {
   using F = typename G::F;
   const uint64_t policy = sm90::createpolicy_evict_last();
@@ -320,10 +332,9 @@ __device__ __forceinline__ void produce_tokens(const GemmParams& p, const Ring<G
   uint32_t step = 0;
   int ready_tile = -1;
   for (uint32_t n = 0;; ++n) {
-    ring.wait_tile(n);
-    const Tile t = {sm90::ld_shared_v4(ring.slots + (n & 1) * 16)};
+    const Tile t = {shared.tile(n)};
     if (t.is_end()) break;
-    ring.release_tile(n);
+    shared.release_tile(n);
     if (t.token_tile() != ready_tile) {
       ready_tile = t.token_tile();
       while (sm90::ld_acquire(p.tile_ready + ready_tile) < p.ready_count) {
@@ -333,12 +344,12 @@ __device__ __forceinline__ void produce_tokens(const GemmParams& p, const Ring<G
     const int width = t.width<F>();
 #pragma unroll 1
     for (int ks = 0; ks < steps; ++ks, ++step) {
-      const uint32_t s = step % F::kStages, phase = (step / F::kStages) & 1, full = ring.full + s * 8;
-      sm90::mbarrier_wait(ring.empty + s * 8, phase ^ 1);
+      const uint32_t full = shared.tokens.full(step);
+      shared.tokens.wait_empty(step);
       sm90::mbarrier_arrive_expect_tx(full, F::kBoxes * width * kBoxK);
 #pragma unroll
       for (int box = 0; box < F::kBoxes; ++box) {
-        const uint32_t dst = ring.stage(s) + G::kWeightBytes + box * G::kTokenBox;
+        const uint32_t dst = shared.tokens.stage(step) + box * G::kTokenBox;
         const int k = ks * G::kStepK + box * kBoxK;
         if (width == F::kTileN) {
           sm90::cp_async_bulk_tensor_2d(dst, map, full, k, t.first_row(), policy);
@@ -354,87 +365,51 @@ __device__ __forceinline__ void produce_tokens(const GemmParams& p, const Ring<G
   sm90::griddepcontrol_wait();  // NOTE: this grid must not complete before product 1: later kernels rely on the order
 }
 
-// Product 1: the rows of a tile are gathered from wherever their tokens are. Runs in all producer warps.
+// Product 1, tokens: the rows of a tile are gathered from wherever their tokens are. In kTokenWarps warps; a warp's
+// lanes hold 8 chunks of 16 bytes of 4 rows, and the warps take such groups in turn.
 template <class G>
-__device__ __forceinline__ void produce_by_gather(const GemmParams& p, const Ring<G>& ring, const CUtensorMap* map_w) {
+__device__ __forceinline__ void gather_tokens(const GemmParams& p, const Shared<G>& shared, int warp, int lane) {
   using F = typename G::F;
-  constexpr int kRowStride = 4 * G::kProducerWarps, kRowsPerThread = (F::kTileN + kRowStride - 1) / kRowStride;
-  constexpr bool kPreload = F::kTileM != 256;
-  const uint64_t policy_w = weight_policy<G>();
-  const uint64_t policy_x = sm90::createpolicy_evict_last();  // many row tiles read a token's row
+  constexpr int kRowStride = 4 * G::kTokenWarps, kRowsPerThread = (F::kTileN + kRowStride - 1) / kRowStride;
+  static_assert(G::kTokenWarps % 2 == 1, "the swizzle below alternates from turn to turn");
+  const uint64_t policy = sm90::createpolicy_evict_last();  // many row tiles read a token's row
   const int steps = num_steps<G>(p);
-  const int thread = threadIdx.x - 128 * G::kWarpgroups, lane = thread & 31;
-  const int chunk = thread & 7, row0 = thread >> 3;  // 16 bytes of rows row0, row0 + stride, ...
-  const uint32_t offset0 = G::kWeightBytes + row0 * kBoxK + ((chunk ^ (row0 & 7)) << 4);  // the swizzle by hand
-  TileQueue<G> queue(p, ring);
-  const bool picks = thread == 0 && ring.rank == 0;
-  typename TileQueue<G>::Found next;
-  if (picks) next = queue.load();
+  const int chunk = lane & 7, row0 = 4 * warp + (lane >> 3);
+  // The swizzle by hand: chunk ^ row % 8. A turn further on is 12 rows, so row % 8 has changed by 4.
+  const uint32_t even = row0 * kBoxK + ((chunk ^ (row0 & 7)) << 4), odd = even ^ (4 << 4);
   uint32_t step = 0;
   for (uint32_t n = 0;; ++n) {
-    int preloaded = 0;
-    if (picks) {
-      const Tile& own = next.of[0];
-      if (own.is_end()) {
-        queue.close(next, n);
-      } else {
-        queue.publish(next, n);
-        if (kPreload && n == 0) {  // weights need not wait for the rows' addresses
-          for (; preloaded < min(F::kStages, steps); ++preloaded) {
-            const uint32_t full = ring.full + preloaded * 8;
-            sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
-            load_weights<G>(map_w, ring.stage(preloaded), full, preloaded, own, policy_w, ring.rank);
-          }
-        }
-      }
-    }
-    __syncwarp();
-    ring.wait_tile(n);
-    const Tile t = {sm90::ld_shared_v4(ring.slots + (n & 1) * 16)};
+    const Tile t = {shared.tile_for_warp(n, lane)};
     if (t.is_end()) break;
-    __syncwarp();
-    if (lane == 0) ring.release_tile(n);
-    if (picks) queue.advance();
-    const int width = t.width<F>();
+    if (lane == 0) shared.release_tile(n);
     uint32_t source[kRowsPerThread];  // fits: T * H stays below 2^32 in one call
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
-      const int row =
-          max(min(row0 + kRowStride * i, t.rows() - 1), 0);  // padding columns repeat a valid row; nobody stores them
+      // Columns of padding repeat a valid row; nobody stores them.
+      const int row = max(min(row0 + kRowStride * i, t.rows() - 1), 0);
       source[i] =
           static_cast<uint32_t>(__ldcg(p.row_token + t.first_row() + row)) * static_cast<uint32_t>(p.k) + chunk * 16;
     }
+    const int turns = (t.width<F>() - row0 + kRowStride - 1) / kRowStride;
     for (int ks = 0; ks < steps; ++ks, ++step) {
-      const uint32_t s = step % F::kStages, phase = (step / F::kStages) & 1;
-      const uint32_t stage = ring.stage(s), full = ring.full + s * 8;
-      sm90::mbarrier_wait(ring.empty + s * 8, phase ^ 1);
-      if (thread == 0 && ks >= preloaded) {
-        sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
-        load_weights<G>(map_w, stage, full, ks, t, policy_w, ring.rank);
-      }
-      if (picks && ks == min(1, steps - 1)) next = queue.load();
-      if constexpr (G::kPrefetch && PFD > 0) {
-        if (thread == 0) prefetch_ahead<G>(map_w, ks, steps, t, next.of[0], ring.rank);
-      }
+      shared.tokens.wait_empty(step);
+      const uint32_t stage = shared.tokens.stage(step);
 #pragma unroll
       for (int box = 0; box < F::kBoxes; ++box) {
         // Past the end of K both operands must be true zeros: the other one may hold anything, and 0 * NaN is NaN.
         const int k = ks * G::kStepK + box * kBoxK;
         const uint32_t bytes = k + chunk * 16 < p.k ? 16 : 0;
         const uint8_t* x = p.x + k;
-        const uint32_t dst = stage + offset0 + box * G::kTokenBox;
 #pragma unroll
         for (int i = 0; i < kRowsPerThread; ++i) {
-          if (F::kTileQuantum % kRowStride == 0 ? kRowStride * i < width : row0 + kRowStride * i < width) {
-            sm90::cp_async_16(dst + i * (kRowStride * kBoxK), x + source[i], bytes, policy_x);
-          }
+          const uint32_t dst = stage + box * G::kTokenBox + i * (kRowStride * kBoxK) + (i % 2 == 0 ? even : odd);
+          if (i < turns) sm90::cp_async_16(dst, x + source[i], bytes, policy);
         }
       }
-      sm90::cp_async_mbarrier_arrive_noinc(full);
+      sm90::cp_async_mbarrier_arrive_noinc(shared.tokens.full(step));
     }
   }
   sm90::cp_async_wait_all();
-  if constexpr (G::kPair) ring.drain(step);
 }
 
 // Product 1, while routing runs and memory is idle: into L2 with the weights of the tile that this CTA gets if the
@@ -454,16 +429,15 @@ __device__ __forceinline__ void prefetch_likely_weights(const GemmParams& p, con
 
 // All of K for one tile of N tokens. done: the counter of the tile before, where that is still to be told.
 template <class G, int N>
-__device__ __forceinline__ void multiply(float* acc, uint32_t& step, int steps, const Ring<G>& ring, int group,
+__device__ __forceinline__ void multiply(float* acc, uint32_t& step, int steps, const Shared<G>& shared, int group,
                                          int lane, int* done) {
   const uint32_t weight_offset = G::F::kPingPong ? 0 : group * (64 * G::kAtoms * kBoxK);
-  constexpr uint32_t kStages = G::F::kStages;
   for (int ks = 0; ks < steps; ++ks, ++step) {
-    const uint32_t s = step % kStages, phase = (step / kStages) & 1;
-    sm90::mbarrier_wait(ring.full + s * 8, phase);
+    shared.tokens.wait_full(step);
+    shared.weights.wait_full(step);
     if constexpr (G::kGather) sm90::fence_proxy_async_shared();  // cp.async wrote through the generic proxy
-    const uint64_t w = sm90::matrix_descriptor(ring.stage(s) + weight_offset);
-    const uint64_t x = sm90::matrix_descriptor(ring.stage(s) + G::kWeightBytes);
+    const uint64_t w = sm90::matrix_descriptor(shared.weights.stage(step) + weight_offset);
+    const uint64_t x = sm90::matrix_descriptor(shared.tokens.stage(step));
     sm90::wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < 4 * G::F::kBoxes; ++kk) {
@@ -479,50 +453,49 @@ __device__ __forceinline__ void multiply(float* acc, uint32_t& step, int steps, 
       if (ks == 1 && done != nullptr && (threadIdx.x & 127) == 0) sm90::red_release_add(done, 1);
     }
     sm90::wgmma_wait_group<1>();  // the previous step is done
-    if (ks > 0) ring.release_stage((step - 1) % kStages, lane);
+    if (ks > 0) shared.release_step(step - 1, lane);
   }
-  if (G::F::kPingPong && lane == 0) sm90::mbarrier_arrive(ring.turn + (group ^ 1) * 8);
+  if (G::F::kPingPong && lane == 0) sm90::mbarrier_arrive(shared.turn + (group ^ 1) * 8);
   sm90::wgmma_wait_group<0>();
-  ring.release_stage((step - 1) % kStages, lane);
+  shared.release_step(step - 1, lane);
 }
 
 template <class G, int kUnits = 1>
-__device__ __forceinline__ void multiply_width(int units, float* acc, uint32_t& step, int steps, const Ring<G>& ring,
+__device__ __forceinline__ void multiply_width(int units, float* acc, uint32_t& step, int steps, const Shared<G>& shared,
                                                int group, int lane, int* done) {
   constexpr int kWidth = kUnits * G::F::kTileQuantum;
   if constexpr (kWidth >= G::F::kTileN) {
-    multiply<G, kWidth>(acc, step, steps, ring, group, lane, done);
+    multiply<G, kWidth>(acc, step, steps, shared, group, lane, done);
   } else {
     if (units == kUnits) {
-      multiply<G, kWidth>(acc, step, steps, ring, group, lane, done);
+      multiply<G, kWidth>(acc, step, steps, shared, group, lane, done);
     } else {
-      multiply_width<G, kUnits + 1>(units, acc, step, steps, ring, group, lane, done);
+      multiply_width<G, kUnits + 1>(units, acc, step, steps, shared, group, lane, done);
     }
   }
 }
 
 template <class G>
-__device__ __forceinline__ void consume(const GemmParams& p, const Ring<G>& ring, int warp, int lane) {
+__device__ __forceinline__ void consume(const GemmParams& p, const Shared<G>& shared, int warp, int lane) {
   using F = typename G::F;
   const int group = warp >> 2, steps = num_steps<G>(p);
   constexpr int kStride = F::kPingPong ? 2 : 1;
   const uint32_t first = F::kPingPong ? group : 0;
   uint32_t step = first * steps;
-  ring.wait_tile(first);
-  Tile t = {sm90::ld_shared_v4(ring.slots + first * 16)};
+  Tile t = {shared.tile_for_warp(first, lane)};
   int* done = nullptr;
   // NOTE: nothing may follow this loop, and nothing may leave it by break: ptxas 13.0 would then drop the register
   // budget that setmaxnreg raised, and spill.
   for (uint32_t n = first; !t.is_end();) {
     float acc[G::kAccumulators];
     // NOTE: a wait for a stage looks one phase ahead and no further, so the other warpgroup must have seen all of its.
-    if (F::kPingPong) sm90::mbarrier_wait(ring.turn + group * 8, ((n >> 1) & 1) ^ (group == 0));
-    multiply_width<G>(t.width<F>() / F::kTileQuantum, acc, step, steps, ring, group, lane, done);
+    if (F::kPingPong) sm90::mbarrier_wait(shared.turn + group * 8, ((n >> 1) & 1) ^ (group == 0));
+    multiply_width<G>(t.width<F>() / F::kTileQuantum, acc, step, steps, shared, group, lane, done);
     if (F::kPingPong) step += steps;  // the other's tile
 #pragma unroll
     for (int i = 0; i < G::kAccumulators; ++i) asm volatile("" : "+f"(acc[i])::"memory");
     __syncwarp();
-    if (lane == 0) ring.release_tile(n);
+    if (lane == 0) shared.release_tile(n);
     EpilogueTile e;
     e.scale = __ldg(p.scale + t.expert());
     e.scale_gate = G::kGather ? __ldg(p.scale_gate + t.expert()) : 0.0f;
@@ -532,7 +505,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Ring<G>& ring
     e.warp = warp & 3;
     e.lane = lane;
     e.barrier = 1 + group;
-    e.staging = ring.staging + group * G::kStagingBytes;
+    e.staging = shared.staging + group * G::kStagingBytes;
     e.row_weight = p.row_weight;
     if constexpr (G::kOut == kBFloat16) {
       store_bfloat16<G::kAtoms, F::kTileN, G::kPassTokens>(acc, e, static_cast<__nv_bfloat16*>(p.out), p.out_columns);
@@ -551,8 +524,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Ring<G>& ring
       if (!G::kLateRelease && (threadIdx.x & 127) == 0) sm90::red_release_add(done, 1);
     }
     n += kStride;
-    ring.wait_tile(n);
-    t = {sm90::ld_shared_v4(ring.slots + (n & 1) * 16)};
+    t = {shared.tile_for_warp(n, lane)};
     if constexpr (G::kLateRelease) {
       if (t.is_end() || steps < 2) {
         if ((threadIdx.x & 127) == 0) sm90::red_release_add(done, 1);
@@ -569,17 +541,21 @@ __global__ void __launch_bounds__(G::kThreads, G::F::kCtasPerSm)
     grouped_gemm_kernel(const __grid_constant__ CUtensorMap map_w, const __grid_constant__ CUtensorMap map_x,
                         const __grid_constant__ CUtensorMap map_x_part, const __grid_constant__ GemmParams p) {
   extern __shared__ uint8_t smem[];
-  const Ring<G> ring(smem);
+  const Shared<G> shared(smem);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int s = 0; s < G::F::kStages; ++s) {
-      sm90::mbarrier_init(ring.full + s * 8, G::kGather ? 1 + G::kProducerThreads : 2);
-      sm90::mbarrier_init(ring.empty + s * 8, G::kCluster * G::kTileWarps);
+      sm90::mbarrier_init(shared.weights.full(s), 1);
+      sm90::mbarrier_init(shared.weights.empty(s), G::kCluster * G::kTileWarps);
+    }
+    for (int s = 0; s < G::F::kTokenStages; ++s) {
+      sm90::mbarrier_init(shared.tokens.full(s), G::kGather ? 32 * G::kTokenWarps : 1);
+      sm90::mbarrier_init(shared.tokens.empty(s), G::kTileWarps);
     }
     for (int i = 0; i < 2; ++i) {
-      sm90::mbarrier_init(ring.tile_full + i * 8, 1);
-      sm90::mbarrier_init(ring.tile_empty + i * 8, G::kTileReaders);
-      sm90::mbarrier_init(ring.turn + i * 8, 4);
+      sm90::mbarrier_init(shared.tile_full + i * 8, 1);
+      sm90::mbarrier_init(shared.tile_empty + i * 8, G::kTileReaders);
+      sm90::mbarrier_init(shared.turn + i * 8, 4);
     }
     sm90::fence_mbarrier_init();
     sm90::prefetch_tensormap(&map_w);
@@ -599,18 +575,20 @@ __global__ void __launch_bounds__(G::kThreads, G::F::kCtasPerSm)
     sm90::griddepcontrol_wait();
     sm90::griddepcontrol_launch_dependents();
   }
-  if (warp >= 4 * G::kWarpgroups) {
+  constexpr int kFirstProducer = 4 * G::kWarpgroups;
+  if (warp >= kFirstProducer) {
     if constexpr (G::kMoveRegs) sm90::setmaxnreg_dec<G::kProducerRegs>();
-    if constexpr (G::kGather) {
-      produce_by_gather<G>(p, ring, &map_w);
+    if (warp == kFirstProducer) {
+      if (lane == 0) produce_weights<G>(p, shared, &map_w);
+    } else if constexpr (G::kGather) {
+      gather_tokens<G>(p, shared, warp - kFirstProducer - 1, lane);
     } else {
       // NOTE: only the tokens' thread waits for product 1; nobody touches its rows before that thread's copies arrive.
-      if (threadIdx.x == 128 * G::kWarpgroups) produce_weights<G>(p, ring, &map_w);
-      if (threadIdx.x == 128 * G::kWarpgroups + 32) produce_tokens<G>(p, ring, &map_x, &map_x_part);
+      if (warp == kFirstProducer + 1 && lane == 0) produce_tokens<G>(p, shared, &map_x, &map_x_part);
     }
   } else {
     if constexpr (G::kMoveRegs) sm90::setmaxnreg_inc<G::kConsumerRegs>();
-    consume<G>(p, ring, warp, lane);
+    consume<G>(p, shared, warp, lane);
   }
 }
 
