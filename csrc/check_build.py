@@ -1,7 +1,7 @@
 """Fails when ptxas spoiled a GEMM kernel: register spills, or a warning C75xx (wgmma serialised, setmaxnreg ignored).
 
 As a compiler launcher (how CMakeLists.txt uses it):   check_build.py -- nvcc ... -Xptxas=-v
-Over the built module or objects, for QGMMA in the machine code:   check_build.py --sass FILE [--cuobjdump PATH]
+Over the built module or objects, for the machine code:   check_build.py --sass FILE [--cuobjdump PATH]
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def find_cuobjdump() -> str | None:
 
 
 def check_sass(file: str, cuobjdump: str | None) -> int:
-    """Every GEMM kernel of `file` must use the FP8 tensor core instruction and leave local memory alone."""
+    """Every GEMM kernel of `file` must use the FP8 tensor core instruction, leave local memory alone, copy legally."""
     cuobjdump = cuobjdump or find_cuobjdump()
     if cuobjdump is None:
         print("check_build.py: no cuobjdump: install the CUDA toolkit or triton, or pass --cuobjdump", file=sys.stderr)
@@ -62,8 +62,14 @@ def check_sass(file: str, cuobjdump: str | None) -> int:
     for kernel in kernels:
         name = kernel.split("\n")[0].removeprefix("Function : ")
         qgmma, local = len(re.findall(r"\bQGMMA\b", kernel)), len(re.findall(r"\b(?:STL|LDL)\b", kernel))
-        if qgmma == 0 or local:
-            print(f"check_build.py: {name}: {qgmma} QGMMA, {local} accesses to local memory", file=sys.stderr)
+        # What ptxas 13.0 makes of cp.async with an L2 cache hint: illegal at run time.
+        broken = len(re.findall(r"\bLDGSTS\S* \[R\d+\+UR", kernel))
+        if qgmma == 0 or local or broken:
+            print(
+                f"check_build.py: {name}: {qgmma} QGMMA, {local} accesses to local memory, {broken} illegal "
+                "copies",
+                file=sys.stderr,
+            )
             bad += 1
     print(f"{file}: {len(kernels)} GEMM kernels, {bad} bad")
     return int(bad > 0 or not kernels)

@@ -372,7 +372,6 @@ __device__ __forceinline__ void gather_tokens(const GemmParams& p, const Shared<
   using F = typename G::F;
   constexpr int kRowStride = 4 * G::kTokenWarps, kRowsPerThread = (F::kTileN + kRowStride - 1) / kRowStride;
   static_assert(G::kTokenWarps % 2 == 1, "the swizzle below alternates from turn to turn");
-  const uint64_t policy = sm90::createpolicy_evict_last();  // many row tiles read a token's row
   const int steps = num_steps<G>(p);
   const int chunk = lane & 7, row0 = 4 * warp + (lane >> 3);
   // The swizzle by hand: chunk ^ row % 8. A turn further on is 12 rows, so row % 8 has changed by 4.
@@ -403,7 +402,7 @@ __device__ __forceinline__ void gather_tokens(const GemmParams& p, const Shared<
 #pragma unroll
         for (int i = 0; i < kRowsPerThread; ++i) {
           const uint32_t dst = stage + box * G::kTokenBox + i * (kRowStride * kBoxK) + (i % 2 == 0 ? even : odd);
-          if (i < turns) sm90::cp_async_16(dst, x + source[i], bytes, policy);
+          if (i < turns) sm90::cp_async_16(dst, x + source[i], bytes);
         }
       }
       sm90::cp_async_mbarrier_arrive_noinc(shared.tokens.full(step));

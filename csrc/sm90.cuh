@@ -148,10 +148,9 @@ __device__ __forceinline__ void cp_async_bulk_prefetch_tensor_5d(const CUtensorM
 
 // ---- cp.async
 // Copies `bytes` (0 or 16) and fills the rest of the 16 with zeros.
-__device__ __forceinline__ void cp_async_16(uint32_t dst, const void* src, uint32_t bytes, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(dst), "l"(src), "r"(bytes),
-               "l"(policy)
-               : "memory");
+// NOTE: without an L2 cache hint. With one ptxas 13.0 emitted illegal instructions; check_build.py looks for them.
+__device__ __forceinline__ void cp_async_16(uint32_t dst, const void* src, uint32_t bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint32_t bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
