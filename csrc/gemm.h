@@ -39,9 +39,9 @@ using FamilyD64W = Family<128, 64, 16, 4, 1, 2>;         // up to 45
 using FamilyM128 = Family<128, 128, 32, 6, 1>;           // up to 100
 using FamilyQ160 = Family<128, 160, 32, 3, 1, 2, true>;  // up to 150: memory still sets the pace
 using FamilyP160 = Family<256, 160, 32, 4, 1>;           // prefill
-using FamilyC160 = Family<256, 160, 16, 5, 1, 1, false, 2, 3>;  // prefill
-using FamilyE160 = Family<256, 160, 16, 4, 1, 1, false, 2, 4>;
-using FamilyR160 = Family<128, 160, 32, 4, 1, 2, true, 1, 2>;
+using FamilyC160 = Family<256, 160, 16, 4, 1, 1, false, 2>;  // prefill
+using FamilyE160 = Family<256, 160, 16, 3, 1, 1, false, 2, 5>;
+using FamilyR160 = Family<128, 160, 32, 3, 1, 2, true, 2, 3>;
 
 struct FamilyInfo {
   const char* name;

@@ -63,7 +63,7 @@ struct GemmTraits {
   static constexpr bool kLateRelease = kGather && F::kTileM == 256;
   // Wide tiles move registers from the producers to the consumers; the sums must fit what the launch allocated.
   static constexpr bool kMoveRegs = kAccumulators > 80;
-  static constexpr int kProducerRegs = kGather ? 56 : 40, kConsumerRegs = kGather ? 224 : 232;
+  static constexpr int kProducerRegs = kGather ? 64 : 40, kConsumerRegs = kGather ? 224 : 232;
 };
 
 // Stages of one operand in shared memory, each with a barrier that says it is full and one that says it is free.
@@ -257,9 +257,8 @@ struct TileQueue {
       sm90::send_v4(slot, tiles.of[i].v, full, i);
     }
   }
-  // After the last tile, the n-th, which no consumer works on.
+  // After the end, told as tile n, which no consumer works on.
   __device__ __forceinline__ void close(const Found& end, uint32_t n) const {
-    publish(end, n);
     if (G::F::kPingPong) {
       publish(end, n + 1);
     } else if (G::kPair) {
@@ -286,17 +285,19 @@ __device__ __forceinline__ void produce_weights(const GemmParams& p, const Share
   const int steps = num_steps<G>(p);
   TileQueue<G> queue(p, shared);
   typename TileQueue<G>::Found next;
-  if (shared.rank == 0) next = queue.load();
-  uint32_t step = 0;
-  for (uint32_t n = 0;; ++n) {
+  if (shared.rank == 0) {
+    next = queue.load();
+    queue.publish(next, 0);
+  }
+  // The next tile is found early and told early, so that its tokens' rows can be looked up while this one's are loaded;
+  // but not before the consumers are on this tile, and have let go of the slot.
+  const int find_at = min(1, steps - 1), tell_at = min(G::F::kStages + 1, steps - 1);
+  uint32_t step = 0, n = 0;
+  for (;; ++n) {
     Tile t;
     if (shared.rank == 0) {
       t = next.of[0];
-      if (t.is_end()) {
-        queue.close(next, n);
-        break;
-      }
-      queue.publish(next, n);
+      if (t.is_end()) break;
       queue.advance();
     } else {
       t = {shared.tile(n)};
@@ -309,9 +310,13 @@ __device__ __forceinline__ void produce_weights(const GemmParams& p, const Share
       shared.weights.wait_empty(step);
       sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
       load_weights<G>(map, shared.weights.stage(step), full, ks, t, policy, shared.rank);
-      if (shared.rank == 0 && ks == min(1, steps - 1)) next = queue.load();
+      if (shared.rank == 0) {
+        if (ks == find_at) next = queue.load();
+        if (ks == tell_at) queue.publish(next, n + 1);
+      }
     }
   }
+  if (shared.rank == 0) queue.close(next, n);
   if constexpr (G::kPair) {
     // NOTE: a CTA's shared memory must live until the neighbour's last arrivals, which these waits see.
     for (uint32_t last = step + G::F::kStages; step != last; ++step) shared.weights.wait_empty(step);
@@ -377,20 +382,30 @@ __device__ __forceinline__ void gather_tokens(const GemmParams& p, const Shared<
   // The swizzle by hand: chunk ^ row % 8. A turn further on is 12 rows, so row % 8 has changed by 4.
   const uint32_t even = row0 * kBoxK + ((chunk ^ (row0 & 7)) << 4), odd = even ^ (4 << 4);
   uint32_t step = 0;
-  for (uint32_t n = 0;; ++n) {
-    const Tile t = {shared.tile_for_warp(n, lane)};
-    if (t.is_end()) break;
-    if (lane == 0) shared.release_tile(n);
-    uint32_t source[kRowsPerThread];  // fits: T * H stays below 2^32 in one call
+  int tokens[kRowsPerThread];
+  Tile t = {shared.tile_for_warp(0, lane)};
+  const auto look_up = [&] {
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
       // Columns of padding repeat a valid row; nobody stores them.
       const int row = max(min(row0 + kRowStride * i, t.rows() - 1), 0);
-      source[i] =
-          static_cast<uint32_t>(__ldcg(p.row_token + t.first_row() + row)) * static_cast<uint32_t>(p.k) + chunk * 16;
+      tokens[i] = __ldcg(p.row_token + t.first_row() + row);
+    }
+  };
+  if (!t.is_end()) look_up();
+  for (uint32_t n = 0; !t.is_end(); ++n) {
+    if (lane == 0) shared.release_tile(n);
+    uint32_t source[kRowsPerThread];  // fits: T * H stays below 2^32 in one call
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread; ++i) {
+      source[i] = static_cast<uint32_t>(tokens[i]) * static_cast<uint32_t>(p.k) + chunk * 16;
     }
     const int turns = (t.width<F>() - row0 + kRowStride - 1) / kRowStride;
     for (int ks = 0; ks < steps; ++ks, ++step) {
+      if (ks == steps - 1) {  // under way while this step waits for its stage
+        t = {shared.tile_for_warp(n + 1, lane)};
+        if (!t.is_end()) look_up();
+      }
       shared.tokens.wait_empty(step);
       const uint32_t stage = shared.tokens.stage(step);
 #pragma unroll
