@@ -63,7 +63,7 @@ struct GemmTraits {
   static constexpr bool kLateRelease = kGather && F::kTileM == 256;
   // Wide tiles move registers from the producers to the consumers; the sums must fit what the launch allocated.
   static constexpr bool kMoveRegs = kAccumulators > 80;
-  static constexpr int kProducerRegs = kGather ? 56 : 40, kConsumerRegs = kGather ? 224 : 232;
+  static constexpr int kProducerRegs = kGather ? 72 : 40, kConsumerRegs = kGather ? 216 : 232;
   static_assert(!kMoveRegs || (128 * kProducerRegs + kConsumers * kConsumerRegs <= 65536 / kThreads / 8 * 8 * kThreads),
                 "a launch allocates equally, and raising waits for ever for what nobody gave up");
 };
