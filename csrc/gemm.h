@@ -15,37 +15,28 @@ struct GemmMaps {
 };
 
 // kTileM weight rows by up to kTileN tokens in steps of kTileQuantum; kStages stages of kBoxes * 128 bytes of K.
-// kPingPong: the two consumer warpgroups take turns at whole tiles, one multiplies while the other stores; otherwise
-// they share each tile.
 // kCluster: CTAs that work on as many token tiles of one expert side by side; each loads its share of the weight rows,
 // for all of them.
-template <int kM, int kN, int kQuantum, int kStages_, int kCtas, int kBoxes_ = 1, bool kPingPong_ = false,
-          int kCluster_ = 1, int kTokenStages_ = kStages_>
+template <int kM, int kN, int kQuantum, int kStages_, int kCtas, int kBoxes_ = 1, int kCluster_ = 1>
 struct Family {
-  static constexpr int kBoxes = kBoxes_;
-  static constexpr bool kPingPong = kPingPong_;
-  static constexpr int kCluster = kCluster_, kTokenStages = kTokenStages_;
-  static constexpr int kWarpgroups = kM == 64 ? 1 : 2;                 // that consume
-  static constexpr int kTileWarpgroups = kPingPong ? 1 : kWarpgroups;  // that share a tile
+  static constexpr int kBoxes = kBoxes_, kCluster = kCluster_;
+  static constexpr int kWarpgroups = kM == 64 ? 1 : 2;  // that consume
   static constexpr int kTileM = kM, kTileN = kN, kTileQuantum = kQuantum, kStages = kStages_, kCtasPerSm = kCtas;
 };
 
 // NOTE: memory gives more when what is asked for together lies together. So decode families load 256 or 512 consecutive
 // bytes of each weight row per stage, one CTA per SM, with as many bytes on their way as fit.
-using FamilyS16W = Family<64, 16, 8, 5, 2, 2>;           // one token, short sums
-using FamilyS16X = Family<64, 16, 8, 5, 1, 4>;           // up to 9 rows per expert, long sums
-using FamilyD32W = Family<128, 32, 8, 5, 1, 2>;          // up to 20 rows per expert
-using FamilyD64W = Family<128, 64, 16, 4, 1, 2>;         // up to 45
-using FamilyM128 = Family<128, 128, 32, 6, 1>;           // up to 100
-using FamilyQ160 = Family<128, 160, 32, 3, 1, 2, true>;  // up to 150: memory still sets the pace
-using FamilyP160 = Family<256, 160, 32, 4, 1>;           // prefill
-using FamilyC160 = Family<256, 160, 16, 4, 1, 1, false, 2>;  // prefill
-using FamilyE160 = Family<256, 160, 16, 3, 1, 1, false, 2, 5>;
-using FamilyR160 = Family<128, 160, 32, 3, 1, 2, true, 2, 3>;
+using FamilyS16W = Family<64, 16, 8, 5, 2, 2>;        // one token, short sums
+using FamilyS16X = Family<64, 16, 8, 5, 1, 4>;        // up to 9 rows per expert, long sums
+using FamilyD32W = Family<128, 32, 8, 5, 1, 2>;       // up to 20 rows per expert
+using FamilyD64W = Family<128, 64, 16, 4, 1, 2>;      // up to 45
+using FamilyM128 = Family<128, 128, 32, 6, 1>;        // up to 100
+using FamilyP160 = Family<256, 160, 32, 4, 1>;        // up to 150: memory still sets the pace
+using FamilyC160 = Family<256, 160, 16, 4, 1, 1, 2>;  // prefill
 
 struct FamilyInfo {
   const char* name;
-  int tile_m, tile_n, tile_quantum, tile_warpgroups, ctas_per_sm, cluster;
+  int tile_m, tile_n, tile_quantum, warpgroups, ctas_per_sm, cluster;
   void (*launch)(Output, const GemmMaps&, const GemmParams&, int grid, const LaunchConfig&);
 };
 
@@ -57,23 +48,19 @@ extern template void launch_family<FamilyS16X>(Output, const GemmMaps&, const Ge
 extern template void launch_family<FamilyD32W>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyD64W>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyM128>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
-extern template void launch_family<FamilyQ160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyP160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyC160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
-extern template void launch_family<FamilyE160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
-extern template void launch_family<FamilyR160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 
 template <class F>
 constexpr FamilyInfo family_info(const char* name) {
-  return {name,          F::kTileM,   F::kTileN,        F::kTileQuantum, F::kTileWarpgroups,
-          F::kCtasPerSm, F::kCluster, &launch_family<F>};
+  return {name, F::kTileM, F::kTileN, F::kTileQuantum, F::kWarpgroups, F::kCtasPerSm, F::kCluster, &launch_family<F>};
 }
 
 inline const auto& families() {
   static const std::array table = {
       family_info<FamilyS16W>("s16w"), family_info<FamilyS16X>("s16x"), family_info<FamilyD32W>("d32w"),
-      family_info<FamilyD64W>("d64w"), family_info<FamilyM128>("m128"), family_info<FamilyQ160>("q160"),
-      family_info<FamilyP160>("p160"), family_info<FamilyC160>("c160"), family_info<FamilyE160>("e160"), family_info<FamilyR160>("r160"),
+      family_info<FamilyD64W>("d64w"), family_info<FamilyM128>("m128"), family_info<FamilyP160>("p160"),
+      family_info<FamilyC160>("c160"),
   };
   return table;
 }

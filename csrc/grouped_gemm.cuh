@@ -2,12 +2,12 @@
 // and tokens as N, so that few tokens cost few columns. One kernel template for both products and all sizes.
 //
 // A CTA takes tiles (weight rows x tokens) from a dynamic counter. One warpgroup produces: one thread of it streams
-// weights into a ring by TMA, 128 bytes of K (or more) per stage; its other warps stream tokens into a second ring, by TMA
-// (product 2) or gathered row by row with cp.async (product 1). The other warpgroups consume: wgmma over the rings, then
-// the epilogue, while the producers already fill the next tile's stages.
+// weights into a ring by TMA, 128 bytes of K (or more) per stage; its other warps stream tokens into a second ring, by
+// TMA (product 2) or gathered row by row with cp.async (product 1). The other warpgroups consume: wgmma over the rings,
+// then the epilogue, while the producers already fill the next tile's stages.
 //
-// Wide tiles work in clusters of two CTAs: the same weights, neighbouring token tiles of one expert. Each CTA loads half
-// of the weights for both (multicast), because L2 cannot deliver them twice as fast as the tensor cores take them.
+// Wide tiles work in clusters of two CTAs: the same weights, neighbouring token tiles of one expert. Each CTA loads
+// half of the weights for both (multicast), because L2 cannot deliver them twice as fast as the tensor cores take them.
 //
 // NOTE: every output element is one chain over K in ascending order by one warpgroup, whatever the family. The tensor
 // core's sum does not depend on N or on neighbouring columns, so all families give the same bits. Do not split K.
@@ -29,8 +29,8 @@ struct GemmTraits {
   static constexpr bool kGated = kOut == kSwiglu || kOut == kGeglu;
   static constexpr bool kGather = kOut != kBFloat16;
   static constexpr int kWarpgroups = F::kWarpgroups;
-  static constexpr int kAtoms = F::kTileM / (64 * F::kTileWarpgroups);
-  static constexpr int kTileWarps = 4 * F::kTileWarpgroups;  // consumer warps that share a tile
+  static constexpr int kAtoms = F::kTileM / (64 * kWarpgroups);
+  static constexpr int kConsumerWarps = 4 * kWarpgroups;
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + 128;
   // The producers: a warp (one thread of it) for weights, then one for tokens (one thread), or three that gather them.
@@ -41,22 +41,21 @@ struct GemmTraits {
   static_assert(kCluster <= 2, "a CTA has one neighbour at most");
   static constexpr int kWeightBox = F::kTileM * kBoxK, kTokenBox = F::kTileN * kBoxK;
   static constexpr int kWeightBytes = F::kBoxes * kWeightBox, kTokenBytes = F::kBoxes * kTokenBox;
-  static constexpr int kRingBytes = F::kStages * kWeightBytes + F::kTokenStages * kTokenBytes;
-  static constexpr int kBarriers = 2 * F::kStages + 2 * F::kTokenStages + 6;
+  static constexpr int kRingBytes = F::kStages * (kWeightBytes + kTokenBytes);
+  static constexpr int kBarriers = 4 * F::kStages + 4;
   // Shared memory besides the staging of results: alignment, rings, barriers, tile slots.
   static constexpr int kFixedBytes = 1024 + kRingBytes + ((kBarriers * 8 + 15) & ~15) + 2 * 16;
   static constexpr int kMaxSmem = 232448 / F::kCtasPerSm - (F::kCtasPerSm > 1 ? 1024 : 0);
   static constexpr int kPitch = kOut == kBFloat16 ? 144 : (kGated ? 32 : 64) * kAtoms + 16;
   // Results are staged for so many tokens at a time, while others are being written out, as there is room for.
   static constexpr int staging_bytes(int tokens, int buffers) { return kWarpgroups * tokens * buffers * kPitch; }
-  static constexpr int kPassTokens =
-      F::kTileN >= 32 && kFixedBytes + staging_bytes(32, 1) <= kMaxSmem ? 32 : 16;
+  static constexpr int kPassTokens = F::kTileN >= 32 && kFixedBytes + staging_bytes(32, 1) <= kMaxSmem ? 32 : 16;
   static constexpr int kStagingBuffers = kGather && kFixedBytes + staging_bytes(kPassTokens, 2) <= kMaxSmem ? 2 : 1;
   static constexpr int kStagingBytes = kStagingBuffers * kPassTokens * kPitch;  // of one warpgroup
   static constexpr int kSmem = kFixedBytes + staging_bytes(kPassTokens, kStagingBuffers);
   static_assert(kSmem <= kMaxSmem, "shared memory");
   // Arrivals that free a tile's slot: warps that consume, and warps or threads that produce.
-  static constexpr int kTileReaders = kCluster * (kTileWarps + kTokenWarps) + kCluster - 1;
+  static constexpr int kTileReaders = kCluster * (kConsumerWarps + kTokenWarps) + kCluster - 1;
   static constexpr int kAccumulators = kAtoms * F::kTileN / 2;
   // A release for the whole GPU waits until all that was stored has arrived. Where sums are long enough, it is done
   // while the tensor cores already work on the next tile.
@@ -88,8 +87,8 @@ struct Ring {
 template <class G>
 struct Shared {
   Ring<G::F::kStages, G::kWeightBytes> weights;
-  Ring<G::F::kTokenStages, G::kTokenBytes> tokens;
-  uint32_t staging, tile_full, tile_empty, turn, slots, rank;
+  Ring<G::F::kStages, G::kTokenBytes> tokens;
+  uint32_t staging, tile_full, tile_empty, slots, rank;
 
   __device__ __forceinline__ explicit Shared(const void* smem) {
     rank = G::kPair ? sm90::cluster_ctarank() : 0;
@@ -98,10 +97,9 @@ struct Shared {
     staging = weights.data + G::kRingBytes;
     weights.barriers = staging + G::kWarpgroups * G::kStagingBytes;
     tokens.barriers = weights.barriers + 2 * G::F::kStages * 8;
-    tile_full = tokens.barriers + 2 * G::F::kTokenStages * 8;
+    tile_full = tokens.barriers + 2 * G::F::kStages * 8;
     tile_empty = tile_full + 16;
-    turn = tile_empty + 16;
-    slots = turn + 16;
+    slots = tile_empty + 16;
   }
 
   // A consumer warp is done with a step. Weights are written by both CTAs of a cluster, so both have to know.
@@ -260,12 +258,8 @@ struct TileQueue {
     }
   }
   // After the end, told as tile n, which no consumer works on.
-  __device__ __forceinline__ void close(const Found& end, uint32_t n) const {
-    if (G::F::kPingPong) {
-      publish(end, n + 1);
-    } else if (G::kPair) {
-      wait_empty(n + 1);  // NOTE: the shared memory must live until the other CTAs' last arrivals
-    }
+  __device__ __forceinline__ void close(uint32_t n) const {
+    if (G::kPair) wait_empty(n + 1);  // NOTE: the shared memory must live until the other CTA's last arrivals
   }
   __device__ __forceinline__ void wait_empty(uint32_t n) const {
     sm90::mbarrier_wait(shared.tile_empty + (n & 1) * 8, ((n >> 1) & 1) ^ 1);
@@ -279,8 +273,8 @@ __device__ __forceinline__ uint64_t weight_policy() {
 }
 
 // Weights; in one thread. It also deals out the tiles.
-// NOTE: in product 2 this does not wait for product 1. The tile list is older than that: product 1 let this kernel start
-// only after it had itself waited for routing. So weights are under way before product 1 ends.
+// NOTE: in product 2 this does not wait for product 1. The tile list is older than that: product 1 let this kernel
+// start only after it had itself waited for routing. So weights are under way before product 1 ends.
 template <class G>
 __device__ __forceinline__ void produce_weights(const GemmParams& p, const Shared<G>& shared, const CUtensorMap* map) {
   const uint64_t policy = weight_policy<G>();
@@ -318,7 +312,7 @@ __device__ __forceinline__ void produce_weights(const GemmParams& p, const Share
       }
     }
   }
-  if (shared.rank == 0) queue.close(next, n);
+  if (shared.rank == 0) queue.close(n);
   if constexpr (G::kPair) {
     // NOTE: a CTA's shared memory must live until the neighbour's last arrivals, which these waits see.
     for (uint32_t last = step + G::F::kStages; step != last; ++step) shared.weights.wait_empty(step);
@@ -447,7 +441,7 @@ __device__ __forceinline__ void prefetch_likely_weights(const GemmParams& p, con
 template <class G, int N>
 __device__ __forceinline__ void multiply(float* acc, uint32_t& step, int steps, const Shared<G>& shared, int group,
                                          int lane, int* done) {
-  const uint32_t weight_offset = G::F::kPingPong ? 0 : group * (64 * G::kAtoms * kBoxK);
+  const uint32_t weight_offset = group * (64 * G::kAtoms * kBoxK);
   for (int ks = 0; ks < steps; ++ks, ++step) {
     shared.tokens.wait_full(step);
     shared.weights.wait_full(step);
@@ -471,14 +465,13 @@ __device__ __forceinline__ void multiply(float* acc, uint32_t& step, int steps, 
     sm90::wgmma_wait_group<1>();  // the previous step is done
     if (ks > 0) shared.release_step(step - 1, lane);
   }
-  if (G::F::kPingPong && lane == 0) sm90::mbarrier_arrive(shared.turn + (group ^ 1) * 8);
   sm90::wgmma_wait_group<0>();
   shared.release_step(step - 1, lane);
 }
 
 template <class G, int kUnits = 1>
-__device__ __forceinline__ void multiply_width(int units, float* acc, uint32_t& step, int steps, const Shared<G>& shared,
-                                               int group, int lane, int* done) {
+__device__ __forceinline__ void multiply_width(int units, float* acc, uint32_t& step, int steps,
+                                               const Shared<G>& shared, int group, int lane, int* done) {
   constexpr int kWidth = kUnits * G::F::kTileQuantum;
   if constexpr (kWidth >= G::F::kTileN) {
     multiply<G, kWidth>(acc, step, steps, shared, group, lane, done);
@@ -495,19 +488,14 @@ template <class G>
 __device__ __forceinline__ void consume(const GemmParams& p, const Shared<G>& shared, int warp, int lane) {
   using F = typename G::F;
   const int group = warp >> 2, steps = num_steps<G>(p);
-  constexpr int kStride = F::kPingPong ? 2 : 1;
-  const uint32_t first = F::kPingPong ? group : 0;
-  uint32_t step = first * steps;
-  Tile t = {shared.tile_for_warp(first, lane)};
+  uint32_t step = 0;
+  Tile t = {shared.tile_for_warp(0, lane)};
   int* done = nullptr;
   // NOTE: nothing may follow this loop, and nothing may leave it by break: ptxas 13.0 would then drop the register
   // budget that setmaxnreg raised, and spill.
-  for (uint32_t n = first; !t.is_end();) {
+  for (uint32_t n = 0; !t.is_end();) {
     float acc[G::kAccumulators];
-    // NOTE: a wait for a stage looks one phase ahead and no further, so the other warpgroup must have seen all of its.
-    if (F::kPingPong) sm90::mbarrier_wait(shared.turn + group * 8, ((n >> 1) & 1) ^ (group == 0));
     multiply_width<G>(t.width<F>() / F::kTileQuantum, acc, step, steps, shared, group, lane, done);
-    if (F::kPingPong) step += steps;  // the other's tile
 #pragma unroll
     for (int i = 0; i < G::kAccumulators; ++i) asm volatile("" : "+f"(acc[i])::"memory");
     __syncwarp();
@@ -517,7 +505,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Shared<G>& sh
     e.scale_gate = G::kGather ? __ldg(p.scale_gate + t.expert()) : 0.0f;
     e.first_row = t.first_row();
     e.num_rows = t.rows();
-    e.first_column = (t.m_tile() * F::kTileM + (F::kPingPong ? 0 : group * 64 * G::kAtoms)) / (G::kGated ? 2 : 1);
+    e.first_column = (t.m_tile() * F::kTileM + group * 64 * G::kAtoms) / (G::kGated ? 2 : 1);
     e.warp = warp & 3;
     e.lane = lane;
     e.barrier = 1 + group;
@@ -539,7 +527,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Shared<G>& sh
       done = p.tile_ready + t.token_tile();
       if (!G::kLateRelease && (threadIdx.x & 127) == 0) sm90::red_release_add(done, 1);
     }
-    n += kStride;
+    ++n;
     t = {shared.tile_for_warp(n, lane)};
     if constexpr (G::kLateRelease) {
       if (t.is_end() || steps < 2) {
@@ -562,16 +550,13 @@ __global__ void __launch_bounds__(G::kThreads, G::F::kCtasPerSm)
   if (threadIdx.x == 0) {
     for (int s = 0; s < G::F::kStages; ++s) {
       sm90::mbarrier_init(shared.weights.full(s), 1);
-      sm90::mbarrier_init(shared.weights.empty(s), G::kCluster * G::kTileWarps);
-    }
-    for (int s = 0; s < G::F::kTokenStages; ++s) {
+      sm90::mbarrier_init(shared.weights.empty(s), G::kCluster * G::kConsumerWarps);
       sm90::mbarrier_init(shared.tokens.full(s), G::kGather ? 32 * G::kTokenWarps : 1);
-      sm90::mbarrier_init(shared.tokens.empty(s), G::kTileWarps);
+      sm90::mbarrier_init(shared.tokens.empty(s), G::kConsumerWarps);
     }
     for (int i = 0; i < 2; ++i) {
       sm90::mbarrier_init(shared.tile_full + i * 8, 1);
       sm90::mbarrier_init(shared.tile_empty + i * 8, G::kTileReaders);
-      sm90::mbarrier_init(shared.turn + i * 8, 4);
     }
     sm90::fence_mbarrier_init();
     sm90::prefetch_tensormap(&map_w);

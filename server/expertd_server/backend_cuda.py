@@ -48,7 +48,7 @@ class Family:
     tile_m: int
     tile_n: int
     tile_quantum: int
-    tile_warpgroups: int
+    warpgroups: int
     ctas_per_sm: int
     cluster: int
     """CTAs that work side by side on as many token tiles of one expert, and share its weights."""
@@ -65,7 +65,7 @@ class Family:
 
     def ready_count(self, weight_rows: int) -> int:
         """What a token tile's counter reaches when the first product is done with it: one for each warpgroup."""
-        return -(-weight_rows // self.tile_m) * self.tile_warpgroups
+        return -(-weight_rows // self.tile_m) * self.warpgroups
 
 
 FAMILIES = {f[0]: Family(i, *f) for i, f in enumerate(_cuda.families())}

@@ -17,7 +17,7 @@ from expertd_server.types import LayerSpec
 
 __all__ = ["CACHE_VERSION", "TuningCache", "autotune", "bucket", "choose_family", "is_autotuning", "layer_key"]
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """Raise it when the kernels change, so that old measurements are not believed."""
 
 
@@ -70,7 +70,7 @@ def choose_family(tuned: dict[int, str] | None, spec: LayerSpec, num_tokens: int
     for limit, name in ((20, "d32w"), (45, "d64w"), (100, "m128")):
         if rows <= limit:
             return name
-    return "q160" if rows <= 150 else "p160"
+    return "p160" if rows <= 150 else "c160"
 
 
 class TuningCache:
