@@ -20,8 +20,8 @@ $(VENV)/.installed: pyproject.toml client/pyproject.toml constraints.txt $(wildc
 demo: install  ## build a small checkpoint, serve it, check every answer
 	$(BIN)/expertd-server demo
 
-test: install  ## run every test that this machine can run
-	$(BIN)/python -m pytest
+test: install  ## run every test that this machine can run, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install proto-check  ## ruff, mypy --strict, clang-format, buf, generated files up to date
 	$(BIN)/ruff check .

@@ -39,6 +39,7 @@ from expertd_server.backend_cpu import TorchBackend
 from expertd_server.config import Config
 from expertd_server.server import Server
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 SEED = 20261123
 
 
