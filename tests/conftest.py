@@ -2,7 +2,7 @@
 
 A test marked `gpu` is skipped, with its reason, where no GPU can run it. And torch uses one thread, here and in every
 process that a test starts: the shapes of tests are so small that two threads which wait for one another cost three
-times the processor time. Tests of what more threads do to the CPU backend ask for `two_threads`.
+times the processor time. Tests of what more threads do to the CPU backend ask for `two_threads`, which wait asleep.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is first imported
+
+import torch
+
 torch.set_num_threads(1)
 
 
