@@ -13,6 +13,8 @@ help:  ## show this list
 install: $(VENV)/.installed  ## create .venv and install client and server, editable
 
 $(VENV)/.installed: pyproject.toml client/pyproject.toml constraints.txt $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("expertd needs Python 3.11 or newer, $(PYTHON) is %d.%d: try make PYTHON=python3.12" % v[:2])'
+	@echo "Installing into $(VENV): some minutes the first time, most of them for torch"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ./client -e '.[$(EXTRAS)]'
 	touch $@
