@@ -13,6 +13,8 @@ help:  ## show this list
 install: $(VENV)/.installed  ## create .venv and install client and server, editable
 
 $(VENV)/.installed: pyproject.toml client/pyproject.toml constraints.txt $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("expertd needs Python 3.11 or newer, $(PYTHON) is %d.%d: try make PYTHON=python3.12" % v[:2])'
+	@echo "Installing into $(VENV): some minutes the first time, most of them for torch"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ./client -e '.[$(EXTRAS)]'
 	touch $@
@@ -20,8 +22,8 @@ $(VENV)/.installed: pyproject.toml client/pyproject.toml constraints.txt $(wildc
 demo: install  ## build a small checkpoint, serve it, check every answer
 	$(BIN)/expertd-server demo
 
-test: install  ## run every test that this machine can run
-	$(BIN)/python -m pytest
+test: install  ## run every test that this machine can run, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install proto-check  ## ruff, mypy --strict, clang-format, buf, generated files up to date
 	$(BIN)/ruff check .

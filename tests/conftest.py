@@ -1,12 +1,33 @@
-"""The one rule about GPUs: a test marked `gpu` is skipped, with its reason, where no GPU can run it."""
+"""Two rules for all tests.
+
+A test marked `gpu` is skipped, with its reason, where no GPU can run it. And torch uses one thread, here and in every
+process that a test starts: the shapes of tests are so small that two threads which wait for one another cost three
+times the processor time. Tests of what more threads do to the CPU backend ask for `two_threads`, which wait asleep.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+from collections.abc import Iterator
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is first imported
+
 import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def two_threads() -> Iterator[None]:
+    """torch uses two threads in this process, as the CPU backend does on a machine of two cores."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @functools.cache

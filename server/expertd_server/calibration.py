@@ -1,5 +1,7 @@
 """Input scales: the static scales by which a layer's activations become FP8, from a file, from flags or measured.
 
+And the tokens that they were measured on, which say where the rounding of weights is felt least (compensation.py).
+
 A scale is what the FP8 value is multiplied by: stored = fp8(real / scale), so scale = amax / 448 uses the whole range.
 Each layer has one scale for the input of the first product (its hidden states) and one per expert for the input of
 the second (what the activation yields).
@@ -9,7 +11,9 @@ As JSON:
     {"layers": {"model.layers.0": {"gemm1_input_scale": 0.0117, "gemm2_input_scale": [0.0021, 0.0019]}}}
 
 As safetensors: float32 tensors `model.layers.0.gemm1_input_scale` [] and `model.layers.0.gemm2_input_scale` [] or [E].
-gemm2_input_scale is one number for all experts, or E numbers in the order of the global expert ids.
+gemm2_input_scale is one number for all experts, or E numbers in the order of the global expert ids. A safetensors file
+may hold tokens of the layer too: `model.layers.0.hidden_states` [T, H], floating point, what it gets in the model, and
+`model.layers.0.topk_ids` [T, K], integers, the experts that the router chooses (-1: none).
 """
 
 from __future__ import annotations
@@ -19,11 +23,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from expertd_server.errors import CheckpointError
 from expertd_server.fp8 import FP8_MAX
@@ -33,7 +37,9 @@ from expertd_server.types import Activation
 __all__ = [
     "Calibration",
     "InputScales",
+    "Tokens",
     "activate",
+    "check_tokens",
     "measure_input_scales",
     "read_calibration",
     "write_calibration",
@@ -43,6 +49,10 @@ _HEADROOM = 2.0
 """How many times as large as any that was measured a value may be before it is clipped. FP8 is a floating-point format
 with 15 binades of full precision, so that one binade above the measured ones costs nothing."""
 _KEYS = ("gemm1_input_scale", "gemm2_input_scale")
+_TOKEN_KEYS = ("hidden_states", "topk_ids")
+
+Tokens: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""What a layer gets and chooses: hidden_states [T, H] floating point, and topk_ids [T, K] integers, global ids."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +83,15 @@ class InputScales:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Input scales by layer name."""
+    """Input scales by layer name, and tokens."""
 
     layers: Mapping[str, InputScales] = field(default_factory=dict)
     default: InputScales | None = None
     """For layers that `layers` does not name; None: such a layer is an error."""
     source: str = "calibration"
     """Where the numbers come from, for messages."""
+    tokens: Mapping[str, Tokens] = field(default_factory=dict)
+    """For some layers or none. From a file they are memory that is mapped, and read when they are used."""
 
     @classmethod
     def uniform(cls, gemm1_input_scale: float, gemm2_input_scale: float) -> Calibration:
@@ -100,16 +112,45 @@ def read_calibration(path: str | Path) -> Calibration:
     """Read a .json or .safetensors file (see the module). Raises CheckpointError naming the file and the entry."""
     path = Path(path)
     raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_layers(path)
+    tokens = {}
+    for name, values in raw.items():
+        if isinstance(values, dict) and values.keys() & set(_TOKEN_KEYS):
+            tokens[name] = _take_tokens(path, name, values)
     layers = {name: _parse_layer(path, name, values) for name, values in raw.items()}
-    return Calibration(layers=layers, source=str(path))
+    return Calibration(layers=layers, source=str(path), tokens=tokens)
 
 
-def write_calibration(path: str | Path, layers: Mapping[str, InputScales]) -> None:
-    """Write the JSON form, to be read back to the same numbers."""
+def write_calibration(
+    path: str | Path, layers: Mapping[str, InputScales], tokens: Mapping[str, Tokens] | None = None
+) -> None:
+    """Write the JSON form, or that of safetensors where the path ends so, to be read back to the same numbers.
+
+    tokens: by layer name, for some of the layers. Raises ValueError when they are given to JSON, or without scales.
+    """
+    path, tokens = Path(path), tokens or {}
+    if path.suffix == ".safetensors":
+        if strange := tokens.keys() - layers.keys():
+            raise ValueError(f"tokens has {', '.join(sorted(strange))}, expected layers that have input scales")
+        _write_safetensors(path, layers, tokens)
+        return
+    if tokens:
+        raise ValueError(f"tokens are given for {path.name}, expected a file name that ends in .safetensors")
     values = {
         name: dict(zip(_KEYS, (scales.gemm1, list(scales.gemm2)), strict=True)) for name, scales in layers.items()
     }
-    Path(path).write_text(json.dumps({"layers": values}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"layers": values}, indent=1) + "\n", encoding="utf-8")
+
+
+def check_tokens(tokens: Tokens, hidden_size: int, num_experts: int) -> None:
+    """Raise ValueError unless there are tokens, finite, and of a layer of this size."""
+    hidden_states, topk_ids = tokens
+    if not len(hidden_states) or hidden_states.shape[1] != hidden_size:
+        raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}, expected [T, {hidden_size}]")
+    if not bool(torch.isfinite(hidden_states).all()):
+        raise ValueError("hidden_states holds values that are not finite")
+    low, high = int(topk_ids.min()), int(topk_ids.max())
+    if low < -1 or high >= num_experts:
+        raise ValueError(f"topk_ids holds {low} ... {high}, expected -1 ... {num_experts - 1}")
 
 
 def measure_input_scales(
@@ -172,8 +213,40 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     layers: dict[str, Any] = {}
     for name, tensor in tensors.items():
         layer_name, _, key = name.rpartition(".")
-        layers.setdefault(layer_name, {})[key] = tensor.tolist()
+        layers.setdefault(layer_name, {})[key] = tensor if key in _TOKEN_KEYS else tensor.tolist()
     return layers
+
+
+def _write_safetensors(path: Path, layers: Mapping[str, InputScales], tokens: Mapping[str, Tokens]) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, scales in layers.items():
+        # float64, so that the numbers come back as they were.
+        values = [torch.tensor(value, dtype=torch.float64) for value in (scales.gemm1, scales.gemm2)]
+        tensors |= {f"{name}.{key}": value for key, value in zip(_KEYS, values, strict=True)}
+    for name, pair in tokens.items():
+        tensors |= {f"{name}.{key}": value.contiguous() for key, value in zip(_TOKEN_KEYS, pair, strict=True)}
+    save_file(tensors, path)
+
+
+def _take_tokens(path: Path, name: str, values: dict[str, Any]) -> Tokens:
+    """Take a layer's tokens out of its values. Types and shapes are checked, as far as they go without the layer."""
+    hidden_states, topk_ids = (values.pop(key, None) for key in _TOKEN_KEYS)
+    for key, tensor, is_right, kind in (
+        ("hidden_states", hidden_states, lambda t: t.is_floating_point(), "floating point [T, H]"),
+        ("topk_ids", topk_ids, lambda t: not (t.is_floating_point() or t.is_complex()), "integers [T, K]"),
+    ):
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(
+                f"{path}: layer {name!r} has no tensor {key}, expected both of {', '.join(_TOKEN_KEYS)}"
+            )
+        if tensor.ndim != 2 or not is_right(tensor):
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            raise CheckpointError(f"{path}: layer {name!r}: {key} is {found}, expected {kind}")
+    if len(hidden_states) != len(topk_ids):
+        raise CheckpointError(
+            f"{path}: layer {name!r} has {len(hidden_states)} rows of hidden_states and {len(topk_ids)} of topk_ids"
+        )
+    return hidden_states, topk_ids
 
 
 def _parse_layer(path: Path, name: str, values: Any) -> InputScales:

@@ -10,23 +10,27 @@ refuses a layer whose account does not balance.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from expertd_server.accounting import LayerAccount, account_layer
-from expertd_server.calibration import Calibration, InputScales, measure_input_scales
+from expertd_server.calibration import Calibration, InputScales, check_tokens, measure_input_scales
+from expertd_server.compensation import LayerInputs, round_compensated
 from expertd_server.dialects import Architecture, Kind, Projection, read_architecture
 from expertd_server.errors import CheckpointError
-from expertd_server.fp8 import FP8_MAX, to_fp8
+from expertd_server.fp8 import FP8_MAX, from_fp8
 from expertd_server.quantization import check_quantization
 from expertd_server.tensor_files import TensorFiles, read_json
 from expertd_server.types import LayerSpec
 from expertd_server.weights import ExpertWeights
 
 __all__ = ["Checkpoint", "LayerAccount", "open_checkpoint"]
+
+log = logging.getLogger(__name__)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -58,6 +62,7 @@ class Checkpoint:
         self.architecture: Architecture = read_architecture(config)
         self.files = TensorFiles(path)
         self._names_of_layer = self._group_names()
+        self._said_nearest = False
 
     @property
     def layer_names(self) -> list[str]:
@@ -120,7 +125,8 @@ class Checkpoint:
 
         Those of all experts count because the layer has one input scale, the largest of them: slices on different
         servers then quantise the hidden states alike.
-        calibration: input scales to use instead of the checkpoint's own; needed where it has none.
+        calibration: input scales to use instead of the checkpoint's own; needed where it has none. Weights that are not
+        FP8 yet are rounded with its tokens where it has some, and to the nearest value where it has none.
         progress: called with the number of bytes of FP8 weights after each projection.
         Returns CPU tensors that own their memory. Raises CheckpointError naming the tensor.
         """
@@ -129,6 +135,7 @@ class Checkpoint:
         spec = account.spec
         inputs = self.input_scales(account, calibration)
         gemm2_input_scales = inputs.of_experts(spec.num_experts)
+        layer_inputs = self._layer_inputs(account, inputs, calibration)
         size, rows = spec.intermediate_size, spec.gemm1_rows
         gemm1 = torch.empty((spec.num_local, rows, spec.hidden_size), dtype=torch.float8_e4m3fn)
         gemm2 = torch.empty((spec.num_local, spec.hidden_size, size), dtype=torch.float8_e4m3fn)
@@ -138,11 +145,7 @@ class Checkpoint:
             places = {Projection.UP: gemm1[local, :size], Projection.DOWN: gemm2[local]}
             if spec.activation.is_gated:
                 places[Projection.GATE] = gemm1[local, size:]
-            scales: dict[Projection, float] = {}
-            for projection, place in places.items():
-                scales[projection] = self._read_weight(account, expert, projection, place)
-                if progress is not None:
-                    progress(place.numel())
+            scales = self.read_expert(account, expert, places, layer_inputs, progress)
             a1, a2 = inputs.gemm1, gemm2_input_scales[expert]
             if spec.activation.is_gated:
                 output1[local] = scales[Projection.UP] * a1 / a2
@@ -160,6 +163,39 @@ class Checkpoint:
             routing_bias=self._read_bias(layer_name) if spec.routing_method.reads_bias else None,
             hidden_states_scale=1.0 / inputs.gemm1,
         )
+
+    def read_expert(
+        self,
+        account: LayerAccount,
+        expert: int,
+        places: Mapping[Projection, torch.Tensor],
+        layer_inputs: LayerInputs | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> dict[Projection, float]:
+        """Copy or quantise one expert's weights into `places` (contiguous float8_e4m3fn); the scale of each.
+
+        layer_inputs: what the weights that are not FP8 yet are rounded for; None: to the nearest value.
+        progress: called with the number of bytes after each projection.
+        """
+        scales: dict[Projection, float] = {}
+
+        def read(projection: Projection, factor: torch.Tensor | None) -> None:
+            scales[projection] = self._read_weight(account, expert, projection, places[projection], factor)
+            if progress is not None:
+                progress(places[projection].numel())
+
+        def real(projection: Projection) -> torch.Tensor:
+            return from_fp8(places[projection], torch.float32) * scales[projection]
+
+        gemm1 = [projection for projection in (Projection.GATE, Projection.UP) if projection in places]
+        for projection in gemm1:
+            read(projection, None if layer_inputs is None else layer_inputs.gemm1_factor)
+        factor = None
+        if layer_inputs is not None:
+            gate = real(Projection.GATE) if Projection.GATE in places else None
+            factor = layer_inputs.gemm2_factor(expert, gate, real(Projection.UP))
+        read(Projection.DOWN, factor)
+        return scales
 
     def input_scales(self, account: LayerAccount, calibration: Calibration | None = None) -> InputScales:
         """Input scales of a layer, from `calibration` or from the checkpoint: gate and up of all experts share one."""
@@ -235,8 +271,43 @@ class Checkpoint:
                 grouped.setdefault(dialect.layer_name(index), []).append(name)
         return grouped
 
-    def _read_weight(self, account: LayerAccount, expert: int, projection: Projection, place: torch.Tensor) -> float:
-        """Copy or quantise one weight into `place` (float8_e4m3fn) and return its scale."""
+    def _layer_inputs(
+        self, account: LayerAccount, inputs: InputScales, calibration: Calibration | None
+    ) -> LayerInputs | None:
+        """What weights of the layer are to be rounded for; None: nothing is rounded, or there are no tokens."""
+        name, spec = account.layer_name, account.spec
+        num_weights = spec.num_local * (3 if spec.activation.is_gated else 2)
+        if account.num_fp8_weights == num_weights:
+            return None
+        if calibration is None or name not in calibration.tokens:
+            if not self._said_nearest:
+                self._said_nearest = True
+                log.info(
+                    "weights of %s are rounded to the nearest FP8 values: outputs are about a third further from the "
+                    "unquantised model's than with a calibration file that holds tokens, see docs/checkpoints.md",
+                    self.path,
+                )
+            return None
+        tokens = calibration.tokens[name]
+        log.info("rounding the weights of %s for the %d tokens of %s", name, len(tokens[0]), calibration.source)
+        try:
+            check_tokens(tokens, spec.hidden_size, spec.num_experts)
+        except ValueError as error:
+            raise CheckpointError(f"{calibration.source}, layer {name!r}: {error}") from error
+        return LayerInputs.of(spec, tokens, inputs)
+
+    def _read_weight(
+        self,
+        account: LayerAccount,
+        expert: int,
+        projection: Projection,
+        place: torch.Tensor,
+        factor: torch.Tensor | None,
+    ) -> float:
+        """Copy or quantise one weight into `place` (float8_e4m3fn) and return its scale.
+
+        factor: see `round_compensated`, for a weight that is not FP8 yet.
+        """
         name = account.tensors[expert, projection, Kind.WEIGHT]
         stored = self.files.read(name)
         if stored.dtype is torch.float8_e4m3fn:
@@ -254,7 +325,7 @@ class Checkpoint:
         if amax == 0:
             raise CheckpointError(f"{name} is all zeros: an unfinished download or a broken export")
         scale = amax / FP8_MAX
-        place.copy_(to_fp8(real / scale))
+        place.copy_(round_compensated(real / scale, factor))
         return scale
 
     def _read_bias(self, layer_name: str) -> torch.Tensor:

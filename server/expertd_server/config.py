@@ -93,7 +93,8 @@ class Config:
     experts: str | None = field(default=None, metadata=_in(_LAYERS, "A-B"))
     """Hold only the experts with global ids A to B, both included, of every layer. Default: all."""
     calibration: Path | None = field(default=None, metadata=_in(_LAYERS, "FILE"))
-    """Input scales (.json or .safetensors) for a checkpoint that has none, or instead of its own."""
+    """Input scales (.json or .safetensors) for a checkpoint that has none, or instead of its own; tokens, if it holds
+    some, are what weights that are not FP8 yet are rounded for."""
     synthetic: str | None = field(default=None, metadata=_in(_LAYERS, "PRESET"))
     """Serve layers of random weights in the shape of a known model, such as qwen3-30b-a3b; for benchmarks."""
     synthetic_layers: int = field(default=1, metadata=_in(_LAYERS, "N"))

@@ -15,7 +15,8 @@ import pytest
 
 from expertd_server import demo
 
-TIMEOUT_S = 110
+pytestmark = pytest.mark.timeout(400)
+TIMEOUT_S = 300  # a quarter of a minute on two idle cores
 COMMAND = [sys.executable, "-m", "expertd_server", "demo"]
 
 
@@ -43,16 +44,17 @@ def test_the_demo_holds(tmp_path: Path) -> None:
     assert_nothing_left(tmp_path)
 
 
-@pytest.mark.parametrize("limit", ["MAX_RELATIVE_ERROR", "MAX_REFERENCE_ERROR"])
-def test_a_check_that_does_not_hold_is_the_exit_code(
-    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_checks_that_do_not_hold_are_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, limit, -1.0)
+    monkeypatch.setattr(demo, "MAX_RELATIVE_ERROR", -1.0)
+    monkeypatch.setattr(demo, "MAX_REFERENCE_ERROR", -1.0)
     monkeypatch.setattr(demo, "ROUNDS", 1)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert demo.run_demo() == 1
     text = capsys.readouterr().out
-    assert text.count("FAILED") == 1, text
+    assert text.count("FAILED") == 2, text
+    assert text.count("  ok ") == 3, text
     assert_nothing_left(tmp_path)
 
 

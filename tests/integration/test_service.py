@@ -39,7 +39,10 @@ from expertd_server.backend_cpu import TorchBackend
 from expertd_server.config import Config
 from expertd_server.server import Server
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 SEED = 20261123
+POOL_TOKENS = 1000
+SIZES = (1, 2, 3, 7, 16, 33, 100, 257, 1000)
 
 
 @pytest.fixture
@@ -168,6 +171,50 @@ class TestForward:
                 shape = list(asked[number][n].hidden_states.shape)
                 assert answer == expected, f"seed {SEED} client {number} request {n} shape {shape}"
         assert max(company for _, company in results) > 1, "no two requests ever shared a batch: nothing was tested"
+
+    def test_a_token_alone_and_inside_1_to_1000_from_eight_clients(self, live: Running) -> None:
+        """The answer for a token has the bytes that it has alone, in whatever random company it is sent."""
+        chance = np.random.default_rng(SEED)
+        pool = request(chance, POOL_TOKENS)
+        rows = {
+            name: np.frombuffer(getattr(pool, name).data, np.uint8).reshape(POOL_TOKENS, -1)
+            for name in ("hidden_states", "routing_logits")
+        }
+
+        def of(tokens: np.ndarray[Any, Any]) -> pb.ForwardRequest:
+            asked = pb.ForwardRequest(layer=LAYER)
+            for name, values in rows.items():
+                columns = list(getattr(pool, name).shape)[1]
+                picked = pb.Tensor(dtype=getattr(pool, name).dtype, shape=[len(tokens), columns])
+                picked.data = values[tokens].tobytes()
+                getattr(asked, name).CopyFrom(picked)
+            return asked
+
+        watched = chance.permutation(POOL_TOKENS)[:8]
+        alone = {token: live.stub.Forward(of(np.array([token]))).output.data for token in watched}
+        barrier = threading.Barrier(8)
+
+        def client(number: int) -> int:
+            mine = np.random.default_rng([SEED, number])
+            company = 1
+            with insecure_channel(live.server.port) as channel:
+                stub = expertd_pb2_grpc.ExpertServiceStub(channel)
+                barrier.wait(PATIENCE_S)
+                for size in mine.permutation(SIZES):
+                    tokens = mine.permutation(POOL_TOKENS)[:size]
+                    places = mine.permutation(size)[: len(watched)]
+                    tokens[places] = mine.permutation(watched)[: len(places)]
+                    answer = stub.Forward(of(tokens), timeout=PATIENCE_S)
+                    output = np.frombuffer(answer.output.data, np.uint8).reshape(size, -1)
+                    for place in places:
+                        what = f"seed {SEED} client {number}: token {tokens[place]} at {place} of {size}"
+                        assert output[place].tobytes() == alone[tokens[place]], what
+                    company = max(company, answer.timing.batch_requests)
+            return company
+
+        with ThreadPoolExecutor(8) as threads:
+            companies = list(threads.map(client, range(8)))
+        assert max(companies) > 1, "no two requests ever shared a batch: nothing was tested"
 
 
 class TestRefusals:

@@ -155,8 +155,11 @@ class TestDrain:
             stopper = threading.Thread(target=live.server.shutdown)
             stopper.start()
             poll(lambda: live.stub.GetServerInfo(pb.GetServerInfoRequest()).draining)
+            silent = (
+                message for message in iter(lambda: backend.gate.wait(PATIENCE_S), True)
+            )  # open, with nothing to say
             with pytest.raises(grpc.RpcError) as caught:
-                next(live.stub.ForwardStream(iter(()), timeout=PATIENCE_S))
+                next(live.stub.ForwardStream(silent, timeout=PATIENCE_S))
             assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
             backend.gate.set()
             unary.result(PATIENCE_S)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from expertd_server.fp8 import from_fp8, quantize_fp8, round_to_fp8, to_fp8
 from expertd_server.types import Activation, LayerSpec, RoutingMethod
 from expertd_server.workers import run_all
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 WHOLE_OUTPUT_BOUND = 4e-3
 
 
@@ -454,15 +454,6 @@ class ByThreads(Steady):
         return super().gemm1(x) * torch.get_num_threads()
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.mark.usefixtures("two_threads")
 def test_a_product_that_depends_on_the_number_of_threads_runs_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, ByThreads)
     freedom = products.probe.__wrapped__(48, 32, 24, 2)
@@ -476,7 +467,6 @@ def test_a_product_that_depends_on_the_number_of_threads_runs_on_one(monkeypatch
         assert torch.equal(output(alone, topk_ids=ids[t : t + 1], topk_weights=torch.ones(1, 1))[0], together[t]), t
 
 
-@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("num_items", [0, 1, 2, 5])
 def test_workers_take_every_item_even_a_single_one(num_items: int) -> None:
     threads: dict[int, int] = {}

@@ -13,6 +13,7 @@ from expertd_server.backend import PreparedLayer
 from expertd_server.backend_cpu import TorchBackend
 from expertd_server.types import Activation, LayerSpec, RoutingMethod
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 POOL_TOKENS = 1000
 BATCHES = [2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 250, 500, 999, 1000]
 

@@ -550,6 +550,87 @@ def test_bad_calibration_files_are_refused(layer: dict[str, Any], pattern: str, 
         read_calibration(path)
 
 
+TOKENS = (torch.randn(40, H, generator=torch.Generator().manual_seed(5)), torch.arange(80).view(40, 2) % E)
+
+
+def test_tokens_come_back_from_their_file(tmp_path: Path) -> None:
+    scales = {LAYER: InputScales(0.1, (0.2, 0.3, 0.7, 1 / 3)), "model.layers.1": InputScales(0.1, (0.7,))}
+    path = tmp_path / "calibration.safetensors"
+    write_calibration(path, scales, {LAYER: TOKENS})
+    found = read_calibration(path)
+    assert found.layers == scales
+    assert list(found.tokens) == [LAYER]
+    assert all(torch.equal(*pair) for pair in zip(found.tokens[LAYER], TOKENS, strict=True))
+    with pytest.raises(ValueError, match=r"tokens are given for x\.json, expected .* \.safetensors"):
+        write_calibration(tmp_path / "x.json", scales, {LAYER: TOKENS})
+    with pytest.raises(ValueError, match=r"tokens has model\.layers\.2, expected layers that have input scales"):
+        write_calibration(path, scales, {"model.layers.2": TOKENS})
+
+
+@pytest.mark.parametrize(
+    ("hidden_states", "topk_ids", "pattern"),
+    [
+        (TOKENS[0], None, "no tensor topk_ids"),
+        (None, TOKENS[1], "no tensor hidden_states"),
+        (TOKENS[0].int(), TOKENS[1], r"hidden_states is torch.int32 \[40, 32\], expected floating point \[T, H\]"),
+        (TOKENS[0][0], TOKENS[1], r"hidden_states is torch.float32 \[32\]"),
+        (TOKENS[0], TOKENS[1].float(), "topk_ids is torch.float32 .* expected integers"),
+        (TOKENS[0], TOKENS[1][:9], "40 rows of hidden_states and 9 of topk_ids"),
+        (TOKENS[0][:, :8], TOKENS[1], rf"hidden_states has shape \(40, 8\), expected \[T, {H}\]"),
+        (TOKENS[0][:0], TOKENS[1][:0], r"hidden_states has shape \(0, 32\)"),
+        (TOKENS[0] * torch.nan, TOKENS[1], "not finite"),
+        (TOKENS[0], TOKENS[1] + 1, rf"topk_ids holds 1 \.\.\. {E}, expected -1 \.\.\. {E - 1}"),
+        (TOKENS[0], TOKENS[1] - 2, r"topk_ids holds -2"),
+    ],
+)
+def test_bad_tokens_are_refused(
+    hidden_states: torch.Tensor | None, topk_ids: torch.Tensor | None, pattern: str, tmp_path: Path
+) -> None:
+    tensors = {"gemm1_input_scale": torch.tensor(0.5), "gemm2_input_scale": torch.tensor(0.5)}
+    tensors |= {} if hidden_states is None else {"hidden_states": hidden_states.contiguous()}
+    tensors |= {} if topk_ids is None else {"topk_ids": topk_ids.contiguous()}
+    save_file({f"{LAYER}.{key}": tensor for key, tensor in tensors.items()}, tmp_path / "calibration.safetensors")
+    checkpoint = open_checkpoint(draft(fp8=False).write(tmp_path / "checkpoint"))
+    with pytest.raises(CheckpointError, match=rf"calibration\.safetensors.*layer '{LAYER}'.*{pattern}"):
+        checkpoint.load(LAYER, calibration=read_calibration(tmp_path / "calibration.safetensors"))
+
+
+def test_a_slice_is_rounded_for_the_tokens_as_the_whole_layer_is(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(draft(fp8=False).write(tmp_path))
+    calibration = Calibration(layers={LAYER: InputScales(0.02, (0.03,))}, tokens={LAYER: TOKENS})
+    _, whole = checkpoint.load(LAYER, calibration=calibration)
+    _, nearest = checkpoint.load(LAYER, calibration=Calibration(layers=calibration.layers))
+    _, part = checkpoint.load(LAYER, range(1, 3), calibration)
+    for tensor in ("gemm1_weights", "gemm2_weights"):
+        of_whole, of_nearest, of_part = (getattr(w, tensor).view(torch.uint8) for w in (whole, nearest, part))
+        assert torch.equal(of_part, of_whole[1:3]), tensor
+        assert not torch.equal(of_whole, of_nearest), f"{tensor}: the tokens made no difference"
+
+
+def test_weights_that_are_fp8_stay_as_they_are_whatever_the_tokens(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(draft().write(tmp_path))
+    calibration = Calibration(layers={LAYER: InputScales(0.02, (0.03,))}, tokens={LAYER: TOKENS})
+    found, expected = checkpoint.load(LAYER, calibration=calibration)[1], checkpoint.load(LAYER)[1]
+    for tensor in ("gemm1_weights", "gemm2_weights"):
+        assert torch.equal(getattr(found, tensor).view(torch.uint8), getattr(expected, tensor).view(torch.uint8))
+
+
+def test_what_is_lost_without_tokens_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    checkpoint = open_checkpoint(draft(fp8=False).write(tmp_path / "wide"))
+    calibration = Calibration(default=InputScales(0.02, (0.03,)), tokens={LAYER: TOKENS}, source="some.safetensors")
+    checkpoint.load(LAYER, calibration=calibration)
+    assert caplog.messages == [f"rounding the weights of {LAYER} for the 40 tokens of some.safetensors"]
+    caplog.clear()
+    for _ in range(2):
+        checkpoint.load("model.layers.1", calibration=calibration)
+    (message,) = caplog.messages
+    assert "a calibration file that holds tokens" in message
+    caplog.clear()
+    open_checkpoint(draft().write(tmp_path / "fp8")).load(LAYER)
+    assert caplog.messages == []
+
+
 def test_a_calibration_of_another_model_is_refused(tmp_path: Path) -> None:
     calibration = Calibration(layers={LAYER: InputScales(1.0, (1.0, 1.0, 1.0))}, source="scales.json")
     with pytest.raises(CheckpointError, match=f"scales.json.*has 3 numbers, expected 1 or {E}"):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from checkpoints import FAMILIES, E, H, K, draft
 
+from expertd_server.calibration import Calibration
 from expertd_server.checkpoint import open_checkpoint
+from expertd_server.compensation import compensation_factor, round_compensated
 from expertd_server.errors import CheckpointError
-from expertd_server.export import export_fp8, round_compensated
+from expertd_server.export import export_fp8
 from expertd_server.fp8 import to_fp8
 
 
@@ -32,16 +34,21 @@ def test_what_is_written_is_read_with_its_own_scales(family: str, tmp_path: Path
     made = draft(family, fp8=False)
     source = open_checkpoint(made.write(tmp_path / "bfloat16", shards=2))
     (tmp_path / "bfloat16" / "tokenizer.json").write_text("{}")
-    scales = export_fp8(source, tmp_path / "fp8", samples(source.layer_names))
+    given = samples(source.layer_names)
+    scales = export_fp8(source, tmp_path / "fp8", given)
     written = open_checkpoint(tmp_path / "fp8")
     assert written.layer_names == source.layer_names
     assert (tmp_path / "fp8" / "tokenizer.json").exists()
     for name in source.layer_names:
+        at_load = source.load(name, calibration=Calibration(layers=scales, tokens=given))[1]
         account = written.account(name)
         account.raise_problems()
         spec, weights = written.load(name)
         assert account.num_fp8_weights == spec.num_experts * (3 if spec.activation.is_gated else 2)
         assert weights.hidden_states_scale == pytest.approx(1 / scales[name].gemm1, rel=1e-6)
+        for tensor in ("gemm1_weights", "gemm2_weights"):
+            bits, bits_at_load = (getattr(w, tensor).view(torch.uint8) for w in (weights, at_load))
+            assert torch.equal(bits, bits_at_load), f"{family}, {name}: {tensor} of the file and as rounded at load"
         router, bias = source.router(name)
         copied, copied_bias = written.router(name)
         assert torch.equal(copied, router)
@@ -55,10 +62,18 @@ def test_what_is_written_is_read_with_its_own_scales(family: str, tmp_path: Path
 
 def test_without_inputs_weights_are_rounded_to_the_nearest_value() -> None:
     weight = torch.randn(5, 70, generator=torch.Generator().manual_seed(1)) * 50
-    rounded = round_compensated(weight, torch.zeros(70, 70))
+    rounded = round_compensated(weight, compensation_factor(torch.zeros(70, 70)))
     assert torch.equal(rounded.float(), to_fp8(weight).float())
-    independent = round_compensated(weight, torch.eye(70))
+    independent = round_compensated(weight, compensation_factor(torch.eye(70)))
     assert torch.equal(independent.float(), rounded.float()), "inputs that are independent leave nothing to make up for"
+
+
+def test_values_that_are_fp8_already_stay_as_they_are() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = to_fp8(torch.randn(5, 70, generator=generator) * 50)
+    inputs = torch.randn(30, 70, generator=generator) + 1
+    rounded = round_compensated(weight.float(), compensation_factor(inputs.T @ inputs / 30))
+    assert torch.equal(rounded.float(), weight.float())
 
 
 def test_correlated_inputs_see_less_of_the_rounding() -> None:
@@ -71,7 +86,7 @@ def test_correlated_inputs_see_less_of_the_rounding() -> None:
         return torch.randn(count, 10, generator=generator) @ directions + 0.3 * noise
 
     seen, unseen = inputs(2000), inputs(500)
-    rounded = round_compensated(weight, seen.T @ seen / len(seen)).float()
+    rounded = round_compensated(weight, compensation_factor(seen.T @ seen / len(seen))).float()
     expected = unseen @ weight.T
     compensated = (unseen @ rounded.T - expected).norm() / expected.norm()
     nearest = (unseen @ to_fp8(weight).float().T - expected).norm() / expected.norm()

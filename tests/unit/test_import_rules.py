@@ -44,6 +44,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "backend_noop",
             "calibration",
             "checkpoint",
+            "compensation",
             "demo_model",
             "dialects",
             "export",

@@ -16,6 +16,7 @@ from expertd_server.backend_cpu import TorchBackend
 from expertd_server.ops import trtllm_fp8_per_tensor_scale_moe, trtllm_fp8_per_tensor_scale_routed_moe
 from expertd_server.types import Activation, LayerSpec, RoutingMethod
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 PUBLISHED = (
     "routing_logits, routing_bias, hidden_states, gemm1_weights, output1_scales_scalar, output1_scales_gate_scalar, "
     "gemm2_weights, output2_scales_scalar, num_experts, top_k, n_group, topk_group, intermediate_size, "
