@@ -66,8 +66,7 @@ def check_sass(file: str, cuobjdump: str | None) -> int:
         broken = len(re.findall(r"\bLDGSTS\S* \[R\d+\+UR", kernel))
         if qgmma == 0 or local or broken:
             print(
-                f"check_build.py: {name}: {qgmma} QGMMA, {local} accesses to local memory, {broken} illegal "
-                "copies",
+                f"check_build.py: {name}: {qgmma} QGMMA, {local} accesses to local memory, {broken} illegal copies",
                 file=sys.stderr,
             )
             bad += 1

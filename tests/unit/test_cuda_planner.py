@@ -51,6 +51,8 @@ def test_every_family_has_an_index_of_its_own_and_whole_tiles() -> None:
     for family in FAMILIES:
         assert family.tile_n % family.tile_quantum == 0, family
         assert family.ctas_per_sm >= 1, family
+        assert family.weight_box * family.cluster == family.tile_m, family
+        assert family.tiles_per_block % family.cluster == 0, "a cluster's token tiles lie in one block"
 
 
 @pytest.mark.parametrize("num_tokens", TOKENS)
@@ -79,6 +81,11 @@ def test_more_tokens_never_need_less_scratch_memory() -> None:
     assert sizes == sorted(sizes)
 
 
+def whole_clusters(family: backend_cuda.Family, tiles: int) -> int:
+    """Token tiles of an expert: as many as fill the CTAs that share its weights."""
+    return -(-tiles // family.cluster) * family.cluster
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_no_routing_needs_more_token_tiles_than_planned(spec: LayerSpec) -> None:
     rng = random.Random(0)
@@ -90,14 +97,16 @@ def test_no_routing_needs_more_token_tiles_than_planned(spec: LayerSpec) -> None
         for _ in range(num_tokens):
             for expert in rng.sample(favourites, slots):
                 rows[expert] += 1
-        needed = sum(-(-count // family.tile_n) for count in rows)
+        needed = sum(whole_clusters(family, -(-count // family.tile_n)) for count in rows)
         planned = backend_cuda._max_token_tiles(spec, num_tokens, family)
+        assert planned % family.cluster == 0
         assert needed <= planned, f"seed 0, {family.name}, {num_tokens} tokens, {spec}"
     # The worst case: one row more than whole tiles in as many experts as there are.
     for family, whole in itertools.product(FAMILIES, (0, 1, 3)):
         num_tokens = -(-spec.num_local * (whole * family.tile_n + 1) // slots)
         planned = backend_cuda._max_token_tiles(spec, num_tokens, family)
-        assert spec.num_local * (whole + 1) <= planned, f"{family.name}, {num_tokens} tokens, {spec}"
+        needed = spec.num_local * whole_clusters(family, whole + 1)
+        assert needed <= planned, f"{family.name}, {num_tokens} tokens, {spec}"
 
 
 @pytest.mark.parametrize("max_num_tokens", [1, 7, 16, 100])
@@ -147,8 +156,8 @@ def test_arguments_of_the_tensor_maps(spec: LayerSpec, monkeypatch: pytest.Monke
     first = "gate_up" if spec.activation.is_gated else "weight_rows"
     for family in FAMILIES:
         expected: set[tuple[Any, ...]] = {
-            (first, w1, spec.num_local, spec.intermediate_size, spec.hidden_size, family.tile_m),
-            ("weight_rows", w2, spec.num_local, spec.hidden_size, spec.intermediate_size, family.tile_m),
+            (first, w1, spec.num_local, spec.intermediate_size, spec.hidden_size, family.weight_box),
+            ("weight_rows", w2, spec.num_local, spec.hidden_size, spec.intermediate_size, family.weight_box),
             ("rows", 0x1000, 77, spec.intermediate_size, family.tile_n),
             ("rows", 0x1000, 77, spec.intermediate_size, family.tile_quantum),
         }
