@@ -12,8 +12,8 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Most tokens that one routing block handles: one bit each in a 64-bit word per expert.
 constexpr int kRouteBlockTokens = 64;
-// As many blocks as SMs, about: with fewer tokens blocks get smaller, with more they get more.
-constexpr int kManyBlocks = 128;
+// Of many tokens: as many blocks as SMs, about, but a token for each warp at least; fewer blocks are sooner added up.
+constexpr int kManyBlocks = 128, kMinBlockTokens = 16;
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 32;
 

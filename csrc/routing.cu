@@ -326,7 +326,7 @@ void launch_route(RouteParams p, const LaunchConfig& launch) {
     while (blocks < kMaxClusterBlocks && blocks * kMinWarps < p.num_tokens) blocks *= 2;
     p.block_tokens = std::max(1, (p.num_tokens + blocks - 1) / blocks);
   } else {
-    p.block_tokens = std::min(kRouteBlockTokens, (p.num_tokens + kManyBlocks - 1) / kManyBlocks);
+    p.block_tokens = std::clamp((p.num_tokens + kManyBlocks - 1) / kManyBlocks, kMinBlockTokens, kRouteBlockTokens);
     blocks = (p.num_tokens + p.block_tokens - 1) / p.block_tokens;
   }
   switch (p.method) {
