@@ -4,6 +4,11 @@
     python benchmarks/bench_service.py --out benchmarks/results/service.json --plot docs/service.png
     python benchmarks/bench_service.py --device cuda --frontends 8 --clients 16
 
+The compiled codec is used where it lies beside the server's modules. Without an installation:
+
+    cmake -G Ninja -S csrc -B build/codec -DEXPERTD_CUDA=off && ninja -C build/codec
+    cp build/codec/_codec*.so server/expertd_server/ && export PYTHONPATH=server:client
+
 Server: `expertd-server serve` as users start it, with the no-op backend unless --device says otherwise, so that what is
 measured is the service. Echo: `_echo.py`, a Python gRPC server that answers with a constant of the answer's size, in as
 many processes. Clients: processes of `_load.py`, the same for both; prepared messages, so that they cost little.

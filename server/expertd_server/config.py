@@ -74,7 +74,7 @@ _RANGES: Final = {
     "max_queue_requests": (1, _UNBOUNDED),
     "max_queue_delay_us": (0, _UNBOUNDED),
     "max_graph_tokens": (0, _UINT32_MAX),
-    "max_streams": (1, 4096),  # each takes two threads
+    "max_streams": (1, 4096),
     "max_stream_requests": (1, _UNBOUNDED),
     "max_unary_requests": (1, 4096),
     "frontends": (0, 64),
@@ -138,11 +138,11 @@ class Config:
     max_graph_tokens: int = field(default=1024, metadata=_in(_BATCHING, "N"))
     """On a GPU: batches of up to this many tokens run as CUDA graphs, captured at start. 0: no graphs."""
     max_streams: int = field(default=64, metadata=_in(_BATCHING, "N"))
-    """Most open ForwardStream calls, one thread each; beyond, RESOURCE_EXHAUSTED."""
+    """Most open ForwardStream calls; beyond, RESOURCE_EXHAUSTED."""
     max_stream_requests: int = field(default=32, metadata=_in(_BATCHING, "N"))
     """Most requests of one stream that are read but not answered; beyond, the stream is not read on."""
     max_unary_requests: int = field(default=64, metadata=_in(_BATCHING, "N"))
-    """Most Forward calls at a time, one thread each; beyond, RESOURCE_EXHAUSTED."""
+    """Most Forward calls at a time; beyond, RESOURCE_EXHAUSTED."""
     request_timeout_s: float = field(default=60.0, metadata=_in(_BATCHING, "SECONDS"))
     """Give up on a request after this time where the caller sets no earlier deadline."""
 

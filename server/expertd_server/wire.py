@@ -24,6 +24,8 @@ from expertd_server.wire_parse import RawRequest, RawTensor
 
 __all__ = [
     "MAX_NAME_LENGTH",
+    "TORCH_DTYPES",
+    "WIRE_DTYPES",
     "checked_name",
     "encode_response",
     "encode_stream_error",
@@ -35,14 +37,14 @@ __all__ = [
 # A layer name is repeated in error messages, which travel in size-limited gRPC metadata.
 MAX_NAME_LENGTH: Final = 256
 
-_TORCH_DTYPES: Final[dict[int, torch.dtype]] = {
+TORCH_DTYPES: Final[dict[int, torch.dtype]] = {
     pb.DATA_TYPE_FLOAT32: torch.float32,
     pb.DATA_TYPE_BFLOAT16: torch.bfloat16,
     pb.DATA_TYPE_FLOAT16: torch.float16,
     pb.DATA_TYPE_FLOAT8_E4M3FN: torch.float8_e4m3fn,
     pb.DATA_TYPE_INT32: torch.int32,
 }
-_WIRE_DTYPES: Final = {dtype: value for value, dtype in _TORCH_DTYPES.items()}
+WIRE_DTYPES: Final = {dtype: value for value, dtype in TORCH_DTYPES.items()}
 _FP8_ONLY: Final = (pb.DATA_TYPE_FLOAT8_E4M3FN,)
 _HIDDEN_DTYPES: Final = (*_FP8_ONLY, pb.DATA_TYPE_BFLOAT16, pb.DATA_TYPE_FLOAT16, pb.DATA_TYPE_FLOAT32)
 _REAL_DTYPES: Final = (pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_BFLOAT16)
@@ -92,7 +94,7 @@ def read_call(request: RawRequest, store: LayerStore, *, max_batch_tokens: int, 
     if output_dtype not in _OUTPUT_DTYPES:
         checks.add("options.output_dtype", f"is {_dtype_name(output_dtype)}, expected {_choice(_OUTPUT_DTYPES)}")
     elif num_tokens is not None:
-        answer_bytes = _answer_bytes(spec, num_tokens, _TORCH_DTYPES[output_dtype].itemsize, request.do_finalize)
+        answer_bytes = _answer_bytes(spec, num_tokens, TORCH_DTYPES[output_dtype].itemsize, request.do_finalize)
         if answer_bytes > max_message_bytes:
             checks.add(
                 "hidden_states.shape",
@@ -107,7 +109,7 @@ def read_call(request: RawRequest, store: LayerStore, *, max_batch_tokens: int, 
         routing_logits=logits,
         topk_ids=ids,
         topk_weights=weights,
-        output_dtype=_TORCH_DTYPES[output_dtype],
+        output_dtype=TORCH_DTYPES[output_dtype],
         do_finalize=request.do_finalize,
         return_routing=request.return_routing,
     )
@@ -144,7 +146,7 @@ class _Checks:
             self.add(f"{field}.shape", f"is {list(shape)}, expected {expected}")
         if len(self._violations) > before:
             return None
-        dtype = _TORCH_DTYPES[message.dtype]
+        dtype = TORCH_DTYPES[message.dtype]
         data = message.data
         num_bytes = math.prod(shape) * dtype.itemsize
         if len(data) != num_bytes:
@@ -261,7 +263,7 @@ def _tensor_head(field: int, dtype: torch.dtype, shape: tuple[int, ...]) -> tupl
     """A field's Tensor up to its elements, and how many bytes of those must follow."""
     extents = b"".join(map(_varint, shape))
     data_bytes = math.prod(shape) * dtype.itemsize
-    head = _number(1, _WIRE_DTYPES[dtype]) + _key(2) + _varint(len(extents)) + extents
+    head = _number(1, WIRE_DTYPES[dtype]) + _key(2) + _varint(len(extents)) + extents
     if data_bytes:  # an empty field is left out
         head += _key(3) + _varint(data_bytes)
     return _key(field) + _varint(len(head) + data_bytes) + head, data_bytes
