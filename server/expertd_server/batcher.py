@@ -235,6 +235,11 @@ class Batcher(Generic[P, R]):
             thread.start()
             self._threads.append(thread)
 
+    def hurry(self) -> None:
+        """Run what waits here and now, where no thread does it; for the thread in which `soon` calls."""
+        if self._soon is not None:
+            self._run_due()
+
     def _run_due(self) -> None:
         self._is_called = False
         try:

@@ -27,6 +27,10 @@ class CallEngine(Protocol):
         """Queue a call, see `Engine.submit`."""
         ...
 
+    def hurry(self) -> None:
+        """Nobody else is about to submit anything: run what waits now, if it runs in this thread at all."""
+        ...
+
 
 class Calls:
     """clock: seconds, monotonic, the engine's."""
@@ -69,7 +73,10 @@ class Calls:
             request, self.store, max_batch_tokens=self.max_batch_tokens, max_message_bytes=self.max_message_bytes
         )
         call.encode = encode
-        return self.engine.submit(call, arrived_s + min(timeout_s, self.request_timeout_s))
+        promise = self.engine.submit(call, arrived_s + min(timeout_s, self.request_timeout_s))
+        if self.in_flight == 1:
+            self.engine.hurry()
+        return promise
 
     def answered(self, method: str, arrived_s: float, timing: ForwardTiming) -> None:
         """Count an answer and where its time went."""

@@ -207,6 +207,10 @@ class Engine:
             _Key(call.layer, call.do_finalize, kind), call, call.num_tokens, deadline_s=deadline_s
         )
 
+    def hurry(self) -> None:
+        """See `Batcher.hurry`."""
+        self.batcher.hurry()
+
     def capture(self, layers: Sequence[MoELayer]) -> None:
         """Take the memory that these layers' batches need and capture their graphs, so that no request waits for it.
 
@@ -372,9 +376,10 @@ class _Running:
         num_requests, num_tokens = len(entries), batch.num_tokens
         self.report = BatchReport(layer, num_requests, num_tokens, self.graph_rows, times.compute_s, answer.topk_ids)
         copy_in_us, compute_us = _us(self.gather_s + times.copy_in_s), _us(times.compute_s)
+        outputs = self._outputs(answer)
         parts: list[Any] = []
         first = 0
-        for entry in entries:
+        for number, entry in enumerate(entries):
             call = entry.payload
             part = ForwardResult(
                 layer.weights_version,
@@ -387,24 +392,35 @@ class _Running:
                     batch_requests=num_requests,
                 ),
             )
+            if outputs is not None:
+                part.output = outputs[number]
             self._fill(part, call, answer, first)
             first += call.num_tokens
             part.timing.copy_out_us = _us(times.copy_out_s + clock() - start_s)
             parts.append(part if call.encode is None else call.encode(part))
         return parts
 
+    def _outputs(self, answer: MoEOutput) -> Sequence[torch.Tensor] | None:
+        """Each call's rows of the output, in its own type; None where the output is not summed."""
+        output, entries = answer.output, self.batch.entries
+        if output is None:
+            return None
+        is_owned = len(entries) == 1 and self.answer is not None
+        rows = [output] if len(entries) == 1 else output.split_with_sizes([entry.num_tokens for entry in entries])
+        return [
+            one
+            if one.dtype == entry.payload.output_dtype and entry.payload.encode is not None
+            # In memory of its own: a slow reader must not hold the whole batch's output.
+            else _own(one, entry.payload.output_dtype, is_owned=is_owned)
+            for one, entry in zip(rows, entries, strict=True)
+        ]
+
     def _fill(self, part: ForwardResult, call: ForwardCall, answer: MoEOutput, first: int) -> None:
-        """Set the tensors of one call's answer, whose rows begin at `first`."""
-        is_alone = call.num_tokens == self.batch.num_tokens
+        """Set the tensors of one call's answer but its output. first: where the call's rows begin."""
+        if call.do_finalize and not call.return_routing:
+            return
         mine = slice(first, first + call.num_tokens)
-        if answer.expanded_idx_to_permuted_idx is None:
-            assert answer.output is not None
-            rows = answer.output if is_alone else answer.output[mine]
-            if call.encode is None:
-                part.output = _own(rows, call.output_dtype, is_owned=is_alone and self.answer is not None)
-            else:
-                part.output = rows if rows.dtype == call.output_dtype else rows.to(call.output_dtype)
-        else:
+        if answer.expanded_idx_to_permuted_idx is not None:
             assert answer.gemm2_output is not None
             slots = answer.expanded_idx_to_permuted_idx.view(-1, self.layer.spec.top_k)
             part.gemm2_output, part.expanded_idx_to_permuted_idx = _own_rows(

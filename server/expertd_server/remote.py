@@ -135,6 +135,9 @@ class RemoteEngine:
             raise _no_engine()
         return link.submit(call, deadline_s)
 
+    def hurry(self) -> None:
+        """Nothing: another process runs what waits."""
+
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for those in flight; False when some are left after timeout_s."""
         self._is_draining = True

@@ -202,6 +202,7 @@ async def test_a_closed_stream_ends_when_it_is_idle() -> None:
 
 @in_loop
 async def test_who_leaves_gives_up_what_waits() -> None:
+    before = asyncio.all_tasks()
     calls, context = FakeCalls(), FakeContext()
     running = asyncio.create_task(a_stream(calls, context).run())
     context.send(1, 2)
@@ -212,7 +213,7 @@ async def test_who_leaves_gives_up_what_waits() -> None:
     assert [promise.cancelled() for promise in calls.promises] == [True, True]
     assert calls.in_flight == 0
     await nothing_happens()
-    assert not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    assert asyncio.all_tasks() <= before
 
 
 @in_loop
