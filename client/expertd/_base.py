@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 
 from expertd._plan import Plan, PreparedRequest
 from expertd._retry import Retries
+from expertd._wire_read import Answer, read_answer, read_stream_answer
 from expertd.config import ClientConfig
 from expertd.errors import (
     ExpertdError,
@@ -44,6 +45,7 @@ __all__ = [
     "parse",
     "stream_outcome",
     "timeout_ms",
+    "unary_outcome",
 ]
 
 _SERVICE = "/expertd.v1.ExpertService"
@@ -54,7 +56,7 @@ GET_LAYER = f"{_SERVICE}/GetLayer"
 GET_SERVER_INFO = f"{_SERVICE}/GetServerInfo"
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 
-Outcome: TypeAlias = pb.ForwardResponse | ExpertdError
+Outcome: TypeAlias = pb.ForwardResponse | Answer | ExpertdError
 Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
 MessageT = TypeVar("MessageT")
@@ -202,8 +204,21 @@ def health_service(layer: str | None) -> str:
     return layer or ""
 
 
-def stream_outcome(message: pb.ForwardStreamResponse, request_id: str | None) -> Outcome:
-    """What one answer of a stream says."""
+def unary_outcome(data: bytes) -> pb.ForwardResponse | Answer:
+    """A ForwardResponse, as it came. Raises ProtocolError when it is none."""
+    return read_answer(data) or parse(pb.ForwardResponse.FromString, data)
+
+
+def stream_outcome(data: bytes, request_id: str | None) -> tuple[int, Outcome]:
+    """The id of a ForwardStreamResponse, and what it says. Raises ProtocolError when it is none."""
+    answer = read_stream_answer(data)
+    if answer is not None:
+        return answer
+    message = parse(pb.ForwardStreamResponse.FromString, data)
+    return message.id, _outcome(message, request_id)
+
+
+def _outcome(message: pb.ForwardStreamResponse, request_id: str | None) -> Outcome:
     match message.WhichOneof("result"):
         case "response":
             return message.response

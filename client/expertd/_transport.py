@@ -22,9 +22,9 @@ from expertd._base import (
     Metadata,
     NewMetadata,
     Outcome,
-    parse,
     stream_outcome,
     timeout_ms,
+    unary_outcome,
 )
 from expertd._wire import Encoded, encode_stream_request
 from expertd.errors import (
@@ -36,7 +36,6 @@ from expertd.errors import (
     error_from_rpc,
     stream_broken,
 )
-from expertd.v1 import expertd_pb2 as pb
 
 __all__ = ["OnDone", "Slots", "StreamTransport", "Ticket", "Transport", "UnaryTransport"]
 
@@ -239,7 +238,7 @@ class _Stream:
         end: ExpertdError = UnavailableError("the server ended the stream")
         try:
             for data in self._call:
-                self._deliver(parse(pb.ForwardStreamResponse.FromString, data))
+                self._deliver(*stream_outcome(data, self._request_id))
         except grpc.RpcError:
             end = error_from_rpc(self._call, request_id=self._request_id)
         except ProtocolError as error:
@@ -258,10 +257,9 @@ class _Stream:
             self._release()
             on_done(copy.copy(failure))  # an exception carries the traceback of the one caller that raises it
 
-    def _deliver(self, message: pb.ForwardStreamResponse) -> None:
-        outcome = stream_outcome(message, self._request_id)
+    def _deliver(self, number: int, outcome: Outcome) -> None:
         with self._lock:
-            on_done = self._pending.pop(message.id, None)
+            on_done = self._pending.pop(number, None)
             if isinstance(outcome, UnavailableError):
                 # This server starts or drains: new requests go on a new stream, which may reach another one.
                 self._open = False
@@ -331,7 +329,7 @@ class UnaryTransport:
     def _outcome(self, call: Any, request_id: str | None) -> Outcome:
         if call.code() is grpc.StatusCode.OK:
             try:
-                return parse(pb.ForwardResponse.FromString, call.result())
+                return unary_outcome(call.result())
             except ProtocolError as error:
                 return error
         if self._closed:

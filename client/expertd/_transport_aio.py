@@ -17,9 +17,9 @@ from expertd._base import (
     Metadata,
     NewMetadata,
     Outcome,
-    parse,
     stream_outcome,
     timeout_ms,
+    unary_outcome,
 )
 from expertd._wire import Encoded, encode_stream_request
 from expertd.errors import (
@@ -30,7 +30,6 @@ from expertd.errors import (
     error_from_trailers,
     stream_broken,
 )
-from expertd.v1 import expertd_pb2 as pb
 
 __all__ = ["AsyncStreamTransport", "AsyncTransport", "AsyncUnaryTransport", "caller_is_cancelled", "error_from_aio"]
 
@@ -152,7 +151,7 @@ class _Stream:
         end: ExpertdError = UnavailableError("the server ended the stream")
         try:
             while isinstance(data := await self._call.read(), bytes):  # and not grpc.aio.EOF
-                self._deliver(parse(pb.ForwardStreamResponse.FromString, data))
+                self._deliver(*stream_outcome(data, self._request_id))
             if await self._call.code() is not grpc.StatusCode.OK:
                 end = await error_from_aio(self._call, self._request_id)
         except grpc.RpcError:
@@ -172,12 +171,11 @@ class _Stream:
             self._pending.clear()
             self._wake_sender.set()
 
-    def _deliver(self, message: pb.ForwardStreamResponse) -> None:
-        outcome = stream_outcome(message, self._request_id)
+    def _deliver(self, number: int, outcome: Outcome) -> None:
         if isinstance(outcome, UnavailableError):
             # This server starts or drains: new requests go on a new stream, which may reach another one.
             self._open = False
-        answer = self._pending.get(message.id)
+        answer = self._pending.get(number)
         if answer is not None and not answer.done():  # otherwise the caller has left
             answer.set_result(outcome)
 
@@ -200,7 +198,7 @@ class AsyncUnaryTransport:
         call: Any = next(self._methods)(body.to_bytes(), timeout=timeout_s, metadata=metadata)
         self._calls.add(call)
         try:
-            return parse(pb.ForwardResponse.FromString, await call)
+            return unary_outcome(await call)
         except grpc.RpcError:
             return await error_from_aio(call, request_id)
         except ProtocolError as error:

@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from expertd._wire_read import AnswerTensor
 from expertd.errors import InvalidRequestError, ProtocolError
 from expertd.v1 import expertd_pb2 as pb
 
@@ -100,8 +101,8 @@ def to_caller(tensor: WireTensor, kind: ArrayKind) -> Any:
     return torch.from_numpy(data).view(dtype).reshape(tensor.shape).to(kind.torch_device)
 
 
-def from_message(field: str, message: pb.Tensor) -> WireTensor:
-    """The tensor of an answer, without a copy of the message's bytes.
+def from_message(field: str, message: pb.Tensor | AnswerTensor) -> WireTensor:
+    """The tensor of an answer: a view of the received bytes where they lie as the dtype wants, otherwise a copy.
 
     Raises ProtocolError naming `field` when dtype, shape and byte count do not belong together.
     """
@@ -111,6 +112,8 @@ def from_message(field: str, message: pb.Tensor) -> WireTensor:
     if dtype is None or data.nbytes != math.prod(shape) * dtype.itemsize:
         name = _NAMES.get(message.dtype, f"dtype {message.dtype}")
         raise ProtocolError(f"{field} of the answer holds {data.nbytes} bytes, which is not {name} of shape {shape}")
+    if data.__array_interface__["data"][0] % dtype.itemsize:
+        data = data.copy()  # numpy reads elements at odd addresses, but much slower, and few others do at all
     return WireTensor(message.dtype, shape, data)
 
 
