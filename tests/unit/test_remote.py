@@ -455,6 +455,8 @@ class TestCancelling:
 
     def test_cancelling_races_with_answering(self, rig: Rig) -> None:
         side = rig.side()
+        link = side.remote._link
+        assert link is not None
         for number in range(1, 301):
             future = side.remote.submit(side.call())
             inner = rig.engine.wait(number)
@@ -464,11 +466,10 @@ class TestCancelling:
             answerer.start()
             future.cancel()
             answerer.join(PATIENCE_S)
+            assert link.wait_idle(PATIENCE_S)
         rig.engine.calls.clear()
         del future
         side.wait_arena_free()
-        link = side.remote._link
-        assert link is not None
         assert not link._waiting
 
 
