@@ -526,7 +526,7 @@ PyObject* copy(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
 
 PyDoc_STRVAR(count_ids_doc,
              "count_ids(ids, first, counts)\n\n"
-             "Add to counts[id - first], int64, for each of the ids, int16 or int32, that is in range.");
+             "Add to counts[id - first], int64, for each of the ids, int16, int32 or int64, that is in range.");
 
 template <typename Id>
 void add_counts(const Py_buffer& ids, long long first, const Py_buffer& counts) {
@@ -552,14 +552,17 @@ PyObject* count_ids(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
     PyBuffer_Release(&ids);
     return nullptr;
   }
-  const bool is_good = counts.itemsize == sizeof(int64_t) && (ids.itemsize == 2 || ids.itemsize == 4);
+  const bool is_good =
+      counts.itemsize == sizeof(int64_t) && (ids.itemsize == 2 || ids.itemsize == 4 || ids.itemsize == 8);
   if (!is_good) {
-    PyErr_Format(PyExc_TypeError, "ids of %zd bytes and counts of %zd, expected 2 or 4, and 8", ids.itemsize,
+    PyErr_Format(PyExc_TypeError, "ids of %zd bytes and counts of %zd, expected 2, 4 or 8, and 8", ids.itemsize,
                  counts.itemsize);
   } else if (ids.itemsize == 2) {
     add_counts<int16_t>(ids, first, counts);
-  } else {
+  } else if (ids.itemsize == 4) {
     add_counts<int32_t>(ids, first, counts);
+  } else {
+    add_counts<int64_t>(ids, first, counts);
   }
   PyBuffer_Release(&counts);
   PyBuffer_Release(&ids);

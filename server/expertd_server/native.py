@@ -32,7 +32,7 @@ def _copy_bytes(destination: Any, offset: int, source: Any) -> None:
 
 
 def _count_ids(ids: npt.NDArray[np.signedinteger[Any]], first: int, counts: npt.NDArray[np.int64]) -> None:
-    """Add to counts[id - first] for each of the ids [n], int16 or int32, that is in range."""
+    """Add to counts[id - first] for each of the ids [n], int16, int32 or int64, that is in range."""
     local = ids - first
     counts += np.bincount(local[(local >= 0) & (local < len(counts))], minlength=len(counts))
 

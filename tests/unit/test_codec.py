@@ -243,7 +243,7 @@ class TestCopyBytes:
             copy_bytes(b"0123456789", 0, b"abc")
 
 
-@pytest.mark.parametrize("dtype", [np.int16, np.int32])
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64])
 def test_ids_are_counted_alike(dtype: type) -> None:
     ids = np.random.default_rng(0).integers(-1, 40, 500).astype(dtype)
     ours, theirs = np.full(16, 3), np.full(16, 3)
