@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 
 from expertd._plan import Plan, PreparedRequest
 from expertd._retry import Retries
+from expertd._shm import Response, WantedMemory
 from expertd.config import ClientConfig
 from expertd.errors import (
     ExpertdError,
@@ -54,7 +55,7 @@ GET_LAYER = f"{_SERVICE}/GetLayer"
 GET_SERVER_INFO = f"{_SERVICE}/GetServerInfo"
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 
-Outcome: TypeAlias = pb.ForwardResponse | ExpertdError
+Outcome: TypeAlias = Response | ExpertdError
 Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
 MessageT = TypeVar("MessageT")
@@ -77,6 +78,11 @@ class BaseClient:
         self._rng = random.Random()
         self._known_server: ServerInfo | None = None
         self._known_layers: dict[str, LayerInfo] = {}
+        self._wanted_memory: WantedMemory | None = None
+        if self.config.transport in ("auto", "shm"):
+            self._wanted_memory = WantedMemory(
+                self.config.target, self.config.shared_memory_bytes, is_required=self.config.transport == "shm"
+            )
 
     def _metadata(self) -> tuple[Metadata, str | None]:
         """Metadata of one call or stream, and the request id in it."""
@@ -99,6 +105,8 @@ class BaseClient:
     def _learn_server(self, response: pb.GetServerInfoResponse) -> ServerInfo:
         if response.max_batch_tokens < 1:
             raise ProtocolError("max_batch_tokens of the server's answer is 0, expected at least 1")
+        if self._wanted_memory is not None:
+            self._wanted_memory.limit = response.max_region_bytes
         self._known_server = ServerInfo(
             server_version=response.server_version,
             backend=response.backend,
@@ -108,6 +116,7 @@ class BaseClient:
             max_queue_tokens=response.max_queue_tokens,
             draining=response.draining,
             instance_id=response.instance_id,
+            max_region_bytes=response.max_region_bytes,
         )
         return self._known_server
 
@@ -202,7 +211,7 @@ def health_service(layer: str | None) -> str:
     return layer or ""
 
 
-def stream_outcome(message: pb.ForwardStreamResponse, request_id: str | None) -> Outcome:
+def stream_outcome(message: pb.ForwardStreamResponse, request_id: str | None) -> pb.ForwardResponse | ExpertdError:
     """What one answer of a stream says."""
     match message.WhichOneof("result"):
         case "response":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -100,7 +100,26 @@ def to_caller(tensor: WireTensor, kind: ArrayKind) -> Any:
     return torch.from_numpy(data).view(dtype).reshape(tensor.shape).to(kind.torch_device)
 
 
-def from_message(field: str, message: pb.Tensor) -> WireTensor:
+class TensorMessage(Protocol):
+    """A Tensor message, or what stands for one whose elements lie elsewhere."""
+
+    @property
+    def dtype(self) -> int:
+        """A pb.DataType."""
+        ...
+
+    @property
+    def shape(self) -> Iterable[int]:
+        """Extent of each dimension."""
+        ...
+
+    @property
+    def data(self) -> Any:
+        """The elements, as a buffer."""
+        ...
+
+
+def from_message(field: str, message: TensorMessage) -> WireTensor:
     """The tensor of an answer, without a copy of the message's bytes.
 
     Raises ProtocolError naming `field` when dtype, shape and byte count do not belong together.

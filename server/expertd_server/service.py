@@ -15,6 +15,8 @@ from expertd.v1 import expertd_pb2 as pb
 from expertd_server.calls import Calls
 from expertd_server.errors import OverloadedError, RequestTimeoutError
 from expertd_server.interceptor import request_id_of
+from expertd_server.region_door import RegionDoor
+from expertd_server.regions import StreamRegions
 from expertd_server.stream import Stream
 from expertd_server.wire import checked_name, encode_response, layer_info
 from expertd_server.wire_parse import parse_request
@@ -39,16 +41,29 @@ class ServerFacts:
 
 
 class ExpertService:
-    """The service. Errors are raised; `ServiceInterceptor` turns them into statuses."""
+    """The service. Errors are raised; `ServiceInterceptor` turns them into statuses.
+
+    region_door: where callers hand in memory; None: nowhere. max_region_bytes: most of one stream.
+    """
 
     def __init__(
-        self, calls: Calls, facts: ServerFacts, *, max_unary_requests: int, max_streams: int, max_stream_requests: int
+        self,
+        calls: Calls,
+        facts: ServerFacts,
+        *,
+        max_unary_requests: int,
+        max_streams: int,
+        max_stream_requests: int,
+        region_door: RegionDoor | None = None,
+        max_region_bytes: int = 0,
     ) -> None:
         self.facts = facts
         self._calls = calls
         self._max_unary_requests = max_unary_requests
         self._max_streams = max_streams
         self._max_stream_requests = max_stream_requests
+        self._region_door = region_door
+        self._max_region_bytes = 0 if region_door is None else max_region_bytes
         self._changed = threading.Condition()
         self._unary_calls = 0
         self._streams: set[Stream] = set()
@@ -99,6 +114,7 @@ class ExpertService:
             self._calls,
             requests,
             context,
+            regions=StreamRegions(self._region_door, self._max_region_bytes),
             max_requests=self._max_stream_requests,
             max_tokens=2 * self._calls.max_batch_tokens,
             log_id=request_id_of(context),
@@ -130,6 +146,7 @@ class ExpertService:
             max_queue_tokens=facts.max_queue_tokens,
             draining=self._is_draining,
             instance_id=facts.instance_id,
+            max_region_bytes=self._max_region_bytes,
         )
 
     def begin_drain(self) -> None:

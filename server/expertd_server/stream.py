@@ -11,15 +11,17 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from google.rpc import code_pb2
 
 from expertd_server.calls import Calls
-from expertd_server.engine import ForwardResult, ForwardTiming
+from expertd_server.engine import ForwardTiming
 from expertd_server.errors import InvalidArgumentError, RequestCancelledError, UnavailableError
+from expertd_server.regions import Lease, RegionReply, StreamRegions
 from expertd_server.status import status_of, stream_error_of
-from expertd_server.wire import encode_stream_error, encode_stream_response
+from expertd_server.wire import encode_region_reply, encode_stream_error, encode_stream_response
 from expertd_server.wire_parse import parse_stream_request
 
 __all__ = ["Stream"]
@@ -33,16 +35,19 @@ class _Pending:
     request_id: int
     arrived_s: float
     num_tokens: int
-    future: Future[ForwardResult] | None = None
+    future: Future[Any] | None = None
     """None: not admitted yet, or answered; its result need not wait for the answer to be written."""
     timing: ForwardTiming | None = None
     """Of an answer that is no error."""
+    lease: Lease | None = None
+    """Of the memory that the request holds."""
 
 
 class Stream:
     """One call. `answers` is its life: from the first message to the last answer.
 
     requests: serialised ForwardStreamRequests, as gRPC yields them.
+    regions: memory that the caller shares; the stream closes it.
     max_requests, max_tokens: bounds of what is read but not answered; a lone request may exceed max_tokens.
     log_id: names the call in log lines.
     """
@@ -53,6 +58,7 @@ class Stream:
         requests: Iterator[bytes],
         context: grpc.ServicerContext,
         *,
+        regions: StreamRegions,
         max_requests: int,
         max_tokens: int,
         log_id: str,
@@ -60,6 +66,7 @@ class Stream:
         self._calls = calls
         self._requests = requests
         self._context = context
+        self._regions = regions
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._log_id = log_id
@@ -116,6 +123,7 @@ class Stream:
         for pending in left:
             self._give_up(pending)
             self._leave(pending)
+        self._regions.close()
         self._done.put(None)
 
     def _read(self) -> None:
@@ -142,13 +150,18 @@ class Stream:
         pending = _Pending(message.id, arrived_s, num_tokens)
         if not self._enter(pending):
             return False
-        future: Future[ForwardResult]
+        future: Future[Any]
         try:
-            if message.request is None:
+            if message.is_about_regions:
+                future = Future()
+                future.set_result(self._regions.obey(message))
+            elif message.request is None:
                 raise InvalidArgumentError.of("request", "is missing, expected a ForwardRequest")
-            timeout_s = message.timeout_ms / 1e3 if message.timeout_ms else float("inf")
-            timeout_s = min(timeout_s, self._context.time_remaining())
-            future = self._calls.admit(message.request, arrived_s, timeout_s)
+            else:
+                pending.lease = self._regions.lease(message.request)
+                timeout_s = message.timeout_ms / 1e3 if message.timeout_ms else float("inf")
+                timeout_s = min(timeout_s, self._context.time_remaining())
+                future = self._calls.admit(message.request, arrived_s, timeout_s)
         except Exception as error:  # the request fails alone, the stream lives on
             future = Future()
             future.set_exception(error)
@@ -196,7 +209,10 @@ class Stream:
             if future is None:
                 raise RequestCancelledError("the caller left")
             result = future.result(timeout=0)
-            data = encode_stream_response(pending.request_id, result, self._calls.queue_depth_tokens)
+            if isinstance(result, RegionReply):
+                return encode_region_reply(pending.request_id, result)
+            place = None if pending.lease is None else pending.lease.place
+            data = encode_stream_response(pending.request_id, result, self._calls.queue_depth_tokens, place)
             pending.timing = result.timing
             return data
         except Exception as error:
@@ -205,6 +221,8 @@ class Stream:
             return encode_stream_error(pending.request_id, stream_error_of(status))
         finally:
             del future  # its error knows this frame: leave no cycle
+            if pending.lease is not None:  # before the caller reads the answer, and sends into the same memory again
+                pending.lease.release()
 
 
 def _closing() -> UnavailableError:

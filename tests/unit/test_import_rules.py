@@ -27,6 +27,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "metrics",
             "metrics_endpoint",
             "ready",
+            "region_door",
             "ring",
             "server_metrics",
             "types",
@@ -56,7 +57,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"layer", "remote_layer", "store"}),
     frozenset({"batcher", "engine", "graphs", "layout", "staging"}),
-    frozenset({"calls", "interceptor", "service", "status", "stream", "wire", "wire_parse"}),
+    frozenset({"calls", "interceptor", "regions", "service", "status", "stream", "wire", "wire_parse"}),
     frozenset({"blocks", "gate", "remote"}),
     frozenset(
         {

@@ -12,6 +12,7 @@ from typing import Any
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server.engine import ForwardResult
 from expertd_server.errors import OverloadedError
+from expertd_server.regions import StreamRegions
 from expertd_server.stream import Stream
 
 PATIENCE_S = 30.0
@@ -66,7 +67,8 @@ class HeldUp(set[Any]):
 
 
 def a_stream(calls: FakeCalls, requests: Iterator[bytes]) -> Stream:
-    return Stream(calls, requests, FakeContext(), max_requests=4, max_tokens=100, log_id="a")  # type: ignore[arg-type]
+    bounds = {"regions": StreamRegions(None, 0), "max_requests": 4, "max_tokens": 100}
+    return Stream(calls, requests, FakeContext(), **bounds, log_id="a")  # type: ignore[arg-type]
 
 
 def message(number: int) -> bytes:
