@@ -6,7 +6,6 @@ transport="shm" says so. A request whose tensors find no room in the memory goes
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import mmap
 import os
@@ -115,8 +114,8 @@ class StreamMemory:
         """Raise SharedMemoryError when there is none."""
         if self._arena is None:
             raise SharedMemoryError(
-                f'no memory is shared with {self._wanted.target}: {self.failure}; with transport="auto" tensors go '
-                f"over gRPC instead"
+                f"no memory is shared with {self._wanted.target}: {self.failure}; with transport='auto' tensors go over "
+                f"gRPC instead"
             )
 
     def fail(self, why: str) -> None:
@@ -213,6 +212,5 @@ def _hand_in(ticket: pb.RegionTicket, fd: int) -> bytes:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
         door.settimeout(_HAND_IN_S)
         door.connect("\0" + address[1:] if address.startswith("@") else address)
-        with contextlib.suppress(BrokenPipeError):  # it has said why it does not listen
-            socket.send_fds(door, [ticket.ticket], [fd], socket.MSG_NOSIGNAL)
+        socket.send_fds(door, [ticket.ticket], [fd], socket.MSG_NOSIGNAL)
         return door.recv(_MAX_REASON_BYTES)

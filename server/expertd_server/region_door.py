@@ -34,7 +34,7 @@ PROOF_BYTES: Final = 16
 
 _TICKET_BYTES: Final = 16
 _TICKET_S: Final = 10.0
-# Whoever connects has this long to hand something in; that many may do so at a time, the next ones wait in the kernel.
+# Whoever connects has this long to hand something in; that many may do so at a time, more are turned away.
 _VISIT_S: Final = 2.0
 _MAX_VISITORS: Final = 64
 _LOOK_UP_S: Final = 1.0
@@ -52,6 +52,13 @@ class _Expected:
     nbytes: int
     take: Callable[[memoryview], None]
     until_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Visit:
+    until_s: float
+    refusal: str | None
+    """Why nothing is taken from this one; None: it may be."""
 
 
 class RegionDoor:
@@ -83,7 +90,7 @@ class RegionDoor:
             raise ConfigError(f"cannot listen on the Unix socket {self.address}: {error.strerror or error}") from error
         self._socket.setblocking(False)
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._visitors: dict[socket.socket, float] = {}
+        self._visitors: dict[socket.socket, _Visit] = {}
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="expertd-region-door", daemon=True)
         self._thread.start()
@@ -134,7 +141,7 @@ class RegionDoor:
                     except Exception:  # this thread serves everybody: one visitor's nonsense must not end it
                         log.exception("a visitor of %s made trouble", self.address)
                 now_s = time.monotonic()
-                for late in [visitor for visitor, until_s in self._visitors.items() if until_s <= now_s]:
+                for late in [visitor for visitor, visit in self._visitors.items() if visit.until_s <= now_s]:
                     self._let_out(late, selector)
 
     def _let_in(self, selector: selectors.BaseSelector) -> None:
@@ -145,20 +152,19 @@ class RegionDoor:
                 log.error("cannot let a client in on %s: %s", self.address, error)
                 time.sleep(_LOOK_UP_S)  # no file descriptors are left: it stays readable
             return
+        if len(self._visitors) >= _MAX_VISITORS:
+            visitor.close()
+            return
         visitor.setblocking(False)
         _, uid, _ = _PEER_CREDENTIALS.unpack(
             visitor.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
         )
+        refusal = None
         if uid != os.geteuid() and not self._any_user:
-            reason = f"user {uid} is not the server's, {os.geteuid()}; the server would need --shared-memory-any-user"
-            _say(visitor, _REFUSED + reason.encode())
-            visitor.close()
-        elif len(self._visitors) >= _MAX_VISITORS:
-            _say(visitor, _REFUSED + b"too many clients hand in memory at the same time; come back")
-            visitor.close()
-        else:
-            self._visitors[visitor] = time.monotonic() + _VISIT_S
-            selector.register(visitor, selectors.EVENT_READ)
+            refusal = f"user {uid} is not the server's, {os.geteuid()}; the server would need --shared-memory-any-user"
+        # It is told when it has spoken: to close before would cut its own ears off.
+        self._visitors[visitor] = _Visit(time.monotonic() + _VISIT_S, refusal)
+        selector.register(visitor, selectors.EVENT_READ)
 
     def _let_out(self, visitor: socket.socket, selector: selectors.BaseSelector) -> None:
         del self._visitors[visitor]
@@ -171,6 +177,9 @@ class RegionDoor:
         except OSError:
             return  # it left
         try:
+            refusal = self._visitors[visitor].refusal
+            if refusal is not None:
+                raise RegionRefusedError(refusal)
             if len(fds) != 1 or flags & socket.MSG_CTRUNC:
                 raise RegionRefusedError(f"{len(fds)} file descriptors came with the ticket, expected 1")
             _say(visitor, _TAKEN + self._take(ticket, fds[0]))

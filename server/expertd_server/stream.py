@@ -175,6 +175,7 @@ class Stream:
     @staticmethod
     def _give_up(pending: _Pending) -> None:
         future, pending.future = pending.future, None  # the future's callback knows pending: leave no cycle
+        pending.lease = None
         if future is not None:
             future.cancel()
 
@@ -205,13 +206,14 @@ class Stream:
 
     def _answer(self, pending: _Pending) -> bytes:
         future, pending.future = pending.future, None
+        lease, pending.lease = pending.lease, None
         try:
             if future is None:
                 raise RequestCancelledError("the caller left")
             result = future.result(timeout=0)
             if isinstance(result, RegionReply):
                 return encode_region_reply(pending.request_id, result)
-            place = None if pending.lease is None else pending.lease.place
+            place = None if lease is None else lease.place
             data = encode_stream_response(pending.request_id, result, self._calls.queue_depth_tokens, place)
             pending.timing = result.timing
             return data
@@ -221,8 +223,8 @@ class Stream:
             return encode_stream_error(pending.request_id, stream_error_of(status))
         finally:
             del future  # its error knows this frame: leave no cycle
-            if pending.lease is not None:  # before the caller reads the answer, and sends into the same memory again
-                pending.lease.release()
+            if lease is not None:  # before the caller reads the answer, and sends into the same memory again
+                lease.release()
 
 
 def _closing() -> UnavailableError:
