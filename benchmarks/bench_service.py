@@ -7,6 +7,8 @@
 Server: `expertd-server serve` as users start it, with the no-op backend unless --device says otherwise, so that what is
 measured is the service. Echo: `_echo.py`, a Python gRPC server that answers with a constant of the answer's size, in as
 many processes. Clients: processes of `_load.py`, the same for both; prepared messages, so that they cost little.
+--transports: stream and unary send such messages; sdk-stream, sdk-shm and sdk-unary are `expertd.Client` with that
+transport, which encodes every request and decodes every answer.
 
 lone: one request in flight. saturated: `--clients` processes with `--streams` streams of `--in-flight` requests each.
 open loop: requests due at random times at a share of the saturated rate; latencies count from when a request was due.
@@ -357,7 +359,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=1, help="layers served and asked for")
     parser.add_argument("--frontends", type=int, default=0, help="front-end processes; 0: in-process, one echo process")
     parser.add_argument("--tokens", type=int, nargs="+", help="tokens of a request")
-    parser.add_argument("--transports", nargs="+", default=["stream", "unary"], help="stream, unary, sdk-stream, ...")
+    parser.add_argument(
+        "--transports", nargs="+", default=["stream", "unary"], help="stream, unary, sdk-stream, sdk-shm, sdk-unary"
+    )
     parser.add_argument("--clients", type=int, default=max(2, min(16, (os.cpu_count() or 2) // 2)), help="processes")
     parser.add_argument("--streams", type=int, default=2, help="streams of each client process")
     parser.add_argument("--in-flight", type=int, default=4, help="requests in flight on each stream when saturated")

@@ -114,8 +114,8 @@ class StreamMemory:
         """Raise SharedMemoryError when there is none."""
         if self._arena is None:
             raise SharedMemoryError(
-                f"no memory is shared with {self._wanted.target}: {self.failure}; with transport='auto' tensors go over "
-                f"gRPC instead"
+                f"no memory is shared with {self._wanted.target}: {self.failure}; with transport='auto' tensors go "
+                f"over gRPC instead"
             )
 
     def fail(self, why: str) -> None:

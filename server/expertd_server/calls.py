@@ -65,15 +65,17 @@ class Calls:
         """The request was answered, or its caller left."""
         self.metrics.in_flight_requests.dec()
 
-    def answered(self, method: str, arrived_s: float, timing: ForwardTiming) -> None:
-        """Count an answer and where its time went."""
+    def answered(self, method: str, arrived_s: float, ready_s: float, timing: ForwardTiming) -> None:
+        """Count an answer that was just sent, and where its time went. ready_s: when there was something to send."""
+        now_s = self.clock()
         self.metrics.requests.labels(method, "OK").inc()
         self.metrics.observe_phases(
             queue=timing.queue_us / 1e6,
             copy_in=timing.copy_in_us / 1e6,
             compute=timing.compute_us / 1e6,
             copy_out=timing.copy_out_us / 1e6,
-            total=self.clock() - arrived_s,
+            send=now_s - ready_s,
+            total=now_s - arrived_s,
         )
 
     def failed(self, method: str, code: str) -> None:

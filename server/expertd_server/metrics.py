@@ -105,7 +105,8 @@ class Metrics:
         )
         self.request_duration = Histogram(
             "expertd_request_duration_seconds",
-            "Where the time of answered Forward requests went; total is from arrival to the written answer.",
+            "Where the time of answered Forward requests went; send is from the end of the batch to the written "
+            "answer, total from arrival to there.",
             ["phase"],
             buckets=_DURATION_BUCKETS_S,
             registry=self.registry,

@@ -104,8 +104,9 @@ class ExpertService:
             raise RequestTimeoutError(f"not computed within {timeout_s:.3f} s; allow more time or ask less") from None
         finally:
             del future  # its error knows this frame: leave no cycle
+        ready_s = calls.clock()
         answer = encode_response(result, calls.queue_depth_tokens)
-        calls.answered("Forward", arrived_s, result.timing)
+        calls.answered("Forward", arrived_s, ready_s, result.timing)
         return answer
 
     def forward_stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:

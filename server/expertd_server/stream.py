@@ -37,6 +37,8 @@ class _Pending:
     num_tokens: int
     future: Future[Any] | None = None
     """None: not admitted yet, or answered; its result need not wait for the answer to be written."""
+    ready_s: float = 0.0
+    """When its answer was ready to be sent."""
     timing: ForwardTiming | None = None
     """Of an answer that is no error."""
     lease: Lease | None = None
@@ -107,7 +109,7 @@ class Stream:
                 # Not before: gRPC comes back for more when it has written this one.
                 self._leave(pending)
                 if pending.timing is not None:
-                    self._calls.answered("ForwardStream", pending.arrived_s, pending.timing)
+                    self._calls.answered("ForwardStream", pending.arrived_s, pending.ready_s, pending.timing)
 
     def close(self) -> None:
         """End the call as soon as nothing is in flight."""
@@ -166,11 +168,15 @@ class Stream:
             future = Future()
             future.set_exception(error)
         pending.future = future
-        future.add_done_callback(lambda _: self._done.put(pending))
+        future.add_done_callback(lambda _: self._ready(pending))
         del future  # an error that was caught here knows this frame: leave no cycle
         if self._is_gone:
             self._give_up(pending)
         return True
+
+    def _ready(self, pending: _Pending) -> None:
+        pending.ready_s = self._calls.clock()
+        self._done.put(pending)
 
     @staticmethod
     def _give_up(pending: _Pending) -> None:
