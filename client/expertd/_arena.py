@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ALIGNMENT_BYTES", "Arena", "Piece", "aligned"]
+__all__ = ["ALIGNMENT_BYTES", "MIN_ARENA_BYTES", "Arena", "Piece", "aligned"]
 
 ALIGNMENT_BYTES = 64
 """Of every piece, and of what lies in one."""
+
+MIN_ARENA_BYTES = 1024 * 1024
+"""Less memory is not worth sharing."""
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 

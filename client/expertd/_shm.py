@@ -16,9 +16,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from expertd._arena import Arena, Piece, aligned
+from expertd._arena import MIN_ARENA_BYTES, Arena, Piece, aligned
 from expertd._wire import Encoded, encode_placed_request
-from expertd.config import MIN_REGION_BYTES
 from expertd.errors import ProtocolError, SharedMemoryError
 from expertd.v1 import expertd_pb2 as pb
 
@@ -95,8 +94,8 @@ class StreamMemory:
         self._nbytes = min(wanted.nbytes, wanted.limit)
         if not wanted.limit:
             self.fail("the server takes no shared memory (it is off there, or the server is an older one)")
-        elif self._nbytes < MIN_REGION_BYTES:
-            self.fail(f"the server takes {wanted.limit} bytes, less than the {MIN_REGION_BYTES} that make sense")
+        elif self._nbytes < MIN_ARENA_BYTES:
+            self.fail(f"the server takes {wanted.limit} bytes, less than the {MIN_ARENA_BYTES} that make sense")
         elif not hasattr(os, "memfd_create"):
             self.fail("this operating system has no memfd_create")
 

@@ -7,13 +7,10 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from expertd._arena import MIN_ARENA_BYTES
 from expertd.errors import ConfigError
 
-__all__ = ["MIN_REGION_BYTES", "ClientConfig", "RetryPolicy"]
-
-
-MIN_REGION_BYTES = 1024 * 1024
-"""Less memory is not worth sharing."""
+__all__ = ["ClientConfig", "RetryPolicy"]
 
 
 def _positive(name: str, value: float) -> None:
@@ -123,7 +120,7 @@ class ClientConfig:
         _at_least("num_channels", self.num_channels, 1)
         _at_least("max_in_flight", self.max_in_flight, 1)
         _at_least("max_message_bytes", self.max_message_bytes, 64 * 1024)
-        _at_least("shared_memory_bytes", self.shared_memory_bytes, MIN_REGION_BYTES)
+        _at_least("shared_memory_bytes", self.shared_memory_bytes, MIN_ARENA_BYTES)
 
     @property
     def uses_tls(self) -> bool:
