@@ -55,7 +55,8 @@ HERE = Path(__file__).resolve().parent
 START_TIMEOUT_S = 300.0
 SETTLE_TIMEOUT_S = 60.0
 SAMPLE_S = 1.0
-VICTIM_LIFE_S = (1.0, 6.0)  # imports take the first of it
+VICTIM_LIFE_S = (0.1, 4.0)
+"""From its first answer to its end."""
 EXPECTED = {"ok", "cancelled", "late", "refused"}
 RSS_SHARE, RSS_SLACK_BYTES = 1.10, 32 * 2**20
 REGION = "expertd-region"
@@ -242,7 +243,9 @@ def soak(
     kinds = [("steady", "shm", 3), ("steady", "grpc", 3), ("impatient", "auto", 6), ("malformed", "grpc", 1)]
     clients = [start(f"{kind}-{transport}", kind, transport, count, job, folder) for kind, transport, count in kinds]
     chance = random.Random(1)
-    victims: dict[str, tuple[Client, float]] = {}
+    victims = {transport: start_victim(transport, job, folder, chance) for transport in ("shm", "grpc")}
+    wait_for_answers([*clients, *victims.values()])
+    dies_s = dict.fromkeys(victims, 0.0)
     killed, num_killed = Counter[str](), 0
     samples: list[Sample] = []
     begin_s = time.monotonic()
@@ -251,17 +254,16 @@ def soak(
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("soaking", total=60 * options.minutes)
         while time.monotonic() < end_s:
-            for transport in ("shm", "grpc"):
-                victim, dies_s = victims.get(transport, (None, 0.0))
-                if time.monotonic() < dies_s:
+            for transport, victim in list(victims.items()):
+                if not victim.outcomes:
                     continue
-                if victim is not None:
+                if not dies_s[transport]:
+                    dies_s[transport] = time.monotonic() + chance.uniform(*VICTIM_LIFE_S)
+                elif dies_s[transport] <= time.monotonic():
                     victim.kill()
                     killed += victim.outcomes
                     num_killed += 1
-                seed = chance.randrange(10**6)
-                replaced = start(f"victim-{transport}", "steady", transport, 4, job, folder, seed)
-                victims[transport] = replaced, time.monotonic() + chance.uniform(*VICTIM_LIFE_S)
+                    victims[transport], dies_s[transport] = start_victim(transport, job, folder, chance), 0.0
             samples.append(server.sample())
             answered = killed["ok"] + sum(client.outcomes["ok"] for client in clients)
             rss_mib = samples[-1].rss_bytes / 2**20
@@ -271,7 +273,7 @@ def soak(
                 description=f"{answered} answers, {num_killed} killed, RSS {rss_mib:.0f} MiB",
             )
             time.sleep(SAMPLE_S)
-    for victim, _ in victims.values():
+    for victim in victims.values():
         victim.kill()
         killed += victim.outcomes
         num_killed += 1
@@ -319,6 +321,20 @@ def start(  # noqa: PLR0917
 ) -> Client:
     """A client process."""
     return Client(name, {**job, "kind": kind, "transport": transport, "threads": threads, "seed": seed}, folder)
+
+
+def start_victim(transport: str, job: dict[str, Any], folder: Path, chance: random.Random) -> Client:
+    """A client that is to be killed."""
+    return start(f"victim-{transport}", "steady", transport, 4, job, folder, chance.randrange(10**6))
+
+
+def wait_for_answers(clients: list[Client]) -> None:
+    """Return when each has one: on a busy machine they take their time to start."""
+    until_s = time.monotonic() + START_TIMEOUT_S
+    while not all(client.outcomes for client in clients):
+        if time.monotonic() > until_s or any(client.popen.poll() is not None for client in clients):
+            sys.exit(f"no answer from {[client.name for client in clients if not client.outcomes]}")
+        time.sleep(0.1)
 
 
 def ask_once(server: Server, job: dict[str, Any], options: argparse.Namespace) -> None:
