@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -288,6 +289,17 @@ def test_auto_uses_it_by_itself_and_grpc_never(
         with Driver(flavour, server.server.port, transport) as other:
             other.forward(LAYER, hidden, routing_logits=logits)
             assert (spy.placed, mapped_regions()) == (before, regions)
+
+
+def test_a_socket_in_a_directory(spy: Spy) -> None:
+    """For clients in another network namespace, which have the directory too."""
+    hidden, logits = inputs(5)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        with running(shared_memory_dir=Path(folder)) as one, Driver("sync", one.server.port) as shm:
+            assert len(os.listdir(folder)) == 1
+            shm.forward(LAYER, hidden, routing_logits=logits)
+        assert spy.placed == 1
+        assert not os.listdir(folder)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
