@@ -284,8 +284,9 @@ def test_auto_uses_it_by_itself_and_grpc_never(
         before = spy.placed
         auto.forward(LAYER, hidden, routing_logits=logits)
         assert spy.placed == before + 1
+    eventually(mapped_regions, 0)
     for transport in ("grpc", "stream", "unary"):
-        before, regions = spy.placed, mapped_regions()
+        before, regions = spy.placed, 0
         with Driver(flavour, server.server.port, transport) as other:
             other.forward(LAYER, hidden, routing_logits=logits)
             assert (spy.placed, mapped_regions()) == (before, regions)
@@ -328,7 +329,7 @@ def test_nothing_is_left_of_many_clients(server: Running, flavour: str) -> None:
     for _ in range(15):
         once()
     eventually(mapped_regions, 0)
-    eventually(shared_fds, fds)
+    eventually(lambda: shared_fds() <= fds, True)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -381,9 +382,9 @@ def test_a_server_that_is_killed_and_comes_back(tmp_path: Path, spy: Spy) -> Non
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shm = sorted(os.listdir("/dev/shm"))
     process = start(port)
     try:
+        eventually(mapped_regions, 0)
         with Driver("sync", port) as driver:
             expected = bits(driver.forward(LAYER, hidden, routing_logits=logits).output)
             assert mapped_regions() == 1
@@ -399,7 +400,7 @@ def test_a_server_that_is_killed_and_comes_back(tmp_path: Path, spy: Spy) -> Non
             before = spy.placed
             assert bits(driver.forward(LAYER, hidden, routing_logits=logits).output) == expected
             assert spy.placed == before + 1
-            assert sorted(os.listdir("/dev/shm")) == shm
+            assert not list(Path("/dev/shm").glob("*expertd*"))
         eventually(mapped_regions, 0)
     finally:
         process.kill()
