@@ -13,6 +13,8 @@ The compiled codec is used where it lies beside the server's modules. Without an
 Server: `expertd-server serve` as users start it, with the no-op backend unless --device says otherwise, so that what is
 measured is the service. Echo: `_echo.py`, a Python gRPC server that answers with a constant of the answer's size, in as
 many processes. Clients: processes of `_load.py`, the same for both; prepared messages, so that they cost little.
+--transports: stream and unary send such messages; sdk-stream, sdk-shm and sdk-unary are `expertd.Client` with that
+transport, which encodes every request and decodes every answer.
 
 lone: one request in flight. saturated: `--clients` processes with `--streams` streams of `--in-flight` requests each.
 open loop: requests due at random times at a share of the saturated rate; latencies count from when a request was due.
@@ -392,7 +394,9 @@ def parse_options() -> argparse.Namespace:
         help="front-end processes, one or more numbers; 0: none, and one echo process (default: 0)",
     )
     parser.add_argument("--tokens", type=int, nargs="+", help="tokens of a request")
-    parser.add_argument("--transports", nargs="+", default=["stream", "unary"], help="stream, unary, sdk-stream, ...")
+    parser.add_argument(
+        "--transports", nargs="+", default=["stream", "unary"], help="stream, unary, sdk-stream, sdk-shm, sdk-unary"
+    )
     parser.add_argument("--clients", type=int, default=max(2, min(16, (os.cpu_count() or 2) // 2)), help="processes")
     parser.add_argument("--streams", type=int, default=2, help="streams of each client process")
     parser.add_argument("--in-flight", type=int, default=4, help="requests in flight on each stream when saturated")

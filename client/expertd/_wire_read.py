@@ -9,13 +9,13 @@ whether bytes are a message: a property test holds the two together.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 from google.protobuf.message import DecodeError
 
 from expertd.v1 import expertd_pb2 as pb
 
-__all__ = ["Answer", "AnswerTensor", "read_answer", "read_stream_answer"]
+__all__ = ["Answer", "AnswerTensor", "Response", "read_answer", "read_stream_answer"]
 
 
 @dataclass(slots=True, eq=False)
@@ -24,7 +24,8 @@ class AnswerTensor:
 
     dtype: int = 0
     shape: tuple[int, ...] = ()
-    data: bytes | memoryview = b""
+    data: Any = b""
+    """The elements: bytes, or a view of the message or of shared memory."""
 
 
 _NONE: Final = AnswerTensor()
@@ -41,6 +42,10 @@ class Answer:
     expanded_idx_to_permuted_idx: AnswerTensor = _NONE
     timing: pb.Timing = field(default_factory=pb.Timing)
     weights_version: int = 0
+
+
+Response: TypeAlias = pb.ForwardResponse | Answer
+"""A ForwardResponse, as it was read."""
 
 
 def read_answer(data: bytes) -> Answer | None:

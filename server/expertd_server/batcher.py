@@ -118,7 +118,7 @@ class Running(Protocol[R_co]):
         ...
 
     def results(self) -> Sequence[R_co]:
-        """One for each entry, in order. Raises what went wrong."""
+        """One for each entry, in order; an exception among them fails its entry alone. Raises what went wrong."""
         ...
 
     def close(self) -> None:
@@ -299,7 +299,10 @@ class Batcher(Generic[P, R]):
             self._fail_batch(batch, error)
         else:
             for entry, result in zip(batch.entries, results, strict=True):
-                if not entry.done():
+                if isinstance(result, Exception):
+                    _clear_frames(result)
+                    _fail(entry, result)
+                elif not entry.done():
                     entry.set_result(result)
             self._account_served(batch, flight.launched_s)
         finally:

@@ -78,15 +78,17 @@ class Calls:
             self.engine.hurry()
         return promise
 
-    def answered(self, method: str, arrived_s: float, timing: ForwardTiming) -> None:
-        """Count an answer and where its time went."""
+    def answered(self, method: str, arrived_s: float, ready_s: float, timing: ForwardTiming) -> None:
+        """Count an answer that was just sent, and where its time went. ready_s: when there was something to send."""
+        now_s = self.clock()
         self.metrics.count_answer(
             method,
             timing.queue_us / 1e6,
             timing.copy_in_us / 1e6,
             timing.compute_us / 1e6,
             timing.copy_out_us / 1e6,
-            self.clock() - arrived_s,
+            now_s - ready_s,
+            now_s - arrived_s,
         )
 
     def failed(self, method: str, code: str) -> None:

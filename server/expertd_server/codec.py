@@ -1,8 +1,8 @@
 """Bytes to checked calls, and answers to bytes: the fast way where there is one.
 
-The compiled module knows requests that are as they should be, and answers that are one matrix. Whatever else comes,
-every request with something wrong to be told included, goes the way of `wire_parse` and `wire`, which are the
-specification: tests hold the two equal.
+The compiled module knows requests that are as they should be, and answers that are one matrix, both with their tensors
+in the message. Whatever else comes, every request with something wrong to be told and all that names shared memory
+included, goes the way of `wire_parse` and `wire`, which are the specification: tests hold the two equal.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from expertd_server.engine import ForwardCall, ForwardResult, HostTensor
 from expertd_server.native import CODEC
+from expertd_server.regions import AnswerPlace
 from expertd_server.store import LayerStore
 from expertd_server.wire import (
     TORCH_DTYPES,
@@ -21,7 +22,7 @@ from expertd_server.wire import (
     encode_stream_response,
     read_call,
 )
-from expertd_server.wire_parse import RawRequest, parse_request, parse_stream_request
+from expertd_server.wire_parse import RawRequest, RawStreamRequest, parse_request, parse_stream_request
 
 if TYPE_CHECKING:
     from expertd_server._codec import Request
@@ -40,15 +41,16 @@ def read_message(data: bytes) -> Message:
     return parse_request(data)
 
 
-def read_stream_message(data: bytes) -> tuple[int, int, int, Message | None]:
+def read_stream_message(data: bytes) -> tuple[int, int, int, Message | RawStreamRequest | None]:
     """The id, timeout_ms, rows of hidden_states and request of a ForwardStreamRequest.
 
-    Raises InvalidArgumentError on bytes that are none.
+    In place of the request, the whole of a message that says something about regions. Raises InvalidArgumentError on
+    bytes that are none.
     """
     if CODEC is not None and (request := CODEC.parse_stream_request(data)) is not None:
         return request.id, request.timeout_ms, request.num_tokens, request
     raw = parse_stream_request(data)
-    return raw.id, raw.timeout_ms, raw.num_tokens, raw.request
+    return raw.id, raw.timeout_ms, raw.num_tokens, raw if raw.is_about_regions else raw.request
 
 
 def typed_call(message: Message, store: LayerStore, *, max_batch_tokens: int, max_message_bytes: int) -> ForwardCall:
@@ -101,10 +103,12 @@ def write_answer(result: ForwardResult, queue_depth_tokens: int) -> bytes:
     return _write(False, 0, result, queue_depth_tokens)
 
 
-def write_stream_answer(request_id: int, result: ForwardResult, queue_depth_tokens: int) -> bytes:
-    """A serialised ForwardStreamResponse that holds an answer."""
-    if CODEC is None or not _is_one_matrix(result):
-        return encode_stream_response(request_id, result, queue_depth_tokens)
+def write_stream_answer(
+    request_id: int, result: ForwardResult, queue_depth_tokens: int, place: AnswerPlace | None = None
+) -> bytes:
+    """A serialised ForwardStreamResponse that holds an answer. place: where its tensors go as far as they fit."""
+    if CODEC is None or place is not None or not _is_one_matrix(result):
+        return encode_stream_response(request_id, result, queue_depth_tokens, place)
     return _write(True, request_id, result, queue_depth_tokens)
 
 

@@ -396,8 +396,12 @@ class _Running:
                 part.output = outputs[number]
             self._fill(part, call, answer, first)
             first += call.num_tokens
-            part.timing.copy_out_us = _us(times.copy_out_s + clock() - start_s)
-            parts.append(part if call.encode is None else call.encode(part))
+            parts.append(part)
+        # Last, and then nothing may go wrong any more: see _encoded.
+        for number, entry in enumerate(entries):
+            parts[number].timing.copy_out_us = _us(times.copy_out_s + clock() - start_s)
+            if entry.payload.encode is not None:
+                parts[number] = _encoded(entry.payload.encode, parts[number])
         return parts
 
     def _outputs(self, answer: MoEOutput) -> Sequence[torch.Tensor] | None:
@@ -469,6 +473,15 @@ class _Naming:
                 f"layer {layer.name!r}: the {layer.backend.name} backend failed on {self._num_tokens} tokens: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+def _encoded(encode: Callable[[ForwardResult], Any], result: ForwardResult) -> Any:
+    """What a caller makes of its answer, or its error as a result: the batch must not run again, because answers may
+    have been written over what they were computed from."""
+    try:
+        return encode(result)
+    except Exception as error:
+        return error
 
 
 def _kind_of(calls: Sequence[ForwardCall]) -> BatchKind:

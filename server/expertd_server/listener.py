@@ -15,10 +15,12 @@ from grpc_reflection.v1alpha import reflection
 from expertd_server.admin import not_here_handler
 from expertd_server.calls import CallEngine, Calls
 from expertd_server.config import Config
+from expertd_server.errors import ConfigError
 from expertd_server.event_loop import EventLoop
 from expertd_server.listen import bind
 from expertd_server.metrics import Metrics
 from expertd_server.native import describe
+from expertd_server.region_door import RegionDoor
 from expertd_server.service import SERVICE_NAME, ExpertService, ServerFacts
 from expertd_server.store import LayerStore
 
@@ -66,6 +68,7 @@ class Listener:
         self._config = config
         self._shares_port = shares_port
         self._metrics = metrics
+        self._region_door = _region_door(config)
         self.loop = EventLoop.acquire()
         calls = Calls(
             store=store,
@@ -82,6 +85,8 @@ class Listener:
             max_unary_requests=config.max_unary_requests,
             max_streams=config.max_streams,
             max_stream_requests=config.max_stream_requests,
+            region_door=self._region_door,
+            max_region_bytes=config.max_region_bytes,
         )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._serving: dict[str, bool] = {}
@@ -170,11 +175,26 @@ class Listener:
             self.loop.run(self._grpc.stop(grace_s_left), _START_S)
         engine.stop(_CLOSE_S)
         self.loop.release()
+        if self._region_door is not None:
+            self._region_door.close()
         if drained:
             log.info("stopped")
         else:
             log.warning("stopped after %.1f s, with requests still in flight", grace_s)
         return drained
+
+
+def _region_door(config: Config) -> RegionDoor | None:
+    """Raises ConfigError where a directory was asked for and cannot be used."""
+    if not config.shared_memory:
+        return None
+    try:
+        return RegionDoor(config.shared_memory_dir, any_user=config.shared_memory_any_user)
+    except ConfigError as error:
+        if config.shared_memory_dir is not None:
+            raise
+        log.warning("callers on this machine cannot share memory: %s", error)
+        return None
 
 
 def _left(until_s: float) -> float:

@@ -109,9 +109,10 @@ class Metrics:
         self._answers = functools.cache(lambda method: self.requests.labels(method, "OK"))
         self._request_duration = LateHistogram(
             "expertd_request_duration_seconds",
-            "Where the time of answered Forward requests went; total is from arrival to the written answer.",
+            "Where the time of answered Forward requests went; send is from the end of the batch to the written "
+            "answer, total from arrival to there.",
             label="phase",
-            values=("queue", "copy_in", "compute", "copy_out", "total"),
+            values=("queue", "copy_in", "compute", "copy_out", "send", "total"),
             buckets=_DURATION_BUCKETS_S,
             registry=self.registry,
         )
@@ -169,11 +170,18 @@ class Metrics:
         self.registry.register(_WhenScraped(self._collect_layers))
 
     def count_answer(  # noqa: PLR0917 (called for every request, and keywords take time)
-        self, method: str, queue_s: float, copy_in_s: float, compute_s: float, copy_out_s: float, total_s: float
+        self,
+        method: str,
+        queue_s: float,
+        copy_in_s: float,
+        compute_s: float,
+        copy_out_s: float,
+        send_s: float,
+        total_s: float,
     ) -> None:
         """Record an answered Forward request and where its time went."""
         self._answers(method).inc()
-        self._request_duration.observe(queue_s, copy_in_s, compute_s, copy_out_s, total_s)
+        self._request_duration.observe(queue_s, copy_in_s, compute_s, copy_out_s, send_s, total_s)
 
     def observe_batch(
         self, layer: str, requests: int, tokens: int, topk_ids: Iterable[npt.NDArray[np.signedinteger[Any]]]

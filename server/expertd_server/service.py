@@ -18,6 +18,8 @@ from expertd_server.errors import OverloadedError, RequestTimeoutError
 from expertd_server.event_loop import EventLoop, Inbox
 from expertd_server.interceptor import guarded, request_id_of
 from expertd_server.promise import Promise
+from expertd_server.region_door import RegionDoor
+from expertd_server.regions import StreamRegions
 from expertd_server.stream import Stream
 from expertd_server.wire import checked_name, layer_info
 
@@ -44,6 +46,7 @@ class ExpertService:
     """The service. Errors are raised; `guarded` turns them into statuses.
 
     Everything runs in the event loop but `begin_drain` and `wait_idle`, which are for other threads.
+    region_door: where callers hand in memory; None: nowhere. max_region_bytes: most of one stream.
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class ExpertService:
         max_unary_requests: int,
         max_streams: int,
         max_stream_requests: int,
+        region_door: RegionDoor | None = None,
+        max_region_bytes: int = 0,
     ) -> None:
         self.facts = facts
         self._calls = calls
@@ -63,6 +68,8 @@ class ExpertService:
         self._max_unary_requests = max_unary_requests
         self._max_streams = max_streams
         self._max_stream_requests = max_stream_requests
+        self._region_door = region_door
+        self._max_region_bytes = 0 if region_door is None else max_region_bytes
         self._changed = threading.Condition()
         self._unary_calls = 0
         self._streams: set[Stream] = set()
@@ -102,10 +109,10 @@ class ExpertService:
         time_remaining_s = context.time_remaining()
         if time_remaining_s is not None:
             timeout_s = min(timeout_s, time_remaining_s)
-        timings: list[ForwardTiming] = []
+        sent: list[tuple[float, ForwardTiming]] = []
 
         def encode(result: ForwardResult) -> bytes:
-            timings.append(result.timing)
+            sent.append((calls.clock(), result.timing))
             return write_answer(result, calls.queue_depth_tokens)
 
         promise = calls.admit(read_message(data), arrived_s, timeout_s, encode)
@@ -120,7 +127,7 @@ class ExpertService:
         finally:
             promise.cancel()  # of no effect once it runs
             del promise  # its error knows this frame: leave no cycle
-        calls.answered("Forward", arrived_s, timings[-1])
+        calls.answered("Forward", arrived_s, *sent[-1])
         return answer
 
     async def forward_stream(self, _: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
@@ -129,6 +136,7 @@ class ExpertService:
             self._calls,
             context,
             self._inbox,
+            regions=StreamRegions(self._region_door, self._max_region_bytes),
             max_requests=self._max_stream_requests,
             max_tokens=2 * self._calls.max_batch_tokens,
             log_id=request_id_of(context),
@@ -158,6 +166,7 @@ class ExpertService:
             max_queue_tokens=facts.max_queue_tokens,
             draining=self._is_draining,
             instance_id=facts.instance_id,
+            max_region_bytes=self._max_region_bytes,
         )
 
     def begin_drain(self) -> None:

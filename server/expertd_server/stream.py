@@ -22,8 +22,10 @@ from expertd_server.engine import ForwardResult, ForwardTiming
 from expertd_server.errors import InvalidArgumentError, RequestCancelledError, UnavailableError
 from expertd_server.event_loop import Inbox
 from expertd_server.promise import Promise
+from expertd_server.regions import Lease, StreamRegions
 from expertd_server.status import status_of, stream_error_of
-from expertd_server.wire import encode_stream_error
+from expertd_server.wire import encode_region_reply, encode_stream_error
+from expertd_server.wire_parse import RawRequest, RawStreamRequest
 
 __all__ = ["Stream"]
 
@@ -31,7 +33,7 @@ __all__ = ["Stream"]
 class _Pending:
     """A request that was read and is not answered."""
 
-    __slots__ = ("arrived_s", "calls", "num_tokens", "promise", "request_id", "stream", "timing")
+    __slots__ = ("arrived_s", "calls", "lease", "num_tokens", "promise", "ready_s", "request_id", "stream", "timing")
 
     def __init__(self, stream: Stream, calls: Calls, request_id: int, arrived_s: float, num_tokens: int) -> None:
         self.stream = stream
@@ -41,13 +43,19 @@ class _Pending:
         self.num_tokens = num_tokens
         self.promise: Promise[bytes] | None = None
         """None: not admitted yet, or answered; its result need not wait for the answer to be written."""
+        self.lease: Lease | None = None
+        """Of the memory that the request holds."""
+        self.ready_s = 0.0
+        """When there was an answer to send."""
         self.timing: ForwardTiming | None = None
         """Of an answer that is no error."""
 
     def encode(self, result: ForwardResult) -> bytes:
         """The answer as it goes out; in any thread."""
-        self.timing = result.timing
-        return write_stream_answer(self.request_id, result, self.calls.queue_depth_tokens)
+        self.ready_s, self.timing = self.calls.clock(), result.timing
+        lease = self.lease  # the stream lets go of it when it ends, at any time
+        place = None if lease is None else lease.place
+        return write_stream_answer(self.request_id, result, self.calls.queue_depth_tokens, place)
 
     def done(self, _: Promise[bytes]) -> None:
         """The promise is kept; in any thread."""
@@ -61,6 +69,7 @@ class _Pending:
 class Stream:
     """One call. `run` is its life: from the first message to the last answer.
 
+    regions: memory that the caller shares; the stream closes it.
     max_requests, max_tokens: bounds of what is read but not answered; a lone request may exceed max_tokens.
     log_id: names the call in log lines.
     """
@@ -71,6 +80,7 @@ class Stream:
         context: grpc.aio.ServicerContext[bytes, bytes],
         inbox: Inbox,
         *,
+        regions: StreamRegions,
         max_requests: int,
         max_tokens: int,
         log_id: str,
@@ -78,6 +88,7 @@ class Stream:
         self.inbox = inbox
         self._calls = calls
         self._context = context
+        self._regions = regions
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._log_id = log_id
@@ -125,7 +136,7 @@ class Stream:
                 # Not before: gRPC has taken this one, and will not take the next before the caller reads.
                 self._leave(pending)
                 if pending.timing is not None:
-                    self._calls.answered("ForwardStream", pending.arrived_s, pending.timing)
+                    self._calls.answered("ForwardStream", pending.arrived_s, pending.ready_s, pending.timing)
             if not self._pending:
                 if self._broken is not None:
                     raise self._broken
@@ -169,13 +180,20 @@ class Stream:
             self._pending.add(pending)
             self._pending_tokens += num_tokens
             calls.in_flight += 1
+            promise: Promise[bytes]
             try:
                 if request is None:
                     raise InvalidArgumentError.of("request", "is missing, expected a ForwardRequest")
-                timeout_s = until_s - arrived_s
-                if timeout_ms:
-                    timeout_s = min(timeout_s, timeout_ms / 1e3)
-                promise = calls.admit(request, arrived_s, timeout_s, pending.encode)
+                if isinstance(request, RawStreamRequest):
+                    promise = Promise()
+                    promise.set_result(encode_region_reply(request_id, self._regions.obey(request)))
+                else:
+                    if isinstance(request, RawRequest):
+                        pending.lease = self._regions.lease(request)
+                    timeout_s = until_s - arrived_s
+                    if timeout_ms:
+                        timeout_s = min(timeout_s, timeout_ms / 1e3)
+                    promise = calls.admit(request, arrived_s, timeout_s, pending.encode)
             except Exception as error:  # the request fails alone, the stream lives on
                 promise = Promise()
                 promise.set_exception(error)
@@ -207,12 +225,15 @@ class Stream:
         self._is_gone = True
         for pending in list(self._pending):
             promise, pending.promise = pending.promise, None
+            pending.lease = None
             if promise is not None:
                 promise.cancel()
             self._leave(pending)
+        self._regions.close()
 
     def _answer(self, pending: _Pending) -> bytes:
         promise, pending.promise = pending.promise, None
+        lease, pending.lease = pending.lease, None
         try:
             if promise is None:
                 raise RequestCancelledError("the caller left")
@@ -223,6 +244,8 @@ class Stream:
             return encode_stream_error(pending.request_id, stream_error_of(status))
         finally:
             del promise  # its error knows this frame: leave no cycle
+            if lease is not None:  # before the caller reads the answer, and sends into the same memory again
+                lease.release()
 
 
 def _closing() -> UnavailableError:

@@ -16,11 +16,12 @@ from test_wire_parse import good_message, requests, stream_requests
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server import codec
 from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming, HostTensor
-from expertd_server.errors import ExpertdServerError
+from expertd_server.errors import ExpertdServerError, InvalidArgumentError
 from expertd_server.native import CODEC, _copy_bytes, _count_ids, copy_bytes, count_ids
+from expertd_server.regions import AnswerPlace
 from expertd_server.store import LayerStore
 from expertd_server.wire import encode_response, encode_stream_response, read_call
-from expertd_server.wire_parse import RawRequest, parse_request, parse_stream_request
+from expertd_server.wire_parse import RawRequest, RawSlice, RawStreamRequest, parse_request, parse_stream_request
 
 pytestmark = pytest.mark.skipif(CODEC is None, reason="the compiled codec was not built here")
 
@@ -51,16 +52,16 @@ def same_as_python(data: bytes, *, is_stream: bool) -> bool:
         if not is_stream:
             return outcome(codec.typed_call(codec.read_message(data), STORE, **LIMITS))
         number, timeout_ms, num_tokens, request = codec.read_stream_message(data)
-        if request is None:
-            return number, timeout_ms, num_tokens
+        if request is None or isinstance(request, RawStreamRequest):
+            return number, timeout_ms, num_tokens, request
         return number, timeout_ms, num_tokens, *outcome(codec.typed_call(request, STORE, **LIMITS))
 
     def by_python() -> tuple[object, ...]:
         if not is_stream:
             return outcome(read_call(parse_request(data), STORE, **LIMITS))
         raw = parse_stream_request(data)
-        if raw.request is None:
-            return raw.id, raw.timeout_ms, raw.num_tokens
+        if raw.request is None or raw.is_about_regions:
+            return raw.id, raw.timeout_ms, raw.num_tokens, raw if raw.is_about_regions else None
         return raw.id, raw.timeout_ms, raw.num_tokens, *outcome(read_call(raw.request, STORE, **LIMITS))
 
     said = []
@@ -183,6 +184,82 @@ def test_corrupted_bytes(seed: int, draw: st.DataObject) -> None:
     for _ in range(draw.draw(st.integers(1, 3))):
         data[draw.draw(st.integers(0, min(60, len(data) - 1)))] = draw.draw(st.integers(0, 255))
     same_as_python(bytes(data[: draw.draw(st.integers(0, len(data)))]), is_stream=True)
+
+
+NAMING_REGIONS = [
+    *((name, "slice") for name in ("hidden_states", "routing_logits", "topk_ids", "topk_weights")),
+    ("", "answer_slice"),
+]
+
+
+@pytest.mark.parametrize("path", NAMING_REGIONS, ids=lambda path: path[0] or path[1])
+@pytest.mark.parametrize("where", [pb.RegionSlice(), pb.RegionSlice(region=1, offset=64, nbytes=2**40)], ids=str)
+def test_whatever_names_a_region_is_read_by_python(path: tuple[str, str], where: pb.RegionSlice) -> None:
+    """Unresolved, as only the stream knows its regions; else good requests with and without data beside it."""
+    name, field = path
+    requests = [(seed, a_request(random.Random(seed))) for seed in range(20)]
+    having = [(seed, request) for seed, request in requests if not name or request.HasField(name)]
+    assert having
+    for seed, request in having:
+        of: pb.Tensor | pb.ForwardRequest = getattr(request, name) if name else request
+        for clears_data in (False, True):
+            getattr(of, field).CopyFrom(where)
+            if name and clears_data:
+                of.ClearField("data")
+            data = request.SerializeToString()
+            assert not same_as_python(data, is_stream=False), seed
+            stream_data = pb.ForwardStreamRequest(id=seed, request=request).SerializeToString()
+            assert not same_as_python(stream_data, is_stream=True), seed
+            for read in (codec.read_message(data), codec.read_stream_message(stream_data)[3]):
+                assert isinstance(read, RawRequest)
+                found = getattr(read, name).slice if name else read.answer_slice
+                assert found == RawSlice(where.region, where.offset, where.nbytes)
+                with pytest.raises(InvalidArgumentError, match="names a region"):
+                    codec.typed_call(read, STORE, **LIMITS)
+
+
+@pytest.mark.parametrize("has_request", [False, True])
+@pytest.mark.parametrize("field", ["register_region", "unregister_region"])
+def test_what_says_something_about_regions_is_handed_over_whole(field: str, has_request: bool) -> None:
+    message = pb.ForwardStreamRequest(id=3, request=a_request(random.Random(1)) if has_request else None)
+    getattr(message, field).region = 5
+    data = message.SerializeToString()
+    assert CODEC.parse_stream_request(data) is None
+    number, _, _, read = codec.read_stream_message(data)
+    assert number == 3
+    assert read == parse_stream_request(data)
+    assert isinstance(read, RawStreamRequest)
+    assert read.is_about_regions
+
+
+@settings(deadline=None, max_examples=200)
+@given(results(), st.integers(0, 2**31), st.integers(0, 400), st.integers(0, 2**64 - 1))
+def test_an_answer_goes_where_it_was_asked_to_and_nowhere_else(
+    result: ForwardResult, offset: int, room: int, number: int
+) -> None:
+    """With what does not fit in the message, and protobuf's bytes around it."""
+    memory = bytearray(b"\xa5" * (room + 64))
+    place = AnswerPlace(7, offset, memoryview(memory)[:room])
+    placed = pb.ForwardStreamResponse.FromString(codec.write_stream_answer(number, result, 9, place))
+    whole = pb.ForwardStreamResponse.FromString(codec.write_stream_answer(number, result, 9))
+    taken = bytearray(len(memory))
+    for name in ("output", "gemm2_output", "expert_weights", "topk_ids", "expanded_idx_to_permuted_idx"):
+        if not placed.response.HasField(name):
+            continue
+        tensor: pb.Tensor = getattr(placed.response, name)
+        if tensor.HasField("slice"):
+            assert not tensor.data
+            assert tensor.slice.region == 7
+            start = tensor.slice.offset - offset
+            stop = start + tensor.slice.nbytes
+            assert start % 64 == 0
+            assert 0 <= start < stop <= room
+            assert not any(taken[start:stop])
+            taken[start:stop] = b"\1" * (stop - start)
+            tensor.data = bytes(memory[start:stop])
+            tensor.ClearField("slice")
+    assert placed == whole
+    assert all(byte == 0xA5 for byte, is_taken in zip(memory, taken, strict=True) if not is_taken)
 
 
 def test_where_it_was_not_built_python_does_its_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "metrics_endpoint",
             "promise",
             "ready",
+            "region_door",
             "ring",
             "server_metrics",
             "types",
@@ -60,7 +61,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"layer", "remote_layer", "store"}),
     frozenset({"batcher", "engine", "graphs", "layout", "staging"}),
-    frozenset({"calls", "codec", "interceptor", "service", "status", "stream", "wire", "wire_parse"}),
+    frozenset({"calls", "codec", "interceptor", "regions", "service", "status", "stream", "wire", "wire_parse"}),
     frozenset({"blocks", "gate", "remote"}),
     frozenset(
         {

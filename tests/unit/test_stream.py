@@ -14,6 +14,7 @@ import pytest
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server.errors import InvalidArgumentError, OverloadedError, UnavailableError
 from expertd_server.promise import Promise
+from expertd_server.regions import StreamRegions
 from expertd_server.stream import Stream
 
 PATIENCE_S = 30.0
@@ -88,7 +89,8 @@ class Inbox:
 
 
 def a_stream(calls: FakeCalls, context: FakeContext, *, max_requests: int = 4, max_tokens: int = 100) -> Stream:
-    return Stream(calls, context, Inbox(), max_requests=max_requests, max_tokens=max_tokens, log_id="a")  # type: ignore[arg-type]
+    bounds = {"regions": StreamRegions(None, 0), "max_requests": max_requests, "max_tokens": max_tokens}
+    return Stream(calls, context, Inbox(), **bounds, log_id="a")  # type: ignore[arg-type]
 
 
 def message(number: int, num_tokens: int = 1) -> bytes:

@@ -23,6 +23,7 @@ tensors = st.builds(
     dtype=st.integers(-1, 200),
     shape=st.lists(st.integers(0, 2**32 - 1), max_size=4),
     data=st.binary(max_size=12),
+    slice=st.none() | st.none() | st.builds(pb.RegionSlice, region=st.integers(0, 9), nbytes=st.integers(0, 2**64 - 1)),
 )
 responses = st.builds(
     pb.ForwardResponse,
@@ -31,7 +32,11 @@ responses = st.builds(
     weights_version=st.integers(0, 2**64 - 1),
 )
 answers = st.builds(pb.ForwardStreamResponse, id=st.integers(0, 2**64 - 1), response=st.none() | responses) | st.builds(
-    pb.ForwardStreamResponse, id=st.integers(0, 9), error=st.builds(pb.StreamError, code=st.integers(0, 20))
+    pb.ForwardStreamResponse,
+    id=st.integers(0, 9),
+    error=st.none() | st.builds(pb.StreamError, code=st.integers(0, 20)),
+    region_ticket=st.none() | st.builds(pb.RegionTicket, socket=st.text(max_size=9), ticket=st.binary(max_size=20)),
+    region_unregistered=st.none() | st.just(pb.RegionUnregistered()),
 )
 
 
@@ -39,6 +44,7 @@ def same(answer: Answer, response: pb.ForwardResponse) -> None:
     for name in FIELDS:
         mine, theirs = getattr(answer, name), getattr(response, name)
         assert (mine.dtype, mine.shape, bytes(mine.data)) == (theirs.dtype, tuple(theirs.shape), theirs.data), name
+        assert not theirs.HasField("slice"), name
     assert answer.timing == response.timing
     assert answer.weights_version == response.weights_version
 
@@ -123,6 +129,13 @@ def test_errors_go_to_protobuf() -> None:
     number, outcome = stream_outcome(data, None)
     assert number == 4
     assert isinstance(outcome, UnavailableError)
+
+
+def test_tickets_go_to_protobuf() -> None:
+    ticket = pb.RegionTicket(socket="@a", ticket=b"b")
+    data = pb.ForwardStreamResponse(id=4, region_ticket=ticket).SerializeToString()
+    assert read_stream_answer(data) is None
+    assert stream_outcome(data, None) == (4, ticket)
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40])
