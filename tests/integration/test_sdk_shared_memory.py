@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from serving import HIDDEN_SIZE, LAYER, NUM_EXPERTS, PATIENCE_S, Running, SteeredBackend, running, split
-from shared_memory import ANSWERED, eventually, mapped_regions, shared_fds
+from shared_memory import ANSWERED, eventually, forget_tests_before, mapped_regions, shared_fds
 
 import expertd
 from expertd import _shm
@@ -276,6 +276,7 @@ class TestFallback:
 def test_auto_uses_it_by_itself_and_grpc_never(
     server: Running, spy: Spy, flavour: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    forget_tests_before()
     hidden, logits = inputs(5)
     caplog.set_level(logging.INFO, "expertd.client")
     with Driver(flavour, server.server.port, "auto") as auto:
@@ -317,6 +318,7 @@ def test_no_server_is_unavailable_also_where_memory_is_required(flavour: str) ->
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_nothing_is_left_of_many_clients(server: Running, flavour: str) -> None:
+    forget_tests_before()
     hidden, logits = inputs(5)
 
     def once() -> None:
@@ -369,6 +371,7 @@ def test_groups_use_it_too(server: Running, spy: Spy) -> None:
 
 def test_a_server_that_is_killed_and_comes_back(tmp_path: Path, spy: Spy) -> None:
     """The client's memory goes with the stream; the next stream has its own. Nothing lies in /dev/shm."""
+    forget_tests_before()
     hidden, logits = inputs(5)
     ready = tmp_path / "ready.json"
 

@@ -30,7 +30,17 @@ from serving import (
     stream_failure_of,
     tensor,
 )
-from shared_memory import PROOF_BYTES, Memory, RawStream, each_name, eventually, hand_in, mapped_regions, shared_fds
+from shared_memory import (
+    PROOF_BYTES,
+    Memory,
+    RawStream,
+    each_name,
+    eventually,
+    forget_tests_before,
+    hand_in,
+    mapped_regions,
+    shared_fds,
+)
 
 from expertd.v1 import expertd_pb2 as pb
 
@@ -317,6 +327,7 @@ class TestWhileItRuns:
     def test_a_region_that_is_given_up_while_a_request_of_it_runs(
         self, held: tuple[SteeredBackend, Running], memory: Memory
     ) -> None:
+        forget_tests_before()
         backend, server = held
         before = 1  # the test's own; those of tests before may be on their way out
         eventually(mapped_regions, before)
@@ -344,6 +355,7 @@ class TestWhileItRuns:
     def test_a_caller_that_leaves_while_its_request_runs(
         self, held: tuple[SteeredBackend, Running], memory: Memory
     ) -> None:
+        forget_tests_before()
         backend, server = held
         before = 1  # the test's own; those of tests before may be on their way out
         eventually(mapped_regions, before)
@@ -376,6 +388,7 @@ def test_memory_that_may_shrink_is_refused_and_the_stream_goes_on(channel: grpc.
 
 
 def test_nothing_is_left_of_many_streams(channel: grpc.Channel, memory: Memory) -> None:
+    forget_tests_before()
     asked = request(np.random.default_rng(SEED), 3)
 
     def once() -> None:
@@ -405,6 +418,7 @@ def test_a_server_that_shares_nothing_says_so() -> None:
 
 def test_a_killed_client_leaves_nothing(tmp_path: Path) -> None:
     """kill -9 with a request running and one waiting: no mapping, no file, no request of it stays."""
+    forget_tests_before()
     backend = SteeredBackend()
     with running(backend) as server:
         before = 0
