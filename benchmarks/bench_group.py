@@ -15,7 +15,8 @@ import ml_dtypes
 import numpy as np
 from _common import header, write_json
 
-from expertd._split import combine, owners, split
+from expertd._combine import combine
+from expertd._split import owners, split
 from expertd._wire import encode_forward_request
 from expertd.routing import route
 from expertd.tensors import WireTensor, to_wire
@@ -103,7 +104,7 @@ def measure(info: LayerInfo, num_shards: int, num_tokens: int, runs: int) -> dic
 
     parts = split_parts()
     outputs = [
-        (part.rows, random.standard_normal((part.num_tokens, info.hidden_size), np.float32).astype(ml_dtypes.bfloat16))
+        (part.runs, random.standard_normal((part.num_tokens, info.hidden_size), np.float32).astype(ml_dtypes.bfloat16))
         for part in parts
     ]
     bfloat16 = ml_dtypes.bfloat16
