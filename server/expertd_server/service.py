@@ -15,6 +15,7 @@ from expertd.v1 import expertd_pb2 as pb
 from expertd_server.calls import Calls
 from expertd_server.errors import OverloadedError, RequestTimeoutError
 from expertd_server.interceptor import request_id_of
+from expertd_server.store import Held
 from expertd_server.stream import Stream
 from expertd_server.wire import checked_name, encode_response, layer_info
 from expertd_server.wire_parse import parse_request
@@ -108,13 +109,11 @@ class ExpertService:
 
     def list_layers(self, _request: pb.ListLayersRequest, _context: grpc.ServicerContext) -> pb.ListLayersResponse:
         """Every layer, sorted by name."""
-        held = self._calls.store.all_held()
-        return pb.ListLayersResponse(layers=[layer_info(each.current, each.weights_versions) for each in held])
+        return pb.ListLayersResponse(layers=[self._describe(held) for held in self._calls.store.all_held()])
 
     def get_layer(self, request: pb.GetLayerRequest, _context: grpc.ServicerContext) -> pb.GetLayerResponse:
         """One layer by name."""
-        held = self._calls.store.held(checked_name(request.layer))
-        return pb.GetLayerResponse(layer=layer_info(held.current, held.weights_versions))
+        return pb.GetLayerResponse(layer=self._describe(self._calls.store.held(checked_name(request.layer))))
 
     def get_server_info(
         self, _request: pb.GetServerInfoRequest, _context: grpc.ServicerContext
@@ -144,6 +143,9 @@ class ExpertService:
         """Wait until gRPC has finished with every Forward and ForwardStream call; False when some are left."""
         with self._changed:
             return self._changed.wait_for(lambda: not (self._unary_calls or self._streams), timeout_s)
+
+    def _describe(self, held: Held) -> pb.LayerInfo:
+        return layer_info(held.current, held.weights_versions, is_loading=self._calls.store.is_loading)
 
     def _enter_unary(self, context: grpc.ServicerContext) -> None:
         with self._changed:
