@@ -117,6 +117,11 @@ class Metrics:
             "Forward requests that have arrived and are not answered yet.",
             registry=self.registry,
         )
+        self.serving = Gauge(
+            "expertd_serving",
+            "Processes that listen and whose health is SERVING: 1 or 0; with front-ends up to their number.",
+            registry=self.registry,
+        )
         self.open_streams = Gauge("expertd_open_streams", "Open ForwardStream calls.", registry=self.registry)
         self.batch_tokens = Histogram(
             "expertd_batch_tokens", "Tokens of each batch.", buckets=_SIZE_BUCKETS, registry=self.registry

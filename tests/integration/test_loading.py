@@ -91,12 +91,13 @@ def test_layers_are_loading_until_all_are_there(kind: Any) -> None:
                 assert stub.GetLayer(pb.GetLayerRequest(layer=LAYER)).layer.state == pb.LAYER_STATE_LOADING
                 assert {status(service) for service in ("", "expertd.v1.ExpertService", LAYER)} == {NOT_SERVING}
                 asked = request(np.random.default_rng(SEED), 3)
-                with pytest.raises(grpc.RpcError) as caught:
-                    stub.Forward(asked)
-                failure = failure_of(caught.value)
-                assert failure.code is grpc.StatusCode.UNAVAILABLE
-                assert failure.retry_delay_s
-                assert "not loaded yet" in failure.message
+                for layer in (LAYER, OTHER_LAYER):
+                    with pytest.raises(grpc.RpcError) as caught:
+                        stub.Forward(request(np.random.default_rng(SEED), 3, layer))
+                    failure = failure_of(caught.value)
+                    assert failure.code is grpc.StatusCode.UNAVAILABLE
+                    assert failure.retry_delay_s
+                    assert f"'{layer}' is not loaded yet" in failure.message
                 with pytest.raises(expertd.TopologyError, match="no layer is held"):
                     group.layers(timeout_s=PATIENCE_S)
 

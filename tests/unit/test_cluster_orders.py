@@ -14,7 +14,9 @@ pytest.importorskip("ray", reason="needs Ray: pip install 'expertd-server[ray]'"
 from ray.exceptions import GetTimeoutError
 
 from expertd_server import cluster
-from expertd_server.cluster_actors import ClusterError, Controller, ReplicaReport, TierReport
+from expertd_server.cluster_actors import Controller
+from expertd_server.cluster_places import ClusterError
+from expertd_server.cluster_replica import ReplicaReport, TierReport
 from expertd_server.cluster_server import ServerStatus
 
 
