@@ -57,7 +57,6 @@ def main() -> None:
 def measure(tier: Tier, seconds: float) -> list[dict[str, Any]]:
     """All faults, one after the other."""
     wait_until_used(tier)
-    time.sleep(WARM_UP_S)
     return [fault(tier, seconds) for fault in (killed, paused, rolled, swapped)]
 
 
@@ -156,7 +155,8 @@ def _order(tier: Tier, *order: str) -> None:
 
 
 def baseline(tier: Tier, seconds: float) -> tuple[list[Request], float]:
-    """The requests of a while without faults, and good answers a second."""
+    """The requests of a while without faults, and good answers a second. First, what was started warms up."""
+    time.sleep(WARM_UP_S)
     start_s = time.time()
     time.sleep(seconds)
     stop_s = time.time()
