@@ -34,19 +34,20 @@ SHOWN_BEFORE_S, SHOWN_AFTER_S = 1.0, 3.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compose", action="store_true", help="use the Compose stack that runs")
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="which (default: all)")
     parser.add_argument("--seconds", type=float, default=10.0, help="before and during each fault (default: 10)")
     parser.add_argument("--concurrency", type=int, default=4, help="threads of the worker (default: 4; not --compose)")
     parser.add_argument("--rate", type=float, default=0.0, help="requests a second, 0: as many as come back (default)")
     parser.add_argument("--json", metavar="PATH", help="write the results here as well")
     options = parser.parse_args()
     if options.compose:
-        results = measure(ComposeTier(COMPOSE), options.seconds)
+        results = measure(ComposeTier(COMPOSE), options.faults, options.seconds)
     else:
         with (
             tempfile.TemporaryDirectory() as folder,
             ProcessTier(Path(folder), options.concurrency, options.rate) as tier,
         ):
-            results = measure(tier, options.seconds)
+            results = measure(tier, options.faults, options.seconds)
     if options.json:
         settings = {"compose": options.compose, "concurrency": options.concurrency, "rate": options.rate}
         write_json(options.json, {**header(), **settings, "faults": results})
@@ -54,10 +55,10 @@ def main() -> None:
         sys.exit(1)
 
 
-def measure(tier: Tier, seconds: float) -> list[dict[str, Any]]:
-    """All faults, one after the other."""
+def measure(tier: Tier, faults: list[str], seconds: float) -> list[dict[str, Any]]:
+    """Those faults, one after the other."""
     wait_until_used(tier)
-    return [fault(tier, seconds) for fault in (killed, paused, rolled, swapped)]
+    return [FAULTS[name](tier, seconds) for name in faults]
 
 
 def killed(tier: Tier, seconds: float) -> dict[str, Any]:
@@ -195,6 +196,9 @@ def report(name: str, requests: list[Request], normal: list[Request], fault_s: f
 def verdict(result: dict[str, Any]) -> str:
     """For people."""
     return "met" if result["is_met"] else "MISSED"
+
+
+FAULTS = {"kill": killed, "freeze": paused, "restart": rolled, "weights": swapped}
 
 
 if __name__ == "__main__":
