@@ -9,9 +9,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from expertd._combine import combine, combine_rows
 from expertd._dispatch import Dispatch, Job
 from expertd._plan import PreparedRequest, timing_of
-from expertd._split import NO_SHARD, AnyArray, Ints, Part, combine, combine_rows, owners, split
+from expertd._split import NO_SHARD, AnyArray, Ints, Part, owners, split
 from expertd._wire import Encoded, encode_forward_request
 from expertd._wire_read import Response
 from expertd.errors import InvalidRequestError, ProtocolError
@@ -109,7 +110,7 @@ class Call:
         answered = [index for index, answer in enumerate(self._answers) if answer is not None]
         output = gemm2_output = permuted_idx = None
         if request.do_finalize:
-            partials = [(self.parts[index].rows, self._arrays[index][0]) for index in answered]
+            partials = [(self.parts[index].runs, self._arrays[index][0]) for index in answered]
             output = combine(
                 request.num_tokens, self._layer.hidden_size, partials, _OUTPUT_DTYPES[request.output_dtype]
             )

@@ -121,17 +121,19 @@ class StreamMemory:
         arena = self._arena
         if arena is None:
             return None
-        input_bytes = sum(aligned(tensor.data.nbytes) for _, tensor in body.tensors)
-        piece = arena.allocate(max(input_bytes, body.answer_nbytes))
+        sizes = [sum(each.nbytes for each in tensor.pieces) for _, tensor in body.tensors]
+        piece = arena.allocate(max(sum(map(aligned, sizes)), body.answer_nbytes))
         if piece is None:
             return None
         # The answer is written when the request has been read, over it.
         slices, at = [], piece.offset
-        for _, tensor in body.tensors:
-            nbytes = tensor.data.nbytes
-            np.copyto(arena.memory[at : at + nbytes], tensor.data)
-            slices.append((_REGION, at, nbytes))
-            at += aligned(nbytes)
+        for (_, tensor), nbytes in zip(body.tensors, sizes, strict=True):
+            start = at
+            for each in tensor.pieces:
+                np.copyto(arena.memory[at : at + each.nbytes], np.frombuffer(each, np.uint8))
+                at += each.nbytes
+            slices.append((_REGION, start, nbytes))
+            at = start + aligned(nbytes)
         answer = (_REGION, piece.offset, piece.nbytes)
         return encode_placed_request(request_id, body, slices, answer, timeout_ms), piece
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from expertd.tensors import WireTensor
+from expertd.tensors import WireRows, WireTensor
 
 __all__ = ["Encoded", "encode_forward_request", "encode_placed_request", "encode_stream_request"]
 
@@ -29,7 +29,7 @@ class Encoded:
     nbytes: int
     head: bytes
     """The fields before the tensors."""
-    tensors: tuple[tuple[int, WireTensor], ...]
+    tensors: tuple[tuple[int, WireTensor | WireRows], ...]
     """The tensors with their field numbers."""
     tail: bytes
     """The fields after them."""
@@ -43,7 +43,7 @@ class Encoded:
 
 def encode_forward_request(
     layer: str,
-    hidden_states: WireTensor,
+    hidden_states: WireTensor | WireRows,
     *,
     routing_logits: WireTensor | None = None,
     topk_ids: WireTensor | None = None,
@@ -94,13 +94,14 @@ def _slice(where: tuple[int, int, int]) -> bytes:
     return b"".join(_uint(number, value) for number, value in enumerate(where, start=1))
 
 
-def _tensor(number: int, tensor: WireTensor) -> list[Chunk]:
+def _tensor(number: int, tensor: WireTensor | WireRows) -> list[Chunk]:
     shape = b"".join(_varint(extent) for extent in tensor.shape)
     head = _uint(1, tensor.dtype) + (_delimited(2, shape) if shape else b"")
-    data = tensor.data.data
-    if data.nbytes:
-        head += _key(3, _LENGTH) + _varint(data.nbytes)
-    return [_key(number, _LENGTH) + _varint(len(head) + data.nbytes) + head, data]
+    pieces = tensor.pieces
+    nbytes = sum(piece.nbytes for piece in pieces)
+    if nbytes:
+        head += _key(3, _LENGTH) + _varint(nbytes)
+    return [_key(number, _LENGTH) + _varint(len(head) + nbytes) + head, *pieces]
 
 
 def _delimited(number: int, payload: bytes) -> bytes:

@@ -16,7 +16,16 @@ from expertd._wire_read import AnswerTensor
 from expertd.errors import InvalidRequestError, ProtocolError
 from expertd.v1 import expertd_pb2 as pb
 
-__all__ = ["ArrayKind", "WireTensor", "dtype_to_wire", "from_message", "join_rows", "to_caller", "to_wire"]
+__all__ = [
+    "ArrayKind",
+    "WireRows",
+    "WireTensor",
+    "dtype_to_wire",
+    "from_message",
+    "join_rows",
+    "to_caller",
+    "to_wire",
+]
 
 _NUMPY_DTYPES: dict[int, np.dtype[Any]] = {
     pb.DATA_TYPE_FLOAT32: np.dtype("<f4"),
@@ -49,6 +58,11 @@ class WireTensor:
         """Bytes of one row, all dimensions but the first."""
         return math.prod(self.shape[1:]) * _NUMPY_DTYPES[self.dtype].itemsize
 
+    @property
+    def pieces(self) -> tuple[memoryview, ...]:
+        """The bytes, as WireRows has them."""
+        return (self.data.data,)
+
     def rows(self, start: int, stop: int) -> WireTensor:
         """Rows start ... stop - 1, without a copy."""
         data = self.data[start * self.row_nbytes : stop * self.row_nbytes]
@@ -57,6 +71,21 @@ class WireTensor:
     def numpy(self) -> np.ndarray[Any, Any]:
         """As an array of its dtype and shape, without a copy."""
         return self.data.view(_NUMPY_DTYPES[self.dtype]).reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class WireRows:
+    """Some rows of a tensor, in pieces that lie in its memory: the message that they go into is the first copy."""
+
+    dtype: int
+    """A pb.DataType."""
+    shape: tuple[int, ...]
+    pieces: tuple[memoryview, ...]
+    """The bytes, one piece after the other."""
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """As an array of its dtype and shape: a copy."""
+        return np.frombuffer(b"".join(self.pieces), _NUMPY_DTYPES[self.dtype]).reshape(self.shape)
 
 
 @dataclass(frozen=True, slots=True)

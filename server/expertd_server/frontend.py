@@ -93,7 +93,7 @@ class Frontend:
             self.engine.drain(0)
         held = set() if state is None else {one.name for one in state.layers}
         for name in self._known | held:
-            listener.set_layer_serving(name, name in held)
+            listener.set_layer_serving(name, name in held and not self.store.is_loading)
         self._known |= held
         if state is not None:
             listener.service.facts = replace(listener.service.facts, backend=state.backend, device=state.device)

@@ -107,7 +107,8 @@ class Listener:
         log.info("requests are read by %s", describe())
 
     def set_serving(self, serving: bool) -> None:
-        """What health says of the server and of its service."""
+        """What health and the metrics say of the server and of its service."""
+        self._metrics.serving.set(int(serving))
         self.set_layer_serving("", serving)
         self.set_layer_serving(SERVICE_NAME, serving)
 
@@ -155,6 +156,7 @@ class Listener:
 
     def begin_drain(self) -> None:
         """Say NOT_SERVING, close idle streams at once and busy ones when they are idle. There is no way back."""
+        self._metrics.serving.set(0)
         self._run(self._health.enter_graceful_shutdown())
         self.service.begin_drain()
 

@@ -121,6 +121,11 @@ class Metrics:
             "Forward requests that have arrived and are not answered yet.",
             registry=self.registry,
         )
+        self.serving = Gauge(
+            "expertd_serving",
+            "Processes that listen and whose health is SERVING: 1 or 0; with front-ends up to their number.",
+            registry=self.registry,
+        )
         self._open_streams = Gauge("expertd_open_streams", "Open ForwardStream calls.", registry=self.registry)
         self._batch_tokens = LateHistogram(
             "expertd_batch_tokens", "Tokens of each batch.", buckets=_SIZE_BUCKETS, registry=self.registry

@@ -20,6 +20,7 @@ from expertd_server.interceptor import guarded, request_id_of
 from expertd_server.promise import Promise
 from expertd_server.region_door import RegionDoor
 from expertd_server.regions import StreamRegions
+from expertd_server.store import Held
 from expertd_server.stream import Stream
 from expertd_server.wire import checked_name, layer_info
 
@@ -146,13 +147,11 @@ class ExpertService:
 
     async def list_layers(self, _request: pb.ListLayersRequest, _context: object) -> pb.ListLayersResponse:
         """Every layer, sorted by name."""
-        held = self._calls.store.all_held()
-        return pb.ListLayersResponse(layers=[layer_info(each.current, each.weights_versions) for each in held])
+        return pb.ListLayersResponse(layers=[self._describe(held) for held in self._calls.store.all_held()])
 
     async def get_layer(self, request: pb.GetLayerRequest, _context: object) -> pb.GetLayerResponse:
         """One layer by name."""
-        held = self._calls.store.held(checked_name(request.layer))
-        return pb.GetLayerResponse(layer=layer_info(held.current, held.weights_versions))
+        return pb.GetLayerResponse(layer=self._describe(self._calls.store.held(checked_name(request.layer))))
 
     async def get_server_info(self, _request: pb.GetServerInfoRequest, _context: object) -> pb.GetServerInfoResponse:
         """What this server is and takes."""
@@ -182,6 +181,9 @@ class ExpertService:
     def _close_streams(self) -> None:
         for stream in list(self._streams):
             stream.close()
+
+    def _describe(self, held: Held) -> pb.LayerInfo:
+        return layer_info(held.current, held.weights_versions, is_loading=self._calls.store.is_loading)
 
     async def _kept(self, promise: Promise[bytes], timeout_s: float) -> None:
         """Wait for a promise. Raises TimeoutError."""

@@ -214,8 +214,8 @@ def encode_region_reply(request_id: int, reply: RegionReply) -> bytes:
     return pb.ForwardStreamResponse(id=request_id, region_unregistered=reply).SerializeToString()
 
 
-def layer_info(layer: MoELayer, versions: Iterable[int]) -> pb.LayerInfo:
-    """What ListLayers and GetLayer say about a layer that answers."""
+def layer_info(layer: MoELayer, versions: Iterable[int], *, is_loading: bool = False) -> pb.LayerInfo:
+    """What ListLayers and GetLayer say about a layer. is_loading: whether requests to it are still refused."""
     spec = layer.spec
     info = pb.LayerInfo(
         name=layer.name,
@@ -235,7 +235,7 @@ def layer_info(layer: MoELayer, versions: Iterable[int]) -> pb.LayerInfo:
         hidden_states_scale=layer.hidden_states_scale,
         weights_version=layer.weights_version,
         weights_bytes=layer.nbytes,
-        state=pb.LAYER_STATE_READY,
+        state=pb.LAYER_STATE_LOADING if is_loading else pb.LAYER_STATE_READY,
         weights_versions=versions,
     )
     if layer.routing_bias is not None:

@@ -80,6 +80,8 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"server", "supervisor"}),
     frozenset({"admin_cli", "cluster_policy", "cluster_spec", "demo", "health", "plan_figures", "tether"}),
     frozenset({"cluster_server", "plan"}),
+    frozenset({"cluster_replica"}),
+    frozenset({"cluster_places"}),
     frozenset({"cluster_actors"}),
     frozenset({"cluster", "cluster_cli", "plan_cli", "plan_report"}),
     frozenset({"cli"}),
@@ -107,7 +109,7 @@ ONLY_IN = {
     "grpc_reflection": {"listener"},
     "grpc_status": {"interceptor"},
     "prometheus_client": {"cluster_server", "histograms", "metrics", "metrics_endpoint", "server_metrics"},
-    "ray": {"cluster", "cluster_actors"},
+    "ray": {"cluster", "cluster_actors", "cluster_places"},
     "safetensors": {"calibration", "checkpoint", "tensor_files", "demo_model", "export"},
 }
 
