@@ -17,6 +17,8 @@ class Request:
     end_s: float
     latency_s: float
     outcome: str
+    version: int = 0
+    """Of the weights; 0: there was no answer."""
 
 
 def parse(trace: str) -> list[Request]:
@@ -24,8 +26,8 @@ def parse(trace: str) -> list[Request]:
     requests = []
     for line in trace.splitlines(keepends=True):
         if line.endswith("\n"):
-            end_s, latency_s, outcome = line.split()
-            requests.append(Request(float(end_s), float(latency_s), outcome))
+            end_s, latency_s, outcome, version = line.split()
+            requests.append(Request(float(end_s), float(latency_s), outcome, int(version)))
     return sorted(requests, key=lambda request: request.end_s)
 
 

@@ -14,11 +14,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-__all__ = ["SERVERS", "ComposeTier", "ProcessTier", "Tier"]
+__all__ = [
+    "LAYERS",
+    "NUM_LAYERS",
+    "PRESET",
+    "ROOT",
+    "SERVERS",
+    "ComposeTier",
+    "ProcessTier",
+    "Tier",
+    "gauge",
+    "wait_until_used",
+]
 
 ROOT = Path(__file__).parents[1]
 SERVERS = ("shard-0-a", "shard-0-b", "shard-1-a", "shard-1-b")
-EXPERTS = {"shard-0": "0-3", "shard-1": "4-7"}  # of the preset "tiny"
+PRESET, NUM_LAYERS = "tiny", 2  # as in deploy/docker-compose.yml
+LAYERS = tuple(f"synthetic.{PRESET}.{index}" for index in range(NUM_LAYERS))
+EXPERTS = {"shard-0": "0-3", "shard-1": "4-7"}
 START_TIMEOUT_S = 120.0
 POLL_S = 0.1
 
@@ -40,6 +53,9 @@ class Tier(Protocol):
 
     def unpause(self, server: str) -> None:
         """Let it go on."""
+
+    def admin(self, server: str, *order: str) -> None:
+        """Give it an order, as `expertd-server admin` does."""
 
     def trace(self) -> str:
         """Every request of the worker so far: see deploy/worker.py."""
@@ -73,7 +89,8 @@ class ProcessTier:
     def __init__(self, folder: Path, concurrency: int, rate: float) -> None:
         """folder: for logs and the trace."""
         self._folder = folder
-        self._ports = dict(zip((*SERVERS, "worker"), _free_ports(len(SERVERS) + 1), strict=True))
+        names = (*SERVERS, *(f"{server} admin" for server in SERVERS), "worker")
+        self._ports = dict(zip(names, _free_ports(len(names)), strict=True))
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._worker_environment = {
             "TARGETS": ",".join(f"127.0.0.1:{self._ports[server]}" for server in SERVERS),
@@ -98,8 +115,9 @@ class ProcessTier:
 
     def start(self, server: str) -> None:
         """See Tier."""
-        options = ["--port", str(self._ports[server]), "--synthetic", "tiny", "--synthetic-layers", "2"]
+        options = ["--port", str(self._ports[server]), "--synthetic", PRESET, "--synthetic-layers", str(NUM_LAYERS)]
         options += ["--device", "cpu", "--experts", EXPERTS[server[:-2]]]
+        options += ["--admin", "--admin-port", str(self._ports[f"{server} admin"])]
         self._run(server, [sys.executable, "-m", "expertd_server", "serve", *options], {"OMP_NUM_THREADS": "1"})
 
     def kill(self, server: str) -> None:
@@ -119,6 +137,12 @@ class ProcessTier:
     def unpause(self, server: str) -> None:
         """See Tier."""
         self._processes[server].send_signal(signal.SIGCONT)
+
+    def admin(self, server: str, *order: str) -> None:
+        """See Tier."""
+        target = f"127.0.0.1:{self._ports[f'{server} admin']}"
+        command = [sys.executable, "-m", "expertd_server", "admin", *order, "--target", target]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
     def trace(self) -> str:
         """See Tier."""
@@ -143,7 +167,7 @@ class ProcessTier:
 
 
 class ComposeTier:
-    """The containers of a stack that runs already, started with TRACE_FILE set in its worker."""
+    """The containers of a stack that runs already, started with WORKER_TRACE_FILE and EXPERTD_ADMIN set."""
 
     def __init__(self, compose: Sequence[str]) -> None:
         """compose: "docker", "compose" and the files."""
@@ -168,6 +192,10 @@ class ComposeTier:
     def unpause(self, server: str) -> None:
         """See Tier."""
         self._run("unpause", server)
+
+    def admin(self, server: str, *order: str) -> None:
+        """See Tier."""
+        self._run("exec", "-T", server, "expertd-server", "admin", *order)
 
     def trace(self) -> str:
         """See Tier."""

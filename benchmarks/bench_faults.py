@@ -1,11 +1,12 @@
 """What a fault in a tier costs its callers: two shards, two replicas each, a worker that keeps them busy.
 
-One fault at a time: kill -9 of a replica, a replica that freezes without a word, a rolling restart of all four. Prints
-what became of the requests, and a timeline of answers per 100 ms around the fault. Exits with 1 when a request failed
-or an answer changed. Times are measured and judged, not enforced.
+One at a time: kill -9 of a replica, a replica that freezes without a word, a rolling restart of all four, and new
+weights for every layer, there and back. Prints what became of the requests, and a timeline of answers per 100 ms around
+the fault. Exits with 1 when a request failed or an answer had other bits than all before of its version of the weights.
+Times are measured and judged, not enforced.
 
 The servers are processes of this machine, or, with --compose, the containers of the running stack (make up with
-WORKER_TRACE_FILE=/tmp/trace). Pass --json PATH to keep the results.
+WORKER_TRACE_FILE=/tmp/trace EXPERTD_ADMIN=true). Pass --json PATH to keep the results.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import argparse
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from _common import header, write_json
 from _faults import Request, between, longest_gap_s, outcomes, parse, percentile, rate, recovery_s, timeline
-from _tier import ROOT, SERVERS, ComposeTier, ProcessTier, Tier, gauge, wait_until_used
+from _tier import LAYERS, NUM_LAYERS, PRESET, ROOT, SERVERS, ComposeTier, ProcessTier, Tier, gauge, wait_until_used
 
 COMPOSE = ("docker", "compose", "-f", str(ROOT / "deploy" / "docker-compose.yml"))
 WARM_UP_S = 5.0
@@ -32,19 +34,20 @@ SHOWN_BEFORE_S, SHOWN_AFTER_S = 1.0, 3.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compose", action="store_true", help="use the Compose stack that runs")
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="which (default: all)")
     parser.add_argument("--seconds", type=float, default=10.0, help="before and during each fault (default: 10)")
     parser.add_argument("--concurrency", type=int, default=4, help="threads of the worker (default: 4; not --compose)")
     parser.add_argument("--rate", type=float, default=0.0, help="requests a second, 0: as many as come back (default)")
     parser.add_argument("--json", metavar="PATH", help="write the results here as well")
     options = parser.parse_args()
     if options.compose:
-        results = measure(ComposeTier(COMPOSE), options.seconds)
+        results = measure(ComposeTier(COMPOSE), options.faults, options.seconds)
     else:
         with (
             tempfile.TemporaryDirectory() as folder,
             ProcessTier(Path(folder), options.concurrency, options.rate) as tier,
         ):
-            results = measure(tier, options.seconds)
+            results = measure(tier, options.faults, options.seconds)
     if options.json:
         settings = {"compose": options.compose, "concurrency": options.concurrency, "rate": options.rate}
         write_json(options.json, {**header(), **settings, "faults": results})
@@ -52,11 +55,10 @@ def main() -> None:
         sys.exit(1)
 
 
-def measure(tier: Tier, seconds: float) -> list[dict[str, Any]]:
-    """All faults, one after the other."""
+def measure(tier: Tier, faults: list[str], seconds: float) -> list[dict[str, Any]]:
+    """Those faults, one after the other."""
     wait_until_used(tier)
-    time.sleep(WARM_UP_S)
-    return [fault(tier, seconds) for fault in (killed, paused, rolled)]
+    return [FAULTS[name](tier, seconds) for name in faults]
 
 
 def killed(tier: Tier, seconds: float) -> dict[str, Any]:
@@ -123,8 +125,39 @@ def rolled(tier: Tier, seconds: float) -> dict[str, Any]:
     return report("rolling restart of all four", parse(tier.trace()), normal, fault_s, stop_s)
 
 
+def swapped(tier: Tier, seconds: float) -> dict[str, Any]:
+    """Other weights for every layer, loaded beside the first ones, made current and back, under load.
+
+    Before and after, only one version is held: the worker then knows the bits of its pure answers.
+    """
+    normal, _ = baseline(tier, seconds)
+    fault_s = time.time()
+    for version, before in ((2, 1), (1, 2)):
+        for layer in range(NUM_LAYERS):
+            source = ("--synthetic", PRESET, "--layer-index", str(layer), "--seed", str(version - 1))
+            _order(tier, "load", f"synthetic.{PRESET}.{layer}", "--version", str(version), *source)
+        _order(tier, "swap", *LAYERS, "--version", str(version))
+        _order(tier, "unload", *LAYERS, "--version", str(before))
+        time.sleep(SETTLED_S)
+    stop_s = time.time()
+    requests = parse(tier.trace())
+    result = report("new weights, there and back", requests, normal, fault_s, stop_s)
+    answers = Counter(request.version for request in between(requests, fault_s, stop_s))
+    result["answers_by_version"] = dict(sorted(answers.items()))
+    print(f"  answers by version of the weights: {result['answers_by_version']}")
+    if set(answers) != {1, 2}:
+        raise RuntimeError(f"expected answers in the versions 1 and 2, there are {dict(answers)}")
+    return result
+
+
+def _order(tier: Tier, *order: str) -> None:
+    for server in SERVERS:
+        tier.admin(server, *order)
+
+
 def baseline(tier: Tier, seconds: float) -> tuple[list[Request], float]:
-    """The requests of a while without faults, and good answers a second."""
+    """The requests of a while without faults, and good answers a second. First, what was started warms up."""
+    time.sleep(WARM_UP_S)
     start_s = time.time()
     time.sleep(seconds)
     stop_s = time.time()
@@ -163,6 +196,9 @@ def report(name: str, requests: list[Request], normal: list[Request], fault_s: f
 def verdict(result: dict[str, Any]) -> str:
     """For people."""
     return "met" if result["is_met"] else "MISSED"
+
+
+FAULTS = {"kill": killed, "freeze": paused, "restart": rolled, "weights": swapped}
 
 
 if __name__ == "__main__":

@@ -2,11 +2,19 @@
 
     python benchmarks/bench_service.py --quick                      a table in about two minutes
     python benchmarks/bench_service.py --out benchmarks/results/service.json --plot docs/service.png
+    python benchmarks/bench_service.py --frontends 0 4 --clients 8   without front-ends, and with four
     python benchmarks/bench_service.py --device cuda --frontends 8 --clients 16
+
+The compiled codec is used where it lies beside the server's modules. Without an installation:
+
+    cmake -G Ninja -S csrc -B build/codec -DEXPERTD_CUDA=off && ninja -C build/codec
+    cp build/codec/_codec*.so server/expertd_server/ && export PYTHONPATH=server:client
 
 Server: `expertd-server serve` as users start it, with the no-op backend unless --device says otherwise, so that what is
 measured is the service. Echo: `_echo.py`, a Python gRPC server that answers with a constant of the answer's size, in as
 many processes. Clients: processes of `_load.py`, the same for both; prepared messages, so that they cost little.
+--transports: stream and unary send such messages; sdk-stream, sdk-shm and sdk-unary are `expertd.Client` with that
+transport, which encodes every request and decodes every answer.
 
 lone: one request in flight. saturated: `--clients` processes with `--streams` streams of `--in-flight` requests each.
 open loop: requests due at random times at a share of the saturated rate; latencies count from when a request was due.
@@ -205,7 +213,7 @@ def running_echo(processes: int, answer_bytes: int) -> Iterator[Target]:
 
 
 @contextlib.contextmanager
-def running_expertd(options: argparse.Namespace, folder: str) -> Iterator[tuple[Target, list[str]]]:
+def running_expertd(options: argparse.Namespace, frontends: int, folder: str) -> Iterator[tuple[Target, list[str]]]:
     """expertd-server, and the names of its layers."""
     ready = Path(folder) / "ready.json"
     command = [sys.executable, "-m", "expertd_server", "serve", "--port=0", f"--ready-file={ready}"]
@@ -213,8 +221,8 @@ def running_expertd(options: argparse.Namespace, folder: str) -> Iterator[tuple[
     command += [f"--max-streams={max(64, options.clients * options.streams)}", "--log-level=warning"]
     if options.device == "noop":
         command.append("--experts=0-0")  # the weights are dropped anyway
-    if options.frontends:
-        command.append(f"--frontends={options.frontends}")
+    if frontends:
+        command.append(f"--frontends={frontends}")
     command += options.server_option
     with terminated(subprocess.Popen(command, stdout=subprocess.DEVNULL, text=True)) as process:
         until_s = time.monotonic() + options.start_timeout
@@ -242,33 +250,54 @@ def main() -> None:
     options = parse_options()
     console = Console(width=150)
     results: list[dict[str, Any]] = []
-    table = Table(title=f"expertd over gRPC, backend {options.device}, {options.frontends or 'no'} front-ends")
-    for column in ("tokens", "KiB in/out", "load", "p50 µs", "p99 µs", "req/s", "ktok/s", "GB/s", "CPU µs/req"):
+    table = Table(title=f"expertd over gRPC, backend {options.device}")
+    for column in (
+        "front-ends",
+        "tokens",
+        "KiB in/out",
+        "load",
+        "p50 µs",
+        "p99 µs",
+        "req/s",
+        "ktok/s",
+        "GB/s",
+        "CPU µs/req",
+    ):
         table.add_column(column, justify="right" if column != "load" else "left")
     table.add_column("p50 / echo", justify="right")
     table.add_column("req/s / echo", justify="right")
-    hidden_size, num_experts = PRESETS[options.preset]
-    with tempfile.TemporaryDirectory() as folder, running_expertd(options, folder) as (expertd, layers):
-        for num_tokens in options.tokens:
-            shape = RequestShape(num_tokens, hidden_size, num_experts)
-            with running_echo(max(1, options.frontends), shape.answer_bytes) as echo:
-                for name, load, seconds in loads(options):
-                    row = compare(expertd, echo, shape, layers, load, seconds, options.rounds)
-                    results.append({"tokens": num_tokens, "load": name, **row})
-                    add_row(table, shape, name, row)
-                    if name == "saturated stream":
-                        rate = row["expertd"]["requests_per_s"]
-                        for share in options.shares:
-                            open_load = Load("stream", load.clients, load.streams, 100, rate * share)
-                            row = compare(expertd, echo, shape, layers, open_load, seconds, options.rounds)
-                            results.append({"tokens": num_tokens, "load": f"open {share:g}", "share": share, **row})
-                            add_row(table, shape, f"open loop, {share:.0%} of saturated", row)
+    for frontends in options.frontends:
+        measure_server(options, frontends, results, table)
     console.print(table)
     if options.out is not None:
         said = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
         write_json(options.out, {**header(), "cores": os.cpu_count(), "options": said, "points": results})
     if options.plot is not None:
         plot(results, options)
+
+
+def measure_server(options: argparse.Namespace, frontends: int, results: list[dict[str, Any]], table: Table) -> None:
+    """Every load on one layout of processes, and on as many processes of the echo."""
+    hidden_size, num_experts = PRESETS[options.preset]
+    with tempfile.TemporaryDirectory() as folder, running_expertd(options, frontends, folder) as (expertd, layers):
+        for num_tokens in options.tokens:
+            shape = RequestShape(num_tokens, hidden_size, num_experts)
+
+            def add(name: str, row: dict[str, Any], shape: RequestShape = shape, **more: Any) -> None:
+                said = {"frontends": frontends, "tokens": shape.num_tokens, "load": name, **more, **row}
+                results.append(said)
+                add_row(table, shape, said)
+
+            with running_echo(max(1, frontends), shape.answer_bytes) as echo:
+                for name, load, seconds in loads(options):
+                    row = compare(expertd, echo, shape, layers, load, seconds, options.rounds)
+                    add(name, row)
+                    if name == "saturated stream":
+                        rate = row["expertd"]["requests_per_s"]
+                        for share in options.shares:
+                            open_load = Load("stream", load.clients, load.streams, 100, rate * share)
+                            row = compare(expertd, echo, shape, layers, open_load, seconds, options.rounds)
+                            add(f"open loop, {share:.0%} of saturated", row, share=share)
 
 
 def loads(options: argparse.Namespace) -> Iterator[tuple[str, Load, float]]:
@@ -305,14 +334,15 @@ def compare(  # noqa: PLR0917
     }
 
 
-def add_row(table: Table, shape: RequestShape, name: str, row: dict[str, Any]) -> None:
+def add_row(table: Table, shape: RequestShape, row: dict[str, Any]) -> None:
     """One line of the table; a load that met errors says so."""
     ours = row["expertd"]
     failed = sum(ours["errors"].values())
     table.add_row(
+        str(row["frontends"]),
         str(shape.num_tokens),
         f"{shape.request_bytes / 1024:.0f}/{shape.answer_bytes / 1024:.0f}",
-        name + (f" [{failed} failed: {', '.join(ours['errors'])}]" if failed else ""),
+        row["load"] + (f" [{failed} failed: {', '.join(ours['errors'])}]" if failed else ""),
         f"{ours['latency_us']['p50']:.0f}",
         f"{ours['latency_us']['p99']:.0f}",
         f"{ours['requests_per_s']:.0f}",
@@ -333,7 +363,8 @@ def plot(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
 
     _, axes = plt.subplots(1, len(options.tokens), figsize=(4.2 * len(options.tokens), 3.6), squeeze=False)
     for axis, num_tokens in zip(axes[0], options.tokens, strict=True):
-        rows = [row for row in results if row["tokens"] == num_tokens and "share" in row]
+        layout = options.frontends[-1]
+        rows = [r for r in results if (r["tokens"], r["frontends"]) == (num_tokens, layout) and "share" in r]
         for who, colour in (("expertd", "tab:blue"), ("echo", "tab:grey")):
             for percentile, style in (("p50", "-"), ("p99", "--")):
                 x = [row[who]["requests_per_s"] * num_tokens / 1e3 for row in rows]
@@ -355,9 +386,17 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", default="noop", help="device of the server (default: noop)")
     parser.add_argument("--preset", default="qwen3-30b-a3b", choices=PRESETS, help="shape of the layers")
     parser.add_argument("--layers", type=int, default=1, help="layers served and asked for")
-    parser.add_argument("--frontends", type=int, default=0, help="front-end processes; 0: in-process, one echo process")
+    parser.add_argument(
+        "--frontends",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="front-end processes, one or more numbers; 0: none, and one echo process (default: 0)",
+    )
     parser.add_argument("--tokens", type=int, nargs="+", help="tokens of a request")
-    parser.add_argument("--transports", nargs="+", default=["stream", "unary"], help="stream, unary, sdk-stream, ...")
+    parser.add_argument(
+        "--transports", nargs="+", default=["stream", "unary"], help="stream, unary, sdk-stream, sdk-shm, sdk-unary"
+    )
     parser.add_argument("--clients", type=int, default=max(2, min(16, (os.cpu_count() or 2) // 2)), help="processes")
     parser.add_argument("--streams", type=int, default=2, help="streams of each client process")
     parser.add_argument("--in-flight", type=int, default=4, help="requests in flight on each stream when saturated")

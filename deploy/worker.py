@@ -1,11 +1,12 @@
 """A worker that keeps a tier of expert servers busy through ExpertGroup and checks every answer it gets.
 
-It sends the same few requests over and over from several threads: the first answer to each must be repeated to the bit,
-whichever replica gives it. Prints one line of JSON a second; Prometheus metrics are on METRICS_PORT.
+It sends the same few requests over and over from several threads: the first answer to each in a version of the weights
+must be repeated to the bit, whichever replicas give it, and answers in another version must differ from it. Prints one
+line of JSON a second; Prometheus metrics are on METRICS_PORT.
 
 Environment: TARGETS "host:port,host:port,..."; CONCURRENCY; NUM_TOKENS; SEED; RATE, requests a second (0: each thread
 sends when its last answer is there); METRICS_PORT (9091); TRACE_FILE, which gets a line for each request as it ends:
-"end_s latency_s outcome".
+"end_s latency_s outcome weights_version", with version 0 where there is no answer.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Load:
         self.lock = threading.Lock()
         self.latencies_s: list[float] = []
         self.outcomes: dict[str, int] = {}
-        self.expected: dict[int, bytes] = {}
+        self.expected: dict[int, dict[int, bytes]] = {}
+        """By request and version of the weights."""
         rng = np.random.default_rng(seed)
         layers = group.layers()
         self.requests = []
@@ -88,13 +90,15 @@ class Load:
                 return
             layer, hidden_states, logits = self.requests[index]
             start_s = time.monotonic()
+            version = 0
             try:
-                output = self.group.forward(layer, hidden_states, routing_logits=logits, timeout_s=20).output
-                outcome = "ok" if self.is_expected(index, output.tobytes()) else "wrong_bits"
+                result = self.group.forward(layer, hidden_states, routing_logits=logits, timeout_s=20)
+                version = result.weights_version
+                outcome = "ok" if self.is_expected(index, version, result.output.tobytes()) else "wrong_bits"
             except expertd.ExpertdError as error:
                 outcome = type(error).__name__
                 print(json.dumps({"error": outcome, "message": str(error)}), flush=True)
-            self.count(outcome, time.monotonic() - start_s, len(hidden_states))
+            self.count(outcome, version, time.monotonic() - start_s, len(hidden_states))
 
     def await_turn(self) -> None:
         """Wait until the rate allows another request. Turns that were missed are not made up for."""
@@ -104,12 +108,13 @@ class Load:
             turn_s = self.next_start_s = max(self.next_start_s + 1 / self.rate, time.monotonic())
         self.stopping.wait(turn_s - time.monotonic())
 
-    def is_expected(self, index: int, answer: bytes) -> bool:
-        """Whether this answer repeats the first one to the same request."""
+    def is_expected(self, index: int, version: int, answer: bytes) -> bool:
+        """Whether this answer repeats the first one to the same request in this version, and no other version's."""
         with self.lock:
-            return self.expected.setdefault(index, answer) == answer
+            answers = self.expected.setdefault(index, {})
+            return answers.setdefault(version, answer) == answer and len(set(answers.values())) == len(answers)
 
-    def count(self, outcome: str, latency_s: float, num_tokens: int) -> None:
+    def count(self, outcome: str, version: int, latency_s: float, num_tokens: int) -> None:
         """Account for one request."""
         requests_total.labels(outcome).inc()
         request_seconds.observe(latency_s)
@@ -119,7 +124,7 @@ class Load:
             self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
             self.latencies_s.append(latency_s)
             if self.trace is not None:
-                self.trace.write(f"{time.time():.4f} {latency_s:.5f} {outcome}\n")
+                self.trace.write(f"{time.time():.4f} {latency_s:.5f} {outcome} {version}\n")
 
     def report(self) -> None:
         """Print what happened since the last report."""

@@ -12,6 +12,8 @@ from google.protobuf.message import DecodeError
 
 from expertd._plan import Plan, PreparedRequest
 from expertd._retry import Retries
+from expertd._shm import WantedMemory
+from expertd._wire_read import Response, read_answer, read_stream_answer
 from expertd.config import ClientConfig
 from expertd.errors import (
     ExpertdError,
@@ -44,6 +46,7 @@ __all__ = [
     "parse",
     "stream_outcome",
     "timeout_ms",
+    "unary_outcome",
 ]
 
 _SERVICE = "/expertd.v1.ExpertService"
@@ -54,7 +57,7 @@ GET_LAYER = f"{_SERVICE}/GetLayer"
 GET_SERVER_INFO = f"{_SERVICE}/GetServerInfo"
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 
-Outcome: TypeAlias = pb.ForwardResponse | ExpertdError
+Outcome: TypeAlias = Response | ExpertdError
 Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
 MessageT = TypeVar("MessageT")
@@ -77,6 +80,11 @@ class BaseClient:
         self._rng = random.Random()
         self._known_server: ServerInfo | None = None
         self._known_layers: dict[str, LayerInfo] = {}
+        self._wanted_memory: WantedMemory | None = None
+        if self.config.transport in ("auto", "shm"):
+            self._wanted_memory = WantedMemory(
+                self.config.target, self.config.shared_memory_bytes, is_required=self.config.transport == "shm"
+            )
 
     def _metadata(self) -> tuple[Metadata, str | None]:
         """Metadata of one call or stream, and the request id in it."""
@@ -99,6 +107,8 @@ class BaseClient:
     def _learn_server(self, response: pb.GetServerInfoResponse) -> ServerInfo:
         if response.max_batch_tokens < 1:
             raise ProtocolError("max_batch_tokens of the server's answer is 0, expected at least 1")
+        if self._wanted_memory is not None:
+            self._wanted_memory.limit = response.max_region_bytes
         self._known_server = ServerInfo(
             server_version=response.server_version,
             backend=response.backend,
@@ -108,6 +118,7 @@ class BaseClient:
             max_queue_tokens=response.max_queue_tokens,
             draining=response.draining,
             instance_id=response.instance_id,
+            max_region_bytes=response.max_region_bytes,
         )
         return self._known_server
 
@@ -202,11 +213,26 @@ def health_service(layer: str | None) -> str:
     return layer or ""
 
 
-def stream_outcome(message: pb.ForwardStreamResponse, request_id: str | None) -> Outcome:
-    """What one answer of a stream says."""
+def unary_outcome(data: bytes) -> Response:
+    """A ForwardResponse, as it came. Raises ProtocolError when it is none."""
+    return read_answer(data) or parse(pb.ForwardResponse.FromString, data)
+
+
+def stream_outcome(data: bytes, request_id: str | None) -> tuple[int, Outcome | pb.RegionTicket]:
+    """The id of a ForwardStreamResponse, and what it says. Raises ProtocolError when it is none."""
+    answer = read_stream_answer(data)
+    if answer is not None:
+        return answer
+    message = parse(pb.ForwardStreamResponse.FromString, data)
+    return message.id, _outcome(message, request_id)
+
+
+def _outcome(message: pb.ForwardStreamResponse, request_id: str | None) -> Outcome | pb.RegionTicket:
     match message.WhichOneof("result"):
         case "response":
             return message.response
+        case "region_ticket":
+            return message.region_ticket
         case "error":
             status = message.error
             return error_from_status(
@@ -214,6 +240,11 @@ def stream_outcome(message: pb.ForwardStreamResponse, request_id: str | None) ->
             )
         case _:
             return ProtocolError("an answer of the stream holds neither a response nor an error")
+
+
+def unasked_ticket() -> ProtocolError:
+    """What is wrong with a RegionTicket in place of a response."""
+    return ProtocolError("an answer of the stream holds a region_ticket, which its request did not ask for")
 
 
 def timeout_ms(remaining_s: float) -> int:

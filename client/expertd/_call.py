@@ -9,10 +9,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from expertd._combine import combine, combine_rows
 from expertd._dispatch import Dispatch, Job
 from expertd._plan import PreparedRequest, timing_of
-from expertd._split import NO_SHARD, AnyArray, Ints, Part, combine, combine_rows, owners, split
+from expertd._split import NO_SHARD, AnyArray, Ints, Part, owners, split
 from expertd._wire import Encoded, encode_forward_request
+from expertd._wire_read import Response
 from expertd.errors import InvalidRequestError, ProtocolError
 from expertd.group_types import GroupResult, PartReport
 from expertd.routing import route
@@ -62,7 +64,7 @@ class Call:
         wants_bfloat16 = request.output_dtype in (pb.DATA_TYPE_UNSPECIFIED, pb.DATA_TYPE_BFLOAT16)
         is_bfloat16 = wants_bfloat16 if partial_dtype == "auto" else partial_dtype == "bfloat16"
         self._partial_dtype = pb.DATA_TYPE_BFLOAT16 if is_bfloat16 else pb.DATA_TYPE_FLOAT32
-        self._answers: list[pb.ForwardResponse | None] = [None] * len(self.parts)
+        self._answers: list[Response | None] = [None] * len(self.parts)
         self._arrays: list[tuple[AnyArray, ...]] = [()] * len(self.parts)
         self.sent_bytes = 0
 
@@ -81,7 +83,7 @@ class Call:
         self.sent_bytes += encoded.nbytes
         return encoded
 
-    def accept(self, index: int, response: pb.ForwardResponse) -> None:
+    def accept(self, index: int, response: Response) -> None:
         """Take the answer to part number `index`. Raises ProtocolError when it does not fit what was asked."""
         if response.weights_version != self.weights_version:
             raise ProtocolError(
@@ -108,7 +110,7 @@ class Call:
         answered = [index for index, answer in enumerate(self._answers) if answer is not None]
         output = gemm2_output = permuted_idx = None
         if request.do_finalize:
-            partials = [(self.parts[index].rows, self._arrays[index][0]) for index in answered]
+            partials = [(self.parts[index].runs, self._arrays[index][0]) for index in answered]
             output = combine(
                 request.num_tokens, self._layer.hidden_size, partials, _OUTPUT_DTYPES[request.output_dtype]
             )
@@ -194,7 +196,7 @@ def _routing(request: PreparedRequest, layer: LayerInfo) -> tuple[Ints, AnyArray
     return ids, weights.astype(ml_dtypes.bfloat16, copy=False)
 
 
-def _tensor(field: str, response: pb.ForwardResponse, dtype: int, shape: tuple[int | None, ...]) -> AnyArray:
+def _tensor(field: str, response: Response, dtype: int, shape: tuple[int | None, ...]) -> AnyArray:
     tensor = from_message(field, getattr(response, field))
     fits = len(tensor.shape) == len(shape) and all(
         want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)

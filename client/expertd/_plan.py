@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from expertd._wire import Encoded, encode_forward_request
+from expertd._wire_read import Response
 from expertd.errors import InvalidRequestError, ProtocolError
 from expertd.tensors import ArrayKind, WireTensor, dtype_to_wire, from_message, join_rows, to_caller, to_wire
 from expertd.types import ForwardRequest, ForwardResult, LayerInfo, Timing
@@ -106,7 +107,7 @@ class Plan:
         self.request = request
         starts = range(0, request.num_tokens, max_rows) or (0,)  # an empty request is one empty part
         self._bounds = [(start, min(start + max_rows, request.num_tokens)) for start in starts]
-        self._answers: list[pb.ForwardResponse | None] = [None] * len(self._bounds)
+        self._answers: list[Response | None] = [None] * len(self._bounds)
         self._weights_version = request.weights_version
 
     def unanswered(self) -> dict[int, Part]:
@@ -128,7 +129,7 @@ class Plan:
             if answer is None
         }
 
-    def answer(self, index: int, response: pb.ForwardResponse) -> None:
+    def answer(self, index: int, response: Response) -> None:
         """Take the answer to a part. Raises ProtocolError when it is not the version of the weights that was asked."""
         if self._weights_version not in (0, response.weights_version):
             raise ProtocolError(
@@ -176,9 +177,7 @@ class Plan:
             timings=tuple(timing_of(answer.timing) for answer in answers),
         )
 
-    def _joined(
-        self, field: str, answers: Sequence[pb.ForwardResponse], expected: tuple[int | None, ...]
-    ) -> WireTensor:
+    def _joined(self, field: str, answers: Sequence[Response], expected: tuple[int | None, ...]) -> WireTensor:
         tensor = join_rows(field, [from_message(field, getattr(answer, field)) for answer in answers])
         fits = len(tensor.shape) == len(expected) and all(
             want in (None, have) for want, have in zip(expected, tensor.shape, strict=True)
@@ -187,9 +186,7 @@ class Plan:
             raise ProtocolError(f"{field} of the answer has shape {tensor.shape}, expected {expected}")
         return tensor
 
-    def _joined_rows(
-        self, answers: Sequence[pb.ForwardResponse], topk_ids: WireTensor | None
-    ) -> tuple[WireTensor, WireTensor]:
+    def _joined_rows(self, answers: Sequence[Response], topk_ids: WireTensor | None) -> tuple[WireTensor, WireTensor]:
         """gemm2_output and expanded_idx_to_permuted_idx of all parts.
 
         Each part has its own rows, grouped by expert and padded as the server likes. Joined, the rows are grouped

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeAlias
 
 import grpc
 
+from expertd._arena import Piece
 from expertd._base import (
     CLOSED_IN_FLIGHT,
     FORWARD,
@@ -22,10 +23,12 @@ from expertd._base import (
     Metadata,
     NewMetadata,
     Outcome,
-    parse,
     stream_outcome,
     timeout_ms,
+    unary_outcome,
+    unasked_ticket,
 )
+from expertd._shm import StreamMemory, WantedMemory
 from expertd._wire import Encoded, encode_stream_request
 from expertd.errors import (
     ClosedError,
@@ -100,12 +103,22 @@ class Slots:
 
 
 class StreamTransport:
-    """One ForwardStream on each channel, opened when needed and again when it broke."""
+    """One ForwardStream on each channel, opened when needed and again when it broke.
 
-    def __init__(self, channels: list[grpc.Channel], slots: Slots, new_metadata: NewMetadata) -> None:
+    wanted_memory: to share on each stream; None: none.
+    """
+
+    def __init__(
+        self,
+        channels: list[grpc.Channel],
+        slots: Slots,
+        new_metadata: NewMetadata,
+        wanted_memory: WantedMemory | None = None,
+    ) -> None:
         self._methods = [channel.stream_stream(FORWARD_STREAM, None, None) for channel in channels]
         self._slots = slots
         self._new_metadata = new_metadata
+        self._wanted_memory = wanted_memory
         self._lock = threading.Lock()
         self._streams: list[_Stream | None] = [None] * len(channels)
         self._retiring: list[_Stream] = []
@@ -117,6 +130,11 @@ class StreamTransport:
         try:
             while True:
                 stream = self._least_loaded()
+                failure = stream.await_memory(deadline)
+                if failure is not None:
+                    self._slots.release()
+                    on_done(failure)
+                    return _OverTicket()
                 ticket = stream.send(body, timeout_ms(deadline - time.monotonic()), on_done)
                 if ticket is not None:
                     return ticket
@@ -144,7 +162,9 @@ class StreamTransport:
             if stream is None or not stream.is_open:
                 # A retiring stream still has answers to deliver; a finished one may be forgotten.
                 self._retiring = [old for old in (*self._retiring, stream) if old is not None and old.is_alive]
-                stream = self._streams[index] = _Stream(self._methods[index], self._slots.release, self._new_metadata())
+                stream = self._streams[index] = _Stream(
+                    self._methods[index], self._slots.release, self._new_metadata(), self._wanted_memory
+                )
             return stream
 
 
@@ -156,6 +176,7 @@ class _Stream:
         method: grpc.StreamStreamMultiCallable[bytes, bytes],
         release: Callable[[], None],
         metadata: tuple[Metadata, str | None],
+        wanted_memory: WantedMemory | None,
     ) -> None:
         self._release = release
         headers, self._request_id = metadata
@@ -164,6 +185,17 @@ class _Stream:
         self._to_send: dict[int, bytes] = {}
         self._pending: dict[int, OnDone] = {}
         self._ids = itertools.count(1)
+        self._memory: StreamMemory | None = None
+        self._memory_settled = threading.Event()
+        self._pieces: dict[int, Piece] = {}
+        """Memory of requests that were sent and not answered, abandoned ones too: the server may be at it."""
+        self._end: ExpertdError | None = None
+        if wanted_memory is not None:
+            self._memory = StreamMemory(wanted_memory, next(self._ids))
+            if self._memory.is_settled:
+                self._memory_settled.set()
+            else:
+                self._to_send[self._memory.request_id] = self._memory.opening()
         self._open = True
         self._closing = False
         self._call: Any = method(self._requests(), metadata=headers)
@@ -185,14 +217,36 @@ class _Stream:
         """Requests without an answer."""
         return len(self._pending)
 
+    def await_memory(self, deadline: float) -> ExpertdError | None:
+        """Return when requests may be sent: at once, unless they may go through shared memory alone.
+
+        Returns what ended the stream meanwhile, if anything. Raises SharedMemoryError, and TimeoutError.
+        """
+        memory = self._memory
+        if memory is None or not memory.is_required:
+            return None
+        if not self._memory_settled.wait(deadline - time.monotonic()):
+            raise TimeoutError("the server had not taken the shared memory by the deadline")
+        if self._end is not None:
+            return copy.copy(self._end)
+        memory.check()
+        return None
+
     def send(self, body: Encoded, timeout_ms: int, on_done: OnDone) -> Ticket | None:
         """Queue a request; None when the stream takes no more. The queue is bounded by the places (Slots)."""
         request_id = next(self._ids)
         # Encoding copies the tensors: not under the lock, where it would hold up the reader.
-        message = encode_stream_request(request_id, body, timeout_ms)
+        memory, piece = self._memory, None
+        placed = None if memory is None else memory.place(request_id, body, timeout_ms)
+        if placed is None:
+            message = encode_stream_request(request_id, body, timeout_ms)
+        else:
+            message, piece = placed
         with self._lock:
             if not self._open:
                 return None
+            if piece is not None:
+                self._pieces[request_id] = piece
             self._pending[request_id] = on_done
             self._to_send[request_id] = message
             self._sendable.notify()
@@ -203,7 +257,8 @@ class _Stream:
         with self._lock:
             if self._pending.pop(request_id, None) is None:
                 return
-            self._to_send.pop(request_id, None)
+            if self._to_send.pop(request_id, None) is not None:
+                self._pieces.pop(request_id, None)
             self._end_if_idle()
         self._release()
 
@@ -239,7 +294,7 @@ class _Stream:
         end: ExpertdError = UnavailableError("the server ended the stream")
         try:
             for data in self._call:
-                self._deliver(parse(pb.ForwardStreamResponse.FromString, data))
+                self._deliver(*stream_outcome(data, self._request_id))
         except grpc.RpcError:
             end = error_from_rpc(self._call, request_id=self._request_id)
         except ProtocolError as error:
@@ -253,22 +308,46 @@ class _Stream:
             self._open = False
             pending, self._pending = self._pending, {}
             self._to_send.clear()
+            self._pieces.clear()
+            self._end = failure
+            self._memory = None
+            self._memory_settled.set()
             self._sendable.notify()
         for on_done in pending.values():
             self._release()
             on_done(copy.copy(failure))  # an exception carries the traceback of the one caller that raises it
 
-    def _deliver(self, message: pb.ForwardStreamResponse) -> None:
-        outcome = stream_outcome(message, self._request_id)
+    def _deliver(self, number: int, outcome: Outcome | pb.RegionTicket) -> None:
+        memory = self._memory
+        if memory is not None and number == memory.request_id:
+            # Not here: it may take its time, and answers must not wait for it.
+            threading.Thread(target=self._share, args=(memory, outcome), name="expertd-region", daemon=True).start()
+            return
+        if isinstance(outcome, pb.RegionTicket):
+            outcome = unasked_ticket()
         with self._lock:
-            on_done = self._pending.pop(message.id, None)
+            piece = self._pieces.pop(number, None)
+            on_done = self._pending.pop(number, None)
             if isinstance(outcome, UnavailableError):
                 # This server starts or drains: new requests go on a new stream, which may reach another one.
                 self._open = False
             self._end_if_idle()
         if on_done is not None:  # None: abandoned
+            if memory is not None and piece is not None and isinstance(outcome, pb.ForwardResponse):
+                outcome = memory.response(outcome, piece)
             self._release()
             on_done(outcome)
+
+    def _share(self, memory: StreamMemory, answer: Outcome | pb.RegionTicket) -> None:
+        memory.take(answer)
+        self._memory_settled.set()
+
+
+class _OverTicket:
+    __slots__ = ()
+
+    def abandon(self) -> None:
+        """See Ticket."""
 
 
 class _StreamTicket:
@@ -331,7 +410,7 @@ class UnaryTransport:
     def _outcome(self, call: Any, request_id: str | None) -> Outcome:
         if call.code() is grpc.StatusCode.OK:
             try:
-                return parse(pb.ForwardResponse.FromString, call.result())
+                return unary_outcome(call.result())
             except ProtocolError as error:
                 return error
         if self._closed:

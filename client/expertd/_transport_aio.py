@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import grpc
 
+from expertd._arena import Piece
 from expertd._base import (
     CLOSED_IN_FLIGHT,
     FORWARD,
@@ -17,10 +18,12 @@ from expertd._base import (
     Metadata,
     NewMetadata,
     Outcome,
-    parse,
     stream_outcome,
     timeout_ms,
+    unary_outcome,
+    unasked_ticket,
 )
+from expertd._shm import StreamMemory, WantedMemory
 from expertd._wire import Encoded, encode_stream_request
 from expertd.errors import (
     ClosedError,
@@ -47,11 +50,20 @@ class AsyncTransport(Protocol):
 
 
 class AsyncStreamTransport:
-    """One ForwardStream on each channel, opened when needed and again when it broke."""
+    """One ForwardStream on each channel, opened when needed and again when it broke.
 
-    def __init__(self, channels: Sequence[grpc.aio.Channel], new_metadata: NewMetadata) -> None:
+    wanted_memory: to share on each stream; None: none.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[grpc.aio.Channel],
+        new_metadata: NewMetadata,
+        wanted_memory: WantedMemory | None = None,
+    ) -> None:
         self._methods = [channel.stream_stream(FORWARD_STREAM, None, None) for channel in channels]
         self._new_metadata = new_metadata
+        self._wanted_memory = wanted_memory
         self._streams: list[_Stream | None] = [None] * len(channels)
         self._retiring: list[_Stream] = []
         self._closed = False
@@ -66,7 +78,7 @@ class AsyncStreamTransport:
         if stream is None or not stream.is_open:
             # A retiring stream still has answers to deliver; a finished one may be forgotten.
             self._retiring = [old for old in (*self._retiring, stream) if old is not None and old.is_alive]
-            stream = self._streams[index] = _Stream(self._methods[index], self._new_metadata())
+            stream = self._streams[index] = _Stream(self._methods[index], self._new_metadata(), self._wanted_memory)
         return await stream.forward(body, deadline)
 
     async def close(self) -> None:
@@ -83,12 +95,25 @@ class _Stream:
     Sending has its own task because gRPC cancels the whole stream when a task is cancelled inside write().
     """
 
-    def __init__(self, method: Any, metadata: tuple[Metadata, str | None]) -> None:
+    def __init__(self, method: Any, metadata: tuple[Metadata, str | None], wanted_memory: WantedMemory | None) -> None:
         headers, self._request_id = metadata
         self._to_send: dict[int, bytes] = {}
         self._wake_sender = asyncio.Event()
         self._pending: dict[int, asyncio.Future[Outcome]] = {}
         self._ids = itertools.count(1)
+        self._memory: StreamMemory | None = None
+        self._memory_settled = asyncio.Event()
+        self._sharing: asyncio.Task[None] | None = None
+        self._pieces: dict[int, Piece] = {}
+        """Memory of requests that were sent and not answered, abandoned ones too: the server may be at it."""
+        self._end: ExpertdError | None = None
+        if wanted_memory is not None:
+            self._memory = StreamMemory(wanted_memory, next(self._ids))
+            if self._memory.is_settled:
+                self._memory_settled.set()
+            else:
+                self._to_send[self._memory.request_id] = self._memory.opening()
+                self._wake_sender.set()
         self._open = True
         self._closing = False
         self._call = method(metadata=headers)
@@ -113,16 +138,29 @@ class _Stream:
     async def forward(self, body: Encoded, deadline: float) -> Outcome:
         """Send a request and wait for its answer. What waits to be sent is bounded by the places of the client."""
         loop = asyncio.get_running_loop()
+        if self._memory is not None and self._memory.is_required:
+            await self._memory_settled.wait()
+            if self._memory is not None:
+                self._memory.check()
+        if self._end is not None:
+            return copy.copy(self._end)
         request_id = next(self._ids)
         answer: asyncio.Future[Outcome] = loop.create_future()
-        self._to_send[request_id] = encode_stream_request(request_id, body, timeout_ms(deadline - loop.time()))
+        left_ms = timeout_ms(deadline - loop.time())
+        placed = None if self._memory is None else self._memory.place(request_id, body, left_ms)
+        if placed is None:
+            self._to_send[request_id] = encode_stream_request(request_id, body, left_ms)
+        else:
+            self._to_send[request_id], self._pieces[request_id] = placed
+            del placed
         self._pending[request_id] = answer
         self._wake_sender.set()
         try:
             return await answer
         finally:
             self._pending.pop(request_id, None)
-            self._to_send.pop(request_id, None)
+            if self._to_send.pop(request_id, None) is not None:
+                self._pieces.pop(request_id, None)
             if not self._open and not self._pending:
                 self._wake_sender.set()  # nothing is left to send: it ends the call's sending side
 
@@ -132,7 +170,8 @@ class _Stream:
         self._closing = True
         self._call.cancel()
         self._wake_sender.set()
-        await asyncio.gather(self._reader, self._sender, return_exceptions=True)
+        tasks = [task for task in (self._reader, self._sender, self._sharing) if task is not None]
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _send(self) -> None:
         try:
@@ -152,7 +191,7 @@ class _Stream:
         end: ExpertdError = UnavailableError("the server ended the stream")
         try:
             while isinstance(data := await self._call.read(), bytes):  # and not grpc.aio.EOF
-                self._deliver(parse(pb.ForwardStreamResponse.FromString, data))
+                self._deliver(*stream_outcome(data, self._request_id))
             if await self._call.code() is not grpc.StatusCode.OK:
                 end = await error_from_aio(self._call, self._request_id)
         except grpc.RpcError:
@@ -165,21 +204,37 @@ class _Stream:
         finally:
             self._open = False
             self._to_send.clear()
+            self._pieces.clear()
+            self._memory = None
             failure = ClosedError(CLOSED_IN_FLIGHT) if self._closing else stream_broken(end)
             for answer in self._pending.values():
                 if not answer.done():
                     answer.set_result(copy.copy(failure))
             self._pending.clear()
+            self._end = failure
+            self._memory_settled.set()
             self._wake_sender.set()
 
-    def _deliver(self, message: pb.ForwardStreamResponse) -> None:
-        outcome = stream_outcome(message, self._request_id)
+    def _deliver(self, number: int, outcome: Outcome | pb.RegionTicket) -> None:
+        memory = self._memory
+        if memory is not None and number == memory.request_id:
+            self._sharing = asyncio.create_task(self._share(memory, outcome), name="expertd-region")
+            return
+        if isinstance(outcome, pb.RegionTicket):
+            outcome = unasked_ticket()
+        piece = self._pieces.pop(number, None)
         if isinstance(outcome, UnavailableError):
             # This server starts or drains: new requests go on a new stream, which may reach another one.
             self._open = False
-        answer = self._pending.get(message.id)
+        answer = self._pending.get(number)
         if answer is not None and not answer.done():  # otherwise the caller has left
+            if memory is not None and piece is not None and isinstance(outcome, pb.ForwardResponse):
+                outcome = memory.response(outcome, piece)
             answer.set_result(outcome)
+
+    async def _share(self, memory: StreamMemory, answer: Outcome | pb.RegionTicket) -> None:
+        await asyncio.to_thread(memory.take, answer)
+        self._memory_settled.set()
 
 
 class AsyncUnaryTransport:
@@ -200,7 +255,7 @@ class AsyncUnaryTransport:
         call: Any = next(self._methods)(body.to_bytes(), timeout=timeout_s, metadata=metadata)
         self._calls.add(call)
         try:
-            return parse(pb.ForwardResponse.FromString, await call)
+            return unary_outcome(await call)
         except grpc.RpcError:
             return await error_from_aio(call, request_id)
         except ProtocolError as error:

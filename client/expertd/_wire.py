@@ -7,16 +7,18 @@ protobuf itself would write; a property test holds the two together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from expertd.tensors import WireTensor
+from expertd.tensors import WireRows, WireTensor
 
-__all__ = ["Encoded", "encode_forward_request", "encode_stream_request"]
+__all__ = ["Encoded", "encode_forward_request", "encode_placed_request", "encode_stream_request"]
 
 Chunk = bytes | memoryview
 
 _VARINT, _LENGTH = 0, 2  # wire types
+_FLOAT32 = 1  # DATA_TYPE_FLOAT32
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,14 @@ class Encoded:
 
     chunks: tuple[Chunk, ...]
     nbytes: int
+    head: bytes
+    """The fields before the tensors."""
+    tensors: tuple[tuple[int, WireTensor | WireRows], ...]
+    """The tensors with their field numbers."""
+    tail: bytes
+    """The fields after them."""
+    answer_nbytes: int
+    """Bytes of the answer's output; 0 where the sum is not asked for, and nobody knows how much there will be."""
 
     def to_bytes(self) -> bytes:
         """The message, with one copy of each piece."""
@@ -33,7 +43,7 @@ class Encoded:
 
 def encode_forward_request(
     layer: str,
-    hidden_states: WireTensor,
+    hidden_states: WireTensor | WireRows,
     *,
     routing_logits: WireTensor | None = None,
     topk_ids: WireTensor | None = None,
@@ -44,17 +54,18 @@ def encode_forward_request(
     weights_version: int = 0,
 ) -> Encoded:
     """A ForwardRequest. Defaults are left out, as protobuf does: do_finalize is written only when it is False."""
-    chunks: list[Chunk] = []
-    if layer:
-        chunks.append(_delimited(1, layer.encode()))
-    for number, tensor in ((2, hidden_states), (3, routing_logits), (4, topk_ids), (5, topk_weights)):
-        if tensor is not None:
-            chunks += _tensor(number, tensor)
+    head = _delimited(1, layer.encode()) if layer else b""
+    fields = ((2, hidden_states), (3, routing_logits), (4, topk_ids), (5, topk_weights))
+    tensors = tuple((number, tensor) for number, tensor in fields if tensor is not None)
     options = _uint(1, output_dtype) + (b"" if do_finalize else b"\x10\x00") + _uint(3, return_routing)
-    if options:
-        chunks.append(_delimited(6, options))
-    chunks.append(_uint(7, weights_version))
-    return Encoded(tuple(chunks), _nbytes(chunks))
+    tail = (_delimited(6, options) if options else b"") + _uint(7, weights_version)
+    chunks: list[Chunk] = [head]
+    for number, tensor in tensors:
+        chunks += _tensor(number, tensor)
+    chunks.append(tail)
+    itemsize = 4 if output_dtype == _FLOAT32 else 2
+    answer_nbytes = math.prod(hidden_states.shape) * itemsize if do_finalize else 0
+    return Encoded(tuple(chunks), _nbytes(chunks), head, tensors, tail, answer_nbytes)
 
 
 def encode_stream_request(request_id: int, request: Encoded, timeout_ms: int) -> bytes:
@@ -63,13 +74,34 @@ def encode_stream_request(request_id: int, request: Encoded, timeout_ms: int) ->
     return b"".join((head, *request.chunks, _uint(3, timeout_ms)))
 
 
-def _tensor(number: int, tensor: WireTensor) -> list[Chunk]:
+def encode_placed_request(
+    request_id: int,
+    request: Encoded,
+    slices: Sequence[tuple[int, int, int]],
+    answer_slice: tuple[int, int, int],
+    timeout_ms: int,
+) -> bytes:
+    """A ForwardStreamRequest whose tensors lie in a region. slices, answer_slice: the fields of each RegionSlice."""
+    parts = [request.head]
+    for (number, tensor), where in zip(request.tensors, slices, strict=True):
+        shape = b"".join(_varint(extent) for extent in tensor.shape)
+        parts.append(_delimited(number, _uint(1, tensor.dtype) + _delimited(2, shape) + _delimited(4, _slice(where))))
+    parts += (request.tail, _delimited(8, _slice(answer_slice)))
+    return _uint(1, request_id) + _delimited(2, b"".join(parts)) + _uint(3, timeout_ms)
+
+
+def _slice(where: tuple[int, int, int]) -> bytes:
+    return b"".join(_uint(number, value) for number, value in enumerate(where, start=1))
+
+
+def _tensor(number: int, tensor: WireTensor | WireRows) -> list[Chunk]:
     shape = b"".join(_varint(extent) for extent in tensor.shape)
     head = _uint(1, tensor.dtype) + (_delimited(2, shape) if shape else b"")
-    data = tensor.data.data
-    if data.nbytes:
-        head += _key(3, _LENGTH) + _varint(data.nbytes)
-    return [_key(number, _LENGTH) + _varint(len(head) + data.nbytes) + head, data]
+    pieces = tensor.pieces
+    nbytes = sum(piece.nbytes for piece in pieces)
+    if nbytes:
+        head += _key(3, _LENGTH) + _varint(nbytes)
+    return [_key(number, _LENGTH) + _varint(len(head) + nbytes) + head, *pieces]
 
 
 def _delimited(number: int, payload: bytes) -> bytes:

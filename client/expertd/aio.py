@@ -307,8 +307,11 @@ class AsyncClient(BaseClient):
                 else grpc.aio.secure_channel(config.target, self._credentials, channel_options(config, index))
                 for index in range(config.num_channels)
             ]
-            kind = AsyncStreamTransport if config.transport == "stream" else AsyncUnaryTransport
-            self._transport = kind(self._channels, self._metadata)
+            self._transport = (
+                AsyncUnaryTransport(self._channels, self._metadata)
+                if config.transport == "unary"
+                else AsyncStreamTransport(self._channels, self._metadata, self._wanted_memory)
+            )
         return self._transport
 
     async def _pause(self, delay_s: float) -> None:

@@ -75,8 +75,11 @@ class Client(BaseClient):
             for index in range(self.config.num_channels)
         ]
         self._slots = Slots(self.config.max_in_flight)
-        kind = StreamTransport if self.config.transport == "stream" else UnaryTransport
-        self._transport: Transport = kind(self._channels, self._slots, self._metadata)
+        self._transport: Transport = (
+            UnaryTransport(self._channels, self._slots, self._metadata)
+            if self.config.transport == "unary"
+            else StreamTransport(self._channels, self._slots, self._metadata, self._wanted_memory)
+        )
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._pipelines: set[_Pipeline] = set()

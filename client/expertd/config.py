@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from expertd._arena import MIN_ARENA_BYTES
 from expertd.errors import ConfigError
 
 __all__ = ["ClientConfig", "RetryPolicy"]
@@ -79,8 +80,14 @@ class ClientConfig:
     """Deadline of a call that gives none, retries included."""
     retry: RetryPolicy = RetryPolicy()
     """When and how often to try again."""
-    transport: Literal["stream", "unary"] = "stream"
-    """How Forward travels: on open bidirectional streams (fast) or as one call for each request."""
+    transport: Literal["auto", "grpc", "shm", "stream", "unary"] = "auto"
+    """How Forward travels. "auto": on open bidirectional streams, its tensors through memory that is shared with the
+    server where that runs on this machine and takes it, else as bytes. "grpc" (also "stream"): on streams, always as
+    bytes. "shm": as auto, but fail with SharedMemoryError where no memory can be shared. "unary": as one call for each
+    request."""
+    shared_memory_bytes: int = 256 * 1024 * 1024
+    """Most memory to share with the server on each stream; the server may take less. Pages are taken when first needed,
+    and kept as long as the stream is open; a request that finds no room goes as bytes."""
     num_channels: int = 1
     """Connections, with one stream each. More than one spreads a busy client over several server processes."""
     max_in_flight: int = 32
@@ -106,13 +113,14 @@ class ClientConfig:
         for key, _ in self.metadata:
             if not key or key != key.lower() or key.startswith("grpc-"):
                 raise ConfigError(f"metadata key {key!r} cannot be sent, expected lower case and no 'grpc-' prefix")
-        if self.transport not in ("stream", "unary"):
-            raise ConfigError(f"transport is {self.transport!r}, expected 'stream' or 'unary'")
+        if self.transport not in ("auto", "grpc", "shm", "stream", "unary"):
+            raise ConfigError(f"transport is {self.transport!r}, expected 'auto', 'grpc', 'shm' or 'unary'")
         for name in ("timeout_s", "keepalive_time_s", "keepalive_timeout_s"):
             _positive(name, getattr(self, name))
         _at_least("num_channels", self.num_channels, 1)
         _at_least("max_in_flight", self.max_in_flight, 1)
         _at_least("max_message_bytes", self.max_message_bytes, 64 * 1024)
+        _at_least("shared_memory_bytes", self.shared_memory_bytes, MIN_ARENA_BYTES)
 
     @property
     def uses_tls(self) -> bool:

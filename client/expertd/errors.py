@@ -13,6 +13,7 @@ ExpertdError
 ├── TimeoutError             the deadline passed (also the built-in TimeoutError)
 ├── CancelledError           the request was cancelled
 │   └── ClosedError          this client was closed
+├── SharedMemoryError        the server is on another machine, or refuses: the message says why; use transport="auto"
 ├── ServerError              the server failed; its log says why
 ├── TopologyError            fix what the servers of a group hold, or its topology file: the message names both
 ├── ProtocolError            the two sides do not speak the same protocol: compare their versions
@@ -50,6 +51,7 @@ __all__ = [
     "OverloadedError",
     "ProtocolError",
     "ServerError",
+    "SharedMemoryError",
     "TimeoutError",
     "TopologyError",
     "UnavailableError",
@@ -178,6 +180,13 @@ class ClosedError(CancelledError):
     """The client is closed; what was in flight is lost."""
 
     reason = "CLIENT_CLOSED"
+
+
+class SharedMemoryError(ExpertdError):
+    """transport="shm" was asked for, and no memory can be shared with this server: the message says why."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "NO_SHARED_MEMORY"
 
 
 class ServerError(ExpertdError):

@@ -12,10 +12,20 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from expertd._wire_read import AnswerTensor
 from expertd.errors import InvalidRequestError, ProtocolError
 from expertd.v1 import expertd_pb2 as pb
 
-__all__ = ["ArrayKind", "WireTensor", "dtype_to_wire", "from_message", "join_rows", "to_caller", "to_wire"]
+__all__ = [
+    "ArrayKind",
+    "WireRows",
+    "WireTensor",
+    "dtype_to_wire",
+    "from_message",
+    "join_rows",
+    "to_caller",
+    "to_wire",
+]
 
 _NUMPY_DTYPES: dict[int, np.dtype[Any]] = {
     pb.DATA_TYPE_FLOAT32: np.dtype("<f4"),
@@ -48,6 +58,11 @@ class WireTensor:
         """Bytes of one row, all dimensions but the first."""
         return math.prod(self.shape[1:]) * _NUMPY_DTYPES[self.dtype].itemsize
 
+    @property
+    def pieces(self) -> tuple[memoryview, ...]:
+        """The bytes, as WireRows has them."""
+        return (self.data.data,)
+
     def rows(self, start: int, stop: int) -> WireTensor:
         """Rows start ... stop - 1, without a copy."""
         data = self.data[start * self.row_nbytes : stop * self.row_nbytes]
@@ -56,6 +71,21 @@ class WireTensor:
     def numpy(self) -> np.ndarray[Any, Any]:
         """As an array of its dtype and shape, without a copy."""
         return self.data.view(_NUMPY_DTYPES[self.dtype]).reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class WireRows:
+    """Some rows of a tensor, in pieces that lie in its memory: the message that they go into is the first copy."""
+
+    dtype: int
+    """A pb.DataType."""
+    shape: tuple[int, ...]
+    pieces: tuple[memoryview, ...]
+    """The bytes, one piece after the other."""
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """As an array of its dtype and shape: a copy."""
+        return np.frombuffer(b"".join(self.pieces), _NUMPY_DTYPES[self.dtype]).reshape(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +130,8 @@ def to_caller(tensor: WireTensor, kind: ArrayKind) -> Any:
     return torch.from_numpy(data).view(dtype).reshape(tensor.shape).to(kind.torch_device)
 
 
-def from_message(field: str, message: pb.Tensor) -> WireTensor:
-    """The tensor of an answer, without a copy of the message's bytes.
+def from_message(field: str, message: pb.Tensor | AnswerTensor) -> WireTensor:
+    """The tensor of an answer: a view of the received bytes where they lie as the dtype wants, otherwise a copy.
 
     Raises ProtocolError naming `field` when dtype, shape and byte count do not belong together.
     """
@@ -111,6 +141,8 @@ def from_message(field: str, message: pb.Tensor) -> WireTensor:
     if dtype is None or data.nbytes != math.prod(shape) * dtype.itemsize:
         name = _NAMES.get(message.dtype, f"dtype {message.dtype}")
         raise ProtocolError(f"{field} of the answer holds {data.nbytes} bytes, which is not {name} of shape {shape}")
+    if data.__array_interface__["data"][0] % dtype.itemsize:
+        data = data.copy()  # numpy reads elements at odd addresses, but much slower, and few others do at all
     return WireTensor(message.dtype, shape, data)
 
 

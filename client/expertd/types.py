@@ -85,6 +85,8 @@ class ServerInfo:
     """True once the server has begun to stop."""
     instance_id: str
     """Random for each start of the server."""
+    max_region_bytes: int = 0
+    """Most bytes of memory that it shares with one stream of a client on its machine; 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)

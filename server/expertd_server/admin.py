@@ -26,7 +26,9 @@ from expertd_server.errors import (
     UnavailableError,
     VersionConflictError,
 )
+from expertd_server.interceptor import guarded
 from expertd_server.layer import MoELayer
+from expertd_server.metrics import Metrics
 from expertd_server.sources import Source, source_of
 from expertd_server.store import LayerStore
 from expertd_server.types import LayerSpec
@@ -37,6 +39,14 @@ __all__ = ["ADMIN_SERVICE_NAME", "AdminService", "not_here_handler"]
 log = logging.getLogger(__name__)
 
 ADMIN_SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["AdminService"].full_name
+
+_REQUESTS: Final[dict[str, Any]] = {
+    "LoadLayer": pb.LoadLayerRequest,
+    "SwapWeights": pb.SwapWeightsRequest,
+    "UnloadLayer": pb.UnloadLayerRequest,
+    "Drain": pb.DrainRequest,
+}
+"""By method, in the order of `_handler`."""
 
 # What a caller is told who comes while another one's order of the same kind runs.
 _BUSY_RETRY_DELAY_S = 1.0
@@ -229,17 +239,17 @@ class _Progress:
             log.info("loading %s: %.1f of %.1f MB", self._what, self._done_bytes / 1e6, self._total_bytes / 1e6)
 
 
-def not_here_handler(config: Config) -> grpc.GenericRpcHandler[Any, Any]:
-    """What the data port answers to every method."""
+def not_here_handler(config: Config, metrics: Metrics) -> grpc.GenericRpcHandler[Any, Any]:
+    """What the data port, which runs in an event loop, answers to every method."""
     if config.admin:
         message = f"AdminService is answered on {config.admin_host}:{config.admin_port} (admin_host, admin_port) only"
     else:
         message = "AdminService is off; start the server with --admin (EXPERTD_ADMIN=on)"
 
-    def refuse(_request: object, _context: grpc.ServicerContext) -> NoReturn:
+    async def refuse(_request: object, _context: object) -> NoReturn:
         raise AdminNotHereError(message)
 
-    return _handler(refuse, refuse, refuse, refuse)
+    return _handler(*(guarded(method, refuse, metrics) for method in _REQUESTS))
 
 
 def _handler(
@@ -248,12 +258,7 @@ def _handler(
     unload_layer: Callable[..., Any],
     drain: Callable[..., Any],
 ) -> grpc.GenericRpcHandler[Any, Any]:
-    methods: dict[str, tuple[Callable[..., Any], Any]] = {
-        "LoadLayer": (load_layer, pb.LoadLayerRequest),
-        "SwapWeights": (swap_weights, pb.SwapWeightsRequest),
-        "UnloadLayer": (unload_layer, pb.UnloadLayerRequest),
-        "Drain": (drain, pb.DrainRequest),
-    }
+    behaviours = (load_layer, swap_weights, unload_layer, drain)
     return grpc.method_handlers_generic_handler(
         ADMIN_SERVICE_NAME,
         {
@@ -262,7 +267,7 @@ def _handler(
                 request_deserializer=request.FromString,
                 response_serializer=lambda message: message.SerializeToString(),
             )
-            for name, (behaviour, request) in methods.items()
+            for (name, request), behaviour in zip(_REQUESTS.items(), behaviours, strict=True)
         },
     )
 

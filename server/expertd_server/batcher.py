@@ -14,14 +14,13 @@ import logging
 import threading
 import time
 import traceback
-import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from expertd_server.errors import ExpertdServerError, OverloadedError, RequestTimeoutError, UnavailableError
+from expertd_server.promise import Promise
 
 __all__ = ["Batch", "Batcher", "Entry", "Limits", "Running"]
 
@@ -55,19 +54,47 @@ class Limits:
     """Batches that are launched and not computed yet."""
 
 
-@dataclass(eq=False)  # NOTE: no slots: some Pythons (3.12.3) lose weakref_slot in a generic class
-class Entry(Generic[P, R]):
-    """One admitted request."""
+class Entry(Promise[R], Generic[P, R]):
+    """One admitted request, and the promise of its result.
 
-    sequence: int
-    key: Hashable
-    payload: P
-    num_tokens: int
-    admitted_s: float
-    deadline_s: float | None
-    queued_s: float = 0.0
-    """From admission to the start of its batch; set when the batch is taken."""
-    future: Future[R] = field(default_factory=Future)
+    Cancelling it takes a waiting request out of the queue; a running one is not stopped.
+    """
+
+    __slots__ = ("_forget", "_payload", "admitted_s", "deadline_s", "key", "num_tokens", "queued_s", "sequence")
+
+    def __init__(  # noqa: PLR0917 (made for every request, and keywords take time)
+        self,
+        sequence: int,
+        key: Hashable,
+        payload: P,
+        num_tokens: int,
+        admitted_s: float,
+        deadline_s: float | None,
+        forget: Callable[[Entry[P, R]], None],
+    ) -> None:
+        super().__init__()
+        self.sequence = sequence
+        self.key = key
+        self._payload: P | None = payload
+        self.num_tokens = num_tokens
+        self.admitted_s = admitted_s
+        self.deadline_s = deadline_s
+        self.queued_s = 0.0
+        """From admission to the start of its batch; set when the batch is taken."""
+        self._forget = forget
+
+    @property
+    def payload(self) -> P:
+        """What is to be computed; until it is over."""
+        assert self._payload is not None, "this request is over"
+        return self._payload
+
+    def _tell(self) -> None:
+        # Whoever keeps the promise keeps the result alone, not the request's tensors and its layer.
+        self._payload = None
+        if self.cancelled():
+            self._forget(self)
+        super()._tell()
 
 
 @dataclass(frozen=True)
@@ -91,7 +118,7 @@ class Running(Protocol[R_co]):
         ...
 
     def results(self) -> Sequence[R_co]:
-        """One for each entry, in order. Raises what went wrong."""
+        """One for each entry, in order; an exception among them fails its entry alone. Raises what went wrong."""
         ...
 
     def close(self) -> None:
@@ -146,6 +173,8 @@ class Batcher(Generic[P, R]):
         self._draining = False
         self._stopped = False
         self._threads: list[threading.Thread] = []
+        self._soon: Callable[[Callable[[], object]], object] | None = None
+        self._is_called = False
 
     @property
     def queue_tokens(self) -> int:
@@ -157,11 +186,10 @@ class Batcher(Generic[P, R]):
         """Requests that wait."""
         return self._queue_requests
 
-    def submit(self, key: Hashable, payload: P, num_tokens: int, *, deadline_s: float | None = None) -> Future[R]:
+    def submit(self, key: Hashable, payload: P, num_tokens: int, *, deadline_s: float | None = None) -> Entry[P, R]:
         """Admit a request of at most max_batch_tokens tokens, or refuse it at once.
 
-        Cancelling the future takes a waiting request out of the queue; a running one is not stopped. The future fails
-        with RequestTimeoutError when `deadline_s` passes before its batch starts.
+        It fails with RequestTimeoutError when `deadline_s` passes before its batch starts.
         Raises OverloadedError when the queue is full and UnavailableError when the batcher drains.
         """
         if num_tokens > self._limits.max_batch_tokens:
@@ -170,21 +198,35 @@ class Batcher(Generic[P, R]):
             if self._draining:
                 raise UnavailableError("the server is draining and takes no new requests; try another server")
             self._check_room(num_tokens)
-            entry: Entry[P, R] = Entry(self._next_sequence, key, payload, num_tokens, self._clock(), deadline_s)
+            entry: Entry[P, R] = Entry(
+                self._next_sequence, key, payload, num_tokens, self._clock(), deadline_s, self._forget
+            )
             self._next_sequence += 1
-            self._queues.setdefault(key, OrderedDict())[entry.sequence] = entry
+            queue = self._queues.get(key)
+            if queue is None:
+                queue = self._queues[key] = OrderedDict()
+            queue[entry.sequence] = entry
             self._queue_tokens += num_tokens
             self._queue_requests += 1
-            if self._num_in_flight < self._limits.max_in_flight:
-                self._due.notify_all()
-        # NOTE: a weak reference. The future would hold the entry, which holds the future: a request's tensors and its
-        # layer would then live until Python happens to look for cycles.
-        waiting = weakref.ref(entry)
-        entry.future.add_done_callback(lambda future: self._forget(waiting()) if future.cancelled() else None)
-        return entry.future
+            if self._soon is None:
+                if self._num_in_flight < self._limits.max_in_flight:
+                    self._due.notify_all()
+            elif not self._is_called:
+                self._is_called = True
+                self._soon(self._run_due)
+        return entry
 
-    def start(self) -> None:
-        """Start the threads: one that launches and finishes, or one for each where there is more than one in flight."""
+    def start(self, soon: Callable[[Callable[[], object]], object] | None = None) -> None:
+        """Start the threads: one that launches and finishes, or one for each where there is more than one in flight.
+
+        soon: for what computes in no time; instead of a thread, this is asked to call a function that runs what waits,
+        always in the same thread. It must not call it at once. Not together with max_queue_delay_s.
+        """
+        if soon is not None:
+            if self._limits.max_queue_delay_s:
+                raise ValueError("without a thread nobody can wait for company: max_queue_delay_s must be 0")
+            self._soon = soon
+            return
         loops = {"expertd-batcher": self.run_once}
         if self._limits.max_in_flight > 1:
             loops = {"expertd-launcher": self.launch_once, "expertd-finisher": self.finish_once}
@@ -192,6 +234,19 @@ class Batcher(Generic[P, R]):
             thread = threading.Thread(target=self._loop, args=(step,), name=name, daemon=True)
             thread.start()
             self._threads.append(thread)
+
+    def hurry(self) -> None:
+        """Run what waits here and now, where no thread does it; for the thread in which `soon` calls."""
+        if self._soon is not None:
+            self._run_due()
+
+    def _run_due(self) -> None:
+        self._is_called = False
+        try:
+            while self._has_work and not self._stopped:
+                self.run_once()
+        except Exception:  # as in _loop
+            log.exception("the batcher caught an unexpected error and goes on")
 
     def run_once(self, timeout_s: float = 0.0) -> bool:
         """Wait up to timeout_s for a batch to be due, launch it and finish it; False when none was.
@@ -207,7 +262,7 @@ class Batcher(Generic[P, R]):
         """Wait up to timeout_s for a batch to be due and for room in flight, and launch it; False when none was."""
         batch, expired = self._take(timeout_s)
         for entry in expired:
-            _fail(entry.future, _timeout(entry, self._clock()))
+            _fail(entry, _timeout(entry, self._clock()))
         if batch is None:
             return bool(expired)
         launched_s = self._clock()
@@ -226,7 +281,8 @@ class Batcher(Generic[P, R]):
     def finish_once(self, timeout_s: float = 0.0) -> bool:
         """Wait up to timeout_s for a batch to be launched, finish it and serve its waiters; False when none was."""
         with self._launched:
-            self._launched.wait_for(lambda: self._flights or self._is_over, timeout_s)
+            if not self._flights:
+                self._launched.wait_for(lambda: self._flights or self._is_over, timeout_s)
             if not self._flights:
                 return False
             flight = self._flights.popleft()
@@ -243,8 +299,11 @@ class Batcher(Generic[P, R]):
             self._fail_batch(batch, error)
         else:
             for entry, result in zip(batch.entries, results, strict=True):
-                if not entry.future.done():
-                    entry.future.set_result(result)
+                if isinstance(result, Exception):
+                    _clear_frames(result)
+                    _fail(entry, result)
+                elif not entry.done():
+                    entry.set_result(result)
             self._account_served(batch, flight.launched_s)
         finally:
             running.close()
@@ -273,8 +332,8 @@ class Batcher(Generic[P, R]):
             self._account_left_running(again)
             self._due.notify_all()
             self._launched.notify_all()
-        for entry in again + [entry for entry in left if entry.future.set_running_or_notify_cancel()]:
-            _fail(entry.future, _stopped())
+        for entry in again + [entry for entry in left if entry.set_running_or_notify_cancel()]:
+            _fail(entry, _stopped())
         until_s = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, until_s - time.monotonic()))
@@ -314,10 +373,8 @@ class Batcher(Generic[P, R]):
         delay_s = (self._queue_tokens + self._running_tokens) / self._tokens_per_s
         return min(max(delay_s, _MIN_RETRY_DELAY_S), _MAX_RETRY_DELAY_S)
 
-    def _forget(self, entry: Entry[P, R] | None) -> None:
-        """Take a cancelled entry out of its queue, so that its room is free at once. None: it is in none."""
-        if entry is None:
-            return
+    def _forget(self, entry: Entry[P, R]) -> None:
+        """Take a cancelled entry out of its queue, so that its room is free at once."""
         with self._left:
             queue = self._queues.get(entry.key)
             if queue is not None and queue.pop(entry.sequence, None) is not None:
@@ -333,7 +390,7 @@ class Batcher(Generic[P, R]):
     def _take(self, timeout_s: float) -> tuple[Batch[P, R] | None, list[Entry[P, R]]]:
         """The batch that is due, if any, and the entries whose deadline passed while they waited."""
         with self._due:
-            give_up_s = time.monotonic() + timeout_s
+            give_up_s = time.monotonic() + timeout_s if timeout_s else 0.0
             while not self._stopped:
                 now_s, due_s = self._clock(), float("inf")
                 if self._num_in_flight < self._limits.max_in_flight:
@@ -346,12 +403,15 @@ class Batcher(Generic[P, R]):
                 if left_s <= 0:
                     break
                 self._due.wait(left_s)
-            self._due.wait_for(lambda: self._is_over, timeout_s if self._stopped else 0.0)
+            if self._stopped:
+                self._due.wait_for(lambda: self._is_over, timeout_s)
             return None, []
 
     def _first_due(self) -> tuple[Hashable | None, float]:
         """The key to run next and when: among those due first, the one whose first entry is oldest."""
         best: tuple[float, int, Hashable] | None = None
+        if len(self._queues) == 1 and not self._limits.max_queue_delay_s:
+            return next(iter(self._queues)), float("-inf")
         for key, queue in self._queues.items():
             head = next(iter(queue.values()))
             due_s = head.admitted_s + (self._limits.max_queue_delay_s if self._may_wait(queue) else 0.0)
@@ -381,7 +441,7 @@ class Batcher(Generic[P, R]):
             del queue[entry.sequence]
             self._queue_tokens -= entry.num_tokens
             self._queue_requests -= 1
-            if not entry.future.set_running_or_notify_cancel():
+            if not entry.set_running_or_notify_cancel():
                 continue
             entry.queued_s = now_s - entry.admitted_s
             if entry.deadline_s is not None and entry.deadline_s <= now_s:
@@ -427,7 +487,7 @@ class Batcher(Generic[P, R]):
             self._account_left_running(batch.entries)
         _clear_frames(error)
         for entry in batch.entries:
-            _fail(entry.future, error if is_final else _stopped())
+            _fail(entry, error if is_final else _stopped())
 
     def _account_left_running(self, entries: Sequence[Entry[P, R]]) -> None:
         self._running_tokens -= sum(entry.num_tokens for entry in entries)
@@ -466,6 +526,6 @@ def _clear_frames(error: BaseException) -> None:
         each = each.__cause__ or each.__context__
 
 
-def _fail(future: Future[R], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)
+def _fail(promise: Promise[R], error: Exception) -> None:
+    if not promise.done():
+        promise.set_exception(error)

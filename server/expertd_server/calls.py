@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from expertd_server.codec import Message, typed_call
 from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming
 from expertd_server.metrics import Metrics
+from expertd_server.promise import Promise
 from expertd_server.store import LayerStore
-from expertd_server.wire import read_call
-from expertd_server.wire_parse import RawRequest
 
 __all__ = ["CallEngine", "Calls"]
 
@@ -25,55 +23,72 @@ class CallEngine(Protocol):
         """Tokens that wait."""
         ...
 
-    def submit(self, call: ForwardCall, deadline_s: float | None = None) -> Future[ForwardResult]:
+    def submit(self, call: ForwardCall, deadline_s: float | None = None) -> Promise[Any]:
         """Queue a call, see `Engine.submit`."""
         ...
 
+    def hurry(self) -> None:
+        """Nobody else is about to submit anything: run what waits now, if it runs in this thread at all."""
+        ...
 
-@dataclass(frozen=True, kw_only=True)
+
 class Calls:
     """clock: seconds, monotonic, the engine's."""
 
-    store: LayerStore
-    engine: CallEngine
-    metrics: Metrics
-    max_batch_tokens: int
-    max_message_bytes: int
-    request_timeout_s: float
-    clock: Callable[[], float] = time.monotonic
+    def __init__(
+        self,
+        *,
+        store: LayerStore,
+        engine: CallEngine,
+        metrics: Metrics,
+        max_batch_tokens: int,
+        max_message_bytes: int,
+        request_timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store = store
+        self.engine = engine
+        self.metrics = metrics
+        self.max_batch_tokens = max_batch_tokens
+        self.max_message_bytes = max_message_bytes
+        self.request_timeout_s = request_timeout_s
+        self.clock = clock
+        self.in_flight = 0
+        """Requests that have arrived and are not answered; changed in the event loop alone."""
 
     @property
     def queue_depth_tokens(self) -> int:
         """Tokens that wait."""
         return self.engine.queue_tokens
 
-    def admit(self, request: RawRequest, arrived_s: float, timeout_s: float) -> Future[ForwardResult]:
-        """Check a request and queue it; raises what is wrong with it, see `read_call` and `Engine.submit`.
+    def admit(
+        self, request: Message, arrived_s: float, timeout_s: float, encode: Callable[[ForwardResult], bytes]
+    ) -> Promise[bytes]:
+        """Check a request and queue it; raises what is wrong with it, see `typed_call` and `Engine.submit`.
 
         timeout_s: what the caller allows from arrival to start; infinite where it says nothing.
+        encode: see `ForwardCall.encode`.
         """
-        call = read_call(
+        call = typed_call(
             request, self.store, max_batch_tokens=self.max_batch_tokens, max_message_bytes=self.max_message_bytes
         )
-        return self.engine.submit(call, arrived_s + min(timeout_s, self.request_timeout_s))
+        call.encode = encode
+        promise = self.engine.submit(call, arrived_s + min(timeout_s, self.request_timeout_s))
+        if self.in_flight == 1:
+            self.engine.hurry()
+        return promise
 
-    def arrived(self) -> None:
-        """Count a request in flight; `left` must follow."""
-        self.metrics.in_flight_requests.inc()
-
-    def left(self) -> None:
-        """The request was answered, or its caller left."""
-        self.metrics.in_flight_requests.dec()
-
-    def answered(self, method: str, arrived_s: float, timing: ForwardTiming) -> None:
-        """Count an answer and where its time went."""
-        self.metrics.requests.labels(method, "OK").inc()
-        self.metrics.observe_phases(
-            queue=timing.queue_us / 1e6,
-            copy_in=timing.copy_in_us / 1e6,
-            compute=timing.compute_us / 1e6,
-            copy_out=timing.copy_out_us / 1e6,
-            total=self.clock() - arrived_s,
+    def answered(self, method: str, arrived_s: float, ready_s: float, timing: ForwardTiming) -> None:
+        """Count an answer that was just sent, and where its time went. ready_s: when there was something to send."""
+        now_s = self.clock()
+        self.metrics.count_answer(
+            method,
+            timing.queue_us / 1e6,
+            timing.copy_in_us / 1e6,
+            timing.compute_us / 1e6,
+            timing.copy_out_us / 1e6,
+            now_s - ready_s,
+            now_s - arrived_s,
         )
 
     def failed(self, method: str, code: str) -> None:

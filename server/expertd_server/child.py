@@ -6,6 +6,7 @@ to, or when the supervisor is gone.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -107,6 +108,7 @@ def _main() -> int:
             from expertd_server.engine_process import run_engine as role  # noqa: PLC0415
         else:
             from expertd_server.frontend import run_frontend as role  # noqa: PLC0415
+        gc.freeze()  # what was imported stays: looking through torch for garbage takes tens of milliseconds
         return role(Child(name, control, mailbox, start))
 
     return exit_code_of(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 from collections.abc import Sequence
@@ -62,6 +63,7 @@ def _serve(options: argparse.Namespace) -> int:
     configure_logging(config.log_level, config.log_format)
     from expertd_server.server import Server, stop_on_signals  # noqa: PLC0415 (torch: --help should not wait for it)
 
+    gc.freeze()  # what was imported stays: looking through torch for garbage takes tens of milliseconds
     server = Server(config)
     stop_on_signals(server)
     try:

@@ -23,7 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from expertd_server.checkpoint import open_checkpoint
-from expertd_server.cluster_actors import ClusterError, Controller, ReplicaReport, TierReport
+from expertd_server.cluster_actors import Controller
+from expertd_server.cluster_places import ClusterError
+from expertd_server.cluster_replica import ReplicaReport, TierReport
 from expertd_server.cluster_spec import NAMESPACE, SET_BY_THE_CLUSTER, ClusterSpec, controller_name
 from expertd_server.config import Config, command_line, config_from
 from expertd_server.errors import ConfigError
@@ -67,10 +69,7 @@ def up(options: argparse.Namespace) -> int:
                 raise ClusterError(f"{str(error) or type(error).__name__}; {left}") from error
             raise
         _print(report)
-        if spec.topology_file is None:
-            print(f'workers in the Ray cluster: expertd.ExpertGroup(expertd.ray.RayTier("{spec.name}"))')
-        else:
-            print(f'workers: expertd.ExpertGroup("{spec.topology_file}")')
+        print(_usage(spec))
     return 0
 
 
@@ -142,6 +141,20 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
         max_queue_tokens=config.max_queue_tokens,
         shutdown_grace_s=config.shutdown_grace_s,
     )
+
+
+def _usage(spec: ClusterSpec) -> str:
+    """How a worker uses the tier."""
+    config = ""
+    if spec.is_tls:
+        # One certificate for all servers, whose addresses nobody knew when it was made: its name is to be said.
+        options = 'ca_file="...", server_name="..."'
+        if "--tls-client-ca-file" in spec.serve_flags:
+            options += ', cert_file="...", key_file="..."'
+        config = f", expertd.GroupConfig(client=functools.partial(expertd.ClientConfig, {options}))"
+    if spec.topology_file is None:
+        return f'workers in the Ray cluster: expertd.ExpertGroup(expertd.ray.RayTier("{spec.name}"){config})'
+    return f'workers: expertd.ExpertGroup("{spec.topology_file}"{config})'
 
 
 def _num_experts(config: Config) -> int:

@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from expertd_server.config import ENV_PREFIX
 from expertd_server.tether import tethered
 
-__all__ = ["ServerProcess", "ServerStats", "ServerStatus", "Silence", "parse_stats"]
+__all__ = ["ServerProcess", "ServerStats", "ServerStatus", "Silence", "parse_stats", "says_serving"]
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,12 @@ def parse_stats(text: str) -> ServerStats:
     return ServerStats(tokens, busy_s, queue_tokens, dict(expert_tokens))
 
 
+def says_serving(text: str) -> bool:
+    """Whether a server's Prometheus text says that a process of it serves."""
+    values = (line.split()[1] for line in text.splitlines() if line.startswith("expertd_serving "))
+    return any(float(value) > 0 for value in values)
+
+
 class Silence:
     """For how long a process has not answered: from the first probe that failed, not from the last that succeeded.
 
@@ -116,7 +122,8 @@ class ServerProcess:
     def __init__(self, flags: Sequence[str], host: str, *, shutdown_grace_s: float, is_tls: bool = False) -> None:
         """flags: of `serve`, without host, ports and ready file. host: where it listens and is reached.
 
-        is_tls: health is then judged by the metrics endpoint alone, for want of a client certificate.
+        is_tls: what the server says of its health is then read from its metrics alone, for want of a certificate that
+        it would trust.
         """
         self._flags, self._host, self._grace_s, self._is_tls = list(flags), host, shutdown_grace_s, is_tls
         self._directory = tempfile.TemporaryDirectory(prefix="expertd-server-", ignore_cleanup_errors=True)
@@ -245,7 +252,10 @@ class ServerProcess:
         try:
             url = f"http://{self._host}:{facts['metrics_port']}/metrics"
             with urllib.request.urlopen(url, timeout=_PROBE_TIMEOUT_S) as response:
-                stats = parse_stats(response.read().decode())
+                text = response.read().decode()
+            stats = parse_stats(text)
+            if not says_serving(text):
+                return "unhealthy", stats
             if channel is not None:
                 request = health_pb2.HealthCheckRequest()
                 answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=_PROBE_TIMEOUT_S)

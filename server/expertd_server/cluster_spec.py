@@ -91,6 +91,11 @@ class ClusterSpec:
         return [*self.serve_flags, "--experts", f"{experts.start}-{experts.stop - 1}", "--expert-token-metrics"]
 
     @property
+    def is_tls(self) -> bool:
+        """Whether the servers speak TLS alone."""
+        return "--tls-cert-file" in self.serve_flags
+
+    @property
     def resources(self) -> dict[str, float]:
         """What Ray sets aside for one server."""
         amounts = {"CPU": self.cpus_per_shard, "GPU": self.gpus_per_shard}

@@ -39,6 +39,7 @@ _LAYERS: Final = "layers"
 _NETWORK: Final = "network"
 _TLS: Final = "TLS"
 _BATCHING: Final = "batching and limits"
+_SHARED_MEMORY: Final = "shared memory"
 _PROCESSES: Final = "processes"
 _ADMIN: Final = "administration"
 _OPERATION: Final = "operation"
@@ -74,9 +75,10 @@ _RANGES: Final = {
     "max_queue_requests": (1, _UNBOUNDED),
     "max_queue_delay_us": (0, _UNBOUNDED),
     "max_graph_tokens": (0, _UINT32_MAX),
-    "max_streams": (1, 4096),  # each takes two threads
+    "max_streams": (1, 4096),
     "max_stream_requests": (1, _UNBOUNDED),
     "max_unary_requests": (1, 4096),
+    "max_region_bytes": (4096, _UNBOUNDED),
     "frontends": (0, 64),
     "frontend_arena_bytes": (1, _UNBOUNDED),
 }
@@ -139,13 +141,23 @@ class Config:
     max_graph_tokens: int = field(default=1024, metadata=_in(_BATCHING, "N"))
     """On a GPU: batches of up to this many tokens run as CUDA graphs, captured at start. 0: no graphs."""
     max_streams: int = field(default=64, metadata=_in(_BATCHING, "N"))
-    """Most open ForwardStream calls, one thread each; beyond, RESOURCE_EXHAUSTED."""
+    """Most open ForwardStream calls; beyond, RESOURCE_EXHAUSTED."""
     max_stream_requests: int = field(default=32, metadata=_in(_BATCHING, "N"))
     """Most requests of one stream that are read but not answered; beyond, the stream is not read on."""
     max_unary_requests: int = field(default=64, metadata=_in(_BATCHING, "N"))
-    """Most Forward calls at a time, one thread each; beyond, RESOURCE_EXHAUSTED."""
+    """Most Forward calls at a time; beyond, RESOURCE_EXHAUSTED."""
     request_timeout_s: float = field(default=60.0, metadata=_in(_BATCHING, "SECONDS"))
     """Give up on a request after this time where the caller sets no earlier deadline."""
+
+    shared_memory: bool = field(default=True, metadata=_in(_SHARED_MEMORY))
+    """Let callers on this machine share memory with their stream, and send where tensors lie instead of their bytes."""
+    shared_memory_dir: Path | None = field(default=None, metadata=_in(_SHARED_MEMORY, "PATH"))
+    """Directory for the Unix socket that they hand memory in by, the same path for them, where they run in other
+    containers. Default: none, a socket that everybody in this network namespace can reach."""
+    shared_memory_any_user: bool = field(default=False, metadata=_in(_SHARED_MEMORY))
+    """Take memory of any user. Off: of the user that the server runs as."""
+    max_region_bytes: int = field(default=1073741824, metadata=_in(_SHARED_MEMORY, "BYTES"))
+    """Most bytes that one stream may share. The memory is its caller's: pages count where they are first written."""
 
     frontends: int = field(default=0, metadata=_in(_PROCESSES, "N"))
     """Answer gRPC in this many processes that share the port, apart from the one that computes; for throughput beyond

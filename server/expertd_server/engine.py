@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -40,17 +39,21 @@ from expertd_server.layout import (
     output_layout,
     slot_bytes,
 )
+from expertd_server.native import copy_bytes
+from expertd_server.promise import Promise
 from expertd_server.staging import Slot, SlotPool, make_slots
 
 __all__ = ["BatchReport", "Engine", "ForwardCall", "ForwardResult", "ForwardTiming", "HostTensor"]
 
 # A GPU computes one batch while the next is gathered and copied. More would only make batches smaller.
 _IN_FLIGHT_ON_DEVICE = 2
+# Of inputs of different sizes, for each slot.
+_MOST_VIEWS = 256
 # Longer than any capture keeps a slot to itself.
 _SLOT_TIMEOUT_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which makes making one take three times as long; likewise below
 class HostTensor:
     """Somebody else's bytes as a tensor: dense, row-major, little-endian, read-only."""
 
@@ -69,7 +72,7 @@ class HostTensor:
         return tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ForwardCall:
     """One checked request. T num_tokens, H hidden_size, E num_experts, K top_k."""
 
@@ -85,6 +88,9 @@ class ForwardCall:
     output_dtype: torch.dtype = torch.bfloat16
     do_finalize: bool = True
     return_routing: bool = False
+    encode: Callable[[ForwardResult], Any] | None = None
+    """What to make of the answer where it lies, in whichever thread finishes the batch. The promise is then kept with
+    what this returns, and the tensors it is given are valid during the call alone; None: with the ForwardResult."""
 
     @property
     def num_tokens(self) -> int:
@@ -92,7 +98,7 @@ class ForwardCall:
         return self.hidden_states.shape[0]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ForwardTiming:
     """Where a request's time went, in microseconds, and in what company it ran; the proto's Timing has the words."""
 
@@ -104,9 +110,10 @@ class ForwardTiming:
     batch_requests: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ForwardResult:
-    """The answer to one call, in host memory of its own; the tensors that were not asked for are None."""
+    """The answer to one call, in host memory of its own, but see `ForwardCall.encode`; the tensors that were not asked
+    for are None."""
 
     weights_version: int
     timing: ForwardTiming
@@ -180,21 +187,29 @@ class Engine:
         self.graphs: Graphs | None = None
         if capturer is not None:
             self.graphs = Graphs(self.slots, min(max_graph_tokens, limits.max_batch_tokens), capturer)
+        self._views: dict[int, _SlotViews] = {}
         self._met: WeakSet[MoELayer] = WeakSet()
         self._met_lock = threading.Lock()  # a scrape of the metrics goes through them while batches add to them
-        self.batcher: Batcher[ForwardCall, ForwardResult] = Batcher(self._launch, limits, clock=clock)
+        self.batcher: Batcher[ForwardCall, Any] = Batcher(self._launch, limits, clock=clock)
 
     @property
     def queue_tokens(self) -> int:
         """Tokens that wait."""
         return self.batcher.queue_tokens
 
-    def submit(self, call: ForwardCall, deadline_s: float | None = None) -> Future[ForwardResult]:
-        """Queue a call; errors, deadline and cancellation as in `Batcher.submit`."""
+    def submit(self, call: ForwardCall, deadline_s: float | None = None) -> Promise[Any]:
+        """Queue a call; a promise of a ForwardResult, or of what call.encode makes of it.
+
+        Errors, deadline and cancellation as in `Batcher.submit`.
+        """
         kind = None if self._is_host else _kind_of([call])
         return self.batcher.submit(
             _Key(call.layer, call.do_finalize, kind), call, call.num_tokens, deadline_s=deadline_s
         )
+
+    def hurry(self) -> None:
+        """See `Batcher.hurry`."""
+        self.batcher.hurry()
 
     def capture(self, layers: Sequence[MoELayer]) -> None:
         """Take the memory that these layers' batches need and capture their graphs, so that no request waits for it.
@@ -222,6 +237,12 @@ class Engine:
             "workspace": max(0, torch.cuda.memory_allocated(self._backend.device) - weights - staging),
         }
 
+    def _views_of(self, slot: Slot) -> _SlotViews:
+        views = self._views.get(slot.index)
+        if views is None or views.memory is not slot.host_in:  # it has grown
+            views = self._views[slot.index] = _SlotViews(slot)
+        return views
+
     def _meet(self, layer: MoELayer) -> None:
         """Before a layer's first batch."""
         if layer in self._met:
@@ -234,7 +255,7 @@ class Engine:
         with self._met_lock:
             self._met.add(layer)
 
-    def _launch(self, batch: Batch[ForwardCall, ForwardResult]) -> _Running:
+    def _launch(self, batch: Batch[ForwardCall, Any]) -> _Running:
         layer = batch.entries[0].payload.layer
         with _Naming(layer, batch.num_tokens):
             self._meet(layer)
@@ -246,7 +267,7 @@ class Engine:
                 self.slots.give_back(slot)
                 raise
 
-    def _start(self, batch: Batch[ForwardCall, ForwardResult], slot: Slot) -> _Running:
+    def _start(self, batch: Batch[ForwardCall, Any], slot: Slot) -> _Running:
         calls = [entry.payload for entry in batch.entries]
         layer, num_tokens = calls[0].layer, batch.num_tokens
         kind, do_finalize = _kind_of(calls), calls[0].do_finalize
@@ -257,7 +278,8 @@ class Engine:
         inputs, outputs = input_layout(layer.spec, kind, num_rows), output_layout(layer.spec, kind, num_rows)
 
         start_s = self.clock()
-        _gather(slot.host_in, inputs, layer, calls, num_tokens)
+        views = self._views_of(slot)
+        _gather(views.host_in, inputs, layer, calls, num_tokens)
         slot.send(inputs.nbytes(num_tokens))
         sent_s = self.clock()
         answer: MoEOutput | None = None
@@ -267,7 +289,7 @@ class Engine:
                 expert_weights = graph.expert_weights
             elif slot.is_host or not do_finalize:
                 answer = layer.forward(
-                    **inputs.arguments(slot.device_in, num_rows),
+                    **views.arguments(inputs, num_rows),
                     output_dtype=kind.output_dtype,
                     do_finalize=do_finalize,
                 )
@@ -290,12 +312,33 @@ class Engine:
         )
 
 
+class _SlotViews:
+    """A slot's memory as it is asked for; made once, because to make a tensor takes as long as to copy a small one."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.memory = slot.host_in
+        self.host_in = slot.host_in.numpy()
+        self._device_in = slot.device_in
+        self._arguments: dict[tuple[int, int], tuple[InputLayout, dict[str, torch.Tensor]]] = {}
+        """By layout and rows; it keeps the layout, whose id is the key."""
+
+    def arguments(self, layout: InputLayout, num_rows: int) -> dict[str, torch.Tensor]:
+        """See `InputLayout.arguments`."""
+        key = id(layout), num_rows
+        found = self._arguments.get(key)
+        if found is None:
+            if len(self._arguments) >= _MOST_VIEWS:
+                self._arguments.clear()
+            found = self._arguments[key] = layout, layout.arguments(self._device_in, num_rows)
+        return found[1]
+
+
 @dataclass(eq=False, slots=True, kw_only=True)
 class _Running:
     """A batch that was launched, see `batcher.Running`."""
 
     engine: Engine
-    batch: Batch[ForwardCall, ForwardResult]
+    batch: Batch[ForwardCall, Any]
     slot: Slot
     outputs: OutputLayout
     answer: MoEOutput | None
@@ -313,7 +356,7 @@ class _Running:
         with _Naming(self.layer, self.batch.num_tokens):
             self.slot.wait()
 
-    def results(self) -> list[ForwardResult]:
+    def results(self) -> list[Any]:
         with _Naming(self.layer, self.batch.num_tokens):
             return self._split()
 
@@ -324,58 +367,73 @@ class _Running:
         finally:
             self.engine.slots.give_back(self.slot)
 
-    def _split(self) -> list[ForwardResult]:
+    def _split(self) -> list[Any]:
         batch, clock = self.batch, self.engine.clock
         start_s = clock()
         answer = self._host_answer()
         entries, layer = batch.entries, self.layer
-        is_alone = len(entries) == 1
-        parts: list[_Part] = []
-        first = 0
-        for entry in entries:
-            call = entry.payload
-            mine = slice(first, first + call.num_tokens)
-            first += call.num_tokens
-            part = _Part()
-            if answer.expanded_idx_to_permuted_idx is None:
-                assert answer.output is not None
-                rows = answer.output if is_alone else answer.output[mine]
-                part.output = _own(rows, call.output_dtype, is_owned=is_alone and self.answer is not None)
-            else:
-                assert answer.gemm2_output is not None
-                slots = answer.expanded_idx_to_permuted_idx.view(-1, layer.spec.top_k)
-                part.gemm2_output, part.expanded_idx_to_permuted_idx = _own_rows(
-                    answer.gemm2_output, slots[mine], answer.topk_ids[mine]
-                )
-            if call.return_routing or not call.do_finalize:
-                part.expert_weights = answer.expert_weights[mine].clone()
-            if call.return_routing:
-                part.topk_ids = answer.topk_ids[mine].to(torch.int32, copy=True)
-            parts.append(part)
-
         times = self.slot.times()
-        self.report = BatchReport(layer, len(entries), first, self.graph_rows, times.compute_s, answer.topk_ids)
+        num_requests, num_tokens = len(entries), batch.num_tokens
+        self.report = BatchReport(layer, num_requests, num_tokens, self.graph_rows, times.compute_s, answer.topk_ids)
         copy_in_us, compute_us = _us(self.gather_s + times.copy_in_s), _us(times.compute_s)
-        copy_out_us = _us(times.copy_out_s + clock() - start_s)
-        return [
-            ForwardResult(
+        outputs = self._outputs(answer)
+        parts: list[Any] = []
+        first = 0
+        for number, entry in enumerate(entries):
+            call = entry.payload
+            part = ForwardResult(
                 layer.weights_version,
                 ForwardTiming(
                     queue_us=_us(entry.queued_s + times.wait_s),
                     copy_in_us=copy_in_us,
                     compute_us=compute_us,
-                    copy_out_us=copy_out_us,
-                    batch_tokens=first,
-                    batch_requests=len(entries),
+                    copy_out_us=0,
+                    batch_tokens=num_tokens,
+                    batch_requests=num_requests,
                 ),
-                part.output,
-                part.gemm2_output,
-                part.expert_weights,
-                part.topk_ids,
-                part.expanded_idx_to_permuted_idx,
             )
-            for entry, part in zip(entries, parts, strict=True)
+            if outputs is not None:
+                part.output = outputs[number]
+            self._fill(part, call, answer, first)
+            first += call.num_tokens
+            parts.append(part)
+        # Last, and then nothing may go wrong any more: see _encoded.
+        for number, entry in enumerate(entries):
+            parts[number].timing.copy_out_us = _us(times.copy_out_s + clock() - start_s)
+            if entry.payload.encode is not None:
+                parts[number] = _encoded(entry.payload.encode, parts[number])
+        return parts
+
+    def _outputs(self, answer: MoEOutput) -> Sequence[torch.Tensor] | None:
+        """Each call's rows of the output, in its own type; None where the output is not summed."""
+        output, entries = answer.output, self.batch.entries
+        if output is None:
+            return None
+        is_owned = len(entries) == 1 and self.answer is not None
+        rows = [output] if len(entries) == 1 else output.split_with_sizes([entry.num_tokens for entry in entries])
+        return [
+            one
+            if one.dtype == entry.payload.output_dtype and entry.payload.encode is not None
+            # In memory of its own: a slow reader must not hold the whole batch's output.
+            else _own(one, entry.payload.output_dtype, is_owned=is_owned)
+            for one, entry in zip(rows, entries, strict=True)
         ]
+
+    def _fill(self, part: ForwardResult, call: ForwardCall, answer: MoEOutput, first: int) -> None:
+        """Set the tensors of one call's answer but its output. first: where the call's rows begin."""
+        if call.do_finalize and not call.return_routing:
+            return
+        mine = slice(first, first + call.num_tokens)
+        if answer.expanded_idx_to_permuted_idx is not None:
+            assert answer.gemm2_output is not None
+            slots = answer.expanded_idx_to_permuted_idx.view(-1, self.layer.spec.top_k)
+            part.gemm2_output, part.expanded_idx_to_permuted_idx = _own_rows(
+                answer.gemm2_output, slots[mine], answer.topk_ids[mine]
+            )
+        if call.return_routing or not call.do_finalize:
+            part.expert_weights = answer.expert_weights[mine].clone()
+        if call.return_routing:
+            part.topk_ids = answer.topk_ids[mine].to(torch.int32, copy=True)
 
     def _host_answer(self) -> MoEOutput:
         """The whole batch's answer on the host; where it lies in the slot, as views."""
@@ -392,17 +450,6 @@ class _Running:
             name: None if tensor is None else slot.read(tensor) for name, tensor in vars(self.answer).items()
         }
         return MoEOutput(**on_host)
-
-
-@dataclass(slots=True)
-class _Part:
-    """The tensors of a `ForwardResult`."""
-
-    output: torch.Tensor | None = None
-    gemm2_output: torch.Tensor | None = None
-    expert_weights: torch.Tensor | None = None
-    topk_ids: torch.Tensor | None = None
-    expanded_idx_to_permuted_idx: torch.Tensor | None = None
 
 
 class _Naming:
@@ -428,6 +475,15 @@ class _Naming:
             ) from error
 
 
+def _encoded(encode: Callable[[ForwardResult], Any], result: ForwardResult) -> Any:
+    """What a caller makes of its answer, or its error as a result: the batch must not run again, because answers may
+    have been written over what they were computed from."""
+    try:
+        return encode(result)
+    except Exception as error:
+        return error
+
+
 def _kind_of(calls: Sequence[ForwardCall]) -> BatchKind:
     """What a batch of these calls computes with: the callers' types where they agree, else those that lead to all."""
     if len(calls) == 1:
@@ -446,11 +502,10 @@ def _common(dtypes: set[torch.dtype], otherwise: torch.dtype) -> torch.dtype:
 
 
 def _gather(
-    memory: torch.Tensor, layout: InputLayout, layer: MoELayer, calls: Iterable[ForwardCall], num_tokens: int
+    flat: npt.NDArray[np.uint8], layout: InputLayout, layer: MoELayer, calls: Iterable[ForwardCall], num_tokens: int
 ) -> None:
     """Write a batch into a slot's host memory."""
-    flat = memory.numpy()
-    flat[:NUM_VALID_BYTES].view(np.int32)[0] = num_tokens
+    copy_bytes(flat, 0, num_tokens.to_bytes(NUM_VALID_BYTES, "little"))
     first = 0
     for call in calls:
         hidden_states = call.hidden_states
@@ -484,8 +539,7 @@ def _host_tensor(tensor: torch.Tensor) -> HostTensor:
 
 def _put(memory: npt.NDArray[np.uint8], part: Part, first_row: int, tensor: HostTensor) -> None:
     """Copy a tensor's bytes to its rows of a part."""
-    start, end = part.end(first_row), part.end(first_row + tensor.shape[0])
-    memory[start:end] = np.frombuffer(tensor.data, np.uint8)
+    copy_bytes(memory, part.end(first_row), tensor.data)
 
 
 def _own(rows: torch.Tensor, dtype: torch.dtype, *, is_owned: bool) -> torch.Tensor:

@@ -59,14 +59,18 @@ class EngineHost:
             on_batch=self._observe_batch,
         )
 
-    def start(self) -> None:
-        """Start the batcher and the metrics; there are no layers yet."""
+    def start(self, soon: Callable[[Callable[[], object]], object]) -> None:
+        """Start the batcher and the metrics; there are no layers yet.
+
+        soon: see `Batcher.start`; for a backend that computes in no time.
+        """
         self.metrics.set_server(version=__version__, backend=self.backend.name, device=self.device_name)
         batcher = self.engine.batcher
         self.metrics.watch_queue(lambda: batcher.queue_tokens, lambda: batcher.queue_requests)
         self.metrics.watch_layers(lambda: [facts for held in self.store.all_held() for facts in _facts(held)])
         self.metrics.watch_device(lambda: self.engine.slots.in_use, self.engine.device_memory)
-        batcher.start()
+        computes_at_once = self.backend.name == "noop" and not self._config.max_queue_delay_us
+        batcher.start(soon if computes_at_once else None)
 
     def load(self, hold: Callable[[MoELayer], None], is_stopped: Callable[[], bool]) -> bool:
         """Load every layer and capture its graphs; False when it was stopped before.

@@ -5,6 +5,7 @@ ExpertdServerError
 ├── LayerNotFoundError       ask ListLayers
 ├── VersionNotHeldError      ask for a version that is held, or for none
 ├── VersionConflictError     an order that does not fit the versions held: the message says what to do first
+├── SharedMemoryOffError     send the tensors' bytes, or have the server share memory
 ├── AdminNotHereError        turn the admin methods on, or send orders where they are answered
 ├── OverloadedError          come back after retry_delay_s
 ├── UnavailableError         starting or draining: try another server, or come back
@@ -39,6 +40,7 @@ __all__ = [
     "OverloadedError",
     "RequestCancelledError",
     "RequestTimeoutError",
+    "SharedMemoryOffError",
     "UnavailableError",
     "VersionConflictError",
     "VersionNotHeldError",
@@ -100,6 +102,13 @@ class VersionConflictError(ExpertdServerError):
 
     code = "FAILED_PRECONDITION"
     reason = "VERSION_CONFLICT"
+
+
+class SharedMemoryOffError(ExpertdServerError):
+    """This server takes no memory of its callers."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "SHARED_MEMORY_OFF"
 
 
 class AdminNotHereError(ExpertdServerError):

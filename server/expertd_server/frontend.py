@@ -10,6 +10,7 @@ from dataclasses import replace
 from expertd_server import __version__
 from expertd_server.child import Child
 from expertd_server.config import Config
+from expertd_server.event_loop import EventLoop
 from expertd_server.exits import EXIT_CUT_OFF
 from expertd_server.listener import Listener
 from expertd_server.metrics import Metrics
@@ -37,16 +38,20 @@ class Frontend:
         self._on_serving = on_serving
         self._is_draining = False
         """For good, even if the next engine knows nothing of it."""
+        self._is_drained: bool | None = None
+        """What `shutdown` returned; None before."""
         self._known: set[str] = set()
         """Names of layers that health has heard of."""
         self.metrics = Metrics()
         self.store = LayerStore()
+        self._loop = EventLoop.acquire()
         self.engine = RemoteEngine(
             name,
             mailbox,
             arena_bytes=config.frontend_arena_bytes,
             max_requests=config.max_frontend_requests,
             on_state=self._apply,
+            loop=self._loop,
         )
         facts = ServerFacts(
             server_version=__version__,
@@ -69,7 +74,10 @@ class Frontend:
 
     def shutdown(self) -> bool:
         """See `Listener.shutdown`."""
-        return self._listener.shutdown(self.engine, self._config.shutdown_grace_s)
+        if self._is_drained is None:
+            self._is_drained = self._listener.shutdown(self.engine, self._config.shutdown_grace_s)
+            self._loop.release()
+        return self._is_drained
 
     def _apply(self, state: EngineState | None) -> None:
         """Serve what the engine holds; None: it is gone."""
@@ -85,7 +93,7 @@ class Frontend:
             self.engine.drain(0)
         held = set() if state is None else {one.name for one in state.layers}
         for name in self._known | held:
-            listener.set_layer_serving(name, name in held)
+            listener.set_layer_serving(name, name in held and not self.store.is_loading)
         self._known |= held
         if state is not None:
             listener.service.facts = replace(listener.service.facts, backend=state.backend, device=state.device)

@@ -11,16 +11,18 @@ import select
 import socket
 import threading
 import time
-from concurrent.futures import CancelledError, Future
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import CancelledError
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from expertd_server.blocks import MAX_ERROR_BYTES, read_call, read_layer_id, write_answer, write_error
 from expertd_server.calls import CallEngine
 from expertd_server.control import Control
-from expertd_server.engine import ForwardResult
 from expertd_server.errors import UnavailableError
 from expertd_server.layer import MoELayer
+from expertd_server.promise import Promise
 from expertd_server.remote import ANSWERED, CANCEL, FAILED, Applied, EngineState, Hello
 from expertd_server.remote_layer import RemoteLayer
 from expertd_server.ring import Channel, Descriptor
@@ -66,6 +68,7 @@ class EngineGate:
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._is_draining = False
         self._is_closed = False
+        self._due: deque[Callable[[], object]] = deque()
         self._thread = threading.Thread(target=self._run, name="expertd-gate", daemon=True)
 
     def start(self) -> None:
@@ -118,8 +121,14 @@ class EngineGate:
         self._epoll.close()
         os.close(self._wake_fd)
 
+    def soon(self, function: Callable[[], object]) -> None:
+        """Call a function when what front-ends have sent by now is read; for this object's own thread."""
+        self._due.append(function)
+
     def _run(self) -> None:
         while not self._is_closed:
+            while self._due:
+                self._due.popleft()()
             for fd, _ in self._epoll.poll():
                 if fd == self._mailbox.fileno():
                     self._welcome()
@@ -209,7 +218,7 @@ class EngineGate:
         peer.futures[number] = future
         future.add_done_callback(lambda done: self._done(peer, number, block, done))
 
-    def _done(self, peer: _Peer, number: int, block: memoryview, future: Future[ForwardResult]) -> None:
+    def _done(self, peer: _Peer, number: int, block: memoryview, future: Promise[Any]) -> None:
         """Answer, in whichever thread the engine finished."""
         peer.futures.pop(number, None)
         if peer.is_gone:
@@ -255,7 +264,7 @@ class _Peer:
         self.from_frontend, self.to_frontend, self.memory = channel.open()
         self.control = control
         self.read_fds = (self.from_frontend.eventfd, control.fileno())
-        self.futures: dict[int, Future[ForwardResult]] = {}
+        self.futures: dict[int, Promise[Any]] = {}
         """Of requests that are not answered, by number."""
         self.applied = 0
         """Sequence of the newest state that it applies."""

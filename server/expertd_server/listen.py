@@ -13,7 +13,12 @@ __all__ = ["bind"]
 
 
 def bind(
-    server: grpc.Server, config: Config, host: str, port: int, *, client_ca_option: str = "tls_client_ca_file"
+    server: grpc.Server | grpc.aio.Server,
+    config: Config,
+    host: str,
+    port: int,
+    *,
+    client_ca_option: str = "tls_client_ca_file",
 ) -> int:
     """Have a gRPC server listen, with the TLS options of `config`; returns the real port. Raises ConfigError.
 

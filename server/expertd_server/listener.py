@@ -1,22 +1,26 @@
-"""The gRPC side of a process: its port, its threads, and the services behind it."""
+"""The gRPC side of a process: its port, its event loop, and the services behind it."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from collections.abc import Coroutine
+from typing import Any, Protocol
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from expertd_server.admin import ADMIN_SERVICE_NAME, not_here_handler
+from expertd_server.admin import not_here_handler
 from expertd_server.calls import CallEngine, Calls
 from expertd_server.config import Config
-from expertd_server.interceptor import ServiceInterceptor
+from expertd_server.errors import ConfigError
+from expertd_server.event_loop import EventLoop
 from expertd_server.listen import bind
 from expertd_server.metrics import Metrics
+from expertd_server.native import describe
+from expertd_server.region_door import RegionDoor
 from expertd_server.service import SERVICE_NAME, ExpertService, ServerFacts
 from expertd_server.store import LayerStore
 
@@ -24,8 +28,10 @@ __all__ = ["Listener"]
 
 log = logging.getLogger(__name__)
 
-# Threads for everything but Forward and ForwardStream, so that a full server still answers health checks.
-_SPARE_THREADS = 16
+# Calls of everything but Forward and ForwardStream, so that a full server still answers health checks.
+_SPARE_CALLS = 16
+# Longer than it takes the event loop to do what takes no time.
+_START_S = 30.0
 # What is left to gRPC when every call is over: closing connections.
 _CLOSE_S = 1.0
 
@@ -45,7 +51,8 @@ class Drainable(Protocol):
 class Listener:
     """ExpertService, health and reflection on one port. Until told otherwise, health says NOT_SERVING.
 
-    shares_port: whether other processes of this server listen on the same port.
+    shares_port: whether other processes of this server listen on the same port. Call `shutdown` in any case;
+    again is of no effect.
     """
 
     def __init__(
@@ -59,6 +66,10 @@ class Listener:
         shares_port: bool = False,
     ) -> None:
         self._config = config
+        self._shares_port = shares_port
+        self._metrics = metrics
+        self._region_door = _region_door(config)
+        self.loop = EventLoop.acquire()
         calls = Calls(
             store=store,
             engine=engine,
@@ -70,47 +81,34 @@ class Listener:
         self.service = ExpertService(
             calls,
             facts,
+            self.loop,
             max_unary_requests=config.max_unary_requests,
             max_streams=config.max_streams,
             max_stream_requests=config.max_stream_requests,
+            region_door=self._region_door,
+            max_region_bytes=config.max_region_bytes,
         )
-        self._health = health.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._serving: dict[str, bool] = {}
-        num_threads = config.max_streams + config.max_unary_requests + _SPARE_THREADS
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="expertd-rpc")
-        self._grpc = grpc.server(
-            self._pool,
-            interceptors=[ServiceInterceptor(name, metrics) for name in (SERVICE_NAME, ADMIN_SERVICE_NAME)],
-            # More calls than threads would wait for one without bound; gRPC refuses them with RESOURCE_EXHAUSTED.
-            maximum_concurrent_rpcs=num_threads,
-            options=[
-                ("grpc.max_receive_message_length", config.max_message_bytes),
-                ("grpc.max_send_message_length", config.max_message_bytes),
-                # Where it is not asked for: a port in use is an error, not a second server that gets half the calls.
-                ("grpc.so_reuseport", int(shares_port)),
-                ("grpc.keepalive_time_ms", 30_000),  # notice callers that vanished without a word
-                ("grpc.keepalive_timeout_ms", 10_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-            ],
-        )
-        self._grpc.add_generic_rpc_handlers((self.service.handler(), not_here_handler(config)))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        if config.reflection:
-            names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._grpc)
+        self._grpc: grpc.aio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_drained: bool | None = None
+        """What `shutdown` returned; None before."""
         self.set_serving(False)
 
     def bind(self, port: int) -> int:
         """Take a port (0: any free one); returns its number. Raises ConfigError."""
-        return bind(self._grpc, self._config, self._config.host, port)
+        return self.loop.run(self._bind(port), _START_S)
 
     def start(self) -> None:
         """Answer calls."""
-        self._grpc.start()
+        assert self._grpc is not None, "bind comes first"
+        self.loop.run(self._grpc.start(), _START_S)
+        log.info("requests are read by %s", describe())
 
     def set_serving(self, serving: bool) -> None:
-        """What health says of the server and of its service."""
+        """What health and the metrics say of the server and of its service."""
+        self._metrics.serving.set(int(serving))
         self.set_layer_serving("", serving)
         self.set_layer_serving(SERVICE_NAME, serving)
 
@@ -120,11 +118,46 @@ class Listener:
             return
         self._serving[name] = serving
         status = health_pb2.HealthCheckResponse
-        self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+        self._run(self._health.set(name, status.SERVING if serving else status.NOT_SERVING))
+
+    async def _bind(self, port: int) -> int:
+        config = self._config
+        self._grpc = grpc.aio.server(
+            # Beyond what the service refuses by itself, with words.
+            maximum_concurrent_rpcs=config.max_streams + config.max_unary_requests + _SPARE_CALLS,
+            options=[
+                ("grpc.max_receive_message_length", config.max_message_bytes),
+                ("grpc.max_send_message_length", config.max_message_bytes),
+                # Where it is not asked for: a port in use is an error, not a second server that gets half the calls.
+                ("grpc.so_reuseport", int(self._shares_port)),
+                ("grpc.keepalive_time_ms", 30_000),  # notice callers that vanished without a word
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ],
+        )
+        self._grpc.add_generic_rpc_handlers((self.service.handler(), not_here_handler(config, self._metrics)))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        if config.reflection:
+            names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._grpc)
+        return bind(self._grpc, config, config.host, port)
+
+    def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Have it run, and wait for it where that is possible."""
+        if self._is_drained is not None:  # there is nobody left to tell
+            coroutine.close()
+        elif self.loop.is_here:
+            task = self.loop.loop.create_task(coroutine)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        else:
+            self.loop.run(coroutine, _START_S)
 
     def begin_drain(self) -> None:
         """Say NOT_SERVING, close idle streams at once and busy ones when they are idle. There is no way back."""
-        self._health.enter_graceful_shutdown()
+        self._metrics.serving.set(0)
+        self._run(self._health.enter_graceful_shutdown())
         self.service.begin_drain()
 
     def drain(self, engine: Drainable, timeout_s: float) -> bool:
@@ -136,15 +169,34 @@ class Listener:
 
     def shutdown(self, engine: Drainable, grace_s: float) -> bool:
         """Drain within grace_s, and close. False when something was cut off."""
-        drained = self.drain(engine, grace_s)
-        self._grpc.stop(_CLOSE_S if drained else 0).wait(2 * _CLOSE_S)
+        if self._is_drained is not None:
+            return self._is_drained
+        drained = self._is_drained = self.drain(engine, grace_s)
+        if self._grpc is not None:
+            grace_s_left = _CLOSE_S if drained else 0
+            self.loop.run(self._grpc.stop(grace_s_left), _START_S)
         engine.stop(_CLOSE_S)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.loop.release()
+        if self._region_door is not None:
+            self._region_door.close()
         if drained:
             log.info("stopped")
         else:
             log.warning("stopped after %.1f s, with requests still in flight", grace_s)
         return drained
+
+
+def _region_door(config: Config) -> RegionDoor | None:
+    """Raises ConfigError where a directory was asked for and cannot be used."""
+    if not config.shared_memory:
+        return None
+    try:
+        return RegionDoor(config.shared_memory_dir, any_user=config.shared_memory_any_user)
+    except ConfigError as error:
+        if config.shared_memory_dir is not None:
+            raise
+        log.warning("callers on this machine cannot share memory: %s", error)
+        return None
 
 
 def _left(until_s: float) -> float:

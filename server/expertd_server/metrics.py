@@ -14,9 +14,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from expertd_server.histograms import LateHistogram
+from expertd_server.native import count_ids
 
 __all__ = ["ExpertLoad", "LayerFacts", "Metrics"]
 
@@ -47,14 +50,13 @@ class ExpertLoad:
 
     def add(self, topk_ids: npt.NDArray[np.signedinteger[Any]]) -> None:
         """Count the selected global expert ids of some tokens; -1 is an empty slot."""
-        local = topk_ids.reshape(-1) - self._offset
-        counts = np.bincount(local[(local >= 0) & (local < self._count)], minlength=self._count)
+        ids = topk_ids.reshape(-1)
         with self._lock:
-            self._total += counts
+            count_ids(ids, self._offset, self._total)
             start_s = self._clock() // _SLICE_S * _SLICE_S
             if not self._recent or self._recent[-1][0] != start_s:
                 self._recent.append((start_s, np.zeros(self._count, np.int64)))
-            self._recent[-1][1][:] += counts
+            count_ids(ids, self._offset, self._recent[-1][1])
 
     def total(self) -> list[int]:
         """Tokens of each local expert since the start; [L]."""
@@ -103,25 +105,32 @@ class Metrics:
             ["method", "code"],
             registry=self.registry,
         )
-        self.request_duration = Histogram(
+        # Looking labels up costs more than counting.
+        self._answers = functools.cache(lambda method: self.requests.labels(method, "OK"))
+        self._request_duration = LateHistogram(
             "expertd_request_duration_seconds",
-            "Where the time of answered Forward requests went; total is from arrival to the written answer.",
-            ["phase"],
+            "Where the time of answered Forward requests went; send is from the end of the batch to the written "
+            "answer, total from arrival to there.",
+            label="phase",
+            values=("queue", "copy_in", "compute", "copy_out", "send", "total"),
             buckets=_DURATION_BUCKETS_S,
             registry=self.registry,
         )
-        # Looking labels up costs as much as counting, five times for each request.
-        self._phase = functools.cache(self.request_duration.labels)
-        self.in_flight_requests = Gauge(
+        self._in_flight_requests = Gauge(
             "expertd_in_flight_requests",
             "Forward requests that have arrived and are not answered yet.",
             registry=self.registry,
         )
-        self.open_streams = Gauge("expertd_open_streams", "Open ForwardStream calls.", registry=self.registry)
-        self.batch_tokens = Histogram(
+        self.serving = Gauge(
+            "expertd_serving",
+            "Processes that listen and whose health is SERVING: 1 or 0; with front-ends up to their number.",
+            registry=self.registry,
+        )
+        self._open_streams = Gauge("expertd_open_streams", "Open ForwardStream calls.", registry=self.registry)
+        self._batch_tokens = LateHistogram(
             "expertd_batch_tokens", "Tokens of each batch.", buckets=_SIZE_BUCKETS, registry=self.registry
         )
-        self.batch_requests = Histogram(
+        self._batch_requests = LateHistogram(
             "expertd_batch_requests", "Requests of each batch.", buckets=_SIZE_BUCKETS, registry=self.registry
         )
         self._queue_tokens = Gauge("expertd_queue_tokens", "Tokens that wait for a batch.", registry=self.registry)
@@ -165,17 +174,26 @@ class Metrics:
         self.registry.register(_WhenScraped(self._collect_experts))
         self.registry.register(_WhenScraped(self._collect_layers))
 
-    def observe_phases(self, **seconds: float) -> None:
-        """Record how long each phase of one request took."""
-        for phase, value in seconds.items():
-            self._phase(phase).observe(value)
+    def count_answer(  # noqa: PLR0917 (called for every request, and keywords take time)
+        self,
+        method: str,
+        queue_s: float,
+        copy_in_s: float,
+        compute_s: float,
+        copy_out_s: float,
+        send_s: float,
+        total_s: float,
+    ) -> None:
+        """Record an answered Forward request and where its time went."""
+        self._answers(method).inc()
+        self._request_duration.observe(queue_s, copy_in_s, compute_s, copy_out_s, send_s, total_s)
 
     def observe_batch(
         self, layer: str, requests: int, tokens: int, topk_ids: Iterable[npt.NDArray[np.signedinteger[Any]]]
     ) -> None:
         """Record a batch and the global expert ids that it selected."""
-        self.batch_requests.observe(requests)
-        self.batch_tokens.observe(tokens)
+        self._batch_requests.observe(requests)
+        self._batch_tokens.observe(tokens)
         counted = self._loads.get(layer)
         if counted is not None:
             for ids in topk_ids:
@@ -193,6 +211,11 @@ class Metrics:
         self._slots_in_use.set_function(slots_in_use)
         for purpose in memory():
             self._device_memory.labels(purpose).set_function(partial(_of, memory, purpose))
+
+    def watch_calls(self, in_flight_requests: Callable[[], float], open_streams: Callable[[], float]) -> None:
+        """Read how many requests and streams there are from these when scraped."""
+        self._in_flight_requests.set_function(in_flight_requests)
+        self._open_streams.set_function(open_streams)
 
     def watch_queue(self, tokens: Callable[[], float], requests: Callable[[], float]) -> None:
         """Read the depth of the queue from these when scraped."""

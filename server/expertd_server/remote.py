@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 import pickle
 import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, fields
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 from google.rpc import status_pb2
 
@@ -24,6 +26,8 @@ from expertd_server.blocks import block_bytes, read_answer, read_error, write_ca
 from expertd_server.control import Control
 from expertd_server.engine import ForwardCall, ForwardResult
 from expertd_server.errors import ExpertdServerError, OverloadedError, RequestTimeoutError, UnavailableError
+from expertd_server.event_loop import EventLoop
+from expertd_server.promise import Promise
 from expertd_server.remote_layer import RemoteLayer, layer_id_of
 from expertd_server.ring import Arena, Block, Channel, Descriptor
 from expertd_server.status import RelayedError
@@ -38,11 +42,13 @@ CANCEL: Final = 2
 ANSWERED: Final = 3
 FAILED: Final = 4
 
-# Threads look up this often whether they shall end; nothing else depends on it.
+# The thread looks up this often whether they shall end; nothing else depends on it.
 _LOOK_UP_S: Final = 1.0
 # How long a request waits for room in the arena, unless its deadline is nearer, and what its caller is told then.
 _ROOM_TIMEOUT_S: Final = 1.0
 _ROOM_RETRY_DELAY_S: Final = 0.1
+# While calls wait for room, it is looked for at least this often.
+_ROOM_LOOK_UP_S: Final = 0.005
 # What callers are told while there is no engine.
 _ENGINE_RETRY_DELAY_S: Final = 1.0
 
@@ -81,6 +87,7 @@ class RemoteEngine:
 
     name: of this process. mailbox: where an engine finds what front-ends send to whichever engine comes.
     on_state: called with what a new state holds, and with None when the engine is gone; in one thread.
+    loop: where answers are read, so that who waits for them there is not woken from another thread; None: a thread's.
     """
 
     def __init__(
@@ -91,7 +98,9 @@ class RemoteEngine:
         arena_bytes: int,
         max_requests: int,
         on_state: Callable[[EngineState | None], None],
+        loop: EventLoop | None = None,
     ) -> None:
+        self._loop = loop
         self._name = name
         self._mailbox = mailbox
         self._arena_bytes = arena_bytes
@@ -112,11 +121,12 @@ class RemoteEngine:
         """Look for an engine."""
         self._thread.start()
 
-    def submit(self, call: ForwardCall, deadline_s: float | None = None) -> Future[ForwardResult]:
-        """Queue a call, as `Engine.submit` does; what the engine refuses fails the future.
+    def submit(self, call: ForwardCall, deadline_s: float | None = None) -> Promise[Any]:
+        """Queue a call, as `Engine.submit` does; what the engine refuses fails the promise.
 
-        Waits for room in the shared memory, for a second at most and not beyond the deadline. Raises OverloadedError
-        when there is none, RequestTimeoutError, and UnavailableError when there is no engine or the server drains.
+        Where the shared memory has no room the call waits for it, a second at most and not beyond the deadline; then
+        the promise fails with OverloadedError or RequestTimeoutError. Raises OverloadedError when too much is in
+        flight or the call is larger than the memory, UnavailableError when there is no engine or the server drains.
         """
         if self._is_draining:
             raise UnavailableError("the server is draining and takes no new requests; try another server")
@@ -124,6 +134,9 @@ class RemoteEngine:
         if link is None:
             raise _no_engine()
         return link.submit(call, deadline_s)
+
+    def hurry(self) -> None:
+        """Nothing: another process runs what waits."""
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for those in flight; False when some are left after timeout_s."""
@@ -175,57 +188,117 @@ class RemoteEngine:
             with theirs:
                 hello = pickle.dumps(Hello(self._name, self._arena_bytes, self._max_requests))
                 socket.send_fds(self._mailbox, [hello], [*channel.fds, theirs.fileno()])
-            link = _Link(channel, Control(mine))
+            link = _Link(channel, Control(mine), self._loop)
             undo.pop_all()
         return link
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _BlockResult(ForwardResult):
     """An answer whose tensors are views of a block, which is free again when this is gone."""
 
     block: Block | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Waiting:
-    future: Future[ForwardResult]
+    """A call that the engine has."""
+
+    promise: Promise[Any]
     block: Block
+    encode: Callable[[ForwardResult], Any] | None
+
+
+@dataclass(slots=True)
+class _Roomless:
+    """A call that waits for room in the arena."""
+
+    promise: Promise[Any]
+    call: ForwardCall
+    nbytes: int
+    deadline_s: float | None
+    give_up_s: float
 
 
 class _Link:
-    """The way to one engine process, for as long as that lives."""
+    """The way to one engine process, for as long as that lives. loop: see `RemoteEngine`."""
 
-    def __init__(self, channel: Channel, control: Control) -> None:
+    def __init__(self, channel: Channel, control: Control, loop: EventLoop | None) -> None:
         self._max_requests = channel.max_requests
         self._to_engine, self._from_engine, memory = channel.open()
         self._arena = Arena(memory)
         self._control = control
+        self._loop = loop
         self._numbers = itertools.count(1)
         self._changed = threading.Condition()
         self._waiting: dict[int, _Waiting] = {}
+        self._roomless: deque[_Roomless] = deque()  # with _waiting no more than max_requests
+        self._placing = threading.Lock()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._is_completing = False
         self._is_over = False
         self._sequence = 0
         self.queue_tokens = 0
 
-    def submit(self, call: ForwardCall, deadline_s: float | None) -> Future[ForwardResult]:
+    def submit(self, call: ForwardCall, deadline_s: float | None) -> Promise[Any]:
+        promise: Promise[Any] = Promise()
+        nbytes = block_bytes(call)
         with self._changed:
             self._check_open()
-        block = self._room(block_bytes(call), deadline_s)
+        # Nobody with a smaller wish passes by those who wait.
+        block = None if self._roomless else self._arena.allocate(nbytes)
+        if block is not None:
+            self._send(promise, call, deadline_s, block)
+            return promise
+        if nbytes > self._arena.nbytes:
+            raise self._no_room(nbytes)
+        one = _Roomless(promise, call, nbytes, deadline_s, time.monotonic() + _ROOM_TIMEOUT_S)
+        with self._changed:
+            self._check_open()
+            self._roomless.append(one)
+            os.eventfd_write(self._wake_fd, 1)
+        return promise
+
+    def _send(self, promise: Promise[Any], call: ForwardCall, deadline_s: float | None, block: Block) -> None:
         write_call(block.view, call, layer_id_of(call.layer), deadline_s)
-        future: Future[ForwardResult] = Future()
         with self._changed:
             self._check_open()
             number = next(self._numbers)
-            self._waiting[number] = _Waiting(future, block)
+            self._waiting[number] = _Waiting(promise, block, call.encode)
             self._to_engine.publish(SUBMIT, number, block.offset, block.nbytes)
-        future.add_done_callback(lambda done: self._cancel(number) if done.cancelled() else None)
-        return future
+        promise.add_done_callback(lambda done: self._cancel(number) if done.cancelled() else None)
+
+    def _place(self) -> None:
+        """Send what waits for room, as far as there is some, and refuse what has waited too long."""
+        if not self._roomless or not self._placing.acquire(blocking=False):
+            return
+        try:
+            while self._roomless:
+                one = self._roomless[0]
+                now_s = time.monotonic()
+                is_late = one.deadline_s is not None and one.deadline_s <= now_s
+                block = None if is_late or one.promise.done() else self._arena.allocate(one.nbytes)
+                if block is None and not is_late and not one.promise.done() and now_s < one.give_up_s:
+                    return
+                self._roomless.popleft()
+                if block is not None:
+                    try:
+                        self._send(one.promise, one.call, one.deadline_s, block)
+                    except ExpertdServerError as error:
+                        _fail(one.promise, error)
+                elif is_late:
+                    late = RequestTimeoutError("the deadline passed before there was room for the request")
+                    _fail(one.promise, late)
+                else:
+                    _fail(one.promise, self._no_room(one.nbytes))
+        finally:
+            self._placing.release()
 
     def wait_idle(self, timeout_s: float) -> bool:
         with self._changed:
-            return self._changed.wait_for(lambda: not (self._waiting or self._is_completing), timeout_s)
+            return self._changed.wait_for(
+                lambda: not (self._waiting or self._roomless or self._is_completing), timeout_s
+            )
 
     def hang_up(self) -> None:
         self._control.hang_up()
@@ -233,63 +306,77 @@ class _Link:
     def serve(self, on_state: Callable[[_Link, EngineState], None], is_closed: Callable[[], bool]) -> None:
         """Hand out what comes from the engine until it is gone."""
         poll = select.poll()
-        poll.register(self._from_engine.eventfd, select.POLLIN)
         poll.register(self._control.fileno(), select.POLLIN)
-        is_over = False
-        while not (is_over or is_closed()):
-            ready = {fd for fd, _ in poll.poll(_LOOK_UP_S * 1000)}
+        poll.register(self._wake_fd, select.POLLIN)
+        fd = self._from_engine.eventfd
+        if self._loop is None:
+            poll.register(fd, select.POLLIN)
+        else:
+            self._loop.soon(partial(self._loop.loop.add_reader, fd, self._take))
+        try:
+            self._listen(poll, on_state, is_closed)
+        finally:
+            if self._loop is not None:
+                self._loop.run(_call(partial(self._loop.loop.remove_reader, fd)), _LOOK_UP_S)
+        self._take()  # what the engine had answered before its end
+
+    def _listen(
+        self, poll: select.poll, on_state: Callable[[_Link, EngineState], None], is_closed: Callable[[], bool]
+    ) -> None:
+        while not is_closed():
+            ready = {fd for fd, _ in poll.poll((_ROOM_LOOK_UP_S if self._roomless else _LOOK_UP_S) * 1000)}
             if self._from_engine.eventfd in ready:
-                for descriptor in self._from_engine.take():
-                    self._answered(descriptor)
+                self._take()
+            if self._wake_fd in ready:
+                os.eventfd_read(self._wake_fd)
             if self._control.fileno() in ready:
                 try:
                     self._told(self._control.receive(), on_state)
                 except EOFError:
-                    is_over = True
-        for descriptor in self._from_engine.take():  # what the engine had answered before its end
+                    return
+            self._place()
+
+    def _take(self) -> None:
+        for descriptor in self._from_engine.take():
             self._answered(descriptor)
+        self._place()
 
     def fail_all(self, error: ExpertdServerError) -> None:
         """The end of it: what was not answered fails."""
         with self._changed:
             self._is_over = True
-            waiting, self._waiting = list(self._waiting.values()), {}
+            promises = [one.promise for one in self._waiting.values()] + [one.promise for one in self._roomless]
+            self._waiting = {}
+            self._roomless.clear()
             self._is_completing = True
-        for one in waiting:
-            if one.future.set_running_or_notify_cancel():
-                one.future.set_exception(error)
+        for promise in promises:
+            _fail(promise, error)
         with self._changed:
             self._is_completing = False
             self._changed.notify_all()
         self._to_engine.close()
         self._from_engine.close()
         self._control.close()
+        os.close(self._wake_fd)
 
     def _check_open(self) -> None:
         if self._is_over:
             raise _no_engine()
-        if len(self._waiting) >= self._max_requests:
+        num_requests = len(self._waiting) + len(self._roomless)
+        if num_requests >= self._max_requests:
             raise OverloadedError(
-                f"{len(self._waiting)} requests of this front-end are in flight, at most {self._max_requests} may "
+                f"{num_requests} requests of this front-end are in flight, at most {self._max_requests} may "
                 f"be (max_queue_requests); come back in {_ROOM_RETRY_DELAY_S} s",
                 _ROOM_RETRY_DELAY_S,
             )
 
-    def _room(self, nbytes: int, deadline_s: float | None) -> Block:
-        timeout_s = _ROOM_TIMEOUT_S
-        if deadline_s is not None:
-            timeout_s = min(timeout_s, deadline_s - time.monotonic())
-        block = self._arena.allocate(nbytes, timeout_s)
-        if block is None:
-            if timeout_s < _ROOM_TIMEOUT_S:
-                raise RequestTimeoutError("the deadline passed before there was room for the request")
-            raise OverloadedError(
-                f"requests in flight leave no room for one of {nbytes} bytes in the {self._arena.nbytes} bytes of "
-                f"memory that this front-end shares with the engine (frontend_arena_bytes); come back in "
-                f"{_ROOM_RETRY_DELAY_S} s",
-                _ROOM_RETRY_DELAY_S,
-            )
-        return block
+    def _no_room(self, nbytes: int) -> OverloadedError:
+        return OverloadedError(
+            f"requests in flight leave no room for one of {nbytes} bytes in the {self._arena.nbytes} bytes of "
+            f"memory that this front-end shares with the engine (frontend_arena_bytes); come back in "
+            f"{_ROOM_RETRY_DELAY_S} s",
+            _ROOM_RETRY_DELAY_S,
+        )
 
     def _cancel(self, number: int) -> None:
         with self._changed:
@@ -310,16 +397,24 @@ class _Link:
                     self._changed.notify_all()
 
     def _complete(self, waiting: _Waiting, descriptor: Descriptor) -> None:
-        future, block = waiting.future, waiting.block
+        promise, block = waiting.promise, waiting.block
         if descriptor.kind == FAILED:
-            if future.set_running_or_notify_cancel():
-                status = status_pb2.Status.FromString(read_error(block.view, descriptor.nbytes))
-                future.set_exception(RelayedError(status))
+            status = status_pb2.Status.FromString(read_error(block.view, descriptor.nbytes))
+            _fail(promise, RelayedError(status))
             return
         result, self.queue_tokens = read_answer(block.view)
-        if future.set_running_or_notify_cancel():
+        if not promise.set_running_or_notify_cancel():
+            return
+        if waiting.encode is None:
             parts = {field.name: getattr(result, field.name) for field in fields(ForwardResult)}
-            future.set_result(_BlockResult(**parts, block=block))
+            promise.set_result(_BlockResult(**parts, block=block))
+            return
+        try:
+            answer = waiting.encode(result)
+        except Exception as error:
+            promise.set_exception(error)
+        else:
+            promise.set_result(answer)
 
     def _told(self, state: EngineState, on_state: Callable[[_Link, EngineState], None]) -> None:
         if state.sequence < self._sequence:  # two threads of the engine's process sent them
@@ -327,6 +422,15 @@ class _Link:
         self._sequence = state.sequence
         on_state(self, state)
         self._control.send(Applied(state.sequence))
+
+
+def _fail(promise: Promise[Any], error: Exception) -> None:
+    if promise.set_running_or_notify_cancel():
+        promise.set_exception(error)
+
+
+async def _call(function: Callable[[], object]) -> None:
+    function()
 
 
 def _no_engine() -> UnavailableError:

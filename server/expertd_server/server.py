@@ -65,7 +65,8 @@ class Server:
         """Listen, load every layer, say that it is ready.
 
         The port is bound first, so that one in use is an error before minutes of loading; until the layers are there,
-        health says NOT_SERVING and requests get UNAVAILABLE. Raises ConfigError and CheckpointError; call `shutdown`
+        health says NOT_SERVING of the server and of every layer, the layers held so far are listed as LOADING, and
+        requests get UNAVAILABLE. Raises ConfigError and CheckpointError; call `shutdown`
         then too. False, and not ready, when `stop` was called meanwhile.
         """
         config = self.config
@@ -78,10 +79,12 @@ class Server:
         self._admin_endpoint = self._host.admin_endpoint(hold=self._hold, forget=self._forget, drain=self.drain)
         if self._admin_endpoint is not None:
             self.admin_port = self._admin_endpoint.port
-        self._host.start()
+        self._host.start(self._listener.loop.soon)
         self._listener.start()
         if not self._host.load(self._hold, self._stop_requested.is_set):
             return False
+        for layer in self.store.layers():
+            self._listener.set_layer_serving(layer.name, True)
         self._listener.set_serving(True)
         log.info("ready on %s:%d: %s", config.host, self.port, self._host.summary())
         if config.ready_file is not None:
@@ -128,7 +131,7 @@ class Server:
 
     def _hold(self, layer: MoELayer) -> None:
         self._host.hold(layer)
-        self._listener.set_layer_serving(layer.name, True)
+        self._listener.set_layer_serving(layer.name, not self.store.is_loading)
 
     def _forget(self, name: str) -> None:
         self._host.forget(name)

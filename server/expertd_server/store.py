@@ -59,8 +59,8 @@ class LayerStore:
     """Many named layers, each in one or more versions of its weights, one of them current; thread-safe.
 
     budget_bytes: most bytes that the prepared layers may hold together; None: no bound. Versions that were removed
-    count until nobody has them any more.
-    A store starts out loading; see `get`. on_change: called after each change of what is held or current.
+    count until nobody has them any more. on_change: called after each change of what is held or current.
+    A store starts out loading: layers are held, and none answers; see `get`.
     """
 
     def __init__(self, budget_bytes: int | None = None, on_change: Callable[[], object] = lambda: None) -> None:
@@ -156,7 +156,7 @@ class LayerStore:
             self._layers, self._current, self._loading = held, current, is_loading
 
     def finish_loading(self) -> None:
-        """Say that every layer is there: from now on an unknown name is NOT_FOUND rather than UNAVAILABLE."""
+        """Say that every layer is there and ready: from now on they answer, and an unknown name is NOT_FOUND."""
         with self._lock:
             self._loading = False
         self._on_change()
@@ -164,14 +164,16 @@ class LayerStore:
     def get(self, name: str, weights_version: int | None = None) -> MoELayer:
         """A layer by name, in its current version or in the asked one.
 
-        Raises LayerNotFoundError (while layers are still being loaded: UnavailableError) and VersionNotHeldError, which
-        list what is held.
+        Raises LayerNotFoundError and VersionNotHeldError, which list what is held; while layers are being loaded,
+        UnavailableError, also for a layer that is there already: its graphs may not be.
         """
         with self._lock:
+            if self._loading:
+                raise _not_loaded(name)
             return self._find(name, weights_version)
 
     def held(self, name: str) -> Held:
-        """A layer with all its versions. Raises as `get` does."""
+        """A layer with all its versions. Raises LayerNotFoundError, or UnavailableError when it may still come."""
         with self._lock:
             self._find(name, None)
             return self._held(name)
@@ -214,9 +216,7 @@ class LayerStore:
         versions = self._layers.get(name)
         if versions is None:
             if self._loading:
-                raise UnavailableError(
-                    f"layer {name!r} is not loaded yet: the server is starting; come back", _LOADING_RETRY_DELAY_S
-                )
+                raise _not_loaded(name)
             raise LayerNotFoundError(f"layer {name!r} is not held here; {self._names_held()}")
         if weights_version is None:
             return versions[self._current[name]]
@@ -233,6 +233,12 @@ class LayerStore:
             return "no layer is"
         more = f" and {len(names) - _MAX_NAMES_SHOWN} more" if len(names) > _MAX_NAMES_SHOWN else ""
         return f"held: {', '.join(names[:_MAX_NAMES_SHOWN])}{more}"
+
+
+def _not_loaded(name: str) -> UnavailableError:
+    return UnavailableError(
+        f"layer {name!r} is not loaded yet: the server is starting; come back", _LOADING_RETRY_DELAY_S
+    )
 
 
 def _freed(layer: MoELayer) -> threading.Event:

@@ -1,48 +1,75 @@
-"""One open ForwardStream: a reader admits requests, the call's own thread writes answers as they complete.
+"""One open ForwardStream: one task reads and admits requests, the call's own writes answers as they complete.
 
 What is read but not answered is bounded, so a caller who does not read its answers is not read from either: HTTP/2
 flow control then holds it back, and the server's memory stays where it is.
+
+Everything here runs in the event loop but `_Pending.encode`, which is called where the answer is computed.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
+import asyncio
+import math
+from collections import deque
+from typing import Any
 
 import grpc
 from google.rpc import code_pb2
 
 from expertd_server.calls import Calls
+from expertd_server.codec import read_stream_message, write_stream_answer
 from expertd_server.engine import ForwardResult, ForwardTiming
 from expertd_server.errors import InvalidArgumentError, RequestCancelledError, UnavailableError
+from expertd_server.event_loop import Inbox
+from expertd_server.promise import Promise
+from expertd_server.regions import Lease, StreamRegions
 from expertd_server.status import status_of, stream_error_of
-from expertd_server.wire import encode_stream_error, encode_stream_response
-from expertd_server.wire_parse import parse_stream_request
+from expertd_server.wire import encode_region_reply, encode_stream_error
+from expertd_server.wire_parse import RawRequest, RawStreamRequest
 
 __all__ = ["Stream"]
 
-# Both threads look up this often whether the call is still there; nothing else depends on it.
-_LOOK_UP_S = 1.0
 
-
-@dataclass(eq=False, slots=True)
 class _Pending:
-    request_id: int
-    arrived_s: float
-    num_tokens: int
-    future: Future[ForwardResult] | None = None
-    """None: not admitted yet, or answered; its result need not wait for the answer to be written."""
-    timing: ForwardTiming | None = None
-    """Of an answer that is no error."""
+    """A request that was read and is not answered."""
+
+    __slots__ = ("arrived_s", "calls", "lease", "num_tokens", "promise", "ready_s", "request_id", "stream", "timing")
+
+    def __init__(self, stream: Stream, calls: Calls, request_id: int, arrived_s: float, num_tokens: int) -> None:
+        self.stream = stream
+        self.calls = calls
+        self.request_id = request_id
+        self.arrived_s = arrived_s
+        self.num_tokens = num_tokens
+        self.promise: Promise[bytes] | None = None
+        """None: not admitted yet, or answered; its result need not wait for the answer to be written."""
+        self.lease: Lease | None = None
+        """Of the memory that the request holds."""
+        self.ready_s = 0.0
+        """When there was an answer to send."""
+        self.timing: ForwardTiming | None = None
+        """Of an answer that is no error."""
+
+    def encode(self, result: ForwardResult) -> bytes:
+        """The answer as it goes out; in any thread."""
+        self.ready_s, self.timing = self.calls.clock(), result.timing
+        lease = self.lease  # the stream lets go of it when it ends, at any time
+        place = None if lease is None else lease.place
+        return write_stream_answer(self.request_id, result, self.calls.queue_depth_tokens, place)
+
+    def done(self, _: Promise[bytes]) -> None:
+        """The promise is kept; in any thread."""
+        self.stream.inbox.post(self.answer)
+
+    def answer(self) -> None:
+        """Have it written."""
+        self.stream.completed(self)
 
 
 class Stream:
-    """One call. `answers` is its life: from the first message to the last answer.
+    """One call. `run` is its life: from the first message to the last answer.
 
-    requests: serialised ForwardStreamRequests, as gRPC yields them.
+    regions: memory that the caller shares; the stream closes it.
     max_requests, max_tokens: bounds of what is read but not answered; a lone request may exceed max_tokens.
     log_id: names the call in log lines.
     """
@@ -50,161 +77,175 @@ class Stream:
     def __init__(
         self,
         calls: Calls,
-        requests: Iterator[bytes],
-        context: grpc.ServicerContext,
+        context: grpc.aio.ServicerContext[bytes, bytes],
+        inbox: Inbox,
         *,
+        regions: StreamRegions,
         max_requests: int,
         max_tokens: int,
         log_id: str,
     ) -> None:
+        self.inbox = inbox
         self._calls = calls
-        self._requests = requests
         self._context = context
+        self._regions = regions
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._log_id = log_id
-        self._changed = threading.Condition()
+        self._loop = asyncio.get_running_loop()
         self._pending: set[_Pending] = set()
         self._pending_tokens = 0
-        self._done: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()  # holds no more than _pending does
+        self._done: deque[_Pending] = deque()  # holds no more than _pending does
         self._is_reading = True
         self._is_closing = False
         self._is_gone = False
         self._broken: Exception | None = None
+        # Which task waits for what, if any does.
+        self._writer: asyncio.Future[None] | None = None
+        self._reader: asyncio.Future[None] | None = None
 
-    def answers(self) -> Iterator[bytes]:
-        """Serialised ForwardStreamResponses, in completion order.
+    async def run(self) -> None:
+        """Answer requests, in completion order, until the caller or the server has had enough.
 
         Raises InvalidArgumentError, after the answers in flight, when a message was no ForwardStreamRequest at all, and
         UnavailableError when the server drains.
         """
-        if not self._context.add_callback(self._abandon):
-            return
-        threading.Thread(target=self._read, name="expertd-stream-reader", daemon=True).start()
-        while not self._is_gone:
-            # In this order: the reader leaves its last request, then its error, and then says that it has ended.
-            is_closing, is_reading, broken = self._is_closing, self._is_reading, self._broken
-            if not self._pending:
-                if broken is not None:
-                    raise broken
-                if not is_reading:
-                    return
-                if is_closing:
-                    raise _closing()
-            try:
-                pending = self._done.get(timeout=_LOOK_UP_S)
-            except queue.Empty:
-                continue
-            if pending is not None:
-                yield self._answer(pending)
-                # Not before: gRPC comes back for more when it has written this one.
-                self._leave(pending)
-                if pending.timing is not None:
-                    self._calls.answered("ForwardStream", pending.arrived_s, pending.timing)
+        reading = self._loop.create_task(self._read())
+        try:
+            await self._write()
+        finally:
+            self._abandon()
+            reading.cancel()
 
     def close(self) -> None:
         """End the call as soon as nothing is in flight."""
         self._is_closing = True
-        self._done.put(None)
+        self._wake_writer()
 
-    def _abandon(self) -> None:
-        """The call is over, however it ended: cancel what waits, let both threads go."""
-        with self._changed:
-            self._is_gone = True
-            left = list(self._pending)
-            self._changed.notify_all()
-        for pending in left:
-            self._give_up(pending)
-            self._leave(pending)
-        self._done.put(None)
+    def completed(self, pending: _Pending) -> None:
+        """An answer is there, or an error in its place."""
+        self._done.append(pending)
+        self._wake_writer()
 
-    def _read(self) -> None:
-        try:
-            for data in self._requests:
-                if self._is_closing:  # the message is lost, which the stream's status says
-                    raise _closing()
-                if not self._take(data):
+    async def _write(self) -> None:
+        write = self._context.write
+        while True:
+            while self._done:
+                pending = self._done.popleft()
+                await write(self._answer(pending))
+                # Not before: gRPC has taken this one, and will not take the next before the caller reads.
+                self._leave(pending)
+                if pending.timing is not None:
+                    self._calls.answered("ForwardStream", pending.arrived_s, pending.ready_s, pending.timing)
+            if not self._pending:
+                if self._broken is not None:
+                    raise self._broken
+                if not self._is_reading:
                     return
-                del data  # the wait for the next message may be long, and this one large
+                if self._is_closing:
+                    raise _closing()
+            self._writer = self._loop.create_future()
+            await self._writer
+
+    async def _read(self) -> None:
+        try:
+            await self._take_all()
         except (InvalidArgumentError, UnavailableError) as error:
             self._broken = error
-        except grpc.RpcError:
-            pass  # how gRPC says that the call is over
+        except Exception as error:
+            # gRPC's ways to say that the call is over; the writer is told in its own way.
+            if not (self._is_gone or self._context.done()):
+                self._broken = error
         finally:
             self._is_reading = False
-            self._done.put(None)
+            self._wake_writer()
 
-    def _take(self, data: bytes) -> bool:
-        """Admit one message as soon as there is room; False when the call ended meanwhile."""
-        arrived_s = self._calls.clock()
-        message = parse_stream_request(data)
-        num_tokens = min(message.num_tokens, self._max_tokens)
-        pending = _Pending(message.id, arrived_s, num_tokens)
-        if not self._enter(pending):
-            return False
-        future: Future[ForwardResult]
-        try:
-            if message.request is None:
-                raise InvalidArgumentError.of("request", "is missing, expected a ForwardRequest")
-            timeout_s = message.timeout_ms / 1e3 if message.timeout_ms else float("inf")
-            timeout_s = min(timeout_s, self._context.time_remaining())
-            future = self._calls.admit(message.request, arrived_s, timeout_s)
-        except Exception as error:  # the request fails alone, the stream lives on
-            future = Future()
-            future.set_exception(error)
-        pending.future = future
-        future.add_done_callback(lambda _: self._done.put(pending))
-        del future  # an error that was caught here knows this frame: leave no cycle
-        if self._is_gone:
-            self._give_up(pending)
-        return True
-
-    @staticmethod
-    def _give_up(pending: _Pending) -> None:
-        future, pending.future = pending.future, None  # the future's callback knows pending: leave no cycle
-        if future is not None:
-            future.cancel()
-
-    def _enter(self, pending: _Pending) -> bool:
-        with self._changed:
-            while not (self._is_gone or self._has_room(pending.num_tokens)):
-                self._changed.wait(_LOOK_UP_S)
-            if self._is_gone:
-                return False
+    async def _take_all(self) -> None:
+        calls, read, clock = self._calls, self._context.read, self._calls.clock
+        time_remaining_s = self._context.time_remaining()
+        until_s = math.inf if time_remaining_s is None else clock() + time_remaining_s
+        while True:
+            data: Any = await read()
+            if data is grpc.aio.EOF:  # type: ignore[attr-defined]
+                return
+            if self._is_closing:  # the message is lost, which the stream's status says
+                raise _closing()
+            arrived_s = clock()
+            request_id, timeout_ms, num_tokens, request = read_stream_message(data)
+            num_tokens = min(num_tokens, self._max_tokens)
+            while not self._has_room(num_tokens):
+                self._reader = self._loop.create_future()
+                await self._reader
+            pending = _Pending(self, calls, request_id, arrived_s, num_tokens)
             self._pending.add(pending)
-            self._pending_tokens += pending.num_tokens
-        self._calls.arrived()
-        return True
+            self._pending_tokens += num_tokens
+            calls.in_flight += 1
+            promise: Promise[bytes]
+            try:
+                if request is None:
+                    raise InvalidArgumentError.of("request", "is missing, expected a ForwardRequest")
+                if isinstance(request, RawStreamRequest):
+                    promise = Promise()
+                    promise.set_result(encode_region_reply(request_id, self._regions.obey(request)))
+                else:
+                    if isinstance(request, RawRequest):
+                        pending.lease = self._regions.lease(request)
+                    timeout_s = until_s - arrived_s
+                    if timeout_ms:
+                        timeout_s = min(timeout_s, timeout_ms / 1e3)
+                    promise = calls.admit(request, arrived_s, timeout_s, pending.encode)
+            except Exception as error:  # the request fails alone, the stream lives on
+                promise = Promise()
+                promise.set_exception(error)
+            pending.promise = promise
+            promise.add_done_callback(pending.done)
+            # The wait for the next message may be long, and this one large; an error knows this frame.
+            del data, request, pending, promise
 
     def _has_room(self, num_tokens: int) -> bool:
         return not self._pending or (
             len(self._pending) < self._max_requests and self._pending_tokens + num_tokens <= self._max_tokens
         )
 
+    def _wake_writer(self) -> None:
+        if self._writer is not None and not self._writer.done():
+            self._writer.set_result(None)
+
     def _leave(self, pending: _Pending) -> None:
-        with self._changed:
-            if pending not in self._pending:
-                return
-            self._pending.remove(pending)
-            self._pending_tokens -= pending.num_tokens
-            self._changed.notify_all()
-        self._calls.left()
+        if pending not in self._pending:
+            return
+        self._pending.remove(pending)
+        self._pending_tokens -= pending.num_tokens
+        self._calls.in_flight -= 1
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def _abandon(self) -> None:
+        """The call is over, however it ended: cancel what waits."""
+        self._is_gone = True
+        for pending in list(self._pending):
+            promise, pending.promise = pending.promise, None
+            pending.lease = None
+            if promise is not None:
+                promise.cancel()
+            self._leave(pending)
+        self._regions.close()
 
     def _answer(self, pending: _Pending) -> bytes:
-        future, pending.future = pending.future, None
+        promise, pending.promise = pending.promise, None
+        lease, pending.lease = pending.lease, None
         try:
-            if future is None:
+            if promise is None:
                 raise RequestCancelledError("the caller left")
-            result = future.result(timeout=0)
-            data = encode_stream_response(pending.request_id, result, self._calls.queue_depth_tokens)
-            pending.timing = result.timing
-            return data
+            return promise.result(timeout=0)
         except Exception as error:
             status = status_of(error, self._log_id)
             self._calls.failed("ForwardStream", code_pb2.Code.Name(status.code))
             return encode_stream_error(pending.request_id, stream_error_of(status))
         finally:
-            del future  # its error knows this frame: leave no cycle
+            del promise  # its error knows this frame: leave no cycle
+            if lease is not None:  # before the caller reads the answer, and sends into the same memory again
+                lease.release()
 
 
 def _closing() -> UnavailableError:

@@ -18,13 +18,17 @@ from expertd.v1 import expertd_pb2 as pb
 from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming, HostTensor
 from expertd_server.errors import FieldViolation, InvalidArgumentError
 from expertd_server.layer import MoELayer
+from expertd_server.regions import AnswerPlace, RegionReply
 from expertd_server.store import LayerStore
 from expertd_server.types import LayerSpec
 from expertd_server.wire_parse import RawRequest, RawTensor
 
 __all__ = [
     "MAX_NAME_LENGTH",
+    "TORCH_DTYPES",
+    "WIRE_DTYPES",
     "checked_name",
+    "encode_region_reply",
     "encode_response",
     "encode_stream_error",
     "encode_stream_response",
@@ -35,18 +39,19 @@ __all__ = [
 # A layer name is repeated in error messages, which travel in size-limited gRPC metadata.
 MAX_NAME_LENGTH: Final = 256
 
-_TORCH_DTYPES: Final[dict[int, torch.dtype]] = {
+TORCH_DTYPES: Final[dict[int, torch.dtype]] = {
     pb.DATA_TYPE_FLOAT32: torch.float32,
     pb.DATA_TYPE_BFLOAT16: torch.bfloat16,
     pb.DATA_TYPE_FLOAT16: torch.float16,
     pb.DATA_TYPE_FLOAT8_E4M3FN: torch.float8_e4m3fn,
     pb.DATA_TYPE_INT32: torch.int32,
 }
-_WIRE_DTYPES: Final = {dtype: value for value, dtype in _TORCH_DTYPES.items()}
+WIRE_DTYPES: Final = {dtype: value for value, dtype in TORCH_DTYPES.items()}
 _FP8_ONLY: Final = (pb.DATA_TYPE_FLOAT8_E4M3FN,)
 _HIDDEN_DTYPES: Final = (*_FP8_ONLY, pb.DATA_TYPE_BFLOAT16, pb.DATA_TYPE_FLOAT16, pb.DATA_TYPE_FLOAT32)
 _REAL_DTYPES: Final = (pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_BFLOAT16)
 _ID_DTYPES: Final = (pb.DATA_TYPE_INT32,)
+_NO_REGIONS_HERE: Final = "names a region, which only a ForwardStream has; send the tensor's data"
 _OUTPUT_DTYPES: Final = (pb.DATA_TYPE_BFLOAT16, pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_FLOAT16)
 
 
@@ -92,13 +97,15 @@ def read_call(request: RawRequest, store: LayerStore, *, max_batch_tokens: int, 
     if output_dtype not in _OUTPUT_DTYPES:
         checks.add("options.output_dtype", f"is {_dtype_name(output_dtype)}, expected {_choice(_OUTPUT_DTYPES)}")
     elif num_tokens is not None:
-        answer_bytes = _answer_bytes(spec, num_tokens, _TORCH_DTYPES[output_dtype].itemsize, request.do_finalize)
+        answer_bytes = _answer_bytes(spec, num_tokens, TORCH_DTYPES[output_dtype].itemsize, request.do_finalize)
         if answer_bytes > max_message_bytes:
             checks.add(
                 "hidden_states.shape",
                 f"has {num_tokens} tokens, whose answer takes {answer_bytes} bytes, expected at most "
                 f"{max_message_bytes}; split it",
             )
+    if request.answer_slice is not None:
+        checks.add("answer_slice", _NO_REGIONS_HERE)
     checks.finish()
     assert hidden_states is not None
     return ForwardCall(
@@ -107,7 +114,7 @@ def read_call(request: RawRequest, store: LayerStore, *, max_batch_tokens: int, 
         routing_logits=logits,
         topk_ids=ids,
         topk_weights=weights,
-        output_dtype=_TORCH_DTYPES[output_dtype],
+        output_dtype=TORCH_DTYPES[output_dtype],
         do_finalize=request.do_finalize,
         return_routing=request.return_routing,
     )
@@ -134,6 +141,8 @@ class _Checks:
             self.add(field, f"is missing, expected a [num_tokens, {columns}] tensor")
             return None
         before = len(self._violations)
+        if message.slice is not None and not message.is_resolved:
+            self.add(f"{field}.slice", _NO_REGIONS_HERE)
         if message.dtype not in dtypes:
             self.add(f"{field}.dtype", f"is {_dtype_name(message.dtype)}, expected {_choice(dtypes)}")
         shape = message.shape
@@ -144,11 +153,12 @@ class _Checks:
             self.add(f"{field}.shape", f"is {list(shape)}, expected {expected}")
         if len(self._violations) > before:
             return None
-        dtype = _TORCH_DTYPES[message.dtype]
+        dtype = TORCH_DTYPES[message.dtype]
         data = message.data
         num_bytes = math.prod(shape) * dtype.itemsize
         if len(data) != num_bytes:
-            self.add(f"{field}.data", f"has {len(data)} bytes, expected {num_bytes} for {list(shape)} {dtype}")
+            part = "data" if message.slice is None else "slice"
+            self.add(f"{field}.{part}", f"has {len(data)} bytes, expected {num_bytes} for {list(shape)} {dtype}")
             return None
         return HostTensor(dtype, shape, data)
 
@@ -184,9 +194,11 @@ def encode_response(result: ForwardResult, queue_depth_tokens: int) -> bytes:
     return b"".join(parts)
 
 
-def encode_stream_response(request_id: int, result: ForwardResult, queue_depth_tokens: int) -> bytes:
-    """A serialised ForwardStreamResponse that holds an answer."""
-    parts, num_bytes = _response(result, queue_depth_tokens)
+def encode_stream_response(
+    request_id: int, result: ForwardResult, queue_depth_tokens: int, place: AnswerPlace | None = None
+) -> bytes:
+    """A serialised ForwardStreamResponse that holds an answer. place: where its tensors go as far as they fit."""
+    parts, num_bytes = _response(result, queue_depth_tokens, place)
     return b"".join((_number(1, request_id) + _key(2) + _varint(num_bytes), *parts))
 
 
@@ -195,8 +207,15 @@ def encode_stream_error(request_id: int, error: pb.StreamError) -> bytes:
     return pb.ForwardStreamResponse(id=request_id, error=error).SerializeToString()
 
 
-def layer_info(layer: MoELayer, versions: Iterable[int]) -> pb.LayerInfo:
-    """What ListLayers and GetLayer say about a layer that answers."""
+def encode_region_reply(request_id: int, reply: RegionReply) -> bytes:
+    """A serialised ForwardStreamResponse to a message about a region."""
+    if isinstance(reply, pb.RegionTicket):
+        return pb.ForwardStreamResponse(id=request_id, region_ticket=reply).SerializeToString()
+    return pb.ForwardStreamResponse(id=request_id, region_unregistered=reply).SerializeToString()
+
+
+def layer_info(layer: MoELayer, versions: Iterable[int], *, is_loading: bool = False) -> pb.LayerInfo:
+    """What ListLayers and GetLayer say about a layer. is_loading: whether requests to it are still refused."""
     spec = layer.spec
     info = pb.LayerInfo(
         name=layer.name,
@@ -216,7 +235,7 @@ def layer_info(layer: MoELayer, versions: Iterable[int]) -> pb.LayerInfo:
         hidden_states_scale=layer.hidden_states_scale,
         weights_version=layer.weights_version,
         weights_bytes=layer.nbytes,
-        state=pb.LAYER_STATE_READY,
+        state=pb.LAYER_STATE_LOADING if is_loading else pb.LAYER_STATE_READY,
         weights_versions=versions,
     )
     if layer.routing_bias is not None:
@@ -232,7 +251,7 @@ def layer_info(layer: MoELayer, versions: Iterable[int]) -> pb.LayerInfo:
 _Parts = list[bytes | memoryview]
 
 
-def _response(result: ForwardResult, queue_depth_tokens: int) -> tuple[_Parts, int]:
+def _response(result: ForwardResult, queue_depth_tokens: int, place: AnswerPlace | None = None) -> tuple[_Parts, int]:
     """The pieces of a ForwardResponse, and their bytes together."""
     parts: _Parts = []
     num_bytes = 0
@@ -244,7 +263,14 @@ def _response(result: ForwardResult, queue_depth_tokens: int) -> tuple[_Parts, i
         result.expanded_idx_to_permuted_idx,
     )
     for field, tensor in enumerate(tensors, start=1):
-        if tensor is not None:
+        if tensor is None:
+            continue
+        where = None if place is None or not tensor.numel() else place.put(_tensor_bytes(tensor))
+        if where is not None:
+            head = _placed_tensor(field, tensor.dtype, tensor.shape, where)
+            parts.append(head)
+            num_bytes += len(head)
+        else:
             head, data_bytes = _tensor_head(field, tensor.dtype, tensor.shape)
             parts.append(head)
             num_bytes += len(head) + data_bytes
@@ -261,10 +287,19 @@ def _tensor_head(field: int, dtype: torch.dtype, shape: tuple[int, ...]) -> tupl
     """A field's Tensor up to its elements, and how many bytes of those must follow."""
     extents = b"".join(map(_varint, shape))
     data_bytes = math.prod(shape) * dtype.itemsize
-    head = _number(1, _WIRE_DTYPES[dtype]) + _key(2) + _varint(len(extents)) + extents
+    head = _number(1, WIRE_DTYPES[dtype]) + _key(2) + _varint(len(extents)) + extents
     if data_bytes:  # an empty field is left out
         head += _key(3) + _varint(data_bytes)
     return _key(field) + _varint(len(head) + data_bytes) + head, data_bytes
+
+
+def _placed_tensor(field: int, dtype: torch.dtype, shape: tuple[int, ...], where: tuple[int, int, int]) -> bytes:
+    """A field's Tensor whose elements lie in a region. where: the fields of RegionSlice."""
+    extents = b"".join(map(_varint, shape))
+    piece = b"".join(_number(number, value) for number, value in enumerate(where, start=1))
+    body = _number(1, WIRE_DTYPES[dtype]) + _key(2) + _varint(len(extents)) + extents
+    body += _key(4) + _varint(len(piece)) + piece
+    return _key(field) + _varint(len(body)) + body
 
 
 def _timing(timing: ForwardTiming, queue_depth_tokens: int) -> bytes:

@@ -17,12 +17,21 @@ from google.protobuf.message import DecodeError
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server.errors import InvalidArgumentError
 
-__all__ = ["RawRequest", "RawStreamRequest", "RawTensor", "parse_request", "parse_stream_request"]
+__all__ = ["RawRequest", "RawSlice", "RawStreamRequest", "RawTensor", "parse_request", "parse_stream_request"]
 
 _Message = TypeVar("_Message", pb.ForwardRequest, pb.ForwardStreamRequest)
 
 _SHAPE_KEPT: Final = 3
 """Extents that are kept of a shape: one more than any tensor of the contract has."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawSlice:
+    """A RegionSlice message, unchecked."""
+
+    region: int
+    offset: int
+    nbytes: int
 
 
 @dataclass(slots=True)
@@ -35,6 +44,10 @@ class RawTensor:
     shape: tuple[int, ...] = ()
     """The first extents, at most three."""
     data: bytes | memoryview = b""
+    slice: RawSlice | None = None
+    """Where the data lies instead; see regions."""
+    is_resolved: bool = False
+    """Whether data is what lies in the slice."""
 
 
 @dataclass(slots=True)
@@ -50,6 +63,8 @@ class RawRequest:
     do_finalize: bool = True
     return_routing: bool = False
     weights_version: int = 0
+    answer_slice: RawSlice | None = None
+    """None also once it is resolved."""
 
 
 @dataclass(slots=True)
@@ -59,6 +74,13 @@ class RawStreamRequest:
     id: int = 0
     request: RawRequest | None = None
     timeout_ms: int = 0
+    register_region: pb.RegisterRegion | None = None
+    unregister_region: pb.UnregisterRegion | None = None
+
+    @property
+    def is_about_regions(self) -> bool:
+        """Whether it says something about memory, instead of a request."""
+        return self.register_region is not None or self.unregister_region is not None
 
     @property
     def num_tokens(self) -> int:
@@ -82,7 +104,13 @@ def parse_stream_request(data: bytes) -> RawStreamRequest:
     except _UnusualError:
         message = _decode(pb.ForwardStreamRequest, data)
         request = _from_message(message.request) if message.HasField("request") else None
-        return RawStreamRequest(message.id, request, message.timeout_ms)
+        return RawStreamRequest(
+            message.id,
+            request,
+            message.timeout_ms,
+            message.register_region if message.HasField("register_region") else None,
+            message.unregister_region if message.HasField("unregister_region") else None,
+        )
 
 
 class _UnusualError(Exception):
@@ -252,6 +280,7 @@ def _from_message(message: pb.ForwardRequest) -> RawRequest:
         do_finalize=options.do_finalize if options.HasField("do_finalize") else True,
         return_routing=options.return_routing,
         weights_version=message.weights_version,
+        answer_slice=_slice_of(message.answer_slice) if message.HasField("answer_slice") else None,
     )
 
 
@@ -259,4 +288,14 @@ def _tensor_of(request: pb.ForwardRequest, field: str) -> RawTensor | None:
     if not request.HasField(field):
         return None
     message: pb.Tensor = getattr(request, field)
-    return RawTensor(message.dtype, len(message.shape), tuple(message.shape[:_SHAPE_KEPT]), message.data)
+    return RawTensor(
+        message.dtype,
+        len(message.shape),
+        tuple(message.shape[:_SHAPE_KEPT]),
+        message.data,
+        _slice_of(message.slice) if message.HasField("slice") else None,
+    )
+
+
+def _slice_of(message: pb.RegionSlice) -> RawSlice:
+    return RawSlice(message.region, message.offset, message.nbytes)

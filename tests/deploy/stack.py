@@ -60,8 +60,20 @@ class Stack:
 
     def outcomes(self) -> Counter[str]:
         """Requests of the worker so far, by outcome."""
-        trace = self.docker("exec", self.container("worker"), "cat", "/tmp/requests").splitlines()
-        return Counter(line.rsplit(" ", 1)[1] for line in trace if line.count(" ") == 2)
+        return Counter(line[2] for line in self._trace())
+
+    def answers(self) -> Counter[int]:
+        """Requests of the worker so far, by the version of the weights in the answer; 0: there was none."""
+        return Counter(int(line[3]) for line in self._trace())
+
+    def _trace(self) -> list[list[str]]:
+        trace = self.docker("exec", self.container("worker"), "cat", "/tmp/requests")
+        return [line.split() for line in trace.splitlines(keepends=True) if line.endswith("\n")]
+
+    def order(self, *order: str) -> None:
+        """Have every server do what `expertd-server admin` says."""
+        for server in SHARDS:
+            self.docker("exec", self.container(server), "expertd-server", "admin", *order)
 
     def errors(self) -> list[str]:
         """What the worker printed about requests that failed."""

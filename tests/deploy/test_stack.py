@@ -1,8 +1,8 @@
 """Two shards with two replicas each, in containers, under the worker's load: what happens when one of them goes.
 
-The worker sends the same requests over and over and counts an answer whose bits differ from the first one as wrong, so
-`outcomes` says both that nothing failed and that nothing changed. How long things take is measured by
-benchmarks/bench_faults.py, not here.
+The worker sends the same requests over and over and counts an answer whose bits differ from the first one of its
+version of the weights as wrong, so `outcomes` says both that nothing failed and that nothing changed. How long things
+take is measured by benchmarks/bench_faults.py, not here.
 """
 
 from __future__ import annotations
@@ -132,6 +132,26 @@ def test_rolling_restart_fails_no_request(stack: Stack) -> None:
         stack.compose("restart", "--timeout", "35", f"shard-0-{replica}", f"shard-1-{replica}")
         # The other replicas go only when the worker uses these again.
         stack.wait_used()
+    gained = dict(stack.outcomes() - before)
+    assert set(gained) == {"ok"}, (gained, stack.errors())
+
+
+def test_new_weights_under_load_fail_no_request_and_mix_no_versions(stack: Stack) -> None:
+    """There and back. Before, between and after, one version alone is held: the bits of pure answers are known."""
+    layers = ("synthetic.tiny.0", "synthetic.tiny.1")
+    before, answers = stack.outcomes(), stack.answers()
+    assert set(answers) == {1}
+    for version, old in (("2", "1"), ("1", "2")):
+        for index, layer in enumerate(layers):
+            source = ("--synthetic", "tiny", "--layer-index", str(index), "--seed", str(int(version) - 1))
+            stack.order("load", layer, "--version", version, *source)
+        stack.order("swap", *layers, "--version", version)
+        stack.order("unload", *layers, "--version", old)
+        alone = stack.answers()
+        run_load(stack, 2)
+        gained = stack.answers() - alone
+        assert gained[int(version)] > 8 * len(layers), gained
+        assert set(gained) == {int(version)}, gained
     gained = dict(stack.outcomes() - before)
     assert set(gained) == {"ok"}, (gained, stack.errors())
 

@@ -224,6 +224,7 @@ class Split:
     frontends: list[Frontend]
     channels: list[grpc.Channel]
     """One to each front-end, which here have ports of their own."""
+    ports: list[int]
 
     @property
     def stubs(self) -> list[expertd_pb2_grpc.ExpertServiceStub]:
@@ -241,20 +242,21 @@ def split(num_frontends: int = 2, backend: Backend | None = None, **options: Any
     with inlet, outlet, contextlib.ExitStack() as stack:
         engine = EngineProcess(config, outlet, backend=backend, layers=tiny_layers(backend))
         stack.callback(engine.shutdown)
-        frontends, channels = [], []
+        frontends, channels, ports = [], [], []
         for number in range(num_frontends):
             serving = threading.Event()
             frontend = Frontend(
                 config, f"frontend-{number}", inlet, "an-instance", lambda is_so, event=serving: is_so and event.set()
             )
             stack.callback(frontend.shutdown)
-            channels.append(stack.enter_context(insecure_channel(frontend.start(0))))
+            ports.append(frontend.start(0))
+            channels.append(stack.enter_context(insecure_channel(ports[-1])))
             frontends.append(frontend)
             if number == 0:
                 assert engine.startup(lambda: False)
             assert serving.wait(PATIENCE_S), "the front-end never served"
         try:
-            yield Split(engine, frontends, channels)
+            yield Split(engine, frontends, channels, ports)
         finally:
             if isinstance(backend, SteeredBackend):
                 backend.gate.set()

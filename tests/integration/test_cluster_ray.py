@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ import numpy as np
 import psutil
 import pytest
 
-from expertd import ExpertGroup, GroupConfig
+from expertd import ClientConfig, ExpertGroup, GroupConfig
 from expertd.errors import TopologyError
 from expertd_server.cli import main
 from expertd_server.cluster_spec import NAMESPACE, ClusterSpec, controller_name
@@ -50,6 +51,7 @@ SPEC = ClusterSpec(
     max_queue_tokens=1,
     shutdown_grace_s=1,
 )
+CERTS = Path(__file__).parent / "certs"
 SEED, NUM_TOKENS = 20261126, 16
 LAYER, HIDDEN_SIZE, NUM_EXPERTS = "synthetic.tiny.0", 256, 8
 PATIENCE_S = 120.0
@@ -188,19 +190,19 @@ class TestPlaces:
 
     @staticmethod
     def nodes(controller: Any) -> list[str]:
-        return [node for group in controller._groups().values() for node in group["bundles_to_node_id"].values()]
+        return [node for group in controller._places.groups().values() for node in group["bundles_to_node_id"].values()]
 
     @pytest.mark.usefixtures("cluster")
     def test_replicas_have_hosts_of_their_own_where_there_are_enough(self) -> None:
         with self.controller(3) as controller:
-            controller._reserve_shard(0)
+            controller._places.reserve_shard(0)
             assert len(set(self.nodes(controller))) == 3
             assert controller.report().notes == ()
 
     @pytest.mark.usefixtures("cluster")
     def test_and_share_them_with_a_warning_where_there_are_not(self) -> None:
         with self.controller(4) as controller:
-            controller._reserve_shard(0)
+            controller._places.reserve_shard(0)
             nodes = self.nodes(controller)
             assert len(nodes) == 4
             assert len(set(nodes)) == 3
@@ -209,19 +211,19 @@ class TestPlaces:
     @pytest.mark.usefixtures("cluster")
     def test_one_more_avoids_the_hosts_that_have_one(self) -> None:
         with self.controller(2) as controller:
-            controller._reserve_shard(0)
+            controller._places.reserve_shard(0)
             taken = set(self.nodes(controller))
-            assert controller._reserve_one(taken) == f"{SPEC.name}.g1"
+            assert controller._places.reserve_one(taken) == f"{SPEC.name}.g1"
             assert len(set(self.nodes(controller))) == 3
 
     @pytest.mark.usefixtures("cluster")
     def test_without_room_nothing_is_left_behind(self) -> None:
-        from expertd_server.cluster_actors import ClusterError
+        from expertd_server.cluster_places import ClusterError
 
         with self.controller(7) as controller:
             with pytest.raises(ClusterError, match="no room for 7 replicas of shard 0: each needs 1 CPU"):
-                controller._reserve_shard(0)
-            assert controller._groups() == {}
+                controller._places.reserve_shard(0)
+            assert controller._places.groups() == {}
 
 
 def test_a_tier_outlives_its_nodes(cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,6 +296,31 @@ def test_a_tier_outlives_its_nodes(cluster: Any, tmp_path: Path, capsys: pytest.
     with pytest.raises(TopologyError, match="Ray tier 'expertd'"):
         RayTier().resolve()
     wait_for(lambda: ray.available_resources().get("CPU") == 4, "every CPU to be free again")
+
+
+def test_a_tier_with_tls_on_fractions_of_a_gpu(
+    cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only one node has a GPU, in its books: both servers go there, share it, and see no other."""
+    certificates = ["--tls-cert-file", str(CERTS / "server.pem"), "--tls-key-file", str(CERTS / "server.key")]
+    topology = tmp_path / "experts.json"
+    node = patiently(lambda: cluster.add_node(num_gpus=1, **NODE))
+    try:
+        options = ["--synthetic", "tiny", "--device", "cpu", "--topology-file", str(topology), *certificates]
+        assert main(["cluster", "up", "--shards", "3", "--gpus-per-shard", "0.5", *options]) == 1
+        assert "no room for 1 replicas of shard 2: each needs 1 CPU and 0.5 GPU" in capsys.readouterr().err
+        cli("up", "--shards", "2", "--gpus-per-shard", "0.5", *options)
+        tier = report(capsys)
+        assert {each["state"] for each in tier["replicas"]} == {"serving"}
+        assert all(each["node"].endswith(node.node_id[:8]) for each in tier["replicas"])
+        for each in tier["replicas"]:
+            assert psutil.Process(each["pid"]).environ()["CUDA_VISIBLE_DEVICES"] == "0"
+        trusted = functools.partial(ClientConfig, ca_file=CERTS / "authority.pem", server_name="localhost")
+        with ExpertGroup(topology, GroupConfig(client=trusted)) as group, Callers(group) as callers:
+            callers.check()
+        cli("down")
+    finally:
+        cluster.remove_node(node)
 
 
 def all_serve(capsys: pytest.CaptureFixture[str], count: int, without: list[int] | None = None) -> bool:

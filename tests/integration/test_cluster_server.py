@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
 
+from expertd import AdminClient, ClientConfig, ExpertGroup, GroupConfig
+from expertd.errors import UnavailableError
 from expertd_server.cluster_server import ServerProcess, ServerStatus
+from expertd_server.cluster_spec import write_topology
 from expertd_server.tether import tethered
 
+CERTS = Path(__file__).parent / "certs"
 PATIENCE_S = 60.0
 
 
@@ -44,6 +50,28 @@ def test_a_killed_server_comes_back_and_a_drained_one_does_not(monkeypatch: pyte
     assert process.drain()
     assert process.status().state == "stopped"
     assert not psutil.pid_exists(second.pid or 0)
+
+
+def test_of_a_server_with_tls_the_metrics_tell_how_it_is(tmp_path: Path) -> None:
+    flags = ["--synthetic", "tiny", "--device", "cpu", "--admin"]
+    flags += ["--tls-cert-file", str(CERTS / "server.pem"), "--tls-key-file", str(CERTS / "server.key")]
+    trusted = functools.partial(ClientConfig, ca_file=CERTS / "authority.pem", server_name="localhost")
+    process = ServerProcess(flags, "127.0.0.1", shutdown_grace_s=30, is_tls=True)
+    try:
+        serving = wait_for(process, lambda status: status.state == "serving")
+        assert serving.address is not None
+        topology = tmp_path / "experts.json"
+        write_topology(topology, [serving.address])
+        with ExpertGroup(topology, GroupConfig(client=trusted)) as group:
+            assert [layer.name for layer in group.layers(timeout_s=PATIENCE_S)] == ["synthetic.tiny.0"]
+        with ExpertGroup(topology) as group, pytest.raises(UnavailableError):
+            group.layers(timeout_s=PATIENCE_S)
+        with AdminClient(trusted(f"127.0.0.1:{serving.admin_port}")) as admin:
+            assert admin.drain(timeout_s=PATIENCE_S)
+        drained = process.status()
+        assert (drained.state, drained.pid) == ("unhealthy", serving.pid), "as it was told: it is left alone"
+    finally:
+        assert process.drain()
 
 
 def test_a_server_that_cannot_start_says_why() -> None:

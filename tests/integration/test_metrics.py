@@ -54,8 +54,14 @@ def test_requests_batches_and_experts_are_counted() -> None:
     assert at(samples, "expertd_requests_total", method="ForwardStream", code="INVALID_ARGUMENT") == 1
     assert at(samples, "expertd_requests_total", method="Forward", code="NOT_FOUND") == 2
     assert at(samples, "expertd_requests_total", method="ListLayers", code="OK") == 1
-    for phase in ("queue", "copy_in", "compute", "copy_out", "total"):
+    for phase in ("queue", "copy_in", "compute", "copy_out", "send", "total"):
         assert at(samples, "expertd_request_duration_seconds_count", phase=phase) == 7
+    spent = {p: at(samples, "expertd_request_duration_seconds_sum", phase=p) for p in ("send", "total")}
+    parts = ("queue", "copy_in", "compute", "copy_out", "send")
+    assert spent["send"] > 0
+    # The parts follow one another; each is rounded to a microsecond.
+    together = sum(at(samples, "expertd_request_duration_seconds_sum", phase=part) for part in parts)
+    assert together <= spent["total"] + 7 * len(parts) * 1e-6
     assert at(samples, "expertd_batch_tokens_sum") == 16
     assert at(samples, "expertd_batch_requests_sum") == 7
     assert at(samples, "expertd_in_flight_requests") == 0

@@ -30,14 +30,10 @@ from serving import (
     request,
     running,
     stream_failure_of,
-    tiny_layers,
 )
 
 from expertd.v1 import expertd_pb2 as pb
 from expertd.v1 import expertd_pb2_grpc
-from expertd_server.backend_cpu import TorchBackend
-from expertd_server.config import Config
-from expertd_server.server import Server
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 SEED = 20261123
@@ -333,30 +329,6 @@ class TestRefusals:
             backend.gate.set()
             for future in admitted:
                 future.result(PATIENCE_S)
-
-    def test_nothing_is_served_before_the_layers_are_loaded(self, chance: np.random.Generator) -> None:
-        backend = TorchBackend("cpu")
-        seen: list[Any] = []
-
-        def layers() -> Iterator[Any]:
-            first, second = tiny_layers(backend)
-            yield first
-            with insecure_channel(server.port) as channel:
-                stub = expertd_pb2_grpc.ExpertServiceStub(channel)
-                health = health_pb2_grpc.HealthStub(channel)
-                seen.append(refusal(lambda: stub.Forward(request(chance, 1, OTHER_LAYER))).code)
-                seen.append(stub.Forward(request(chance, 1)).output.shape[0])
-                for name in ("", LAYER):
-                    seen.append(health.Check(health_pb2.HealthCheckRequest(service=name)).status)
-            yield second
-
-        server = Server(Config(port=0), backend=backend, layers=layers())
-        try:
-            assert server.startup()
-        finally:
-            server.shutdown()
-        status = health_pb2.HealthCheckResponse
-        assert seen == [grpc.StatusCode.UNAVAILABLE, 1, status.NOT_SERVING, status.SERVING]
 
 
 class TestStream:

@@ -77,7 +77,8 @@ def slice_of(case: Case, share: range | None, of: int) -> range:
 
 def kill(server: Server) -> None:
     """As good as a kill in one process: every connection breaks, nothing is finished, nobody is told."""
-    server._listener._grpc.stop(0)
+    listener = server._listener
+    listener.loop.run(listener._grpc.stop(0), PATIENCE_S)
     server.shutdown()
 
 

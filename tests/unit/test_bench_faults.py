@@ -18,9 +18,9 @@ def steady(start_s: float, stop_s: float, per_second: int) -> list[Request]:
 
 
 def test_parse_leaves_out_a_line_that_is_still_being_written() -> None:
-    assert parse("2.0 0.1 ok\n1.0 0.2 TimeoutError\n3.0 0.1 o") == [
-        Request(1.0, 0.2, "TimeoutError"),
-        Request(2.0, 0.1, "ok"),
+    assert parse("2.0 0.1 ok 3\n1.0 0.2 TimeoutError 0\n3.0 0.1 o") == [
+        Request(1.0, 0.2, "TimeoutError", 0),
+        Request(2.0, 0.1, "ok", 3),
     ]
 
 

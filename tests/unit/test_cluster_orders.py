@@ -14,8 +14,11 @@ pytest.importorskip("ray", reason="needs Ray: pip install 'expertd-server[ray]'"
 from ray.exceptions import GetTimeoutError
 
 from expertd_server import cluster
-from expertd_server.cluster_actors import ClusterError, Controller, ReplicaReport, TierReport
-from expertd_server.cluster_server import ServerStatus
+from expertd_server.cluster_actors import Controller
+from expertd_server.cluster_places import ClusterError
+from expertd_server.cluster_policy import Balancer, Move, PolicyConfig
+from expertd_server.cluster_replica import Replica, ReplicaReport, TierReport
+from expertd_server.cluster_server import ServerStats, ServerStatus
 
 
 class FullCluster(Controller):
@@ -56,6 +59,50 @@ def test_a_scaling_that_works_sets_the_goal(replicas: int) -> None:
     controller = FullCluster(present=2, goal=2, room=4)
     controller.scale(replicas)
     assert (controller.present, controller._goal[0]) == (replicas, replicas)
+
+
+class Tended(Controller):
+    """A controller of two shards with three replicas each, whose servers say what the test lets them say."""
+
+    def __init__(self) -> None:
+        self._spec: Any = SimpleNamespace(shards=2, rebalance=True)
+        self._lock = threading.RLock()
+        self._balancer = Balancer(PolicyConfig(patience=3))
+        self._replicas = {
+            name: Replica(name, None, shard, (f"t.g{shard}", index))
+            for shard in range(2)
+            for index in range(3)
+            for name in [f"t.s{shard}.g{shard}.{index}"]
+        }
+        self.moves: list[Move] = []
+
+    def _move(self, move: Move) -> None:
+        self.moves.append(move)
+
+    def look(self, second: int, busy: tuple[float, float]) -> None:
+        """Every server has been this busy, shard by shard, for so many seconds; expert 6 is the hot one of shard 1."""
+        for replica in self._replicas.values():
+            tokens = {6: 900 * second, 7: 100 * second} if replica.shard else {0: second}
+            stats = ServerStats(busy_s=busy[replica.shard] * second, expert_tokens=tokens)
+            status = ServerStatus(state="serving", address="h:1", instance_id="one", at_s=float(second), stats=stats)
+            replica.take(("node", "10.0.0.1", status))
+        self._rebalance()
+
+
+def test_what_servers_report_of_late_moves_a_replica_to_the_shard_of_the_hot_expert() -> None:
+    controller = Tended()
+    for second in range(1, 20):
+        controller.look(second, busy=(0.1, 0.9))
+    (move,) = controller.moves
+    assert (move.source, move.target) == (0, 1)
+    assert "expert 6 gets 90% of it" in move.reason
+
+
+def test_even_loads_move_nothing() -> None:
+    controller = Tended()
+    for second in range(1, 20):
+        controller.look(second, busy=(0.9, 0.9))
+    assert controller.moves == []
 
 
 def test_the_controller_outlives_a_down_that_did_not_end(monkeypatch: pytest.MonkeyPatch) -> None:

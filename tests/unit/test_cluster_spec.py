@@ -12,14 +12,15 @@ import pytest
 
 from expertd.topology import TopologyFile
 from expertd_server.cli import main
-from expertd_server.cluster_server import ServerStats, ServerStatus, parse_stats
+from expertd_server.cluster_server import ServerStats, ServerStatus, parse_stats, says_serving
 from expertd_server.cluster_spec import SET_BY_THE_CLUSTER, ClusterSpec, write_prometheus_targets, write_topology
 from expertd_server.config import Config, add_flags, command_line, config_from
 from expertd_server.errors import ConfigError
 from expertd_server.metrics import Metrics
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'expertd-server[ray]'")
-from expertd_server.cluster_actors import _Replica, shard_loads
+from expertd_server import cluster
+from expertd_server.cluster_replica import Replica, shard_loads
 
 SPEC = ClusterSpec(
     name="expertd",
@@ -89,6 +90,20 @@ def test_flags_say_what_the_options_are() -> None:
     assert config_from(vars(parser.parse_args(flags)), {}) == config
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ((), 'ExpertGroup("/t.json")'),
+        (("--tls-cert-file", "c"), 'partial(expertd.ClientConfig, ca_file="...", server_name="..."))'),
+        (("--tls-cert-file", "c", "--tls-client-ca-file", "a"), 'cert_file="...", key_file="..."))'),
+    ],
+)
+def test_up_tells_workers_what_they_need(flags: tuple[str, ...], says: str) -> None:
+    spec = dataclasses.replace(SPEC, serve_flags=flags, topology_file=Path("/t.json"))
+    assert spec.is_tls == bool(flags)
+    assert says in cluster._usage(spec)
+
+
 def test_what_the_cluster_sets_is_a_field_of_the_options() -> None:
     assert set(SET_BY_THE_CLUSTER) <= {field.name for field in dataclasses.fields(Config)}
 
@@ -126,6 +141,9 @@ def test_statistics_are_read_from_the_metrics_of_a_server() -> None:
     import numpy as np
     from prometheus_client import generate_latest
 
+    assert not says_serving(generate_latest(metrics.registry).decode())
+    metrics.serving.set(1)
+    assert says_serving(generate_latest(metrics.registry).decode())
     metrics.watch_queue(lambda: 12, lambda: 3)
     metrics.observe_batch("a", 1, 3, [np.array([[4], [4], [5]])])
     metrics.observe_batch("b", 1, 1, [np.array([[4]])])
@@ -138,8 +156,8 @@ def status(at_s: float, instance: str = "one", **stats: Any) -> ServerStatus:
     return ServerStatus(state="serving", address="h:1", instance_id=instance, at_s=at_s, stats=ServerStats(**stats))
 
 
-def replica(shard: int, *history: ServerStatus) -> _Replica:
-    result = _Replica(f"expertd.s{shard}.g{shard}.0", None, shard, (f"expertd.g{shard}", 0))
+def replica(shard: int, *history: ServerStatus) -> Replica:
+    result = Replica(f"expertd.s{shard}.g{shard}.0", None, shard, (f"expertd.g{shard}", 0))
     for each in history:
         result.take(("node", "10.0.0.1", each))
     return result

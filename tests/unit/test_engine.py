@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import threading
 from concurrent.futures import Future
+from functools import partial
 
 import pytest
+import torch
 from engine_calls import check, make_call
 from fake_device import FakeCapturer, FakeCudaBackend, fake_slots
 
@@ -56,6 +58,36 @@ class Bench:
         while self.engine.batcher.run_once():
             pass
         return [future.result(0) for future in futures]
+
+
+@pytest.mark.parametrize("is_host", [True, False], ids=["cpu", "device"])
+def test_an_answer_that_cannot_be_written_fails_its_call_alone_and_nothing_runs_twice(is_host: bool) -> None:
+    """An answer may have been written over what it was computed from, so no batch runs again after that."""
+    bench = Bench(is_host=is_host)
+    calls = [make_call(bench.layers[0], 2, seed, usual=True) for seed in range(3)]
+    encoded: list[int] = []
+
+    def encode(number: int, result: ForwardResult) -> bytes:
+        encoded.append(number)
+        if number == 1:
+            raise ZeroDivisionError("no room")
+        assert result.output is not None
+        return result.output.view(torch.uint8).numpy().tobytes()
+
+    expected = [encode(0, result) for result in bench.run(*calls)]
+    encoded.clear()
+    bench.reports.clear()
+    for number, call in enumerate(calls):
+        call.encode = partial(encode, number)
+    promises = [bench.engine.submit(call) for call in calls]
+    while bench.engine.batcher.run_once():
+        pass
+    assert [promises[0].result(0), promises[2].result(0)] == [expected[0], expected[2]]
+    with pytest.raises(ZeroDivisionError, match="no room"):
+        promises[1].result(0)
+    assert encoded == [0, 1, 2]
+    assert [num_requests for num_requests, _, _ in bench.reports] == [3]
+    assert bench.engine.slots.in_use == 0
 
 
 @pytest.mark.parametrize("is_host", [True, False], ids=["cpu", "device"])

@@ -455,6 +455,8 @@ class TestCancelling:
 
     def test_cancelling_races_with_answering(self, rig: Rig) -> None:
         side = rig.side()
+        link = side.remote._link
+        assert link is not None
         for number in range(1, 301):
             future = side.remote.submit(side.call())
             inner = rig.engine.wait(number)
@@ -464,11 +466,10 @@ class TestCancelling:
             answerer.start()
             future.cancel()
             answerer.join(PATIENCE_S)
+            assert link.wait_idle(PATIENCE_S)
         rig.engine.calls.clear()
         del future
         side.wait_arena_free()
-        link = side.remote._link
-        assert link is not None
         assert not link._waiting
 
 
@@ -478,20 +479,33 @@ class TestLimits:
         large = 256  # tokens, of 64 KiB and some
         futures = [side.remote.submit(side.call(large)) for _ in range(3)]
         with pytest.raises(RequestTimeoutError):
-            side.remote.submit(side.call(large), monotonic() + 0.01)
+            side.remote.submit(side.call(large), monotonic() + 0.01).result(PATIENCE_S)
         with pytest.raises(RequestTimeoutError):
-            side.remote.submit(side.call(large), monotonic() - 1)
+            side.remote.submit(side.call(large), monotonic() - 1).result(PATIENCE_S)
         with pytest.raises(OverloadedError, match="frontend_arena_bytes"):
             side.remote.submit(call_of(side.layer(), 2000))
-        got: list[Future[ForwardResult]] = []
-        waiter = threading.Thread(target=lambda: got.append(side.remote.submit(side.call(large), monotonic() + 1000)))
+        with pytest.raises(OverloadedError, match="frontend_arena_bytes"):
+            side.remote.submit(side.call(large), monotonic() + 1000).result(PATIENCE_S)
         rig.engine.wait(3)
-        rig.engine.calls.clear()
-        waiter.start()
+        large_one = side.remote.submit(side.call(large), monotonic() + 1000)
+        small_one = side.remote.submit(side.call(1), monotonic() + 1000)
         rig.engine.futures[0].set_result(result_of(large))
         futures.pop(0).result(PATIENCE_S)
-        waiter.join(PATIENCE_S)
-        assert len(got) == 1, "it waited until there was room"
+        rig.engine.wait(4).set_result(result_of(large))
+        assert large_one.result(PATIENCE_S).output.shape[0] == large, "it waited until there was room"
+        del large_one
+        rig.engine.wait(5).set_result(result_of(1))
+        assert small_one.result(PATIENCE_S).output.shape[0] == 1, "nobody passes by who waits"
+
+    def test_who_leaves_while_it_waits_for_room_is_not_computed(self, rig: Rig) -> None:
+        side = rig.side()
+        futures = [side.remote.submit(side.call(256)) for _ in range(3)]
+        left, stays = side.remote.submit(side.call(256)), side.remote.submit(side.call(1))
+        assert left.cancel()
+        rig.engine.wait(3).set_result(result_of(256))
+        futures.pop().result(PATIENCE_S)
+        rig.engine.wait(4).set_result(result_of(1))
+        assert stays.result(PATIENCE_S).output.shape[0] == 1
 
     def test_requests_in_flight_are_bounded(self, rig: Rig) -> None:
         side = rig.side()

@@ -133,12 +133,24 @@ def test_what_is_not_held_is_answered_with_what_is() -> None:
 def test_while_loading_an_unknown_name_may_still_come() -> None:
     store = LayerStore()
     store.add(layer("a"))
-    assert store.get("a").name == "a"
     with pytest.raises(UnavailableError, match="'b' is not loaded yet"):
         store.get("b")
+    with pytest.raises(UnavailableError, match="'b' is not loaded yet"):
+        store.held("b")
     store.finish_loading()
     with pytest.raises(LayerNotFoundError):
         store.get("b")
+
+
+def test_while_loading_a_layer_is_described_and_does_not_answer() -> None:
+    store = LayerStore()
+    store.add(layer("a"))
+    assert store.held("a").current.name == "a"
+    for version in (None, 1):
+        with pytest.raises(UnavailableError, match="'a' is not loaded yet"):
+            store.get("a", version)
+    store.finish_loading()
+    assert store.get("a").name == "a"
 
 
 def test_a_version_is_held_once() -> None:

@@ -1,116 +1,234 @@
-"""One ForwardStream without gRPC: threads that meet at the worst moment, and what they leave behind."""
+"""One ForwardStream without gRPC: tasks that meet at the worst moment, bounds, and what is left behind."""
 
 from __future__ import annotations
 
+import asyncio
 import gc
-import threading
 import weakref
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine
 from typing import Any
 
+import grpc
+import pytest
+
 from expertd.v1 import expertd_pb2 as pb
-from expertd_server.engine import ForwardResult
-from expertd_server.errors import OverloadedError
+from expertd_server.errors import InvalidArgumentError, OverloadedError, UnavailableError
+from expertd_server.promise import Promise
+from expertd_server.regions import StreamRegions
 from expertd_server.stream import Stream
 
 PATIENCE_S = 30.0
+NOTHING_HAPPENS = 20
+"""Rounds of the event loop in which everything that can happen has happened."""
 
 
 class FakeCalls:
-    """Refuses every request."""
+    """Admits requests for the test to answer, or refuses them."""
 
     queue_depth_tokens = 0
 
-    def __init__(self) -> None:
+    def __init__(self, *, refuses: bool = False) -> None:
+        self.in_flight = 0
+        self.promises: list[Promise[bytes]] = []
         self.errors: list[weakref.ref[Exception]] = []
+        self._refuses = refuses
 
     def clock(self) -> float:
         return 0.0
 
-    def admit(self, *_: Any) -> Future[ForwardResult]:
-        raise self._refusal()
+    def admit(self, *_: Any) -> Promise[bytes]:
+        if self._refuses:
+            raise self._refusal()
+        self.promises.append(Promise())
+        return self.promises[-1]
 
     def _refusal(self) -> Exception:
         error = OverloadedError("full", 1.0)
         self.errors.append(weakref.ref(error))
         return error
 
-    def arrived(self) -> None: ...
-
-    def left(self) -> None: ...
-
     def failed(self, *_: str) -> None: ...
 
 
 class FakeContext:
-    def add_callback(self, _: Callable[[], None]) -> bool:
-        return True
+    """gRPC's side: messages that the test sends, and answers that it takes."""
 
-    def time_remaining(self) -> float:
-        return 1.0
+    def __init__(self) -> None:
+        self.messages: asyncio.Queue[Any] = asyncio.Queue()
+        self.answers: list[bytes] = []
+        self.may_write = asyncio.Event()
+        self.may_write.set()
 
+    def time_remaining(self) -> None: ...
 
-class HeldUp(set[Any]):
-    """What is pending, where whoever finds it empty loses the processor before it goes on."""
+    def done(self) -> bool:
+        return False
 
-    def __init__(self, meanwhile: Callable[[], None]) -> None:
-        super().__init__()
-        self._meanwhile = meanwhile
+    async def read(self) -> Any:
+        return await self.messages.get()
 
-    def __bool__(self) -> bool:
-        is_empty = not len(self)
-        if is_empty:
-            self._meanwhile()
-        return not is_empty
+    async def write(self, answer: bytes) -> None:
+        await self.may_write.wait()
+        self.answers.append(answer)
 
+    def send(self, *numbers: int) -> None:
+        for number in numbers:
+            self.messages.put_nowait(message(number))
 
-def a_stream(calls: FakeCalls, requests: Iterator[bytes]) -> Stream:
-    return Stream(calls, requests, FakeContext(), max_requests=4, max_tokens=100, log_id="a")  # type: ignore[arg-type]
+    def end(self) -> None:
+        self.messages.put_nowait(grpc.aio.EOF)  # type: ignore[attr-defined]
 
-
-def message(number: int) -> bytes:
-    return pb.ForwardStreamRequest(id=number, request=pb.ForwardRequest(layer="a")).SerializeToString()
-
-
-def ids(stream: Stream) -> list[int]:
-    return [pb.ForwardStreamResponse.FromString(answer).id for answer in stream.answers()]
-
-
-def test_a_last_request_that_comes_while_the_writer_looks_is_answered() -> None:
-    may_come = threading.Event()
-
-    def requests() -> Iterator[bytes]:
-        assert may_come.wait(PATIENCE_S)
-        yield message(7)
-
-    stream = a_stream(FakeCalls(), requests())
-
-    def meanwhile() -> None:
-        if threading.current_thread().name != "expertd-stream-reader" and not may_come.is_set():
-            may_come.set()
-            wait_for(lambda: not stream._is_reading)
-
-    stream._pending = HeldUp(meanwhile)
-    assert ids(stream) == [7]
+    @property
+    def ids(self) -> list[int]:
+        return [pb.ForwardStreamResponse.FromString(answer).id for answer in self.answers]
 
 
-def test_a_request_that_is_refused_leaves_no_cycle() -> None:
-    calls = FakeCalls()
+class Inbox:
+    def post(self, function: Callable[[], object]) -> None:
+        function()
+
+
+def a_stream(calls: FakeCalls, context: FakeContext, *, max_requests: int = 4, max_tokens: int = 100) -> Stream:
+    bounds = {"regions": StreamRegions(None, 0), "max_requests": max_requests, "max_tokens": max_tokens}
+    return Stream(calls, context, Inbox(), **bounds, log_id="a")  # type: ignore[arg-type]
+
+
+def message(number: int, num_tokens: int = 1) -> bytes:
+    request = pb.ForwardRequest(layer="a", hidden_states=pb.Tensor(shape=[num_tokens, 1]))
+    return pb.ForwardStreamRequest(id=number, request=request).SerializeToString()
+
+
+def answer(number: int) -> bytes:
+    return pb.ForwardStreamResponse(id=number).SerializeToString()
+
+
+def in_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    """Run a test in an event loop of its own."""
+
+    def run() -> None:
+        asyncio.run(asyncio.wait_for(test(), PATIENCE_S))
+
+    run.__name__ = test.__name__
+    return run
+
+
+async def nothing_happens() -> None:
+    for _ in range(NOTHING_HAPPENS):
+        await asyncio.sleep(0)
+
+
+@in_loop
+async def test_answers_come_in_completion_order_and_the_last_is_not_lost() -> None:
+    calls, context = FakeCalls(), FakeContext()
+    running = asyncio.create_task(a_stream(calls, context).run())
+    context.send(1, 2, 3)
+    context.end()
+    await nothing_happens()
+    assert calls.in_flight == 3
+    for number in (2, 3, 1):
+        calls.promises[number - 1].set_result(answer(number))
+        await nothing_happens()
+        assert running.done() == (number == 1)
+    await running
+    assert context.ids == [2, 3, 1]
+    assert calls.in_flight == 0
+
+
+@in_loop
+async def test_no_more_is_read_than_may_be_unanswered() -> None:
+    calls, context = FakeCalls(), FakeContext()
+    running = asyncio.create_task(a_stream(calls, context, max_requests=2).run())
+    context.send(1, 2, 3, 4)
+    context.end()
+    await nothing_happens()
+    assert len(calls.promises) == 2
+    # An answer that the caller does not take makes no room.
+    context.may_write.clear()
+    calls.promises[0].set_result(answer(1))
+    await nothing_happens()
+    assert len(calls.promises) == 2
+    context.may_write.set()
+    await nothing_happens()
+    assert len(calls.promises) == 3
+    for promise in calls.promises[1:]:
+        promise.set_result(answer(9))
+    await nothing_happens()
+    calls.promises[3].set_result(answer(9))
+    await running
+
+
+@in_loop
+async def test_tokens_are_bounded_and_a_lone_request_may_exceed_the_bound() -> None:
+    calls, context = FakeCalls(), FakeContext()
+    running = asyncio.create_task(a_stream(calls, context, max_tokens=10).run())
+    for number, num_tokens in ((1, 6), (2, 5), (3, 1000)):
+        context.messages.put_nowait(message(number, num_tokens))
+    context.end()
+    for number in (1, 2, 3):
+        await nothing_happens()
+        assert len(calls.promises) == number
+        calls.promises[-1].set_result(answer(number))
+    await running
+    assert context.ids == [1, 2, 3]
+
+
+@in_loop
+async def test_a_message_that_is_none_ends_the_stream_after_the_answers_in_flight() -> None:
+    calls, context = FakeCalls(), FakeContext()
+    running = asyncio.create_task(a_stream(calls, context).run())
+    context.send(1)
+    context.messages.put_nowait(b"\xff")
+    await nothing_happens()
+    assert not running.done()
+    calls.promises[0].set_result(answer(1))
+    with pytest.raises(InvalidArgumentError):
+        await running
+    assert context.ids == [1]
+
+
+@in_loop
+async def test_a_closed_stream_ends_when_it_is_idle() -> None:
+    calls, context = FakeCalls(), FakeContext()
+    stream = a_stream(calls, context)
+    running = asyncio.create_task(stream.run())
+    context.send(1)
+    await nothing_happens()
+    stream.close()
+    await nothing_happens()
+    assert not running.done()
+    calls.promises[0].set_result(answer(1))
+    with pytest.raises(UnavailableError):
+        await running
+    assert context.ids == [1]
+
+
+@in_loop
+async def test_who_leaves_gives_up_what_waits() -> None:
+    before = asyncio.all_tasks()
+    calls, context = FakeCalls(), FakeContext()
+    running = asyncio.create_task(a_stream(calls, context).run())
+    context.send(1, 2)
+    await nothing_happens()
+    running.cancel()  # as gRPC does
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert [promise.cancelled() for promise in calls.promises] == [True, True]
+    assert calls.in_flight == 0
+    await nothing_happens()
+    assert asyncio.all_tasks() <= before
+
+
+@in_loop
+async def test_a_request_that_is_refused_leaves_no_cycle() -> None:
+    calls, context = FakeCalls(refuses=True), FakeContext()
     gc.collect()
     gc.disable()
     try:
-        assert sorted(ids(a_stream(calls, iter([message(1), message(2)])))) == [1, 2]
-        wait_for(lambda: [error() for error in calls.errors] == [None, None])
+        context.send(1, 2)
+        context.end()
+        await a_stream(calls, context).run()
+        await nothing_happens()
+        assert sorted(context.ids) == [1, 2]
+        assert [error() for error in calls.errors] == [None, None]
     finally:
         gc.enable()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait for what no event tells."""
-    pause = threading.Event()
-    for _ in range(int(PATIENCE_S / 0.005)):
-        if condition():
-            return
-        pause.wait(0.005)
-    raise AssertionError(f"not so within {PATIENCE_S} s")

@@ -305,6 +305,7 @@ class TestViolations:
         weights = dataclasses.replace(layer.prepared.weights, hidden_states_scale=None)
         store = LayerStore()
         store.add(dataclasses.replace(layer, prepared=dataclasses.replace(layer.prepared, weights=weights)))
+        store.finish_loading()
         asked = good()
         asked.hidden_states.dtype = 2
         with pytest.raises(InvalidArgumentError, match=r"is BFLOAT16 \(2\), expected FLOAT8_E4M3FN$"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server import wire_parse
 from expertd_server.errors import InvalidArgumentError
-from expertd_server.wire_parse import RawRequest, RawTensor, parse_request, parse_stream_request
+from expertd_server.wire_parse import RawRequest, RawSlice, RawTensor, parse_request, parse_stream_request
 
 TENSORS = {2: "hidden_states", 3: "routing_logits", 4: "topk_ids", 5: "topk_weights"}
 
@@ -43,7 +43,7 @@ def delimited(field: int, payload: bytes, extra: int = 0) -> bytes:
 
 @st.composite
 def unknown_fields(draw: st.DrawFn) -> bytes:
-    field = draw(st.sampled_from([8, 9, 15, 16, 2**29 - 1]))
+    field = draw(st.sampled_from([9, 15, 16, 2**29 - 1]))
     match draw(st.sampled_from([0, 1, 2, 5])):
         case 0:
             return number(field, draw(varints))
@@ -62,11 +62,13 @@ def messages(*fields: st.SearchStrategy[bytes], most: int) -> st.SearchStrategy[
 
 
 extras = st.sampled_from([0, 0, 0, 0, 1, 4, 5, 8, 9])
+slices = messages(*(st.builds(number, st.just(field), varints, extras) for field in (1, 2, 3)), most=4)
 tensors = messages(
     st.builds(number, st.just(1), varints, extras),
     st.builds(delimited, st.just(2), st.lists(varints, max_size=5).map(lambda v: b"".join(map(varint, v))), extras),
     st.builds(number, st.just(2), varints, extras),  # an unpacked shape
     st.builds(delimited, st.just(3), blobs, extras),
+    st.builds(delimited, st.just(4), slices, extras),
     most=4,
 )
 options = messages(
@@ -81,12 +83,16 @@ requests = messages(
     st.builds(delimited, st.sampled_from(sorted(TENSORS)), tensors, extras),
     st.builds(delimited, st.just(6), options, extras),
     st.builds(number, st.just(7), varints, extras),
+    st.builds(delimited, st.just(8), slices, extras),
     most=6,
 )
+regions = messages(*(st.builds(number, st.just(field), varints, extras) for field in (1, 2)), most=3)
 stream_requests = messages(
     st.builds(number, st.just(1), varints, extras),
     st.builds(delimited, st.just(2), requests, extras),
+    st.builds(delimited, st.just(2), requests, extras),
     st.builds(number, st.just(3), varints, extras),
+    st.builds(delimited, st.sampled_from([4, 5]), regions, extras),
     most=4,
 )
 
@@ -99,6 +105,14 @@ def same_tensor(raw: RawTensor | None, request: pb.ForwardRequest, field: str) -
         assert raw.rank == len(message.shape), field
         assert list(raw.shape) == list(message.shape[:3]), field
         assert bytes(raw.data) == message.data, field
+        same_slice(raw.slice, message)
+        assert not raw.is_resolved
+
+
+def same_slice(raw: RawSlice | None, message: pb.Tensor | pb.ForwardRequest) -> None:
+    field = "slice" if isinstance(message, pb.Tensor) else "answer_slice"
+    expected = getattr(message, field) if message.HasField(field) else None  # type: ignore[arg-type]
+    assert raw == (None if expected is None else RawSlice(expected.region, expected.offset, expected.nbytes))
 
 
 def same_request(raw: RawRequest, request: pb.ForwardRequest) -> None:
@@ -109,6 +123,7 @@ def same_request(raw: RawRequest, request: pb.ForwardRequest) -> None:
     assert raw.do_finalize == (request.options.do_finalize if request.options.HasField("do_finalize") else True)
     assert raw.return_routing == request.options.return_routing
     assert raw.weights_version == request.weights_version
+    same_slice(raw.answer_slice, request)
 
 
 def check_request(data: bytes) -> None:
@@ -133,6 +148,9 @@ def check_stream_request(data: bytes) -> None:
     assert (raw.request is not None) == message.HasField("request")
     if raw.request is not None:
         same_request(raw.request, message.request)
+    for field in ("register_region", "unregister_region"):
+        assert getattr(raw, field) == (getattr(message, field) if message.HasField(field) else None)  # type: ignore[arg-type]
+    assert raw.is_about_regions == (message.HasField("register_region") or message.HasField("unregister_region"))
 
 
 @given(requests)

@@ -70,14 +70,26 @@ LAYER_STATE_LOADING: LayerState
 LAYER_STATE_READY: LayerState
 
 class Tensor(_message.Message):
-    __slots__ = ("dtype", "shape", "data")
+    __slots__ = ("dtype", "shape", "data", "slice")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    SLICE_FIELD_NUMBER: _ClassVar[int]
     dtype: DataType
     shape: _containers.RepeatedScalarFieldContainer[int]
     data: bytes
-    def __init__(self, dtype: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    slice: RegionSlice
+    def __init__(self, dtype: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., slice: _Optional[_Union[RegionSlice, _Mapping]] = ...) -> None: ...
+
+class RegionSlice(_message.Message):
+    __slots__ = ("region", "offset", "nbytes")
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    region: int
+    offset: int
+    nbytes: int
+    def __init__(self, region: _Optional[int] = ..., offset: _Optional[int] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class ForwardOptions(_message.Message):
     __slots__ = ("output_dtype", "do_finalize", "return_routing")
@@ -90,7 +102,7 @@ class ForwardOptions(_message.Message):
     def __init__(self, output_dtype: _Optional[_Union[DataType, str]] = ..., do_finalize: bool = ..., return_routing: bool = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("layer", "hidden_states", "routing_logits", "topk_ids", "topk_weights", "options", "weights_version")
+    __slots__ = ("layer", "hidden_states", "routing_logits", "topk_ids", "topk_weights", "options", "weights_version", "answer_slice")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
     ROUTING_LOGITS_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +110,7 @@ class ForwardRequest(_message.Message):
     TOPK_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_SLICE_FIELD_NUMBER: _ClassVar[int]
     layer: str
     hidden_states: Tensor
     routing_logits: Tensor
@@ -105,7 +118,8 @@ class ForwardRequest(_message.Message):
     topk_weights: Tensor
     options: ForwardOptions
     weights_version: int
-    def __init__(self, layer: _Optional[str] = ..., hidden_states: _Optional[_Union[Tensor, _Mapping]] = ..., routing_logits: _Optional[_Union[Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[Tensor, _Mapping]] = ..., options: _Optional[_Union[ForwardOptions, _Mapping]] = ..., weights_version: _Optional[int] = ...) -> None: ...
+    answer_slice: RegionSlice
+    def __init__(self, layer: _Optional[str] = ..., hidden_states: _Optional[_Union[Tensor, _Mapping]] = ..., routing_logits: _Optional[_Union[Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[Tensor, _Mapping]] = ..., options: _Optional[_Union[ForwardOptions, _Mapping]] = ..., weights_version: _Optional[int] = ..., answer_slice: _Optional[_Union[RegionSlice, _Mapping]] = ...) -> None: ...
 
 class Timing(_message.Message):
     __slots__ = ("queue_us", "copy_in_us", "compute_us", "copy_out_us", "batch_tokens", "batch_requests", "queue_depth_tokens")
@@ -144,14 +158,44 @@ class ForwardResponse(_message.Message):
     def __init__(self, output: _Optional[_Union[Tensor, _Mapping]] = ..., gemm2_output: _Optional[_Union[Tensor, _Mapping]] = ..., expert_weights: _Optional[_Union[Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[Tensor, _Mapping]] = ..., expanded_idx_to_permuted_idx: _Optional[_Union[Tensor, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., weights_version: _Optional[int] = ...) -> None: ...
 
 class ForwardStreamRequest(_message.Message):
-    __slots__ = ("id", "request", "timeout_ms")
+    __slots__ = ("id", "request", "timeout_ms", "register_region", "unregister_region")
     ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    REGISTER_REGION_FIELD_NUMBER: _ClassVar[int]
+    UNREGISTER_REGION_FIELD_NUMBER: _ClassVar[int]
     id: int
     request: ForwardRequest
     timeout_ms: int
-    def __init__(self, id: _Optional[int] = ..., request: _Optional[_Union[ForwardRequest, _Mapping]] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+    register_region: RegisterRegion
+    unregister_region: UnregisterRegion
+    def __init__(self, id: _Optional[int] = ..., request: _Optional[_Union[ForwardRequest, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., register_region: _Optional[_Union[RegisterRegion, _Mapping]] = ..., unregister_region: _Optional[_Union[UnregisterRegion, _Mapping]] = ...) -> None: ...
+
+class RegisterRegion(_message.Message):
+    __slots__ = ("region", "nbytes")
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    region: int
+    nbytes: int
+    def __init__(self, region: _Optional[int] = ..., nbytes: _Optional[int] = ...) -> None: ...
+
+class RegionTicket(_message.Message):
+    __slots__ = ("socket", "ticket")
+    SOCKET_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    socket: str
+    ticket: bytes
+    def __init__(self, socket: _Optional[str] = ..., ticket: _Optional[bytes] = ...) -> None: ...
+
+class UnregisterRegion(_message.Message):
+    __slots__ = ("region",)
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    region: int
+    def __init__(self, region: _Optional[int] = ...) -> None: ...
+
+class RegionUnregistered(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class StreamError(_message.Message):
     __slots__ = ("code", "message", "details")
@@ -164,14 +208,18 @@ class StreamError(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., details: _Optional[_Iterable[_Union[_any_pb2.Any, _Mapping]]] = ...) -> None: ...
 
 class ForwardStreamResponse(_message.Message):
-    __slots__ = ("id", "response", "error")
+    __slots__ = ("id", "response", "error", "region_ticket", "region_unregistered")
     ID_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    REGION_TICKET_FIELD_NUMBER: _ClassVar[int]
+    REGION_UNREGISTERED_FIELD_NUMBER: _ClassVar[int]
     id: int
     response: ForwardResponse
     error: StreamError
-    def __init__(self, id: _Optional[int] = ..., response: _Optional[_Union[ForwardResponse, _Mapping]] = ..., error: _Optional[_Union[StreamError, _Mapping]] = ...) -> None: ...
+    region_ticket: RegionTicket
+    region_unregistered: RegionUnregistered
+    def __init__(self, id: _Optional[int] = ..., response: _Optional[_Union[ForwardResponse, _Mapping]] = ..., error: _Optional[_Union[StreamError, _Mapping]] = ..., region_ticket: _Optional[_Union[RegionTicket, _Mapping]] = ..., region_unregistered: _Optional[_Union[RegionUnregistered, _Mapping]] = ...) -> None: ...
 
 class LayerInfo(_message.Message):
     __slots__ = ("name", "hidden_size", "intermediate_size", "num_experts", "local_expert_offset", "local_num_experts", "top_k", "routing_method", "activation", "n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob", "use_routing_scales_on_input", "hidden_states_scale", "routing_bias", "weights_version", "weights_bytes", "state", "weights_versions")
@@ -244,7 +292,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("server_version", "backend", "device", "max_batch_tokens", "max_message_bytes", "max_queue_tokens", "draining", "instance_id")
+    __slots__ = ("server_version", "backend", "device", "max_batch_tokens", "max_message_bytes", "max_queue_tokens", "draining", "instance_id", "max_region_bytes")
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -253,6 +301,7 @@ class GetServerInfoResponse(_message.Message):
     MAX_QUEUE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    MAX_REGION_BYTES_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     backend: str
     device: str
@@ -261,7 +310,8 @@ class GetServerInfoResponse(_message.Message):
     max_queue_tokens: int
     draining: bool
     instance_id: str
-    def __init__(self, server_version: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., max_batch_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_queue_tokens: _Optional[int] = ..., draining: bool = ..., instance_id: _Optional[str] = ...) -> None: ...
+    max_region_bytes: int
+    def __init__(self, server_version: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., max_batch_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_queue_tokens: _Optional[int] = ..., draining: bool = ..., instance_id: _Optional[str] = ..., max_region_bytes: _Optional[int] = ...) -> None: ...
 
 class CheckpointSource(_message.Message):
     __slots__ = ("path", "calibration_path")

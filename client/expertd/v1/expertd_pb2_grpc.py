@@ -81,6 +81,9 @@ class ExpertServiceServicer(object):
     def ForwardStream(self, request_iterator, context):
         """Many requests over one stream. Answers come in completion order and carry the id of their request. A failed request
         fails alone: its answer holds an error and the stream lives on.
+
+        A caller on the server's own machine can share memory with it, and then send where its tensors lie instead of their
+        bytes; see RegisterRegion. Regions belong to the stream that registered them and end with it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import LOGIT_PATTERNS, every_method, make_logits, make_spec, make_weights, spec_id
 
+from expertd import routing
 from expertd.errors import InvalidRequestError
 from expertd.routing import route
 from expertd.types import Activation, LayerInfo, LayerState, RoutingMethod
@@ -125,3 +126,20 @@ def test_infinities_that_leave_no_weights_are_an_error_that_names_the_row() -> N
 def test_logits_of_another_width_are_an_error() -> None:
     with pytest.raises(InvalidRequestError, match=r"is \(3, 15\), layer 'layer' expects \[T, 16\]"):
         route(layer_info(make_spec(), None), np.zeros((3, 15), np.float32))
+
+
+@pytest.mark.parametrize("method", [RoutingMethod.TOPK, RoutingMethod.DEEPSEEK_V3, RoutingMethod.MINIMAX2])
+def test_few_slots_and_many_are_chosen_by_the_same_rules(
+    monkeypatch: pytest.MonkeyPatch, method: RoutingMethod
+) -> None:
+    # One maximum after the other, or by sorting: ties of equal scores, zeros of both signs and infinities included.
+    grouped = {"n_group": 4, "topk_group": 2} if method is RoutingMethod.DEEPSEEK_V3 else {}
+    spec = make_spec(routing_method=method, top_k=6, **grouped)
+    layer = layer_info(spec, bias_of(spec, 3))
+    logits = np.round(make_logits(spec, 200, 3).numpy() * 2) / 2 * np.random.default_rng(3).choice([-1, 1], (200, 1))
+    by_rounds = route(layer, logits.astype(np.float32))
+    with monkeypatch.context() as patch:
+        patch.setattr(routing, "_MAX_ROUNDS", 0)
+        by_keys = route(layer, logits.astype(np.float32))
+    assert np.array_equal(by_rounds[0], by_keys[0])
+    assert np.array_equal(by_rounds[1].view(np.uint16), by_keys[1].view(np.uint16))

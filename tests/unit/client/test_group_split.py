@@ -9,8 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from expertd import _split
-from expertd._split import NO_SHARD, Part, combine, combine_rows, owners, split
+from expertd import _combine
+from expertd._combine import combine, combine_rows
+from expertd._split import NO_SHARD, Part, owners, split
 from expertd.tensors import to_wire
 
 E, K, H = 12, 3, 40
@@ -21,7 +22,7 @@ BFLOAT16 = ml_dtypes.bfloat16
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sum 64 tokens at a time, so that requests of a few tokens more take several blocks."""
-    monkeypatch.setattr(_split, "_BLOCK_BYTES", 64 * H * 4)
+    monkeypatch.setattr(_combine, "_BLOCK_BYTES", 64 * H * 4)
 
 
 def bits(array: np.ndarray[Any, Any]) -> bytes:
@@ -57,6 +58,9 @@ def test_every_slot_goes_to_its_owner_and_nowhere_else(num_tokens: int) -> None:
         assert 0 < part.num_tokens <= 20, case
         assert part.topk_ids.shape == part.topk_weights.shape == (part.num_tokens, K), case
         assert bits(part.hidden_states.numpy()) == bits(hidden[part.rows]), case
+        assert [row for _, row, _ in part.runs] == [0, *itertools.accumulate(n for _, _, n in part.runs)][:-1], case
+        assert [token + i for token, _, n in part.runs for i in range(n)] == part.rows.tolist(), case
+        assert all(a[0] + a[2] < b[0] for a, b in itertools.pairwise(part.runs)), f"{case}: neighbours in two runs"
         assert bits(part.topk_weights.numpy()) == bits(weights[part.rows]), case
         mine = part.topk_ids.numpy()
         assert (mine >= 0).any(axis=1).all(), f"{case}: a token without any expert of the shard was sent"
@@ -98,7 +102,7 @@ def test_combine_sums_in_the_order_of_the_parts(num_tokens: int, partial: Any, d
     for part, output in zip(parts, outputs, strict=True):
         for row, values in zip(part.rows, output, strict=True):
             expected[row] += values.astype(np.float32)
-    got = combine(num_tokens, H, [(part.rows, out) for part, out in zip(parts, outputs, strict=True)], dtype)
+    got = combine(num_tokens, H, [(part.runs, out) for part, out in zip(parts, outputs, strict=True)], dtype)
     assert got.dtype == dtype
     assert bits(got) == bits(expected.astype(dtype)), f"seed {num_tokens}, T {num_tokens}"
 
@@ -107,29 +111,33 @@ def test_combine_does_not_depend_on_the_parts_sizes_nor_on_the_tokens_beside() -
     # Batch invariance on the client: cut differently, or with fewer tokens, the bits of a token stay.
     random = np.random.default_rng(7)
     values = random.standard_normal((3, 150, H), np.float32).astype(BFLOAT16)
-    whole = combine(150, H, [(np.arange(150), values[s]) for s in range(3)], BFLOAT16)
+    whole = combine(150, H, [([(0, 0, 150)], values[s]) for s in range(3)], BFLOAT16)
     cuts = [0, 1, 70, 150]
-    parts = [(np.arange(a, b), values[s, a:b]) for s in range(3) for a, b in itertools.pairwise(cuts)]
+    parts = [([(a, 0, b - a)], values[s, a:b]) for s in range(3) for a, b in itertools.pairwise(cuts)]
     assert bits(combine(150, H, parts, BFLOAT16)) == bits(whole)
-    alone = combine(1, H, [(np.arange(1), values[s, 77:78]) for s in range(3)], BFLOAT16)
+    alone = combine(1, H, [([(0, 0, 1)], values[s, 77:78]) for s in range(3)], BFLOAT16)
     assert bits(alone) == bits(whole[77:78])
 
 
 def test_a_token_without_parts_is_zero_and_zero_has_one_sign() -> None:
-    rows = np.array([1])
-    got = combine(3, 4, [(rows, np.full((1, 4), -0.0, BFLOAT16))], BFLOAT16)
+    got = combine(3, 4, [([(1, 0, 1)], np.full((1, 4), -0.0, BFLOAT16))], BFLOAT16)
     assert not got.view(np.uint16).any()
 
 
 def test_nan_of_one_row_stays_in_its_row() -> None:
     output = np.ones((3, 4), BFLOAT16)
     output[1] = np.nan
-    got = combine(5, 4, [(np.array([0, 2, 4]), output), (np.arange(5), np.ones((5, 4), BFLOAT16))], BFLOAT16)
+    got = combine(
+        5,
+        4,
+        [([(0, 0, 1), (2, 1, 1), (4, 2, 1)], output), ([(0, 0, 5)], np.ones((5, 4), BFLOAT16))],
+        BFLOAT16,
+    )
     assert np.isnan(got.astype(np.float32)).any(axis=1).tolist() == [False, False, True, False, False]
 
 
 def test_an_overflow_to_float16_is_infinity_without_a_warning() -> None:
-    got = combine(1, 2, [(np.array([0]), np.array([[1e6, 1.0]], np.float32))], np.float16)
+    got = combine(1, 2, [([(0, 0, 1)], np.array([[1e6, 1.0]], np.float32))], np.float16)
     assert got.tolist() == [[np.inf, 1.0]]
 
 

@@ -6,10 +6,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertd._wire import encode_forward_request, encode_stream_request
+from expertd._wire import encode_forward_request, encode_placed_request, encode_stream_request
 from expertd.tensors import WireTensor
 from expertd.v1 import expertd_pb2 as pb
 
+_TENSORS = ("hidden_states", "routing_logits", "topk_ids", "topk_weights")
 _ITEMSIZE = {1: 4, 2: 2, 3: 2, 4: 1, 5: 4}
 
 
@@ -28,6 +29,10 @@ uint64 = st.integers(0, 2**64 - 1)
 
 def message(tensor: WireTensor) -> pb.Tensor:
     return pb.Tensor(dtype=pb.DataType.Name(tensor.dtype), shape=tensor.shape, data=tensor.data.tobytes())
+
+
+def slice_of(where: tuple[int, int, int]) -> pb.RegionSlice:
+    return pb.RegionSlice(region=where[0], offset=where[1], nbytes=where[2])
 
 
 @settings(deadline=None, max_examples=300)
@@ -82,6 +87,15 @@ def test_bytes_are_those_of_protobuf(
     assert encoded.nbytes == expected.ByteSize()
     stream = pb.ForwardStreamRequest(id=request_id, request=expected, timeout_ms=timeout_ms)
     assert encode_stream_request(request_id, encoded, timeout_ms) == stream.SerializeToString(deterministic=True)
+    slices = [(1, 64 * number, tensor.data.nbytes) for number, (_, tensor) in enumerate(encoded.tensors)]
+    placed = encode_placed_request(request_id, encoded, slices, (1, 2**40, 7), timeout_ms)
+    fields = [name for name in _TENSORS if expected.HasField(name)]
+    for name, where in zip(fields, slices, strict=True):
+        getattr(expected, name).ClearField("data")
+        getattr(expected, name).slice.CopyFrom(slice_of(where))
+    expected.answer_slice.CopyFrom(slice_of((1, 2**40, 7)))
+    stream = pb.ForwardStreamRequest(id=request_id, request=expected, timeout_ms=timeout_ms)
+    assert pb.ForwardStreamRequest.FromString(placed) == stream
 
 
 def test_tensors_are_not_copied_before_the_join() -> None:

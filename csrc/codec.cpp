@@ -1,0 +1,613 @@
+// expertd_server._codec: the wire format of the data path, for requests that are as they should be.
+//
+// Everything here is done by wire_parse.py and wire.py too, which specify it and which say what is wrong with a
+// request. This module reads what clients send and answers None to whatever else there is; then Python decides. Tests
+// hold the two together. Torch-free and CUDA-free; ownership stays in Python: a Request keeps the bytes that it was
+// read from.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+// Below this a copy is over before another thread could make use of the interpreter.
+constexpr Py_ssize_t kFreeInterpreterBytes = 1 << 18;
+// One more than any tensor of the contract has.
+constexpr int kMaxRank = 3;
+constexpr int kMaxLengthBytes = 5;  // protobuf refuses a length that has more, whatever its value
+constexpr Py_ssize_t kMaxNameBytes = 256;
+// Of an answer without its elements: keys, lengths, shape, timing and version, each number of at most ten bytes.
+constexpr size_t kMaxHeadBytes = 256;
+
+enum DataType : uint32_t { kUnset = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3, kFp8 = 4, kInt32 = 5 };
+
+Py_ssize_t item_bytes(uint32_t dtype) {
+  switch (dtype) {
+    case kFloat32:
+    case kInt32:
+      return 4;
+    case kBFloat16:
+    case kFloat16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
+// ---- reading ----
+
+struct Reader {
+  const uint8_t* at;
+  const uint8_t* end;
+
+  // A varint below 2^63.
+  bool varint(uint64_t* value) {
+    uint64_t result = 0;
+    for (int shift = 0; shift < 63; shift += 7) {
+      if (at >= end) return false;
+      const uint8_t byte = *at++;
+      result |= static_cast<uint64_t>(byte & 0x7F) << shift;
+      if (byte < 0x80) {
+        *value = result;
+        return true;
+      }
+    }
+    return false;
+  }
+
+  // What a length announces, as a reader of its own.
+  bool delimited(Reader* inner) {
+    const uint8_t* start = at;
+    uint64_t length;
+    if (!varint(&length) || at - start > kMaxLengthBytes || length > static_cast<uint64_t>(end - at)) return false;
+    *inner = {at, at + length};
+    at += length;
+    return true;
+  }
+};
+
+// Which fields were seen; each may come once.
+struct Seen {
+  uint32_t fields = 0;
+
+  bool first(uint8_t key) {
+    const uint32_t bit = 1u << (key >> 3);
+    if (key >= 0x80 || (fields & bit)) return false;
+    fields |= bit;
+    return true;
+  }
+};
+
+struct Tensor {
+  bool is_given = false;
+  uint32_t dtype = 0;
+  int rank = 0;
+  uint64_t shape[kMaxRank] = {0, 0, 0};
+  const uint8_t* data = nullptr;
+  Py_ssize_t num_bytes = 0;
+};
+
+struct Fields {
+  uint64_t id = 0;
+  uint64_t timeout_ms = 0;
+  bool has_request = false;
+  const uint8_t* layer = nullptr;
+  Py_ssize_t layer_bytes = 0;
+  Tensor hidden_states, routing_logits, topk_ids, topk_weights;
+  uint32_t output_dtype = 0;
+  bool do_finalize = true;
+  bool return_routing = false;
+  uint64_t weights_version = 0;
+};
+
+bool read_shape(Reader in, Tensor* tensor) {
+  while (in.at < in.end) {
+    uint64_t extent;
+    if (tensor->rank == kMaxRank || !in.varint(&extent) || extent > UINT32_MAX) return false;
+    tensor->shape[tensor->rank++] = extent;
+  }
+  return true;
+}
+
+bool read_tensor(Reader in, Tensor* tensor) {
+  tensor->is_given = true;
+  Seen seen;
+  while (in.at < in.end) {
+    const uint8_t key = *in.at++;
+    if (!seen.first(key)) return false;
+    if (key == 0x08) {
+      uint64_t dtype;
+      if (!in.varint(&dtype) || dtype >= 128) return false;
+      tensor->dtype = static_cast<uint32_t>(dtype);
+      continue;
+    }
+    Reader inner;
+    if (!in.delimited(&inner)) return false;
+    if (key == 0x1A) {
+      tensor->data = inner.at;
+      tensor->num_bytes = inner.end - inner.at;
+    } else if (key != 0x12 || !read_shape(inner, tensor)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool read_options(Reader in, Fields* fields) {
+  Seen seen;
+  while (in.at < in.end) {
+    const uint8_t key = *in.at++;
+    uint64_t value;
+    if (!seen.first(key) || !in.varint(&value)) return false;
+    if (key == 0x08 && value < 128) {
+      fields->output_dtype = static_cast<uint32_t>(value);
+    } else if (key == 0x10) {
+      fields->do_finalize = value != 0;
+    } else if (key == 0x18) {
+      fields->return_routing = value != 0;
+    } else {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool read_request(Reader in, Fields* fields) {
+  fields->has_request = true;
+  Seen seen;
+  while (in.at < in.end) {
+    const uint8_t key = *in.at++;
+    if (!seen.first(key)) return false;
+    if (key == 0x38) {
+      if (!in.varint(&fields->weights_version)) return false;
+      continue;
+    }
+    Reader inner;
+    if (!in.delimited(&inner)) return false;
+    bool is_good = true;
+    switch (key) {
+      case 0x0A:
+        fields->layer = inner.at;
+        fields->layer_bytes = inner.end - inner.at;
+        break;
+      case 0x12:
+        is_good = read_tensor(inner, &fields->hidden_states);
+        break;
+      case 0x1A:
+        is_good = read_tensor(inner, &fields->routing_logits);
+        break;
+      case 0x22:
+        is_good = read_tensor(inner, &fields->topk_ids);
+        break;
+      case 0x2A:
+        is_good = read_tensor(inner, &fields->topk_weights);
+        break;
+      case 0x32:
+        is_good = read_options(inner, fields);
+        break;
+      default:
+        is_good = false;
+    }
+    if (!is_good) return false;
+  }
+  return true;
+}
+
+bool read_stream_request(Reader in, Fields* fields) {
+  Seen seen;
+  while (in.at < in.end) {
+    const uint8_t key = *in.at++;
+    if (!seen.first(key)) return false;
+    if (key == 0x12) {
+      Reader inner;
+      if (!in.delimited(&inner) || !read_request(inner, fields)) return false;
+      continue;
+    }
+    uint64_t value;
+    if (!in.varint(&value)) return false;
+    if (key == 0x08) {
+      fields->id = value;
+    } else if (key == 0x18 && value <= UINT32_MAX) {
+      fields->timeout_ms = value;
+    } else {
+      return false;
+    }
+  }
+  return true;
+}
+
+// ---- checking ----
+
+bool is_matrix(const Tensor& tensor, uint64_t rows, uint64_t columns) {
+  return tensor.rank == 2 && tensor.shape[0] == rows && tensor.shape[1] == columns &&
+         static_cast<uint64_t>(tensor.num_bytes) == rows * columns * item_bytes(tensor.dtype);
+}
+
+bool is_real(const Tensor& tensor) { return tensor.dtype == kFloat32 || tensor.dtype == kBFloat16; }
+
+// Of float32 or bfloat16 elements at any address. No early exit, so that the compiler makes vectors of it.
+bool has_nan(const Tensor& tensor) {
+  uint32_t found = 0;
+  if (tensor.dtype == kFloat32) {
+    for (Py_ssize_t at = 0; at < tensor.num_bytes; at += 4) {
+      int32_t bits;
+      std::memcpy(&bits, tensor.data + at, 4);
+      found |= (bits & 0x7FFFFFFF) > 0x7F800000;
+    }
+  } else {
+    for (Py_ssize_t at = 0; at < tensor.num_bytes; at += 2) {
+      int16_t bits;
+      std::memcpy(&bits, tensor.data + at, 2);
+      found |= static_cast<int16_t>(bits & 0x7FFF) > static_cast<int16_t>(0x7F80);
+    }
+  }
+  return found != 0;
+}
+
+bool ids_in_range(const Tensor& tensor, int32_t num_experts) {
+  uint32_t found = 0;
+  for (Py_ssize_t at = 0; at < tensor.num_bytes; at += 4) {
+    int32_t id;
+    std::memcpy(&id, tensor.data + at, 4);
+    found |= (id < -1) | (id >= num_experts);
+  }
+  return found == 0;
+}
+
+// ---- the type Request ----
+
+struct Request {
+  PyObject_HEAD;
+  PyObject* data;  // the bytes that everything below points into
+  bool is_stream;
+  Fields fields;
+};
+
+void request_dealloc(PyObject* self) {
+  Py_XDECREF(reinterpret_cast<Request*>(self)->data);
+  Py_TYPE(self)->tp_free(self);
+}
+
+const Fields& fields_of(PyObject* self) { return reinterpret_cast<Request*>(self)->fields; }
+
+PyObject* get_data(PyObject* self, void*) { return Py_NewRef(reinterpret_cast<Request*>(self)->data); }
+
+PyObject* get_is_stream(PyObject* self, void*) { return PyBool_FromLong(reinterpret_cast<Request*>(self)->is_stream); }
+
+PyObject* get_id(PyObject* self, void*) { return PyLong_FromUnsignedLongLong(fields_of(self).id); }
+
+PyObject* get_timeout_ms(PyObject* self, void*) { return PyLong_FromUnsignedLongLong(fields_of(self).timeout_ms); }
+
+PyObject* get_weights_version(PyObject* self, void*) {
+  return PyLong_FromUnsignedLongLong(fields_of(self).weights_version);
+}
+
+PyObject* get_num_tokens(PyObject* self, void*) {
+  return PyLong_FromUnsignedLongLong(fields_of(self).hidden_states.shape[0]);
+}
+
+PyObject* get_layer(PyObject* self, void*) {
+  const Fields& fields = fields_of(self);
+  return PyUnicode_DecodeUTF8(reinterpret_cast<const char*>(fields.layer), fields.layer_bytes, nullptr);
+}
+
+// A view of a tensor's elements in the request's bytes.
+PyObject* view_of(PyObject* whole, const Request* request, const Tensor& tensor) {
+  const auto* base = reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(request->data));
+  const Py_ssize_t start = tensor.data == nullptr ? 0 : tensor.data - base;
+  return PySequence_GetSlice(whole, start, start + tensor.num_bytes);
+}
+
+// (dtype, view)
+PyObject* part_of(PyObject* whole, const Request* request, const Tensor& tensor) {
+  if (!tensor.is_given) return Py_NewRef(Py_None);
+  PyObject* view = view_of(whole, request, tensor);
+  return view == nullptr ? nullptr : Py_BuildValue("(IN)", tensor.dtype, view);
+}
+
+bool numbers_of(PyObject* const* arguments, Py_ssize_t given, Py_ssize_t expected, unsigned long long* numbers) {
+  if (given != expected) {
+    PyErr_Format(PyExc_TypeError, "%zd arguments are given, expected %zd", given, expected);
+    return false;
+  }
+  for (Py_ssize_t n = 0; n < expected; ++n) {
+    numbers[n] = PyLong_AsUnsignedLongLong(arguments[n]);
+    if (numbers[n] == static_cast<unsigned long long>(-1) && PyErr_Occurred()) return false;
+  }
+  return true;
+}
+
+PyDoc_STRVAR(check_doc,
+             "check(hidden_size, num_experts, top_k, takes_wide, max_tokens, max_answer_bytes)\n\n"
+             "(num_tokens, hidden_states, routing_logits, topk_ids, topk_weights, output_dtype, do_finalize,\n"
+             "return_routing), tensors as (dtype, view) or None; None: it is not good, or not for this module.");
+
+PyObject* request_check(PyObject* self, PyObject* const* arguments, Py_ssize_t given) {
+  unsigned long long n[6];
+  if (!numbers_of(arguments, given, 6, n)) return nullptr;
+  const uint64_t hidden_size = n[0], num_experts = n[1], top_k = n[2], takes_wide = n[3], max_tokens = n[4];
+  auto* request = reinterpret_cast<Request*>(self);
+  const Fields& fields = request->fields;
+  const Tensor& hidden = fields.hidden_states;
+  const uint64_t num_tokens = hidden.shape[0];
+  const uint32_t output_dtype = fields.output_dtype == kUnset ? kBFloat16 : fields.output_dtype;
+
+  bool is_good = hidden.is_given && hidden.dtype >= kFloat32 && hidden.dtype <= kFp8 &&
+                 (takes_wide || hidden.dtype == kFp8) && num_tokens <= max_tokens &&
+                 is_matrix(hidden, num_tokens, hidden_size) && output_dtype >= kFloat32 && output_dtype <= kFloat16;
+  const Tensor& logits = fields.routing_logits;
+  const Tensor& ids = fields.topk_ids;
+  const Tensor& weights = fields.topk_weights;
+  if (is_good && logits.is_given) {
+    is_good = !ids.is_given && !weights.is_given && is_real(logits) && is_matrix(logits, num_tokens, num_experts) &&
+              !has_nan(logits);
+  } else if (is_good) {
+    is_good = ids.is_given && weights.is_given && ids.dtype == kInt32 && is_real(weights) &&
+              is_matrix(ids, num_tokens, top_k) && is_matrix(weights, num_tokens, top_k) &&
+              ids_in_range(ids, static_cast<int32_t>(num_experts)) && !has_nan(weights);
+  }
+  if (is_good) {  // as wire._answer_bytes
+    const uint64_t slots = num_tokens * top_k;
+    const uint64_t rows = fields.do_finalize ? num_tokens * item_bytes(output_dtype) : slots * 2;
+    is_good = rows * hidden_size + slots * 10 + 4096 <= n[5];
+  }
+  if (!is_good) Py_RETURN_NONE;
+
+  PyObject* whole = PyMemoryView_FromObject(request->data);
+  if (whole == nullptr) return nullptr;
+  PyObject* parts[] = {part_of(whole, request, hidden), part_of(whole, request, logits), part_of(whole, request, ids),
+                       part_of(whole, request, weights)};
+  Py_DECREF(whole);
+  if (parts[0] == nullptr || parts[1] == nullptr || parts[2] == nullptr || parts[3] == nullptr) {
+    for (PyObject* part : parts) Py_XDECREF(part);
+    return nullptr;
+  }
+  return Py_BuildValue("(KNNNNIOO)", static_cast<unsigned long long>(num_tokens), parts[0], parts[1], parts[2],
+                       parts[3], output_dtype, fields.do_finalize ? Py_True : Py_False,
+                       fields.return_routing ? Py_True : Py_False);
+}
+
+PyGetSetDef request_members[] = {
+    {"data", get_data, nullptr, "The bytes that it was read from.", nullptr},
+    {"is_stream", get_is_stream, nullptr, "Whether they were a ForwardStreamRequest.", nullptr},
+    {"id", get_id, nullptr, "ForwardStreamRequest.id.", nullptr},
+    {"timeout_ms", get_timeout_ms, nullptr, "ForwardStreamRequest.timeout_ms.", nullptr},
+    {"layer", get_layer, nullptr, "ForwardRequest.layer.", nullptr},
+    {"weights_version", get_weights_version, nullptr, "ForwardRequest.weights_version.", nullptr},
+    {"num_tokens", get_num_tokens, nullptr, "Rows of hidden_states as the request itself says.", nullptr},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
+};
+
+PyMethodDef request_methods[] = {
+    {"check", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(request_check)), METH_FASTCALL, check_doc},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyTypeObject request_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
+
+// A Request, or None where these bytes are not for this module.
+PyObject* parse(PyObject* data, bool is_stream) {
+  if (!PyBytes_Check(data)) {
+    PyErr_Format(PyExc_TypeError, "data is %s, expected bytes", Py_TYPE(data)->tp_name);
+    return nullptr;
+  }
+  const auto* start = reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(data));
+  const Reader in{start, start + PyBytes_GET_SIZE(data)};
+  Fields fields;
+  const bool is_good = is_stream ? read_stream_request(in, &fields) && fields.has_request : read_request(in, &fields);
+  if (!is_good || fields.layer_bytes == 0 || fields.layer_bytes > kMaxNameBytes) Py_RETURN_NONE;
+  for (Py_ssize_t n = 0; n < fields.layer_bytes; ++n) {
+    if (fields.layer[n] >= 0x80) Py_RETURN_NONE;  // a name of other letters: Python knows UTF-8
+  }
+  PyObject* self = request_type.tp_alloc(&request_type, 0);
+  if (self == nullptr) return nullptr;
+  auto* request = reinterpret_cast<Request*>(self);
+  request->data = Py_NewRef(data);
+  request->is_stream = is_stream;
+  request->fields = fields;
+  return self;
+}
+
+PyObject* parse_request(PyObject*, PyObject* data) { return parse(data, false); }
+
+PyObject* parse_stream_request(PyObject*, PyObject* data) { return parse(data, true); }
+
+// ---- writing ----
+
+struct Writer {
+  uint8_t bytes[kMaxHeadBytes];
+  size_t size = 0;
+
+  void varint(uint64_t value) {
+    for (; value > 0x7F; value >>= 7) bytes[size++] = static_cast<uint8_t>(value) | 0x80;
+    bytes[size++] = static_cast<uint8_t>(value);
+  }
+
+  // A varint field, left out when zero.
+  void number(int field, uint64_t value) {
+    if (value == 0) return;
+    bytes[size++] = static_cast<uint8_t>(field << 3);
+    varint(value);
+  }
+
+  // What starts a length-delimited field.
+  void head(int field, uint64_t num_bytes) {
+    bytes[size++] = static_cast<uint8_t>(field << 3 | 2);
+    varint(num_bytes);
+  }
+
+  void append(const Writer& other) {
+    std::memcpy(bytes + size, other.bytes, other.size);
+    size += other.size;
+  }
+};
+
+PyDoc_STRVAR(encode_doc,
+             "encode_response(is_stream, request_id, dtype, num_tokens, hidden_size, address, queue_us, copy_in_us,\n"
+             "compute_us, copy_out_us, batch_tokens, batch_requests, queue_depth_tokens, weights_version)\n\n"
+             "A serialised ForwardResponse whose output is the [num_tokens, hidden_size] matrix at the address;\n"
+             "is_stream: within a ForwardStreamResponse.");
+
+PyObject* encode_response(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
+  unsigned long long n[14];
+  if (!numbers_of(arguments, given, 14, n)) return nullptr;
+  const uint32_t dtype = static_cast<uint32_t>(n[2]);
+  const uint64_t data_bytes = n[3] * n[4] * item_bytes(dtype);
+
+  Writer shape, tensor, timing, tail, message, head;
+  shape.varint(n[3]);
+  shape.varint(n[4]);
+  tensor.number(1, dtype);
+  tensor.head(2, shape.size);
+  tensor.append(shape);
+  if (data_bytes) tensor.head(3, data_bytes);  // an empty field is left out
+  for (int field = 1; field <= 7; ++field) timing.number(field, n[5 + field]);
+  tail.head(6, timing.size);
+  tail.append(timing);
+  tail.number(7, n[13]);
+  message.head(1, tensor.size + data_bytes);
+  message.append(tensor);
+  if (n[0]) {
+    head.number(1, n[1]);
+    head.head(2, message.size + data_bytes + tail.size);
+  }
+  head.append(message);
+
+  PyObject* answer = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(head.size + data_bytes + tail.size));
+  if (answer == nullptr) return nullptr;
+  auto* to = reinterpret_cast<uint8_t*>(PyBytes_AS_STRING(answer));
+  const auto* from = reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(n[5]));
+  std::memcpy(to, head.bytes, head.size);
+  if (static_cast<Py_ssize_t>(data_bytes) >= kFreeInterpreterBytes) {
+    PyThreadState* state = PyEval_SaveThread();
+    std::memcpy(to + head.size, from, data_bytes);
+    PyEval_RestoreThread(state);
+  } else if (data_bytes) {
+    std::memcpy(to + head.size, from, data_bytes);
+  }
+  std::memcpy(to + head.size + data_bytes, tail.bytes, tail.size);
+  return answer;
+}
+
+PyDoc_STRVAR(copy_doc,
+             "copy(destination, offset, source)\n\n"
+             "Write a buffer's bytes into a writable one. Raises ValueError where they do not fit.");
+
+PyObject* copy(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
+  if (given != 3) {
+    PyErr_Format(PyExc_TypeError, "%zd arguments are given, expected 3", given);
+    return nullptr;
+  }
+  const Py_ssize_t offset = PyLong_AsSsize_t(arguments[1]);
+  if (offset == -1 && PyErr_Occurred()) return nullptr;
+  Py_buffer to, from;
+  if (PyObject_GetBuffer(arguments[0], &to, PyBUF_WRITABLE) < 0) return nullptr;
+  if (PyObject_GetBuffer(arguments[2], &from, PyBUF_SIMPLE) < 0) {
+    PyBuffer_Release(&to);
+    return nullptr;
+  }
+  const bool fits = offset >= 0 && from.len <= to.len && offset <= to.len - from.len;
+  if (!fits) {
+    PyErr_Format(PyExc_ValueError, "%zd bytes at %zd do not fit into %zd", from.len, offset, to.len);
+  } else if (from.len >= kFreeInterpreterBytes) {
+    PyThreadState* state = PyEval_SaveThread();
+    std::memcpy(static_cast<uint8_t*>(to.buf) + offset, from.buf, from.len);
+    PyEval_RestoreThread(state);
+  } else if (from.len) {
+    std::memcpy(static_cast<uint8_t*>(to.buf) + offset, from.buf, from.len);
+  }
+  PyBuffer_Release(&from);
+  PyBuffer_Release(&to);
+  if (!fits) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(count_ids_doc,
+             "count_ids(ids, first, counts)\n\n"
+             "Add to counts[id - first], int64, for each of the ids, int16, int32 or int64, that is in range.");
+
+template <typename Id>
+void add_counts(const Py_buffer& ids, long long first, const Py_buffer& counts) {
+  const auto* from = static_cast<const Id*>(ids.buf);
+  auto* to = static_cast<int64_t*>(counts.buf);
+  const long long size = counts.len / static_cast<Py_ssize_t>(sizeof(int64_t));
+  for (Py_ssize_t n = 0; n < ids.len / static_cast<Py_ssize_t>(sizeof(Id)); ++n) {
+    const long long at = from[n] - first;
+    if (at >= 0 && at < size) ++to[at];
+  }
+}
+
+PyObject* count_ids(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
+  if (given != 3) {
+    PyErr_Format(PyExc_TypeError, "%zd arguments are given, expected 3", given);
+    return nullptr;
+  }
+  const long long first = PyLong_AsLongLong(arguments[1]);
+  if (first == -1 && PyErr_Occurred()) return nullptr;
+  Py_buffer ids, counts;
+  if (PyObject_GetBuffer(arguments[0], &ids, PyBUF_C_CONTIGUOUS) < 0) return nullptr;
+  if (PyObject_GetBuffer(arguments[2], &counts, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE) < 0) {
+    PyBuffer_Release(&ids);
+    return nullptr;
+  }
+  const bool is_good =
+      counts.itemsize == sizeof(int64_t) && (ids.itemsize == 2 || ids.itemsize == 4 || ids.itemsize == 8);
+  if (!is_good) {
+    PyErr_Format(PyExc_TypeError, "ids of %zd bytes and counts of %zd, expected 2, 4 or 8, and 8", ids.itemsize,
+                 counts.itemsize);
+  } else if (ids.itemsize == 2) {
+    add_counts<int16_t>(ids, first, counts);
+  } else if (ids.itemsize == 4) {
+    add_counts<int32_t>(ids, first, counts);
+  } else {
+    add_counts<int64_t>(ids, first, counts);
+  }
+  PyBuffer_Release(&counts);
+  PyBuffer_Release(&ids);
+  if (!is_good) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"parse_request", parse_request, METH_O, "A Request from a serialised ForwardRequest, or None."},
+    {"parse_stream_request", parse_stream_request, METH_O,
+     "A Request from a serialised ForwardStreamRequest, or None."},
+    {"encode_response", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(encode_response)), METH_FASTCALL,
+     encode_doc},
+    {"count_ids", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(count_ids)), METH_FASTCALL, count_ids_doc},
+    {"copy", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(copy)), METH_FASTCALL, copy_doc},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT,
+    "_codec",
+    "The wire format of the data path.",
+    -1,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__codec() {
+  request_type.tp_name = "expertd_server._codec.Request";
+  request_type.tp_basicsize = sizeof(Request);
+  request_type.tp_flags = Py_TPFLAGS_DEFAULT;
+  request_type.tp_doc = "A request, read and not checked.";
+  request_type.tp_dealloc = request_dealloc;
+  request_type.tp_getset = request_members;
+  request_type.tp_methods = request_methods;
+  if (PyType_Ready(&request_type) < 0) return nullptr;
+  PyObject* self = PyModule_Create(&module);
+  if (self != nullptr && PyModule_AddObjectRef(self, "Request", reinterpret_cast<PyObject*>(&request_type)) < 0) {
+    Py_DECREF(self);
+    return nullptr;
+  }
+  return self;
+}

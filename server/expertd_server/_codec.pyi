@@ -1,0 +1,56 @@
+"""csrc/codec.cpp, which is compiled where there is a C++ compiler; see `codec`, which alone imports it."""
+
+from typing import Any
+
+_Part = tuple[int, memoryview] | None
+"""A pb.DataType, and a tensor's elements."""
+
+class Request:
+    """A request, read and not checked."""
+
+    @property
+    def data(self) -> bytes: ...
+    @property
+    def is_stream(self) -> bool: ...
+    @property
+    def id(self) -> int: ...
+    @property
+    def timeout_ms(self) -> int: ...
+    @property
+    def layer(self) -> str: ...
+    @property
+    def weights_version(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    def check(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        takes_wide: bool,
+        max_tokens: int,
+        max_answer_bytes: int,
+        /,
+    ) -> tuple[int, tuple[int, memoryview], _Part, _Part, _Part, int, bool, bool] | None: ...
+
+def parse_request(data: bytes, /) -> Request | None: ...
+def parse_stream_request(data: bytes, /) -> Request | None: ...
+def encode_response(
+    is_stream: bool,
+    request_id: int,
+    dtype: int,
+    num_tokens: int,
+    hidden_size: int,
+    address: int,
+    queue_us: int,
+    copy_in_us: int,
+    compute_us: int,
+    copy_out_us: int,
+    batch_tokens: int,
+    batch_requests: int,
+    queue_depth_tokens: int,
+    weights_version: int,
+    /,
+) -> bytes: ...
+def count_ids(ids: Any, first: int, counts: Any, /) -> None: ...
+def copy(destination: Any, offset: int, source: Any, /) -> None: ...

@@ -1,0 +1,243 @@
+"""The memory that one stream shares with its caller: what its messages say about it, resolved to views and checked.
+
+What is checked must not change between the check and the use, and this memory is its owner's: whatever has values that
+matter (ids, logits, weights) is copied before anybody looks at it. Hidden states may hold any bits, so they stay a view
+and are read once, into the batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from expertd.v1 import expertd_pb2 as pb
+from expertd_server.errors import FieldViolation, InvalidArgumentError, RequestCancelledError, SharedMemoryOffError
+from expertd_server.native import copy_bytes
+from expertd_server.region_door import PROOF_BYTES, RegionDoor, RegionRefusedError
+from expertd_server.wire_parse import RawRequest, RawSlice, RawStreamRequest
+
+__all__ = ["AnswerPlace", "Lease", "RegionReply", "StreamRegions"]
+
+RegionReply = pb.RegionTicket | pb.RegionUnregistered
+"""What a message about a region is answered with."""
+
+_MAX_REGIONS: Final = 4
+"""Of one stream; each holds a file descriptor."""
+_ALIGNMENT: Final = 64
+_TENSORS: Final = ("hidden_states", "routing_logits", "topk_ids", "topk_weights")
+
+
+@dataclass(eq=False, slots=True)
+class _Region:
+    number: int
+    nbytes: int
+    ticket: bytes
+    view: memoryview | None = None
+    """None: the memory was not handed in yet."""
+
+    def let_go(self) -> None:
+        """Unmap it, unless requests still need it."""
+        self.view = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Bytes of a region that a request holds."""
+
+    field: str
+    region: _Region
+    start: int
+    stop: int
+
+    def overlaps(self, other: _Piece) -> bool:
+        return self.region is other.region and self.start < other.stop and other.start < self.stop
+
+
+class AnswerPlace:
+    """Where the tensors of one answer may be written: the caller's answer_slice."""
+
+    def __init__(self, region: int, offset: int, view: memoryview) -> None:
+        self._region = region
+        self._offset = offset
+        self._view = view
+        self._next = 0
+
+    def put(self, data: memoryview) -> tuple[int, int, int] | None:
+        """Write the bytes of the next tensor; the fields of its RegionSlice, or None where it does not fit."""
+        start, nbytes = self._next, data.nbytes
+        if start + nbytes > len(self._view):
+            return None
+        copy_bytes(self._view, start, data)
+        self._next = -(-(start + nbytes) // _ALIGNMENT) * _ALIGNMENT
+        return self._region, self._offset + start, nbytes
+
+
+class Lease:
+    """The pieces of memory that a request holds until it is answered."""
+
+    def __init__(self, regions: StreamRegions, pieces: list[_Piece], place: AnswerPlace | None) -> None:
+        self._regions = regions
+        self.pieces = pieces
+        self.start = min((piece.start for piece in pieces), default=0)
+        self.stop = max((piece.stop for piece in pieces), default=0)
+        self.place = place
+        """None: the answer's tensors go into its message."""
+
+    def release(self) -> None:
+        """The caller may have its memory back: to be called before the answer is sent."""
+        self.place = None
+        self._regions.release(self)
+
+
+class StreamRegions:
+    """The regions of one stream. Thread-safe.
+
+    door: where memory is handed in; None: the server takes none. max_bytes: most of all regions together.
+    """
+
+    def __init__(self, door: RegionDoor | None, max_bytes: int) -> None:
+        self._door = door
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._regions: dict[int, _Region] = {}
+        self._leases: set[Lease] = set()
+        self._is_closed = False
+
+    def obey(self, message: RawStreamRequest) -> RegionReply:
+        """Do what a message about a region says. Raises InvalidArgumentError and SharedMemoryOffError."""
+        if message.request is not None or (message.register_region and message.unregister_region):
+            raise InvalidArgumentError.of(
+                "register_region", "is not alone, expected one of request, register_region and unregister_region"
+            )
+        if message.register_region is not None:
+            return self._register(message.register_region.region, message.register_region.nbytes)
+        assert message.unregister_region is not None
+        return self._unregister(message.unregister_region.region)
+
+    def lease(self, request: RawRequest) -> Lease | None:
+        """Turn the slices of a request into data, and hold the pieces until the lease is released; None: it has none.
+
+        Raises InvalidArgumentError, with a violation for every slice that is wrong.
+        """
+        tensors = [(name, tensor) for name in _TENSORS if (tensor := getattr(request, name)) is not None]
+        if request.answer_slice is None and all(tensor.slice is None for _, tensor in tensors):
+            return None
+        wrong: list[FieldViolation] = []
+        place = None
+        with self._lock:
+            pieces: list[_Piece] = []
+            for name, tensor in tensors:
+                if tensor.slice is None:
+                    continue
+                if len(tensor.data):
+                    wrong.append(FieldViolation(f"{name}.slice", "is given together with data, expected one of them"))
+                    continue
+                view = self._piece(f"{name}.slice", tensor.slice, pieces, wrong)
+                if view is not None:
+                    tensor.data = view if name == "hidden_states" else bytes(view)
+                    tensor.is_resolved = True
+            if request.answer_slice is not None:
+                view = self._piece("answer_slice", request.answer_slice, pieces, wrong)
+                if view is not None:
+                    place = AnswerPlace(request.answer_slice.region, request.answer_slice.offset, view)
+                request.answer_slice = None
+            wrong += self._clashes(pieces)
+            if wrong:
+                raise InvalidArgumentError(wrong)
+            lease = Lease(self, pieces, place)
+            self._leases.add(lease)
+        return lease
+
+    def release(self, lease: Lease) -> None:
+        """See `Lease.release`."""
+        with self._lock:
+            self._leases.discard(lease)
+
+    def close(self) -> None:
+        """The stream is over. The memory stays mapped until the last batch that reads from it has run."""
+        with self._lock:
+            self._is_closed = True
+            regions = list(self._regions.values())
+            self._regions.clear()
+            self._leases.clear()
+        for region in regions:
+            self._forget(region)
+
+    def _register(self, number: int, nbytes: int) -> pb.RegionTicket:
+        if self._door is None:
+            raise SharedMemoryOffError("this server shares no memory (shared_memory is off); send the tensors' data")
+        with self._lock:
+            if self._is_closed:
+                raise RequestCancelledError("the caller left")
+            taken = sum(region.nbytes for region in self._regions.values())
+            if number in self._regions:
+                raise InvalidArgumentError.of("register_region.region", f"is {number}, which this stream has already")
+            if len(self._regions) >= _MAX_REGIONS:
+                raise InvalidArgumentError.of(
+                    "register_region", f"is one too many: {_MAX_REGIONS} regions of this stream are registered"
+                )
+            if not PROOF_BYTES <= nbytes <= self._max_bytes - taken:
+                raise InvalidArgumentError.of(
+                    "register_region.nbytes",
+                    f"is {nbytes} beside {taken} bytes of other regions, expected at least {PROOF_BYTES} and together "
+                    f"at most {self._max_bytes} (max_region_bytes)",
+                )
+            region = _Region(number, nbytes, b"")
+            region.ticket = self._door.expect(nbytes, lambda view: self._handed_in(region, view))
+            self._regions[number] = region
+        return pb.RegionTicket(socket=self._door.address, ticket=region.ticket)
+
+    def _handed_in(self, region: _Region, view: memoryview) -> None:
+        """In the door's thread."""
+        with self._lock:
+            if self._is_closed or self._regions.get(region.number) is not region:
+                raise RegionRefusedError("the stream has ended, or gave the region up")
+            region.view = view
+
+    def _unregister(self, number: int) -> pb.RegionUnregistered:
+        with self._lock:
+            region = self._regions.pop(number, None)
+        if region is None:
+            raise InvalidArgumentError.of("unregister_region.region", f"is {number}, which this stream does not have")
+        self._forget(region)
+        return pb.RegionUnregistered()
+
+    def _forget(self, region: _Region) -> None:
+        assert self._door is not None, "else there were no region"
+        self._door.forget(region.ticket, region.let_go)
+
+    def _piece(self, field: str, raw: RawSlice, pieces: list[_Piece], wrong: list[FieldViolation]) -> memoryview | None:
+        region = self._regions.get(raw.region)
+        if region is None or region.view is None:
+            what = "does not have" if region is None else "has registered but not handed in"
+            wrong.append(FieldViolation(f"{field}.region", f"is {raw.region}, which this stream {what}"))
+            return None
+        stop = raw.offset + raw.nbytes
+        if stop > region.nbytes:
+            wrong.append(
+                FieldViolation(
+                    field,
+                    f"is bytes {raw.offset} to {stop} of region {raw.region}, which has {region.nbytes}",
+                )
+            )
+            return None
+        pieces.append(_Piece(field, region, raw.offset, stop))
+        return region.view[raw.offset : stop]
+
+    def _clashes(self, pieces: list[_Piece]) -> Iterator[FieldViolation]:
+        """An answer would be written over what another request still holds, or the other way round."""
+        start = min((piece.start for piece in pieces), default=0)
+        stop = max((piece.stop for piece in pieces), default=0)
+        for lease in self._leases:
+            if lease.stop <= start or stop <= lease.start:  # almost always, and then this is all there is to do
+                continue
+            for mine in pieces:
+                for theirs in lease.pieces:
+                    if "answer_slice" in (mine.field, theirs.field) and mine.overlaps(theirs):
+                        yield FieldViolation(
+                            mine.field,
+                            f"overlaps {theirs.field} of a request that is not answered yet, bytes {theirs.start} to "
+                            f"{theirs.stop} of region {theirs.region.number}",
+                        )

@@ -1,0 +1,330 @@
+"""The compiled codec against the Python that specifies it: the same calls, the same refusals, the same bytes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_wire import layers, results
+from test_wire_parse import good_message, requests, stream_requests
+
+from expertd.v1 import expertd_pb2 as pb
+from expertd_server import codec
+from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming, HostTensor
+from expertd_server.errors import ExpertdServerError, InvalidArgumentError
+from expertd_server.native import CODEC, _copy_bytes, _count_ids, copy_bytes, count_ids
+from expertd_server.regions import AnswerPlace
+from expertd_server.store import LayerStore
+from expertd_server.wire import encode_response, encode_stream_response, read_call
+from expertd_server.wire_parse import RawRequest, RawSlice, RawStreamRequest, parse_request, parse_stream_request
+
+pytestmark = pytest.mark.skipif(CODEC is None, reason="the compiled codec was not built here")
+
+LIMITS = {"max_batch_tokens": 64, "max_message_bytes": 2**20}
+STORE: LayerStore = layers()
+SPEC = STORE.get("x").spec
+
+
+def outcome(call: ForwardCall) -> tuple[object, ...]:
+    """Everything of a call, to be compared."""
+
+    def tensor(value: HostTensor | None) -> object:
+        return None if value is None else (value.dtype, tuple(value.shape), bytes(value.data))
+
+    return (
+        call.layer,
+        *map(tensor, (call.hidden_states, call.routing_logits, call.topk_ids, call.topk_weights)),
+        call.output_dtype,
+        call.do_finalize,
+        call.return_routing,
+    )
+
+
+def same_as_python(data: bytes, *, is_stream: bool) -> bool:
+    """Both read the same from these bytes, or refuse them with the same words; whether the compiled codec knew them."""
+
+    def by_codec() -> tuple[object, ...]:
+        if not is_stream:
+            return outcome(codec.typed_call(codec.read_message(data), STORE, **LIMITS))
+        number, timeout_ms, num_tokens, request = codec.read_stream_message(data)
+        if request is None or isinstance(request, RawStreamRequest):
+            return number, timeout_ms, num_tokens, request
+        return number, timeout_ms, num_tokens, *outcome(codec.typed_call(request, STORE, **LIMITS))
+
+    def by_python() -> tuple[object, ...]:
+        if not is_stream:
+            return outcome(read_call(parse_request(data), STORE, **LIMITS))
+        raw = parse_stream_request(data)
+        if raw.request is None or raw.is_about_regions:
+            return raw.id, raw.timeout_ms, raw.num_tokens, raw if raw.is_about_regions else None
+        return raw.id, raw.timeout_ms, raw.num_tokens, *outcome(read_call(raw.request, STORE, **LIMITS))
+
+    said = []
+    for way in (by_codec, by_python):
+        try:
+            said.append(way())
+        except ExpertdServerError as error:
+            said.append((type(error), str(error)))
+    assert said[0] == said[1], data.hex()
+    return (CODEC.parse_stream_request if is_stream else CODEC.parse_request)(data) is not None
+
+
+@given(requests)
+@settings(max_examples=600, deadline=None)
+def test_any_request(data: bytes) -> None:
+    same_as_python(data, is_stream=False)
+
+
+@given(stream_requests)
+@example(b"\x12\x80\x80\x80\x80\x10" + b"\x0a\x01x")  # a length of 2^32
+@example(b"\x12\xff\xff\xff\xff\xff\xff\xff\xff\x7f")  # and of 2^63 - 1
+@settings(max_examples=600, deadline=None)
+def test_any_stream_request(data: bytes) -> None:
+    same_as_python(data, is_stream=True)
+
+
+def a_request(chance: random.Random) -> pb.ForwardRequest:
+    """A good request of any kind for layer "x"."""
+    rows = chance.choice([0, 1, 3])
+    request = pb.ForwardRequest(layer="x", weights_version=chance.choice([0, 0, 1]))
+
+    def tensor(dtype: int, columns: int, data: np.ndarray) -> pb.Tensor:  # type: ignore[type-arg]
+        return pb.Tensor(dtype=dtype, shape=[rows, columns], data=data.tobytes())
+
+    real = np.random.default_rng(chance.randrange(2**32)).standard_normal((rows, SPEC.hidden_size), np.float32)
+    bfloat16 = (real.view(np.uint32) >> 16).astype(np.uint16)
+    hidden = {
+        pb.DATA_TYPE_FLOAT32: real,
+        pb.DATA_TYPE_BFLOAT16: bfloat16,
+        pb.DATA_TYPE_FLOAT16: real.astype(np.float16),
+        pb.DATA_TYPE_FLOAT8_E4M3FN: bfloat16.astype(np.uint8) & 0x77,
+    }
+    dtype = chance.choice(list(hidden))
+    request.hidden_states.CopyFrom(tensor(dtype, SPEC.hidden_size, hidden[dtype]))
+    columns = SPEC.num_experts if chance.random() < 0.5 else SPEC.top_k
+    narrow = {pb.DATA_TYPE_FLOAT32: real[:, :columns], pb.DATA_TYPE_BFLOAT16: bfloat16[:, :columns]}
+    dtype = chance.choice(list(narrow))
+    if columns == SPEC.num_experts:
+        request.routing_logits.CopyFrom(tensor(dtype, columns, narrow[dtype]))
+    else:
+        ids = np.array(
+            [[chance.randrange(-1, SPEC.num_experts) for _ in range(columns)] for _ in range(rows)], np.int32
+        )
+        request.topk_ids.CopyFrom(tensor(pb.DATA_TYPE_INT32, columns, ids))
+        request.topk_weights.CopyFrom(tensor(dtype, columns, narrow[dtype]))
+    if chance.random() < 0.7:
+        request.options.output_dtype = chance.randrange(4)
+        request.options.do_finalize = chance.random() < 0.5
+        request.options.return_routing = chance.random() < 0.5
+    return request
+
+
+def spoil(chance: random.Random, request: pb.ForwardRequest) -> None:
+    """Change one thing about it, most of which it must not bear."""
+    names = [name for name in ("hidden_states", "routing_logits", "topk_ids", "topk_weights") if request.HasField(name)]
+    name = chance.choice(names)
+    tensor: pb.Tensor = getattr(request, name)
+    data = bytearray(tensor.data)
+    match chance.randrange(9):
+        case 0:
+            tensor.dtype = chance.randrange(-1, 8)  # type: ignore[assignment]
+        case 1:
+            tensor.shape[chance.randrange(2)] = chance.choice([0, 1, 2, 3, 65, 2**31, 2**32 - 1])
+        case 2:
+            tensor.data = bytes(data[:-1])
+        case 3:
+            request.ClearField(name)
+        case 4:
+            request.layer = chance.choice(["", "y", "ü", "x" * 257])
+        case 5:
+            request.weights_version = chance.choice([1, 2, 2**64 - 1])
+        case 6:
+            request.options.output_dtype = chance.randrange(-1, 8)  # type: ignore[assignment]
+        case 7 if len(data) >= 4:  # NaN of every kind, an id out of range, or one of -1
+            at = chance.randrange(0, len(data) - 3, 4)
+            patterns = ("ffffffff", "0000c07f", "000080ff", "010080ff", "0000807f", "08000000", "feffffff", "c07fc0ff")
+            data[at : at + 4] = bytes.fromhex(chance.choice(patterns))
+            tensor.data = bytes(data)
+        case _:
+            tensor.shape.append(1)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_good_requests_are_known_to_the_compiled_codec(seed: int) -> None:
+    chance = random.Random(seed)
+    for _ in range(10):
+        request = a_request(chance)
+        assert same_as_python(request.SerializeToString(), is_stream=False), seed
+        message = pb.ForwardStreamRequest(
+            id=chance.randrange(2**63), request=request, timeout_ms=chance.randrange(2**32)
+        )
+        assert same_as_python(message.SerializeToString(), is_stream=True), seed
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_spoiled_requests_are_refused_with_the_same_words(seed: int) -> None:
+    chance = random.Random(seed)
+    for _ in range(20):
+        request = a_request(chance)
+        spoil(chance, request)
+        same_as_python(request.SerializeToString(), is_stream=False)
+        message = pb.ForwardStreamRequest(id=7, request=request)
+        same_as_python(message.SerializeToString(), is_stream=True)
+
+
+@given(st.integers(0, 19), st.data())
+@settings(max_examples=300, deadline=None)
+def test_corrupted_bytes(seed: int, draw: st.DataObject) -> None:
+    data = bytearray(good_message(seed).SerializeToString())
+    for _ in range(draw.draw(st.integers(1, 3))):
+        data[draw.draw(st.integers(0, min(60, len(data) - 1)))] = draw.draw(st.integers(0, 255))
+    same_as_python(bytes(data[: draw.draw(st.integers(0, len(data)))]), is_stream=True)
+
+
+NAMING_REGIONS = [
+    *((name, "slice") for name in ("hidden_states", "routing_logits", "topk_ids", "topk_weights")),
+    ("", "answer_slice"),
+]
+
+
+@pytest.mark.parametrize("path", NAMING_REGIONS, ids=lambda path: path[0] or path[1])
+@pytest.mark.parametrize("where", [pb.RegionSlice(), pb.RegionSlice(region=1, offset=64, nbytes=2**40)], ids=str)
+def test_whatever_names_a_region_is_read_by_python(path: tuple[str, str], where: pb.RegionSlice) -> None:
+    """Unresolved, as only the stream knows its regions; else good requests with and without data beside it."""
+    name, field = path
+    requests = [(seed, a_request(random.Random(seed))) for seed in range(20)]
+    having = [(seed, request) for seed, request in requests if not name or request.HasField(name)]
+    assert having
+    for seed, request in having:
+        of: pb.Tensor | pb.ForwardRequest = getattr(request, name) if name else request
+        for clears_data in (False, True):
+            getattr(of, field).CopyFrom(where)
+            if name and clears_data:
+                of.ClearField("data")
+            data = request.SerializeToString()
+            assert not same_as_python(data, is_stream=False), seed
+            stream_data = pb.ForwardStreamRequest(id=seed, request=request).SerializeToString()
+            assert not same_as_python(stream_data, is_stream=True), seed
+            for read in (codec.read_message(data), codec.read_stream_message(stream_data)[3]):
+                assert isinstance(read, RawRequest)
+                found = getattr(read, name).slice if name else read.answer_slice
+                assert found == RawSlice(where.region, where.offset, where.nbytes)
+                with pytest.raises(InvalidArgumentError, match="names a region"):
+                    codec.typed_call(read, STORE, **LIMITS)
+
+
+@pytest.mark.parametrize("has_request", [False, True])
+@pytest.mark.parametrize("field", ["register_region", "unregister_region"])
+def test_what_says_something_about_regions_is_handed_over_whole(field: str, has_request: bool) -> None:
+    message = pb.ForwardStreamRequest(id=3, request=a_request(random.Random(1)) if has_request else None)
+    getattr(message, field).region = 5
+    data = message.SerializeToString()
+    assert CODEC.parse_stream_request(data) is None
+    number, _, _, read = codec.read_stream_message(data)
+    assert number == 3
+    assert read == parse_stream_request(data)
+    assert isinstance(read, RawStreamRequest)
+    assert read.is_about_regions
+
+
+@settings(deadline=None, max_examples=200)
+@given(results(), st.integers(0, 2**31), st.integers(0, 400), st.integers(0, 2**64 - 1))
+def test_an_answer_goes_where_it_was_asked_to_and_nowhere_else(
+    result: ForwardResult, offset: int, room: int, number: int
+) -> None:
+    """With what does not fit in the message, and protobuf's bytes around it."""
+    memory = bytearray(b"\xa5" * (room + 64))
+    place = AnswerPlace(7, offset, memoryview(memory)[:room])
+    placed = pb.ForwardStreamResponse.FromString(codec.write_stream_answer(number, result, 9, place))
+    whole = pb.ForwardStreamResponse.FromString(codec.write_stream_answer(number, result, 9))
+    taken = bytearray(len(memory))
+    for name in ("output", "gemm2_output", "expert_weights", "topk_ids", "expanded_idx_to_permuted_idx"):
+        if not placed.response.HasField(name):
+            continue
+        tensor: pb.Tensor = getattr(placed.response, name)
+        if tensor.HasField("slice"):
+            assert not tensor.data
+            assert tensor.slice.region == 7
+            start = tensor.slice.offset - offset
+            stop = start + tensor.slice.nbytes
+            assert start % 64 == 0
+            assert 0 <= start < stop <= room
+            assert not any(taken[start:stop])
+            taken[start:stop] = b"\1" * (stop - start)
+            tensor.data = bytes(memory[start:stop])
+            tensor.ClearField("slice")
+    assert placed == whole
+    assert all(byte == 0xA5 for byte, is_taken in zip(memory, taken, strict=True) if not is_taken)
+
+
+def test_where_it_was_not_built_python_does_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = a_request(random.Random(1))
+    data = pb.ForwardStreamRequest(id=5, request=request, timeout_ms=6).SerializeToString()
+    with_it = codec.read_stream_message(data)
+    result = ForwardResult(3, ForwardTiming(1, 2, 3, 4, 5, 6), output=torch.ones(3, 4))
+    answers = codec.write_answer(result, 7), codec.write_stream_answer(5, result, 7)
+    monkeypatch.setattr(codec, "CODEC", None)
+    without = codec.read_stream_message(data)
+    assert with_it[:3] == without[:3] == (5, 6, request.hidden_states.shape[0])
+    assert isinstance(without[3], RawRequest)
+    calls = [codec.typed_call(message, STORE, **LIMITS) for message in (with_it[3], without[3])]
+    assert outcome(calls[0]) == outcome(calls[1])
+    assert (codec.write_answer(result, 7), codec.write_stream_answer(5, result, 7)) == answers
+
+
+def test_a_request_keeps_its_bytes_and_its_tensors_are_views_of_them() -> None:
+    data = a_request(random.Random(3)).SerializeToString()
+    call = codec.typed_call(codec.read_message(data), STORE, **LIMITS)
+    assert isinstance(call.hidden_states.data, memoryview)
+    assert call.hidden_states.data.obj is data
+    assert call.hidden_states.data.readonly
+
+
+@settings(deadline=None, max_examples=200)
+@given(results(), st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1))
+def test_any_answer(result: ForwardResult, depth: int, number: int) -> None:
+    assert codec.write_answer(result, depth) == encode_response(result, depth)
+    assert codec.write_stream_answer(number, result, depth) == encode_stream_response(number, result, depth)
+
+
+def test_large_answers_and_parts_of_a_batch() -> None:
+    wide = torch.arange(2**19, dtype=torch.int32).to(torch.bfloat16).view(512, 1024)
+    for output in (wide, wide[5:300], wide[7:8]):
+        result = ForwardResult(3, ForwardTiming(1, 2, 3, 4, 5, 6), output=output)
+        assert codec.write_stream_answer(1, result, 7) == encode_stream_response(1, result, 7)
+
+
+class TestCopyBytes:
+    @pytest.mark.parametrize("copy", [copy_bytes, _copy_bytes])
+    def test_bytes_lie_where_they_were_put(self, copy: Callable[..., None]) -> None:
+        memory = np.zeros(10, np.uint8)
+        copy(memory, 3, b"abc")
+        copy(memory, 10, b"")
+        assert memory.tobytes() == b"\0\0\0abc\0\0\0\0"
+
+    @pytest.mark.parametrize("copy", [copy_bytes, _copy_bytes])
+    @pytest.mark.parametrize("offset", [8, 10, 2**40])
+    def test_what_does_not_fit_is_refused(self, copy: Callable[..., None], offset: int) -> None:
+        memory = np.zeros(10, np.uint8)
+        with pytest.raises(ValueError, match=r"fit|broadcast"):
+            copy(memory, offset, b"abc")
+        assert not memory.any()
+
+    def test_nothing_is_written_to_what_is_read_only(self) -> None:
+        with pytest.raises((TypeError, BufferError, ValueError)):
+            copy_bytes(b"0123456789", 0, b"abc")
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64])
+def test_ids_are_counted_alike(dtype: type) -> None:
+    ids = np.random.default_rng(0).integers(-1, 40, 500).astype(dtype)
+    ours, theirs = np.full(16, 3), np.full(16, 3)
+    count_ids(ids, 8, ours)
+    _count_ids(ids, 8, theirs)
+    assert (ours == theirs).all()
+    assert ours.sum() == 48 + ((ids >= 8) & (ids < 24)).sum()

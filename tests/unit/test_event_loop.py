@@ -1,0 +1,97 @@
+"""The event loop of the process, and what other threads post into it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from expertd_server.event_loop import EventLoop, Inbox
+
+PATIENCE_S = 30.0
+
+
+@pytest.fixture
+def loop() -> Iterator[EventLoop]:
+    loop = EventLoop.acquire()
+    yield loop
+    loop.release()
+
+
+async def nothing() -> None: ...
+
+
+def test_its_users_share_it_and_the_last_one_stops_it() -> None:
+    first, second = EventLoop.acquire(), EventLoop.acquire()
+    assert first is second
+    first.release()
+    second.run(nothing(), PATIENCE_S)
+    second.release()
+    assert second.loop.is_closed()
+    third = EventLoop.acquire()
+    assert third is not first
+    third.release()
+
+
+def test_a_coroutine_runs_in_it(loop: EventLoop) -> None:
+    async def here() -> bool:
+        return loop.is_here
+
+    assert loop.run(here(), PATIENCE_S)
+    assert not loop.is_here
+    with pytest.raises(TimeoutError):
+        loop.run(asyncio.sleep(PATIENCE_S), 0.01)
+
+
+def test_everything_that_is_posted_is_called_in_the_loop(loop: EventLoop) -> None:
+    inbox, called, over = Inbox(loop), [0] * 4, threading.Semaphore(0)
+
+    def post(thread: int) -> None:
+        for _ in range(500):
+            inbox.post(lambda: called.__setitem__(thread, called[thread] + loop.is_here))
+        inbox.post(over.release)
+
+    threads = [threading.Thread(target=post, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in threads:
+        assert over.acquire(timeout=PATIENCE_S)
+    assert called == [500] * 4
+
+
+def test_a_burst_wakes_the_loop_once(loop: EventLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    inbox, wakes, may_go, over = Inbox(loop), [], threading.Event(), threading.Event()
+    loop.soon(lambda: may_go.wait(PATIENCE_S))
+    soon = loop.soon
+    monkeypatch.setattr(loop, "soon", lambda function: (wakes.append(function), soon(function)))
+    for _ in range(100):
+        inbox.post(lambda: None)
+    inbox.post(over.set)
+    may_go.set()
+    assert over.wait(PATIENCE_S)
+    assert len(wakes) == 1
+
+
+def test_one_that_fails_takes_no_other_along(loop: EventLoop) -> None:
+    inbox, over = Inbox(loop), threading.Event()
+    inbox.post(lambda: 1 / 0)
+    inbox.post(over.set)
+    assert over.wait(PATIENCE_S)
+
+
+def test_in_the_loop_itself_nothing_waits(loop: EventLoop) -> None:
+    async def post() -> list[int]:
+        called: list[int] = []
+        Inbox(loop).post(lambda: called.append(1))
+        return called
+
+    assert loop.run(post(), PATIENCE_S) == [1]
+
+
+def test_what_comes_after_the_end_is_dropped() -> None:
+    loop = EventLoop.acquire()
+    inbox = Inbox(loop)
+    loop.release()
+    inbox.post(lambda: None)
