@@ -14,8 +14,9 @@ import pytest
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server.errors import InvalidArgumentError, OverloadedError, UnavailableError
 from expertd_server.promise import Promise
-from expertd_server.regions import StreamRegions
+from expertd_server.regions import Lease, StreamRegions
 from expertd_server.stream import Stream
+from expertd_server.wire_parse import RawRequest
 
 PATIENCE_S = 30.0
 NOTHING_HAPPENS = 20
@@ -232,3 +233,38 @@ async def test_a_request_that_is_refused_leaves_no_cycle() -> None:
         assert [error() for error in calls.errors] == [None, None]
     finally:
         gc.enable()
+
+
+@in_loop
+async def test_shared_memory_is_given_back_before_the_answer_is_written() -> None:
+    """Its caller may send into it again as soon as the answer is there, and would be refused for overlap."""
+    calls, context = FakeCalls(), FakeContext()
+    events: list[str] = []
+
+    class Regions(StreamRegions):
+        def release(self, lease: Lease) -> None:
+            events.append("given back")
+
+        def lease(self, request: RawRequest) -> Lease:
+            return Lease(self, [], None)
+
+    async def write(_: bytes) -> None:
+        events.append("written")
+
+    context.write = write  # type: ignore[method-assign]
+    stream = a_stream(calls, context)
+    stream._regions = Regions(None, 0)
+    running = asyncio.create_task(stream.run())
+    request = pb.ForwardRequest(layer="a", answer_slice=pb.RegionSlice(region=1))
+    for fails in (False, True):
+        context.messages.put_nowait(pb.ForwardStreamRequest(id=1, request=request).SerializeToString())
+        await nothing_happens()
+        promise = calls.promises[-1]
+        if fails:
+            promise.set_exception(OverloadedError("a", 1.0))
+        else:
+            promise.set_result(answer(1))
+        await nothing_happens()
+    context.end()
+    await running
+    assert events == ["given back", "written"] * 2
