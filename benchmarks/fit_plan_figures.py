@@ -139,6 +139,7 @@ def fit_transport() -> dict[str, Any]:
     """Straight lines through the measured points: the exchange of the whole service, copies of pinned memory."""
     measured = json.loads((HERE / "transport.json").read_text())
     points = json.loads(SERVICE.read_text())["points"]
+    points = [point for point in points if point["frontends"] == 0]
     small, large = (point for point in points if point["load"] == "lone stream")
     bytes_of = [point["request_bytes"] + point["answer_bytes"] for point in (small, large)]
     small_us, large_us = (point["expertd"]["latency_us"]["p50"] for point in (small, large))

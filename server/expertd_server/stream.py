@@ -132,7 +132,11 @@ class Stream:
         while True:
             while self._done:
                 pending = self._done.popleft()
-                await write(self._answer(pending))
+                try:
+                    await write(self._answer(pending))
+                except grpc.aio.InternalError as error:
+                    # What gRPC makes of a write to a caller who has just gone, if the call's end is not told yet.
+                    raise asyncio.CancelledError("the caller left") from error
                 # Not before: gRPC has taken this one, and will not take the next before the caller reads.
                 self._leave(pending)
                 if pending.timing is not None:

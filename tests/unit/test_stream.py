@@ -59,6 +59,7 @@ class FakeContext:
         self.answers: list[bytes] = []
         self.may_write = asyncio.Event()
         self.may_write.set()
+        self.is_broken = False
 
     def time_remaining(self) -> None: ...
 
@@ -70,6 +71,8 @@ class FakeContext:
 
     async def write(self, answer: bytes) -> None:
         await self.may_write.wait()
+        if self.is_broken:
+            raise grpc.aio.InternalError('Failed "execute_batch"')  # type: ignore[attr-defined]
         self.answers.append(answer)
 
     def send(self, *numbers: int) -> None:
@@ -268,3 +271,19 @@ async def test_shared_memory_is_given_back_before_the_answer_is_written() -> Non
     context.end()
     await running
     assert events == ["given back", "written"] * 2
+
+
+@in_loop
+async def test_a_write_to_a_caller_who_has_gone_ends_the_call_and_is_no_error_of_the_server() -> None:
+    calls, context = FakeCalls(), FakeContext()
+    context.is_broken = True
+    stream = a_stream(calls, context)
+    running = asyncio.create_task(stream.run())
+    context.send(1, 2)
+    while len(calls.promises) < 2:
+        await asyncio.sleep(0)
+    calls.promises[0].set_result(answer(1))
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert calls.in_flight == 0
+    assert calls.promises[1].cancelled()
