@@ -21,7 +21,7 @@ from typing import Any
 import grpc
 from _requests import RequestShape, stream_message
 
-from expertd_server import codec, engine, native
+from expertd_server import codec, gather, native
 
 
 class Context:
@@ -65,7 +65,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.python:
         codec.CODEC = None  # type: ignore[assignment]
-        engine.copy_bytes = native._copy_bytes
+        gather.copy_bytes = native._copy_bytes
     with_server(lambda calls, inbox, loop: measure(options, calls, inbox, loop))
 
 

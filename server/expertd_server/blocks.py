@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from expertd_server.config import LARGEST_BLOCK_OVERHEAD_BYTES
-from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming, HostTensor
+from expertd_server.forward import ForwardCall, ForwardResult, ForwardTiming, HostTensor
 from expertd_server.layer import MoELayer
 from expertd_server.ring import ALIGNMENT_BYTES
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from expertd_server.codec import Message, typed_call
-from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming
+from expertd_server.forward import ForwardCall, ForwardResult, ForwardTiming
 from expertd_server.metrics import Metrics
 from expertd_server.promise import Promise
 from expertd_server.store import LayerStore

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from expertd_server.engine import ForwardCall, ForwardResult, HostTensor
+from expertd_server.forward import ForwardCall, ForwardResult, HostTensor
 from expertd_server.native import CODEC
 from expertd_server.regions import AnswerPlace
 from expertd_server.store import LayerStore

@@ -1,8 +1,7 @@
 """The engine: gathers the requests of a batch in a staging slot, runs the layer once, hands every request its own rows.
 
-On the CPU requests share a batch as widely as their arithmetic allows. Hidden states become FP8 and logits become ids
-and bfloat16 weights row by row, exactly as the backend would do it, so callers with different input types, routed by
-the server or by themselves, still run together; each gets its own output type, rounded from float32 once.
+On the CPU requests share a batch as widely as their arithmetic allows, see `gather.py`; each gets its own output type,
+rounded from float32 once.
 
 A GPU rounds for itself, faster than the host and not always to the same last bit. There, requests share a batch when
 their types agree; the batch is one copy in, one graph and one copy out, and two batches are in flight.
@@ -12,35 +11,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from types import TracebackType
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from expertd_server import routing
 from expertd_server.backend import Backend, MoEOutput
 from expertd_server.batcher import Batch, Batcher, Limits
-from expertd_server.errors import BackendError, ExpertdServerError
-from expertd_server.fp8 import quantize_fp8
+from expertd_server.forward import ForwardCall, ForwardResult, ForwardTiming, HostTensor
+from expertd_server.gather import gather, kind_of
 from expertd_server.graphs import Capturer, CudaCapturer, Graphs, progress_bar, run_layer
 from expertd_server.layer import MoELayer
-from expertd_server.layout import (
-    NUM_VALID_BYTES,
-    BatchKind,
-    InputLayout,
-    OutputLayout,
-    Part,
-    input_layout,
-    output_layout,
-    slot_bytes,
-)
-from expertd_server.native import copy_bytes
+from expertd_server.layout import BatchKind, InputLayout, input_layout, output_layout, slot_bytes
 from expertd_server.promise import Promise
+from expertd_server.running import BatchReport, NamedErrors, RunningBatch
 from expertd_server.staging import Slot, SlotPool, make_slots
 
 __all__ = ["BatchReport", "Engine", "ForwardCall", "ForwardResult", "ForwardTiming", "HostTensor"]
@@ -51,97 +37,6 @@ _IN_FLIGHT_ON_DEVICE = 2
 _MOST_VIEWS = 256
 # Longer than any capture keeps a slot to itself.
 _SLOT_TIMEOUT_S = 30.0
-
-
-@dataclass(slots=True)  # not frozen, which makes making one take three times as long; likewise below
-class HostTensor:
-    """Somebody else's bytes as a tensor: dense, row-major, little-endian, read-only."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    data: bytes | memoryview
-
-    def copy_to(self, destination: torch.Tensor) -> None:
-        """Write the elements into a contiguous host tensor of the same dtype and shape."""
-        np.copyto(destination.reshape(-1).view(torch.uint8).numpy(), np.frombuffer(self.data, np.uint8))
-
-    def to_tensor(self) -> torch.Tensor:
-        """A torch tensor of its own memory."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        self.copy_to(tensor)
-        return tensor
-
-
-@dataclass(slots=True)
-class ForwardCall:
-    """One checked request. T num_tokens, H hidden_size, E num_experts, K top_k."""
-
-    layer: MoELayer
-    hidden_states: HostTensor
-    """[T, H] float8_e4m3fn, or bfloat16, float16, float32 where the layer has a hidden_states_scale."""
-    routing_logits: HostTensor | None = None
-    """[T, E] float32 or bfloat16; or topk_ids and topk_weights."""
-    topk_ids: HostTensor | None = None
-    """[T, K] int32."""
-    topk_weights: HostTensor | None = None
-    """[T, K] float32 or bfloat16."""
-    output_dtype: torch.dtype = torch.bfloat16
-    do_finalize: bool = True
-    return_routing: bool = False
-    encode: Callable[[ForwardResult], Any] | None = None
-    """What to make of the answer where it lies, in whichever thread finishes the batch. The promise is then kept with
-    what this returns, and the tensors it is given are valid during the call alone; None: with the ForwardResult."""
-
-    @property
-    def num_tokens(self) -> int:
-        """T."""
-        return self.hidden_states.shape[0]
-
-
-@dataclass(slots=True)
-class ForwardTiming:
-    """Where a request's time went, in microseconds, and in what company it ran; the proto's Timing has the words."""
-
-    queue_us: int
-    copy_in_us: int
-    compute_us: int
-    copy_out_us: int
-    batch_tokens: int
-    batch_requests: int
-
-
-@dataclass(slots=True)
-class ForwardResult:
-    """The answer to one call, in host memory of its own, but see `ForwardCall.encode`; the tensors that were not asked
-    for are None."""
-
-    weights_version: int
-    timing: ForwardTiming
-    output: torch.Tensor | None = None
-    """[T, H] in the asked dtype."""
-    gemm2_output: torch.Tensor | None = None
-    """[P, H] bfloat16: the rows of this request alone, by local expert, then by slot; no padding."""
-    expert_weights: torch.Tensor | None = None
-    """[T, K] bfloat16."""
-    topk_ids: torch.Tensor | None = None
-    """[T, K] int32."""
-    expanded_idx_to_permuted_idx: torch.Tensor | None = None
-    """[T * K] int32."""
-
-
-@dataclass(frozen=True, slots=True)
-class BatchReport:
-    """What one batch did, for metrics."""
-
-    layer: MoELayer
-    num_requests: int
-    num_tokens: int
-    graph_rows: int | None
-    """Rows of the graph that was replayed, padding included; None: it ran without one."""
-    compute_s: float
-    """How long it had the device to itself."""
-    topk_ids: torch.Tensor
-    """[T, K] int32 or int16 on the host, the experts that were selected; valid during the call alone."""
 
 
 class _Key(NamedTuple):
@@ -202,7 +97,7 @@ class Engine:
 
         Errors, deadline and cancellation as in `Batcher.submit`.
         """
-        kind = None if self._is_host else _kind_of([call])
+        kind = None if self._is_host else kind_of([call])
         return self.batcher.submit(
             _Key(call.layer, call.do_finalize, kind), call, call.num_tokens, deadline_s=deadline_s
         )
@@ -255,9 +150,9 @@ class Engine:
         with self._met_lock:
             self._met.add(layer)
 
-    def _launch(self, batch: Batch[ForwardCall, Any]) -> _Running:
+    def _launch(self, batch: Batch[ForwardCall, Any]) -> RunningBatch:
         layer = batch.entries[0].payload.layer
-        with _Naming(layer, batch.num_tokens):
+        with NamedErrors(layer, batch.num_tokens):
             self._meet(layer)
             slot = self.slots.take(_SLOT_TIMEOUT_S)
             try:
@@ -267,10 +162,10 @@ class Engine:
                 self.slots.give_back(slot)
                 raise
 
-    def _start(self, batch: Batch[ForwardCall, Any], slot: Slot) -> _Running:
+    def _start(self, batch: Batch[ForwardCall, Any], slot: Slot) -> RunningBatch:
         calls = [entry.payload for entry in batch.entries]
         layer, num_tokens = calls[0].layer, batch.num_tokens
-        kind, do_finalize = _kind_of(calls), calls[0].do_finalize
+        kind, do_finalize = kind_of(calls), calls[0].do_finalize
         graph = None
         if self.graphs is not None and do_finalize:
             graph = self.graphs.find(slot, layer, kind, num_tokens)
@@ -279,7 +174,7 @@ class Engine:
 
         start_s = self.clock()
         views = self._views_of(slot)
-        _gather(views.host_in, inputs, layer, calls, num_tokens)
+        gather(views.host_in, inputs, layer, calls, num_tokens)
         slot.send(inputs.nbytes(num_tokens))
         sent_s = self.clock()
         answer: MoEOutput | None = None
@@ -301,14 +196,16 @@ class Engine:
         slot.fetch(outputs.nbytes(num_tokens) if answer is None else 0)
         if self.graphs is not None and do_finalize and graph is None:
             self.graphs.capture_unforeseen(slot, layer, kind, num_tokens)
-        return _Running(
-            engine=self,
+        return RunningBatch(
             batch=batch,
+            slots=self.slots,
             slot=slot,
             outputs=outputs,
             answer=answer,
             gather_s=sent_s - start_s,
             graph_rows=None if graph is None else graph.num_rows,
+            clock=self.clock,
+            on_batch=self.on_batch,
         )
 
 
@@ -331,239 +228,3 @@ class _SlotViews:
                 self._arguments.clear()
             found = self._arguments[key] = layout, layout.arguments(self._device_in, num_rows)
         return found[1]
-
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class _Running:
-    """A batch that was launched, see `batcher.Running`."""
-
-    engine: Engine
-    batch: Batch[ForwardCall, Any]
-    slot: Slot
-    outputs: OutputLayout
-    answer: MoEOutput | None
-    """None where the answer lies in the slot, by `outputs`."""
-    gather_s: float
-    """What the host took until the copy in was started."""
-    graph_rows: int | None
-    report: BatchReport | None = None
-
-    @property
-    def layer(self) -> MoELayer:
-        return self.batch.entries[0].payload.layer
-
-    def wait(self) -> None:
-        with _Naming(self.layer, self.batch.num_tokens):
-            self.slot.wait()
-
-    def results(self) -> list[Any]:
-        with _Naming(self.layer, self.batch.num_tokens):
-            return self._split()
-
-    def close(self) -> None:
-        try:
-            if self.report is not None and self.engine.on_batch is not None:
-                self.engine.on_batch(self.report)
-        finally:
-            self.engine.slots.give_back(self.slot)
-
-    def _split(self) -> list[Any]:
-        batch, clock = self.batch, self.engine.clock
-        start_s = clock()
-        answer = self._host_answer()
-        entries, layer = batch.entries, self.layer
-        times = self.slot.times()
-        num_requests, num_tokens = len(entries), batch.num_tokens
-        self.report = BatchReport(layer, num_requests, num_tokens, self.graph_rows, times.compute_s, answer.topk_ids)
-        copy_in_us, compute_us = _us(self.gather_s + times.copy_in_s), _us(times.compute_s)
-        outputs = self._outputs(answer)
-        parts: list[Any] = []
-        first = 0
-        for number, entry in enumerate(entries):
-            call = entry.payload
-            part = ForwardResult(
-                layer.weights_version,
-                ForwardTiming(
-                    queue_us=_us(entry.queued_s + times.wait_s),
-                    copy_in_us=copy_in_us,
-                    compute_us=compute_us,
-                    copy_out_us=0,
-                    batch_tokens=num_tokens,
-                    batch_requests=num_requests,
-                ),
-            )
-            if outputs is not None:
-                part.output = outputs[number]
-            self._fill(part, call, answer, first)
-            first += call.num_tokens
-            parts.append(part)
-        # Last, and then nothing may go wrong any more: see _encoded.
-        for number, entry in enumerate(entries):
-            parts[number].timing.copy_out_us = _us(times.copy_out_s + clock() - start_s)
-            if entry.payload.encode is not None:
-                parts[number] = _encoded(entry.payload.encode, parts[number])
-        return parts
-
-    def _outputs(self, answer: MoEOutput) -> Sequence[torch.Tensor] | None:
-        """Each call's rows of the output, in its own type; None where the output is not summed."""
-        output, entries = answer.output, self.batch.entries
-        if output is None:
-            return None
-        is_owned = len(entries) == 1 and self.answer is not None
-        rows = [output] if len(entries) == 1 else output.split_with_sizes([entry.num_tokens for entry in entries])
-        return [
-            one
-            if one.dtype == entry.payload.output_dtype and entry.payload.encode is not None
-            # In memory of its own: a slow reader must not hold the whole batch's output.
-            else _own(one, entry.payload.output_dtype, is_owned=is_owned)
-            for one, entry in zip(rows, entries, strict=True)
-        ]
-
-    def _fill(self, part: ForwardResult, call: ForwardCall, answer: MoEOutput, first: int) -> None:
-        """Set the tensors of one call's answer but its output. first: where the call's rows begin."""
-        if call.do_finalize and not call.return_routing:
-            return
-        mine = slice(first, first + call.num_tokens)
-        if answer.expanded_idx_to_permuted_idx is not None:
-            assert answer.gemm2_output is not None
-            slots = answer.expanded_idx_to_permuted_idx.view(-1, self.layer.spec.top_k)
-            part.gemm2_output, part.expanded_idx_to_permuted_idx = _own_rows(
-                answer.gemm2_output, slots[mine], answer.topk_ids[mine]
-            )
-        if call.return_routing or not call.do_finalize:
-            part.expert_weights = answer.expert_weights[mine].clone()
-        if call.return_routing:
-            part.topk_ids = answer.topk_ids[mine].to(torch.int32, copy=True)
-
-    def _host_answer(self) -> MoEOutput:
-        """The whole batch's answer on the host; where it lies in the slot, as views."""
-        slot, outputs, num_tokens = self.slot, self.outputs, self.batch.num_tokens
-        if self.answer is None:
-            return MoEOutput(
-                topk_ids=outputs.topk_ids.view(slot.host_out, num_tokens),
-                expert_weights=outputs.expert_weights.view(slot.host_out, num_tokens),
-                output=outputs.output.view(slot.host_out, num_tokens),
-            )
-        if slot.is_host:
-            return self.answer
-        on_host: dict[str, Any] = {
-            name: None if tensor is None else slot.read(tensor) for name, tensor in vars(self.answer).items()
-        }
-        return MoEOutput(**on_host)
-
-
-class _Naming:
-    """Says which batch an unexpected error met. A class: a generator would take as long as what it surrounds."""
-
-    __slots__ = ("_layer", "_num_tokens")
-
-    def __init__(self, layer: MoELayer, num_tokens: int) -> None:
-        self._layer = layer
-        self._num_tokens = num_tokens
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
-    ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ExpertdServerError):
-            layer = self._layer
-            raise BackendError(
-                f"layer {layer.name!r}: the {layer.backend.name} backend failed on {self._num_tokens} tokens: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-
-
-def _encoded(encode: Callable[[ForwardResult], Any], result: ForwardResult) -> Any:
-    """What a caller makes of its answer, or its error as a result: the batch must not run again, because answers may
-    have been written over what they were computed from."""
-    try:
-        return encode(result)
-    except Exception as error:
-        return error
-
-
-def _kind_of(calls: Sequence[ForwardCall]) -> BatchKind:
-    """What a batch of these calls computes with: the callers' types where they agree, else those that lead to all."""
-    if len(calls) == 1:
-        call = calls[0]
-        return BatchKind(call.hidden_states.dtype, call.topk_ids is not None, call.output_dtype)
-    return BatchKind(
-        hidden_dtype=_common({call.hidden_states.dtype for call in calls}, torch.float8_e4m3fn),
-        is_routed=any(call.topk_ids is not None for call in calls),
-        # A mixed batch is rounded call by call from float32; that gives the bits of a batch of one dtype.
-        output_dtype=_common({call.output_dtype for call in calls}, torch.float32),
-    )
-
-
-def _common(dtypes: set[torch.dtype], otherwise: torch.dtype) -> torch.dtype:
-    return dtypes.pop() if len(dtypes) == 1 else otherwise
-
-
-def _gather(
-    flat: npt.NDArray[np.uint8], layout: InputLayout, layer: MoELayer, calls: Iterable[ForwardCall], num_tokens: int
-) -> None:
-    """Write a batch into a slot's host memory."""
-    copy_bytes(flat, 0, num_tokens.to_bytes(NUM_VALID_BYTES, "little"))
-    first = 0
-    for call in calls:
-        hidden_states = call.hidden_states
-        if hidden_states.dtype != layout.hidden_states.dtype:
-            assert layer.hidden_states_scale is not None, "the service refuses such a call"
-            hidden_states = _host_tensor(quantize_fp8(hidden_states.to_tensor(), layer.hidden_states_scale))
-        _put(flat, layout.hidden_states, first, hidden_states)
-        given = _routing_of(call, layer, is_routed=len(layout.routing) > 1)
-        for (_, part), tensor in zip(layout.routing, given, strict=True):
-            # float32 holds every bfloat16 logit exactly; weights are rounded to bfloat16 on entry anyway.
-            same = tensor if tensor.dtype == part.dtype else _host_tensor(tensor.to_tensor().to(part.dtype))
-            _put(flat, part, first, same)
-        first += call.num_tokens
-
-
-def _routing_of(call: ForwardCall, layer: MoELayer, *, is_routed: bool) -> tuple[HostTensor, ...]:
-    """The logits, or ids and weights: routed here, as the CPU backend does it, where only others in the batch are."""
-    if call.routing_logits is None:
-        assert call.topk_ids is not None
-        assert call.topk_weights is not None
-        return call.topk_ids, call.topk_weights
-    if not is_routed:
-        return (call.routing_logits,)
-    ids, weights = routing.route(layer.spec, call.routing_logits.to_tensor(), layer.routing_bias)
-    return _host_tensor(ids), _host_tensor(weights)
-
-
-def _host_tensor(tensor: torch.Tensor) -> HostTensor:
-    return HostTensor(tensor.dtype, tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _put(memory: npt.NDArray[np.uint8], part: Part, first_row: int, tensor: HostTensor) -> None:
-    """Copy a tensor's bytes to its rows of a part."""
-    copy_bytes(memory, part.end(first_row), tensor.data)
-
-
-def _own(rows: torch.Tensor, dtype: torch.dtype, *, is_owned: bool) -> torch.Tensor:
-    """The rows in memory of their own: a slow reader must not hold the whole batch's output."""
-    if rows.dtype != dtype:
-        return rows.to(dtype)
-    return rows if is_owned else rows.clone()
-
-
-def _own_rows(
-    gemm2_output: torch.Tensor, rows: torch.Tensor, topk_ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One call's share of the unfinalised output: its rows by expert, then by slot, and where each slot's row went.
-
-    gemm2_output [P, H] of the batch; rows [T, K] int32 into it, -1: none; topk_ids [T, K].
-    """
-    flat_rows, flat_ids = rows.reshape(-1), topk_ids.reshape(-1)
-    held = (flat_rows >= 0).nonzero().view(-1)
-    # The order is ours, not the batch's, so that the answer's bytes do not depend on the company.
-    order = held[torch.sort(flat_ids[held], stable=True).indices]
-    expanded = torch.full_like(flat_rows, -1)
-    expanded[order] = torch.arange(order.numel(), dtype=expanded.dtype)
-    return gemm2_output[flat_rows[order].long()], expanded
-
-
-def _us(seconds: float) -> int:
-    return round(seconds * 1e6)

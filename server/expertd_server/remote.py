@@ -24,9 +24,9 @@ from google.rpc import status_pb2
 
 from expertd_server.blocks import block_bytes, read_answer, read_error, write_call
 from expertd_server.control import Control
-from expertd_server.engine import ForwardCall, ForwardResult
 from expertd_server.errors import ExpertdServerError, OverloadedError, RequestTimeoutError, UnavailableError
 from expertd_server.event_loop import EventLoop
+from expertd_server.forward import ForwardCall, ForwardResult
 from expertd_server.promise import Promise
 from expertd_server.remote_layer import RemoteLayer, layer_id_of
 from expertd_server.ring import Arena, Block, Channel, Descriptor

@@ -13,9 +13,9 @@ import grpc
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server.calls import Calls
 from expertd_server.codec import read_message, write_answer
-from expertd_server.engine import ForwardResult, ForwardTiming
 from expertd_server.errors import OverloadedError, RequestTimeoutError
 from expertd_server.event_loop import EventLoop, Inbox
+from expertd_server.forward import ForwardResult, ForwardTiming
 from expertd_server.interceptor import guarded, request_id_of
 from expertd_server.promise import Promise
 from expertd_server.region_door import RegionDoor

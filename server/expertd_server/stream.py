@@ -18,9 +18,9 @@ from google.rpc import code_pb2
 
 from expertd_server.calls import Calls
 from expertd_server.codec import read_stream_message, write_stream_answer
-from expertd_server.engine import ForwardResult, ForwardTiming
 from expertd_server.errors import InvalidArgumentError, RequestCancelledError, UnavailableError
 from expertd_server.event_loop import Inbox
+from expertd_server.forward import ForwardResult, ForwardTiming
 from expertd_server.promise import Promise
 from expertd_server.regions import Lease, StreamRegions
 from expertd_server.status import status_of, stream_error_of

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from expertd.v1 import expertd_pb2 as pb
-from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming, HostTensor
 from expertd_server.errors import FieldViolation, InvalidArgumentError
+from expertd_server.forward import ForwardCall, ForwardResult, ForwardTiming, HostTensor
 from expertd_server.layer import MoELayer
 from expertd_server.regions import AnswerPlace, RegionReply
 from expertd_server.store import LayerStore

@@ -61,7 +61,7 @@ LEVELS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"layer", "remote_layer", "store"}),
-    frozenset({"batcher", "engine", "graphs", "layout", "staging"}),
+    frozenset({"batcher", "engine", "forward", "gather", "graphs", "layout", "running", "staging"}),
     frozenset({"calls", "codec", "interceptor", "regions", "service", "status", "stream", "wire", "wire_parse"}),
     frozenset({"blocks", "gate", "remote"}),
     frozenset(

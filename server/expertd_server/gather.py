@@ -1,0 +1,81 @@
+"""Many calls become one batch's input: which types it computes with, and every call's rows in a slot's memory.
+
+On the CPU requests share a batch as widely as their arithmetic allows. Hidden states become FP8 and logits become ids
+and bfloat16 weights row by row, exactly as the backend would do it, so callers with different input types, routed by
+the server or by themselves, still run together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from expertd_server import routing
+from expertd_server.forward import ForwardCall, HostTensor
+from expertd_server.fp8 import quantize_fp8
+from expertd_server.layer import MoELayer
+from expertd_server.layout import NUM_VALID_BYTES, BatchKind, InputLayout, Part
+from expertd_server.native import copy_bytes
+
+__all__ = ["gather", "kind_of"]
+
+
+def kind_of(calls: Sequence[ForwardCall]) -> BatchKind:
+    """What a batch of these calls computes with: the callers' types where they agree, else those that lead to all."""
+    if len(calls) == 1:
+        call = calls[0]
+        return BatchKind(call.hidden_states.dtype, call.topk_ids is not None, call.output_dtype)
+    return BatchKind(
+        hidden_dtype=_common({call.hidden_states.dtype for call in calls}, torch.float8_e4m3fn),
+        is_routed=any(call.topk_ids is not None for call in calls),
+        # A mixed batch is rounded call by call from float32; that gives the bits of a batch of one dtype.
+        output_dtype=_common({call.output_dtype for call in calls}, torch.float32),
+    )
+
+
+def _common(dtypes: set[torch.dtype], otherwise: torch.dtype) -> torch.dtype:
+    return dtypes.pop() if len(dtypes) == 1 else otherwise
+
+
+def gather(
+    flat: npt.NDArray[np.uint8], layout: InputLayout, layer: MoELayer, calls: Iterable[ForwardCall], num_tokens: int
+) -> None:
+    """Write a batch into a slot's host memory."""
+    copy_bytes(flat, 0, num_tokens.to_bytes(NUM_VALID_BYTES, "little"))
+    first = 0
+    for call in calls:
+        hidden_states = call.hidden_states
+        if hidden_states.dtype != layout.hidden_states.dtype:
+            assert layer.hidden_states_scale is not None, "the service refuses such a call"
+            hidden_states = _host_tensor(quantize_fp8(hidden_states.to_tensor(), layer.hidden_states_scale))
+        _put(flat, layout.hidden_states, first, hidden_states)
+        given = _routing_of(call, layer, is_routed=len(layout.routing) > 1)
+        for (_, part), tensor in zip(layout.routing, given, strict=True):
+            # float32 holds every bfloat16 logit exactly; weights are rounded to bfloat16 on entry anyway.
+            same = tensor if tensor.dtype == part.dtype else _host_tensor(tensor.to_tensor().to(part.dtype))
+            _put(flat, part, first, same)
+        first += call.num_tokens
+
+
+def _routing_of(call: ForwardCall, layer: MoELayer, *, is_routed: bool) -> tuple[HostTensor, ...]:
+    """The logits, or ids and weights: routed here, as the CPU backend does it, where only others in the batch are."""
+    if call.routing_logits is None:
+        assert call.topk_ids is not None
+        assert call.topk_weights is not None
+        return call.topk_ids, call.topk_weights
+    if not is_routed:
+        return (call.routing_logits,)
+    ids, weights = routing.route(layer.spec, call.routing_logits.to_tensor(), layer.routing_bias)
+    return _host_tensor(ids), _host_tensor(weights)
+
+
+def _host_tensor(tensor: torch.Tensor) -> HostTensor:
+    return HostTensor(tensor.dtype, tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _put(memory: npt.NDArray[np.uint8], part: Part, first_row: int, tensor: HostTensor) -> None:
+    """Copy a tensor's bytes to its rows of a part."""
+    copy_bytes(memory, part.end(first_row), tensor.data)

@@ -1,0 +1,217 @@
+"""A batch on its way: waits for the backend, then hands every request its own rows, in its own output type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from expertd_server.backend import MoEOutput
+from expertd_server.batcher import Batch
+from expertd_server.errors import BackendError, ExpertdServerError
+from expertd_server.forward import ForwardCall, ForwardResult, ForwardTiming
+from expertd_server.layer import MoELayer
+from expertd_server.layout import OutputLayout
+from expertd_server.staging import Slot, SlotPool
+
+__all__ = ["BatchReport", "NamedErrors", "RunningBatch"]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """What one batch did, for metrics."""
+
+    layer: MoELayer
+    num_requests: int
+    num_tokens: int
+    graph_rows: int | None
+    """Rows of the graph that was replayed, padding included; None: it ran without one."""
+    compute_s: float
+    """How long it had the device to itself."""
+    topk_ids: torch.Tensor
+    """[T, K] int32 or int16 on the host, the experts that were selected; valid during the call alone."""
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class RunningBatch:
+    """A batch that was launched, see `batcher.Running`."""
+
+    batch: Batch[ForwardCall, Any]
+    slots: SlotPool
+    """Where the slot goes back to."""
+    slot: Slot
+    outputs: OutputLayout
+    answer: MoEOutput | None
+    """None where the answer lies in the slot, by `outputs`."""
+    gather_s: float
+    """What the host took until the copy in was started."""
+    graph_rows: int | None
+    clock: Callable[[], float]
+    on_batch: Callable[[BatchReport], None] | None
+    """Called by `close` with what the batch did, where it has results."""
+    report: BatchReport | None = None
+
+    @property
+    def layer(self) -> MoELayer:
+        return self.batch.entries[0].payload.layer
+
+    def wait(self) -> None:
+        with NamedErrors(self.layer, self.batch.num_tokens):
+            self.slot.wait()
+
+    def results(self) -> list[Any]:
+        with NamedErrors(self.layer, self.batch.num_tokens):
+            return self._split()
+
+    def close(self) -> None:
+        try:
+            if self.report is not None and self.on_batch is not None:
+                self.on_batch(self.report)
+        finally:
+            self.slots.give_back(self.slot)
+
+    def _split(self) -> list[Any]:
+        batch, clock = self.batch, self.clock
+        start_s = clock()
+        answer = self._host_answer()
+        entries, layer = batch.entries, self.layer
+        times = self.slot.times()
+        num_requests, num_tokens = len(entries), batch.num_tokens
+        self.report = BatchReport(layer, num_requests, num_tokens, self.graph_rows, times.compute_s, answer.topk_ids)
+        copy_in_us, compute_us = _us(self.gather_s + times.copy_in_s), _us(times.compute_s)
+        outputs = self._outputs(answer)
+        parts: list[Any] = []
+        first = 0
+        for number, entry in enumerate(entries):
+            call = entry.payload
+            part = ForwardResult(
+                layer.weights_version,
+                ForwardTiming(
+                    queue_us=_us(entry.queued_s + times.wait_s),
+                    copy_in_us=copy_in_us,
+                    compute_us=compute_us,
+                    copy_out_us=0,
+                    batch_tokens=num_tokens,
+                    batch_requests=num_requests,
+                ),
+            )
+            if outputs is not None:
+                part.output = outputs[number]
+            self._fill(part, call, answer, first)
+            first += call.num_tokens
+            parts.append(part)
+        # Last, and then nothing may go wrong any more: see _encoded.
+        for number, entry in enumerate(entries):
+            parts[number].timing.copy_out_us = _us(times.copy_out_s + clock() - start_s)
+            if entry.payload.encode is not None:
+                parts[number] = _encoded(entry.payload.encode, parts[number])
+        return parts
+
+    def _outputs(self, answer: MoEOutput) -> Sequence[torch.Tensor] | None:
+        """Each call's rows of the output, in its own type; None where the output is not summed."""
+        output, entries = answer.output, self.batch.entries
+        if output is None:
+            return None
+        is_owned = len(entries) == 1 and self.answer is not None
+        rows = [output] if len(entries) == 1 else output.split_with_sizes([entry.num_tokens for entry in entries])
+        return [
+            one
+            if one.dtype == entry.payload.output_dtype and entry.payload.encode is not None
+            # In memory of its own: a slow reader must not hold the whole batch's output.
+            else _own(one, entry.payload.output_dtype, is_owned=is_owned)
+            for one, entry in zip(rows, entries, strict=True)
+        ]
+
+    def _fill(self, part: ForwardResult, call: ForwardCall, answer: MoEOutput, first: int) -> None:
+        """Set the tensors of one call's answer but its output. first: where the call's rows begin."""
+        if call.do_finalize and not call.return_routing:
+            return
+        mine = slice(first, first + call.num_tokens)
+        if answer.expanded_idx_to_permuted_idx is not None:
+            assert answer.gemm2_output is not None
+            slots = answer.expanded_idx_to_permuted_idx.view(-1, self.layer.spec.top_k)
+            part.gemm2_output, part.expanded_idx_to_permuted_idx = _own_rows(
+                answer.gemm2_output, slots[mine], answer.topk_ids[mine]
+            )
+        if call.return_routing or not call.do_finalize:
+            part.expert_weights = answer.expert_weights[mine].clone()
+        if call.return_routing:
+            part.topk_ids = answer.topk_ids[mine].to(torch.int32, copy=True)
+
+    def _host_answer(self) -> MoEOutput:
+        """The whole batch's answer on the host; where it lies in the slot, as views."""
+        slot, outputs, num_tokens = self.slot, self.outputs, self.batch.num_tokens
+        if self.answer is None:
+            return MoEOutput(
+                topk_ids=outputs.topk_ids.view(slot.host_out, num_tokens),
+                expert_weights=outputs.expert_weights.view(slot.host_out, num_tokens),
+                output=outputs.output.view(slot.host_out, num_tokens),
+            )
+        if slot.is_host:
+            return self.answer
+        on_host: dict[str, Any] = {
+            name: None if tensor is None else slot.read(tensor) for name, tensor in vars(self.answer).items()
+        }
+        return MoEOutput(**on_host)
+
+
+class NamedErrors:
+    """Says which batch an unexpected error met. A class: a generator would take as long as what it surrounds."""
+
+    __slots__ = ("_layer", "_num_tokens")
+
+    def __init__(self, layer: MoELayer, num_tokens: int) -> None:
+        self._layer = layer
+        self._num_tokens = num_tokens
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, ExpertdServerError):
+            layer = self._layer
+            raise BackendError(
+                f"layer {layer.name!r}: the {layer.backend.name} backend failed on {self._num_tokens} tokens: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def _encoded(encode: Callable[[ForwardResult], Any], result: ForwardResult) -> Any:
+    """What a caller makes of its answer, or its error as a result: the batch must not run again, because answers may
+    have been written over what they were computed from."""
+    try:
+        return encode(result)
+    except Exception as error:
+        return error
+
+
+def _own(rows: torch.Tensor, dtype: torch.dtype, *, is_owned: bool) -> torch.Tensor:
+    """The rows in memory of their own: a slow reader must not hold the whole batch's output."""
+    if rows.dtype != dtype:
+        return rows.to(dtype)
+    return rows if is_owned else rows.clone()
+
+
+def _own_rows(
+    gemm2_output: torch.Tensor, rows: torch.Tensor, topk_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One call's share of the unfinalised output: its rows by expert, then by slot, and where each slot's row went.
+
+    gemm2_output [P, H] of the batch; rows [T, K] int32 into it, -1: none; topk_ids [T, K].
+    """
+    flat_rows, flat_ids = rows.reshape(-1), topk_ids.reshape(-1)
+    held = (flat_rows >= 0).nonzero().view(-1)
+    # The order is ours, not the batch's, so that the answer's bytes do not depend on the company.
+    order = held[torch.sort(flat_ids[held], stable=True).indices]
+    expanded = torch.full_like(flat_rows, -1)
+    expanded[order] = torch.arange(order.numel(), dtype=expanded.dtype)
+    return gemm2_output[flat_rows[order].long()], expanded
+
+
+def _us(seconds: float) -> int:
+    return round(seconds * 1e6)
