@@ -77,6 +77,7 @@ _RANGES: Final = {
     "max_graph_tokens": (0, _UINT32_MAX),
     "max_streams": (1, 4096),
     "max_stream_requests": (1, _UNBOUNDED),
+    "max_stream_answer_bytes": (1, _UNBOUNDED),
     "max_unary_requests": (1, 4096),
     "max_region_bytes": (4096, _UNBOUNDED),
     "frontends": (0, 64),
@@ -144,6 +145,9 @@ class Config:
     """Most open ForwardStream calls; beyond, RESOURCE_EXHAUSTED."""
     max_stream_requests: int = field(default=32, metadata=_in(_BATCHING, "N"))
     """Most requests of one stream that are read but not answered; beyond, the stream is not read on."""
+    max_stream_answer_bytes: int = field(default=67108864, metadata=_in(_BATCHING, "BYTES"))
+    """While the caller of a stream has not taken so many bytes of answers, the stream is not read on. What was read
+    before is still answered; with front-ends, in their own memory, not in what they share with the engine."""
     max_unary_requests: int = field(default=64, metadata=_in(_BATCHING, "N"))
     """Most Forward calls at a time; beyond, RESOURCE_EXHAUSTED."""
     request_timeout_s: float = field(default=60.0, metadata=_in(_BATCHING, "SECONDS"))
