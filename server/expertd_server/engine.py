@@ -106,6 +106,17 @@ class Engine:
         """See `Batcher.hurry`."""
         self.batcher.hurry()
 
+    def describe(self, number: int) -> str:
+        """Which batch the batcher's number stands for, for a log line."""
+        batch = self.batcher.in_flight(number)
+        if batch is None:
+            return "a batch that has just ended"
+        assert isinstance(batch.key, _Key)
+        rows = None if self.graphs is None or not batch.key.do_finalize else self.graphs.bucket(batch.num_tokens)
+        bucket = "no graph" if rows is None else f"bucket {rows}"
+        size = f"{len(batch.entries)} requests of {batch.num_tokens} tokens together"
+        return f"layer {batch.key.layer.name!r}, {size}, {bucket}"
+
     def capture(self, layers: Sequence[MoELayer]) -> None:
         """Take the memory that these layers' batches need and capture their graphs, so that no request waits for it.
 

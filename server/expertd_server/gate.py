@@ -121,6 +121,13 @@ class EngineGate:
         self._epoll.close()
         os.close(self._wake_fd)
 
+    def leave(self) -> None:
+        """Hang up on every front-end, and take none in; from any thread, and waits for no other."""
+        self._is_closed = True
+        os.eventfd_write(self._wake_fd, 1)
+        for peer in list(self._peers.values()):
+            peer.control.hang_up()
+
     def soon(self, function: Callable[[], object]) -> None:
         """Call a function when what front-ends have sent by now is read; for this object's own thread."""
         self._due.append(function)

@@ -85,6 +85,7 @@ class Listener:
             max_unary_requests=config.max_unary_requests,
             max_streams=config.max_streams,
             max_stream_requests=config.max_stream_requests,
+            max_stream_answer_bytes=config.max_stream_answer_bytes,
             region_door=self._region_door,
             max_region_bytes=config.max_region_bytes,
         )

@@ -59,6 +59,7 @@ class ExpertService:
         max_unary_requests: int,
         max_streams: int,
         max_stream_requests: int,
+        max_stream_answer_bytes: int,
         region_door: RegionDoor | None = None,
         max_region_bytes: int = 0,
     ) -> None:
@@ -69,6 +70,7 @@ class ExpertService:
         self._max_unary_requests = max_unary_requests
         self._max_streams = max_streams
         self._max_stream_requests = max_stream_requests
+        self._max_stream_answer_bytes = max_stream_answer_bytes
         self._region_door = region_door
         self._max_region_bytes = 0 if region_door is None else max_region_bytes
         self._changed = threading.Condition()
@@ -140,6 +142,7 @@ class ExpertService:
             regions=StreamRegions(self._region_door, self._max_region_bytes),
             max_requests=self._max_stream_requests,
             max_tokens=2 * self._calls.max_batch_tokens,
+            max_answer_bytes=self._max_stream_answer_bytes,
             log_id=request_id_of(context),
         )
         self._enter_stream(stream, context)

@@ -1,7 +1,8 @@
 """One open ForwardStream: one task reads and admits requests, the call's own writes answers as they complete.
 
-What is read but not answered is bounded, so a caller who does not read its answers is not read from either: HTTP/2
-flow control then holds it back, and the server's memory stays where it is.
+What is read but not answered is bounded, in requests, in tokens and in bytes of answers that nobody took, so a caller
+who does not read its answers is not read from either: HTTP/2 flow control then holds it back, and the server's memory
+stays where it is.
 
 Everything here runs in the event loop but `_Pending.encode`, which is called where the answer is computed.
 """
@@ -33,7 +34,18 @@ __all__ = ["Stream"]
 class _Pending:
     """A request that was read and is not answered."""
 
-    __slots__ = ("arrived_s", "calls", "lease", "num_tokens", "promise", "ready_s", "request_id", "stream", "timing")
+    __slots__ = (
+        "answer_bytes",
+        "arrived_s",
+        "calls",
+        "lease",
+        "num_tokens",
+        "promise",
+        "ready_s",
+        "request_id",
+        "stream",
+        "timing",
+    )
 
     def __init__(self, stream: Stream, calls: Calls, request_id: int, arrived_s: float, num_tokens: int) -> None:
         self.stream = stream
@@ -49,13 +61,17 @@ class _Pending:
         """When there was an answer to send."""
         self.timing: ForwardTiming | None = None
         """Of an answer that is no error."""
+        self.answer_bytes = 0
+        """Of the same, as it goes out."""
 
     def encode(self, result: ForwardResult) -> bytes:
         """The answer as it goes out; in any thread."""
         self.ready_s, self.timing = self.calls.clock(), result.timing
         lease = self.lease  # the stream lets go of it when it ends, at any time
         place = None if lease is None else lease.place
-        return write_stream_answer(self.request_id, result, self.calls.queue_depth_tokens, place)
+        answer = write_stream_answer(self.request_id, result, self.calls.queue_depth_tokens, place)
+        self.answer_bytes = len(answer)
+        return answer
 
     def done(self, _: Promise[bytes]) -> None:
         """The promise is kept; in any thread."""
@@ -71,6 +87,7 @@ class Stream:
 
     regions: memory that the caller shares; the stream closes it.
     max_requests, max_tokens: bounds of what is read but not answered; a lone request may exceed max_tokens.
+    max_answer_bytes: of answers that the caller has not taken; when there are more, nothing further is read.
     log_id: names the call in log lines.
     """
 
@@ -83,6 +100,7 @@ class Stream:
         regions: StreamRegions,
         max_requests: int,
         max_tokens: int,
+        max_answer_bytes: int,
         log_id: str,
     ) -> None:
         self.inbox = inbox
@@ -91,10 +109,12 @@ class Stream:
         self._regions = regions
         self._max_requests = max_requests
         self._max_tokens = max_tokens
+        self._max_answer_bytes = max_answer_bytes
         self._log_id = log_id
         self._loop = asyncio.get_running_loop()
         self._pending: set[_Pending] = set()
         self._pending_tokens = 0
+        self._answer_bytes = 0
         self._done: deque[_Pending] = deque()  # holds no more than _pending does
         self._is_reading = True
         self._is_closing = False
@@ -125,6 +145,7 @@ class Stream:
     def completed(self, pending: _Pending) -> None:
         """An answer is there, or an error in its place."""
         self._done.append(pending)
+        self._answer_bytes += pending.answer_bytes
         self._wake_writer()
 
     async def _write(self) -> None:
@@ -208,7 +229,9 @@ class Stream:
 
     def _has_room(self, num_tokens: int) -> bool:
         return not self._pending or (
-            len(self._pending) < self._max_requests and self._pending_tokens + num_tokens <= self._max_tokens
+            len(self._pending) < self._max_requests
+            and self._pending_tokens + num_tokens <= self._max_tokens
+            and self._answer_bytes < self._max_answer_bytes
         )
 
     def _wake_writer(self) -> None:
@@ -220,6 +243,7 @@ class Stream:
             return
         self._pending.remove(pending)
         self._pending_tokens -= pending.num_tokens
+        self._answer_bytes -= pending.answer_bytes
         self._calls.in_flight -= 1
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)

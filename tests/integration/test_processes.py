@@ -41,12 +41,14 @@ OPTIONS = (
 class Processes:
     """A server, ended at the end of the tests whatever state they left it in."""
 
-    def __init__(self, directory: Path, *arguments: str, port: int = 0) -> None:
+    def __init__(
+        self, directory: Path, *arguments: str, port: int = 0, environment: dict[str, str] | None = None
+    ) -> None:
         self.ready_file, self._stdout, self._stderr = (directory / name for name in ("ready.json", "stdout", "stderr"))
         command = [sys.executable, "-m", "expertd_server", "serve", *OPTIONS, "--frontends", str(NUM_FRONTENDS)]
         command += ["--port", str(port), "--metrics-port", "0", "--ready-file", str(self.ready_file), *arguments]
         with self._stdout.open("w") as out, self._stderr.open("w") as err:
-            self.popen = subprocess.Popen(command, stdout=out, stderr=err)
+            self.popen = subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | (environment or {}))
 
     def __enter__(self) -> Processes:
         return self

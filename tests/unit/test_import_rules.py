@@ -35,6 +35,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "ring",
             "server_metrics",
             "types",
+            "watchdog",
             "workers",
         }
     ),
