@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace, calls: Any, inbox: Any, loop: Any) -> N
         message = stream_message(1, "synthetic.qwen3-30b-a3b.0", RequestShape(num_tokens, 2048, 128))
         context: Any = Context(message, options.in_flight, options.count)
         regions = StreamRegions(None, 0)
-        stream = Stream(calls, context, inbox, regions=regions, max_requests=256, max_tokens=2**20, log_id="-")
+        stream = Stream(calls, context, inbox, regions=regions, max_requests=256, max_tokens=2**20, max_answer_bytes=2**30, log_id="-")
         profile = cProfile.Profile() if options.profile else SimpleNamespace(enable=int, disable=int)
         start_s = time.thread_time()
         profile.enable()

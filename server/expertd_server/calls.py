@@ -73,10 +73,12 @@ class Calls:
             request, self.store, max_batch_tokens=self.max_batch_tokens, max_message_bytes=self.max_message_bytes
         )
         call.encode = encode
-        promise = self.engine.submit(call, arrived_s + min(timeout_s, self.request_timeout_s))
+        return self.engine.submit(call, arrived_s + min(timeout_s, self.request_timeout_s))
+
+    def hurry(self) -> None:
+        """To be called when a request was admitted and whoever waits for it is known: see `CallEngine.hurry`."""
         if self.in_flight == 1:
             self.engine.hurry()
-        return promise
 
     def answered(self, method: str, arrived_s: float, ready_s: float, timing: ForwardTiming) -> None:
         """Count an answer that was just sent, and where its time went. ready_s: when there was something to send."""

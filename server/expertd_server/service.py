@@ -120,6 +120,7 @@ class ExpertService:
 
         promise = calls.admit(read_message(data), arrived_s, timeout_s, encode)
         del data
+        calls.hurry()
         try:
             await self._kept(promise, arrived_s + timeout_s - calls.clock())
             answer = promise.result(timeout=0)

@@ -48,6 +48,8 @@ class FakeCalls:
         self.promises.append(Promise())
         return self.promises[-1]
 
+    def hurry(self) -> None: ...
+
     def _refusal(self) -> Exception:
         error = OverloadedError("full", 1.0)
         self.errors.append(weakref.ref(error))
@@ -126,6 +128,18 @@ def in_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]
 async def nothing_happens() -> None:
     for _ in range(NOTHING_HAPPENS):
         await asyncio.sleep(0)
+
+
+@in_loop
+async def test_an_answer_is_written_at_once_and_not_in_the_next_round_of_the_loop() -> None:
+    calls, context = FakeCalls(), FakeContext()
+    running = asyncio.create_task(a_stream(calls, context).run())
+    context.send(1)
+    context.end()
+    await nothing_happens()
+    calls.promises[0].set_result(answer(1))
+    assert context.ids == [1]
+    await running
 
 
 @in_loop
