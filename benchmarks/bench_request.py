@@ -21,7 +21,7 @@ from typing import Any
 import grpc
 from _requests import RequestShape, stream_message
 
-from expertd_server import codec, engine, native
+from expertd_server import codec, engine, messages, native
 
 
 class Context:
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where the time goes")
     options = parser.parse_args()
     if options.python:
-        codec.CODEC = None  # type: ignore[assignment]
+        codec.CODEC = messages.CODEC = None  # type: ignore[assignment]
         engine.copy_bytes = native._copy_bytes
     with_server(lambda calls, inbox, loop: measure(options, calls, inbox, loop))
 

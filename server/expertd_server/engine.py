@@ -42,6 +42,7 @@ from expertd_server.layout import (
 from expertd_server.native import copy_bytes
 from expertd_server.promise import Promise
 from expertd_server.staging import Slot, SlotPool, make_slots
+from expertd_server.timing import ForwardTiming
 
 __all__ = ["BatchReport", "Engine", "ForwardCall", "ForwardResult", "ForwardTiming", "HostTensor"]
 
@@ -96,18 +97,6 @@ class ForwardCall:
     def num_tokens(self) -> int:
         """T."""
         return self.hidden_states.shape[0]
-
-
-@dataclass(slots=True)
-class ForwardTiming:
-    """Where a request's time went, in microseconds, and in what company it ran; the proto's Timing has the words."""
-
-    queue_us: int
-    copy_in_us: int
-    compute_us: int
-    copy_out_us: int
-    batch_tokens: int
-    batch_requests: int
 
 
 @dataclass(slots=True)
