@@ -20,7 +20,7 @@ import torch
 
 from expertd_server.backend import Backend, MoEOutput
 from expertd_server.batcher import Batch, Batcher, Limits
-from expertd_server.forward import ForwardCall, ForwardResult, ForwardTiming, HostTensor
+from expertd_server.forward import ForwardCall, ForwardResult, HostTensor
 from expertd_server.gather import gather, kind_of
 from expertd_server.graphs import Capturer, CudaCapturer, Graphs, progress_bar, run_layer
 from expertd_server.layer import MoELayer
@@ -28,6 +28,7 @@ from expertd_server.layout import BatchKind, InputLayout, input_layout, output_l
 from expertd_server.promise import Promise
 from expertd_server.running import BatchReport, NamedErrors, RunningBatch
 from expertd_server.staging import Slot, SlotPool, make_slots
+from expertd_server.timing import ForwardTiming
 
 __all__ = ["BatchReport", "Engine", "ForwardCall", "ForwardResult", "ForwardTiming", "HostTensor"]
 

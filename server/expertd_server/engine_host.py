@@ -48,7 +48,7 @@ class EngineHost:
         self.backend = _backend(config) if backend is None else backend
         self.device_name = _device_name(self.backend.device)
         self.metrics = Metrics(count_expert_tokens=config.expert_token_metrics)
-        self.store = LayerStore(config.memory_budget_bytes, on_change)
+        self.store: LayerStore[MoELayer] = LayerStore(config.memory_budget_bytes, on_change)
         self._layers = load_layers(config, self.backend) if layers is None else layers
         self.engine = Engine(
             Limits(
@@ -176,7 +176,7 @@ def _device_name(device: torch.device) -> str:
     return models[0] if models else platform.machine()
 
 
-def _facts(held: Held) -> list[LayerFacts]:
+def _facts(held: Held[MoELayer]) -> list[LayerFacts]:
     """What the metrics say about a layer, version by version."""
     spec = held.current.spec
     return [

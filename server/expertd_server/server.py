@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterable
 from types import FrameType
 
-from expertd_server import __version__
+from expertd_server import __version__, codec
 from expertd_server.admin_endpoint import AdminEndpoint
 from expertd_server.backend import Backend
 from expertd_server.config import Config
@@ -55,6 +55,7 @@ class Server:
             config,
             store=self.store,
             engine=self.engine,
+            codec=codec,
             metrics=self.metrics,
             facts=ServerFacts(
                 server_version=__version__,

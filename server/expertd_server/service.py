@@ -12,17 +12,18 @@ import grpc
 
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server.calls import Calls
-from expertd_server.codec import read_message, write_answer
 from expertd_server.errors import OverloadedError, RequestTimeoutError
 from expertd_server.event_loop import EventLoop, Inbox
-from expertd_server.forward import ForwardResult, ForwardTiming
 from expertd_server.interceptor import guarded, request_id_of
+from expertd_server.messages import read_message
 from expertd_server.promise import Promise
 from expertd_server.region_door import RegionDoor
 from expertd_server.regions import StreamRegions
 from expertd_server.store import Held
 from expertd_server.stream import Stream
-from expertd_server.wire import checked_name, layer_info
+from expertd_server.timing import ForwardTiming
+from expertd_server.wire_answer import layer_info
+from expertd_server.wire_check import checked_name
 
 __all__ = ["SERVICE_NAME", "ExpertService", "ServerFacts"]
 
@@ -114,9 +115,9 @@ class ExpertService:
             timeout_s = min(timeout_s, time_remaining_s)
         sent: list[tuple[float, ForwardTiming]] = []
 
-        def encode(result: ForwardResult) -> bytes:
+        def encode(result: Any) -> bytes:
             sent.append((calls.clock(), result.timing))
-            return write_answer(result, calls.queue_depth_tokens)
+            return calls.codec.write_answer(result, calls.queue_depth_tokens)
 
         promise = calls.admit(read_message(data), arrived_s, timeout_s, encode)
         del data
@@ -186,7 +187,7 @@ class ExpertService:
         for stream in list(self._streams):
             stream.close()
 
-    def _describe(self, held: Held) -> pb.LayerInfo:
+    def _describe(self, held: Held[Any]) -> pb.LayerInfo:
         return layer_info(held.current, held.weights_versions, is_loading=self._calls.store.is_loading)
 
     async def _kept(self, promise: Promise[bytes], timeout_s: float) -> None:

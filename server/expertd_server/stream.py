@@ -21,14 +21,14 @@ import grpc
 from google.rpc import code_pb2
 
 from expertd_server.calls import Calls
-from expertd_server.codec import read_stream_message, write_stream_answer
 from expertd_server.errors import InvalidArgumentError, RequestCancelledError, UnavailableError
 from expertd_server.event_loop import Inbox
-from expertd_server.forward import ForwardResult, ForwardTiming
+from expertd_server.messages import read_stream_message
 from expertd_server.promise import Promise
 from expertd_server.regions import Lease, StreamRegions
 from expertd_server.status import status_of, stream_error_of
-from expertd_server.wire import encode_region_reply, encode_stream_error
+from expertd_server.timing import ForwardTiming
+from expertd_server.wire_answer import encode_region_reply, encode_stream_error
 from expertd_server.wire_parse import RawRequest, RawStreamRequest
 
 __all__ = ["Stream"]
@@ -67,12 +67,12 @@ class _Pending:
         self.answer_bytes = 0
         """Of the same, as it goes out."""
 
-    def encode(self, result: ForwardResult) -> bytes:
+    def encode(self, result: Any) -> bytes:
         """The answer as it goes out; in any thread."""
         self.ready_s, self.timing = self.calls.clock(), result.timing
         lease = self.lease  # the stream lets go of it when it ends, at any time
         place = None if lease is None else lease.place
-        answer = write_stream_answer(self.request_id, result, self.calls.queue_depth_tokens, place)
+        answer = self.calls.codec.write_stream_answer(self.request_id, result, self.calls.queue_depth_tokens, place)
         self.answer_bytes = len(answer)
         return answer
 

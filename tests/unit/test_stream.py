@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from expertd.v1 import expertd_pb2 as pb
+from expertd_server import codec
 from expertd_server.engine import ForwardResult, ForwardTiming
 from expertd_server.errors import InvalidArgumentError, OverloadedError, UnavailableError
 from expertd_server.promise import Promise
@@ -29,6 +30,7 @@ class FakeCalls:
     """Admits requests for the test to answer, or refuses them."""
 
     queue_depth_tokens = 0
+    codec = codec
 
     def __init__(self, *, refuses: bool = False) -> None:
         self.in_flight = 0
