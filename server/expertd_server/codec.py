@@ -58,7 +58,8 @@ def _write(is_stream: bool, request_id: int, result: ForwardResult, queue_depth_
     output, timing = result.output, result.timing
     assert output is not None
     num_tokens, hidden_size = output.shape
-    return CODEC.encode_response(
+    copies = result.copies or CODEC.Copies()
+    answer = CODEC.encode_response(
         is_stream,
         request_id,
         WIRE_DTYPES[output.dtype],
@@ -73,4 +74,8 @@ def _write(is_stream: bool, request_id: int, result: ForwardResult, queue_depth_
         timing.batch_requests,
         queue_depth_tokens,
         result.weights_version,
+        copies,
     )
+    if result.copies is None:
+        copies.run()
+    return answer

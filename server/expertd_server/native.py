@@ -5,7 +5,7 @@ Where it was not built, Python does the same work. Nothing else imports it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ try:
 except ImportError:
     CODEC = None  # type: ignore[assignment]
 
-__all__ = ["CODEC", "copy_bytes", "count_ids", "describe"]
+__all__ = ["CODEC", "Copies", "copy_bytes", "count_ids", "describe"]
 
 
 def describe() -> str:
@@ -31,6 +31,19 @@ def _copy_bytes(destination: Any, offset: int, source: Any) -> None:
     np.frombuffer(destination, np.uint8)[offset : offset + len(flat)] = flat
 
 
+class _Copies:
+    """Copies of host memory that are noted one by one, and done by `run` at the latest."""
+
+    @staticmethod
+    def add(destination: Any, offset: int, source: Any) -> None:
+        """As `_copy_bytes`."""
+        _copy_bytes(destination, offset, source)
+
+    @staticmethod
+    def run() -> None:
+        """Nothing is left to do: Python has nothing to gain by waiting."""
+
+
 def _count_ids(ids: npt.NDArray[np.signedinteger[Any]], first: int, counts: npt.NDArray[np.int64]) -> None:
     """Add to counts[id - first] for each of the ids [n], int16, int32 or int64, that is in range."""
     local = ids - first
@@ -38,4 +51,8 @@ def _count_ids(ids: npt.NDArray[np.signedinteger[Any]], first: int, counts: npt.
 
 
 count_ids = _count_ids if CODEC is None else CODEC.count_ids
+if TYPE_CHECKING:
+    from expertd_server._codec import Copies
+else:
+    Copies = _Copies if CODEC is None else CODEC.Copies
 copy_bytes = _copy_bytes if CODEC is None else CODEC.copy
