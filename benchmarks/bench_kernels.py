@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from _common import header, write_json
 
 from expertd_server.backend import PreparedLayer
-from expertd_server.backend_cuda import FAMILIES, CudaBackend, _Call
+from expertd_server.backend_cuda import FAMILIES, CudaBackend
+from expertd_server.cuda_call import Call
 from expertd_server.routing import route
 from expertd_server.types import Activation, LayerSpec, RoutingMethod
 from expertd_server.weights import ExpertWeights
@@ -207,7 +208,7 @@ def make_logits(spec: LayerSpec, num_tokens: int, zipf: bool) -> torch.Tensor:
     return logits
 
 
-def make_call(layer: PreparedLayer, num_tokens: int, zipf: bool, touched: int | None) -> _Call:
+def make_call(layer: PreparedLayer, num_tokens: int, zipf: bool, touched: int | None) -> Call:
     """Random inputs; touched: drawn until that many local experts are chosen, so that runs compare."""
     spec = layer.spec
     for _ in range(100):
@@ -218,7 +219,7 @@ def make_call(layer: PreparedLayer, num_tokens: int, zipf: bool, touched: int | 
         local = ids[(ids >= spec.local_expert_offset) & (ids < spec.local_expert_offset + spec.num_local)]
         if int(local.unique().numel()) == touched:
             break
-    return _Call(
+    return Call(
         hidden_states=random_fp8(num_tokens, spec.hidden_size),
         logits=logits,
         in_ids=None,
@@ -246,7 +247,7 @@ def work(spec: LayerSpec, ids: torch.Tensor) -> dict[str, float]:
     }
 
 
-def relative_error(backend: CudaBackend, layer: PreparedLayer, call: _Call, output: torch.Tensor, rows: int) -> float:
+def relative_error(backend: CudaBackend, layer: PreparedLayer, call: Call, output: torch.Tensor, rows: int) -> float:
     """Of some rows, against float64 with the same routing and no rounding of the intermediate."""
     spec, w = layer.spec, layer.weights
     picked = torch.linspace(0, call.num_tokens - 1, min(rows, call.num_tokens), device="cuda").long()
@@ -276,15 +277,15 @@ def relative_error(backend: CudaBackend, layer: PreparedLayer, call: _Call, outp
 
 
 def time_cell(
-    backend: CudaBackend, layer: PreparedLayer, call: _Call, timer: Timer, *, stages: bool, check_rows: int
+    backend: CudaBackend, layer: PreparedLayer, call: Call, timer: Timer, *, stages: bool, check_rows: int
 ) -> dict[str, Any]:
     """Whole call and, where asked, each stage alone (cold, without PDL)."""
     spec = layer.spec
     out = torch.empty(call.num_tokens, spec.hidden_size, dtype=torch.bfloat16, device="cuda")
     family = backend.family(layer, call.num_tokens)
 
-    def with_stream() -> _Call:
-        return _Call(**{**call.__dict__, "stream": torch.cuda.current_stream().cuda_stream})
+    def with_stream() -> Call:
+        return Call(**{**call.__dict__, "stream": torch.cuda.current_stream().cuda_stream})
 
     def whole() -> None:
         for part, out_part in with_stream().chunks(out, layer.state.max_num_tokens):
@@ -301,7 +302,7 @@ def time_cell(
 
     def stage(name: str) -> Callable[[], None]:
         def run() -> None:
-            part = _Call(**{**with_stream().__dict__, "pdl": False})
+            part = Call(**{**with_stream().__dict__, "pdl": False})
             plan = layer.state.plan(slab, planned)  # NOTE: the eager slab also inside the capture: stages share it
             if name == "route":
                 backend.route(layer, plan, part, family)
