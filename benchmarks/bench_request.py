@@ -21,7 +21,7 @@ from typing import Any
 import grpc
 from _requests import RequestShape, stream_message
 
-from expertd_server import codec, gather, native
+from expertd_server import codec, gather, messages, native
 
 
 class Context:
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where the time goes")
     options = parser.parse_args()
     if options.python:
-        codec.CODEC = None  # type: ignore[assignment]
+        codec.CODEC = messages.CODEC = None  # type: ignore[assignment]
         gather.copy_bytes = native._copy_bytes
     with_server(lambda calls, inbox, loop: measure(options, calls, inbox, loop))
 
@@ -100,7 +100,16 @@ def measure(options: argparse.Namespace, calls: Any, inbox: Any, loop: Any) -> N
         message = stream_message(1, "synthetic.qwen3-30b-a3b.0", RequestShape(num_tokens, 2048, 128))
         context: Any = Context(message, options.in_flight, options.count)
         regions = StreamRegions(None, 0)
-        stream = Stream(calls, context, inbox, regions=regions, max_requests=256, max_tokens=2**20, log_id="-")
+        stream = Stream(
+            calls,
+            context,
+            inbox,
+            regions=regions,
+            max_requests=256,
+            max_tokens=2**20,
+            max_answer_bytes=2**30,
+            log_id="-",
+        )
         profile = cProfile.Profile() if options.profile else SimpleNamespace(enable=int, disable=int)
         start_s = time.thread_time()
         profile.enable()

@@ -18,6 +18,8 @@ transport, which encodes every request and decodes every answer.
 
 lone: one request in flight. saturated: `--clients` processes with `--streams` streams of `--in-flight` requests each.
 open loop: requests due at random times at a share of the saturated rate; latencies count from when a request was due.
+CPU µs/req: of all processes of the server, then of its front-ends, of its engine, and of the echo. MiB: resident memory
+of the largest front-end, or of the server that has none; pages of memory shared with the engine count.
 echo ratio: latency over the echo's, or throughput over the echo's. Rounds alternate between the two; medians.
 """
 
@@ -55,6 +57,14 @@ PRESETS = {"qwen3-30b-a3b": (2048, 128), "mixtral-8x7b": (4096, 8), "tiny": (256
 """hidden_size and num_experts of the synthetic layers that can be asked for."""
 
 
+@dataclass
+class Usage:
+    """Of processes of one role: CPU seconds of all, and MiB in memory of the largest, shared pages included."""
+
+    cpu_s: float
+    rss_mib: float
+
+
 @dataclass(frozen=True)
 class Target:
     """A running server and how to call it."""
@@ -66,14 +76,16 @@ class Target:
     unary: str
     process: psutil.Process
 
-    def cpu_s(self) -> float:
-        """CPU seconds that the server's processes have used so far."""
-        total = 0.0
+    def usage(self) -> dict[str, Usage]:
+        """What the server's processes have used so far, by role: server, supervisor, front-ends together, engine."""
+        roles: dict[str, Usage] = {}
         for process in (self.process, *self.process.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
-                times = process.cpu_times()
-                total += times.user + times.system
-        return total
+                times, role = process.cpu_times(), role_of(process.cmdline())
+                used = roles.setdefault(role, Usage(0.0, 0.0))
+                used.cpu_s += times.user + times.system
+                used.rss_mib = max(used.rss_mib, process.memory_info().rss / 2**20)
+        return roles
 
     def method(self, transport: str) -> str:
         """Full name of the method that a transport calls."""
@@ -97,8 +109,19 @@ class Point:
 
     requests_per_s: float
     latency_us: dict[str, float]
-    cpu_us_per_request: float
+    cpu_us_per_request: dict[str, float]
+    """By role of process, and "all"."""
+    rss_mib: dict[str, float]
+    """Of the largest process of each role."""
     errors: dict[str, int]
+
+
+def role_of(command: list[str]) -> str:
+    """What a process of a server is to it, by its command line."""
+    if "expertd_server.child" not in command:
+        return "server"
+    name = command[command.index("expertd_server.child") + 1]
+    return "engine" if name == "engine" else "front-ends"
 
 
 def measure(target: Target, shape: RequestShape, layers: list[str], load: Load, seconds: float) -> Point:
@@ -132,9 +155,9 @@ def measure(target: Target, shape: RequestShape, layers: list[str], load: Load, 
         for client in clients:
             tell(client, {"begin_s": begin_s, "end_s": end_s})
         time.sleep(max(0.0, begin_s - time.monotonic()))
-        cpu_s = -target.cpu_s()
+        before = target.usage()
         time.sleep(max(0.0, end_s - time.monotonic()))
-        cpu_s += target.cpu_s()
+        after = target.usage()
         errors: dict[str, int] = {}
         for client in clients:
             said, _ = client.communicate(timeout=120)
@@ -149,10 +172,12 @@ def measure(target: Target, shape: RequestShape, layers: list[str], load: Load, 
     if not answered or not counted.any():
         sys.exit(f"{target.name} answered no request: {errors}")
     latencies_us = (done_s - due_s)[counted] * 1e6
+    cpu_us = {role: (used.cpu_s - before[role].cpu_s) * 1e6 / answered for role, used in after.items()}
     return Point(
         requests_per_s=answered / seconds,
         latency_us={f"p{p:g}": float(np.percentile(latencies_us, p)) for p in PERCENTILES},
-        cpu_us_per_request=cpu_s * 1e6 / answered,
+        cpu_us_per_request=cpu_us | {"all": sum(cpu_us.values())},
+        rss_mib={role: used.rss_mib for role, used in after.items()},
         errors=errors,
     )
 
@@ -172,10 +197,16 @@ def median_of(points: list[Point]) -> Point:
             errors[what] = errors.get(what, 0) + count
     return Point(
         requests_per_s=statistics.median(p.requests_per_s for p in points),
-        latency_us={key: statistics.median(p.latency_us[key] for p in points) for key in points[0].latency_us},
-        cpu_us_per_request=statistics.median(p.cpu_us_per_request for p in points),
+        latency_us=medians([p.latency_us for p in points]),
+        cpu_us_per_request=medians([p.cpu_us_per_request for p in points]),
+        rss_mib=medians([p.rss_mib for p in points]),
         errors=errors,
     )
+
+
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Key by key."""
+    return {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
 
 
 def free_port() -> int:
@@ -248,7 +279,7 @@ def wait_for_port(port: int) -> None:
 def main() -> None:
     """Measure, print, write."""
     options = parse_options()
-    console = Console(width=150)
+    console = Console(width=180)
     results: list[dict[str, Any]] = []
     table = Table(title=f"expertd over gRPC, backend {options.device}")
     for column in (
@@ -262,6 +293,10 @@ def main() -> None:
         "ktok/s",
         "GB/s",
         "CPU µs/req",
+        "front-ends",
+        "engine",
+        "echo",
+        "MiB",
     ):
         table.add_column(column, justify="right" if column != "load" else "left")
     table.add_column("p50 / echo", justify="right")
@@ -337,7 +372,7 @@ def compare(  # noqa: PLR0917
 def add_row(table: Table, shape: RequestShape, row: dict[str, Any]) -> None:
     """One line of the table; a load that met errors says so."""
     ours = row["expertd"]
-    failed = sum(ours["errors"].values())
+    failed, cpu_us = sum(ours["errors"].values()), ours["cpu_us_per_request"]
     table.add_row(
         str(row["frontends"]),
         str(shape.num_tokens),
@@ -348,7 +383,10 @@ def add_row(table: Table, shape: RequestShape, row: dict[str, Any]) -> None:
         f"{ours['requests_per_s']:.0f}",
         f"{row['tokens_per_s'] / 1e3:.0f}",
         f"{row['bytes_per_s'] / 1e9:.2f}",
-        f"{ours['cpu_us_per_request']:.0f}",
+        f"{cpu_us['all']:.0f}",
+        *(f"{cpu_us[role]:.0f}" if role in cpu_us else "" for role in ("front-ends", "engine")),
+        f"{row['echo']['cpu_us_per_request']['all']:.0f}",
+        f"{ours['rss_mib'].get('front-ends', ours['rss_mib']['server']):.0f}",
         f"{row['p50_over_echo']:.2f}",
         f"{row['throughput_over_echo']:.2f}",
     )

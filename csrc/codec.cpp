@@ -1,9 +1,9 @@
 // expertd_server._codec: the wire format of the data path, for requests that are as they should be.
 //
-// Everything here is done by wire_parse.py and wire.py too, which specify it and which say what is wrong with a
-// request. This module reads what clients send and answers None to whatever else there is; then Python decides. Tests
-// hold the two together. Torch-free and CUDA-free; ownership stays in Python: a Request keeps the bytes that it was
-// read from.
+// Everything here is done by wire_parse.py, wire_check.py and wire_answer.py too, which specify it and which say what is
+// wrong with a request. This module reads what clients send and answers None to whatever else there is; then Python
+// decides. Tests hold the two together. Torch-free and CUDA-free; ownership stays in Python: a Request keeps the bytes
+// that it was read from.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 

@@ -7,18 +7,18 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Final, NoReturn
+from typing import Any
 
 import grpc
 import torch
 
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server import memory
+from expertd_server.admin_methods import ADMIN_SERVICE_NAME, admin_handler
 from expertd_server.backend import Backend
 from expertd_server.config import Config
 from expertd_server.engine import Engine
 from expertd_server.errors import (
-    AdminNotHereError,
     InsufficientMemoryError,
     InvalidArgumentError,
     OverloadedError,
@@ -26,27 +26,16 @@ from expertd_server.errors import (
     UnavailableError,
     VersionConflictError,
 )
-from expertd_server.interceptor import guarded
 from expertd_server.layer import MoELayer
-from expertd_server.metrics import Metrics
 from expertd_server.sources import Source, source_of
 from expertd_server.store import LayerStore
 from expertd_server.types import LayerSpec
-from expertd_server.wire import checked_name, layer_info
+from expertd_server.wire_answer import layer_info
+from expertd_server.wire_check import checked_name
 
-__all__ = ["ADMIN_SERVICE_NAME", "AdminService", "not_here_handler"]
+__all__ = ["ADMIN_SERVICE_NAME", "AdminService"]
 
 log = logging.getLogger(__name__)
-
-ADMIN_SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["AdminService"].full_name
-
-_REQUESTS: Final[dict[str, Any]] = {
-    "LoadLayer": pb.LoadLayerRequest,
-    "SwapWeights": pb.SwapWeightsRequest,
-    "UnloadLayer": pb.UnloadLayerRequest,
-    "Drain": pb.DrainRequest,
-}
-"""By method, in the order of `_handler`."""
 
 # What a caller is told who comes while another one's order of the same kind runs.
 _BUSY_RETRY_DELAY_S = 1.0
@@ -66,7 +55,7 @@ class AdminService:
         self,
         config: Config,
         backend: Backend,
-        store: LayerStore,
+        store: LayerStore[MoELayer],
         engine: Engine,
         *,
         hold: Callable[[MoELayer], None],
@@ -88,7 +77,7 @@ class AdminService:
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
         """Every method, as gRPC serves it."""
-        return _handler(self.load_layer, self.swap_weights, self.unload_layer, self.drain)
+        return admin_handler(self.load_layer, self.swap_weights, self.unload_layer, self.drain)
 
     def load_layer(self, request: pb.LoadLayerRequest, context: grpc.ServicerContext) -> pb.LoadLayerResponse:
         """Read, prepare and hold a version beside the others."""
@@ -237,39 +226,6 @@ class _Progress:
         if now_s - self._told_s >= _PROGRESS_INTERVAL_S:
             self._told_s = now_s
             log.info("loading %s: %.1f of %.1f MB", self._what, self._done_bytes / 1e6, self._total_bytes / 1e6)
-
-
-def not_here_handler(config: Config, metrics: Metrics) -> grpc.GenericRpcHandler[Any, Any]:
-    """What the data port, which runs in an event loop, answers to every method."""
-    if config.admin:
-        message = f"AdminService is answered on {config.admin_host}:{config.admin_port} (admin_host, admin_port) only"
-    else:
-        message = "AdminService is off; start the server with --admin (EXPERTD_ADMIN=on)"
-
-    async def refuse(_request: object, _context: object) -> NoReturn:
-        raise AdminNotHereError(message)
-
-    return _handler(*(guarded(method, refuse, metrics) for method in _REQUESTS))
-
-
-def _handler(
-    load_layer: Callable[..., Any],
-    swap_weights: Callable[..., Any],
-    unload_layer: Callable[..., Any],
-    drain: Callable[..., Any],
-) -> grpc.GenericRpcHandler[Any, Any]:
-    behaviours = (load_layer, swap_weights, unload_layer, drain)
-    return grpc.method_handlers_generic_handler(
-        ADMIN_SERVICE_NAME,
-        {
-            name: grpc.unary_unary_rpc_method_handler(
-                behaviour,
-                request_deserializer=request.FromString,
-                response_serializer=lambda message: message.SerializeToString(),
-            )
-            for (name, request), behaviour in zip(_REQUESTS.items(), behaviours, strict=True)
-        },
-    )
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ A batch is launched, and finished later: with room for two in flight, one is gat
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -103,6 +104,8 @@ class Batch(Generic[P, R]):
 
     key: Hashable
     entries: list[Entry[P, R]]
+    number: int
+    """Of no other batch of its batcher."""
 
     @functools.cached_property
     def num_tokens(self) -> int:
@@ -164,6 +167,9 @@ class Batcher(Generic[P, R]):
         self._again: deque[Entry[P, R]] = deque()
         self._flights: deque[_Flight[P, R]] = deque()
         self._num_in_flight = 0
+        self._num_taken = 0
+        self._taken: dict[int, Batch[P, R]] = {}
+        """What was taken from the queue and is not over and done with, by number."""
         # Requests taken from their queue and not served yet.
         self._running_tokens = 0
         self._running_requests = 0
@@ -172,7 +178,9 @@ class Batcher(Generic[P, R]):
         self._finished_s = float("-inf")
         self._draining = False
         self._stopped = False
-        self._threads: list[threading.Thread] = []
+        self._abandoned = False
+        self.threads: list[threading.Thread] = []
+        """That launch and finish."""
         self._soon: Callable[[Callable[[], object]], object] | None = None
         self._is_called = False
 
@@ -233,7 +241,7 @@ class Batcher(Generic[P, R]):
         for name, step in loops.items():
             thread = threading.Thread(target=self._loop, args=(step,), name=name, daemon=True)
             thread.start()
-            self._threads.append(thread)
+            self.threads.append(thread)
 
     def hurry(self) -> None:
         """Run what waits here and now, where no thread does it; for the thread in which `soon` calls."""
@@ -270,6 +278,7 @@ class Batcher(Generic[P, R]):
             running = self._launch(batch)
         except Exception as error:
             self._leave_flight()
+            self._taken.pop(batch.number, None)
             self._fail_batch(batch, error)
             del batch  # the error holds this frame, see _clear_frames
         else:
@@ -306,7 +315,10 @@ class Batcher(Generic[P, R]):
                     entry.set_result(result)
             self._account_served(batch, flight.launched_s)
         finally:
-            running.close()
+            try:
+                running.close()
+            finally:
+                self._taken.pop(batch.number, None)
             del flight, batch, running  # an error holds this frame, see _clear_frames
         return True
 
@@ -323,21 +335,36 @@ class Batcher(Generic[P, R]):
         Batches in flight are finished; False when they are not after timeout_s.
         """
         with self._due:
-            self._draining = self._stopped = True
-            left = [entry for queue in self._queues.values() for entry in queue.values()]
-            self._queues.clear()
-            self._queue_tokens = self._queue_requests = 0
-            again = list(self._again)
-            self._again.clear()
-            self._account_left_running(again)
-            self._due.notify_all()
-            self._launched.notify_all()
+            left, again = self._empty()
         for entry in again + [entry for entry in left if entry.set_running_or_notify_cancel()]:
             _fail(entry, _stopped())
         until_s = time.monotonic() + timeout_s
-        for thread in self._threads:
+        for thread in self.threads:
             thread.join(max(0.0, until_s - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        return not any(thread.is_alive() for thread in self.threads)
+
+    def oldest_in_flight(self) -> int | None:
+        """Number of the batch that has been launched the longest and is not over; None: there is none."""
+        return next(iter(list(self._taken)), None)  # a list is made at once, whatever other threads do to the batches
+
+    def in_flight(self, number: int) -> Batch[P, R] | None:
+        """The batch of this number, unless it is over."""
+        return self._taken.get(number)
+
+    def abandon(self) -> None:
+        """Refuse new requests, and fail all that wait or run with UnavailableError: what runs will never end.
+
+        Should it end after all, it is dropped.
+        """
+        with self._due:
+            self._abandoned = True
+            left, again = self._empty()
+            running = again + [entry for batch in self._taken.values() for entry in batch.entries]
+            self._running_tokens = self._running_requests = 0
+            self._left.notify_all()
+        for entry in running + [entry for entry in left if entry.set_running_or_notify_cancel()]:
+            with contextlib.suppress(RuntimeError):  # it was kept this very moment
+                _fail(entry, _hangs())
 
     @property
     def _has_work(self) -> bool:
@@ -347,6 +374,19 @@ class Batcher(Generic[P, R]):
     @property
     def _is_over(self) -> bool:
         return self._stopped and not self._num_in_flight
+
+    def _empty(self) -> tuple[list[Entry[P, R]], list[Entry[P, R]]]:
+        """Under the lock: take nothing more, and give up what waits, for the first time and to run again."""
+        self._draining = self._stopped = True
+        left = [entry for queue in self._queues.values() for entry in queue.values()]
+        self._queues.clear()
+        self._queue_tokens = self._queue_requests = 0
+        again = list(self._again)
+        self._again.clear()
+        self._account_left_running(again)
+        self._due.notify_all()
+        self._launched.notify_all()
+        return left, again
 
     def _loop(self, step: Callable[[float], bool]) -> None:
         while not self._is_over:
@@ -454,9 +494,8 @@ class Batcher(Generic[P, R]):
         if members:
             self._running_tokens += tokens
             self._running_requests += len(members)
-            self._num_in_flight += 1
         self._left.notify_all()
-        return (Batch(key, members) if members else None), expired
+        return (self._take_off(key, members) if members else None), expired
 
     def _pop_again(self, now_s: float) -> tuple[Batch[P, R] | None, list[Entry[P, R]]]:
         """A member of a batch that failed, alone."""
@@ -464,8 +503,13 @@ class Batcher(Generic[P, R]):
         if entry.deadline_s is not None and entry.deadline_s <= now_s:
             self._account_left_running([entry])
             return None, [entry]
+        return self._take_off(entry.key, [entry]), []
+
+    def _take_off(self, key: Hashable, entries: list[Entry[P, R]]) -> Batch[P, R]:
         self._num_in_flight += 1
-        return Batch(entry.key, [entry]), []
+        self._num_taken += 1
+        batch = self._taken[self._num_taken] = Batch(key, entries, self._num_taken)
+        return batch
 
     def _leave_flight(self) -> None:
         with self._due:
@@ -490,6 +534,8 @@ class Batcher(Generic[P, R]):
             _fail(entry, error if is_final else _stopped())
 
     def _account_left_running(self, entries: Sequence[Entry[P, R]]) -> None:
+        if self._abandoned:  # nobody counts any more
+            return
         self._running_tokens -= sum(entry.num_tokens for entry in entries)
         self._running_requests -= len(entries)
         self._left.notify_all()
@@ -509,6 +555,10 @@ class Batcher(Generic[P, R]):
 
 def _stopped() -> ExpertdServerError:
     return UnavailableError("the server stopped before this request ran; try another server")
+
+
+def _hangs() -> ExpertdServerError:
+    return UnavailableError("what computes here hangs, and this request with it; try another server")
 
 
 def _timeout(entry: Entry[P, R], now_s: float) -> ExpertdServerError:

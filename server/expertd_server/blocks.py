@@ -1,6 +1,7 @@
 """How a request and its answer lie in a block of shared memory: a header, a directory of tensors, their bytes.
 
-The answer is written over its request, so a block has room for the larger of the two, and for an error.
+The answer is written over its request, so a block has room for the larger of the two, and for an error. Both processes
+are of one installation, and only they write here. csrc/blocks.cpp does the same where it was built, see `native`.
 """
 
 from __future__ import annotations
@@ -11,28 +12,27 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
-import torch
 
 from expertd_server.config import LARGEST_BLOCK_OVERHEAD_BYTES
-from expertd_server.forward import ForwardCall, ForwardResult, ForwardTiming, HostTensor
-from expertd_server.layer import MoELayer
 from expertd_server.ring import ALIGNMENT_BYTES
+from expertd_server.timing import ForwardTiming
+from expertd_server.wire_answer import AnswerTensor
+from expertd_server.wire_check import ITEM_BYTES, CheckedRequest, Part
 
-__all__ = ["MAX_ERROR_BYTES", "block_bytes", "read_answer", "read_call", "read_error"]
-__all__ += ["read_layer_id", "write_answer", "write_call", "write_error"]
+__all__ = ["MAX_ERROR_BYTES", "block_bytes", "read_answer", "read_call", "read_error", "read_timing"]
+__all__ += ["write_answer", "write_call", "write_error"]
 
-# An absent tensor has code 0, the others the place of their dtype here, from 1.
-_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int32)
-_CODES: Final = {dtype: code for code, dtype in enumerate(_DTYPES, start=1)}
 _ALIGNMENT: Final = 64
 
-# The layer's id, deadline_s (infinite: none), the output's dtype, do_finalize, return_routing.
-_CALL: Final = struct.Struct("<Qd3Q")
-# weights_version, the six numbers of ForwardTiming, tokens that wait in the engine.
+# The layer's id, deadline_s (infinite: none), num_tokens, the output's dtype, do_finalize, return_routing.
+_CALL: Final = struct.Struct("<Qd4Q")
+# The six numbers of ForwardTiming, weights_version, tokens that wait in the engine.
 _ANSWER: Final = struct.Struct("<8Q")
-# dtype, number of dimensions, their extents (1 where there are fewer), where the bytes start.
+# pb.DataType (0: the tensor is absent), number of dimensions, their extents (1 where there are fewer), where the bytes
+# start. Of a request's tensors the layer says the shape: here they have one dimension.
 _TENSOR: Final = struct.Struct("<5Q")
 _MAX_TENSORS: Final = 5
+_NUM_PARTS: Final = 4
 _DIRECTORY_AT: Final = max(_CALL.size, _ANSWER.size)
 _DATA_AT: Final = -(-(_DIRECTORY_AT + _MAX_TENSORS * _TENSOR.size) // _ALIGNMENT) * _ALIGNMENT
 
@@ -42,81 +42,83 @@ MAX_ERROR_BYTES: Final = 8192
 assert _DATA_AT + MAX_ERROR_BYTES + _MAX_TENSORS * _ALIGNMENT + ALIGNMENT_BYTES <= LARGEST_BLOCK_OVERHEAD_BYTES
 
 
-def block_bytes(call: ForwardCall) -> int:
-    """Bytes of a block for a call and its answer."""
-    request = sum(_aligned(len(tensor.data)) for tensor in _given(call) if tensor is not None)
-    return _DATA_AT + max(request, _answer_bytes(call), MAX_ERROR_BYTES)
+def block_bytes(request: CheckedRequest, hidden_size: int, top_k: int) -> int:
+    """Bytes of a block for a request to a layer of that shape, and for its answer."""
+    num_tokens, *parts, output_dtype, do_finalize, _ = request
+    given = sum(_aligned(len(part[1])) for part in parts if part is not None)
+    slots = num_tokens * top_k
+    rows = num_tokens * ITEM_BYTES[output_dtype] if do_finalize else slots * 2
+    answer = sum(map(_aligned, (rows * hidden_size, slots * 2, slots * 4, slots * 4)))
+    return _DATA_AT + max(given, answer, MAX_ERROR_BYTES)
 
 
-def write_call(block: memoryview, call: ForwardCall, layer_id: int, deadline_s: float | None) -> None:
-    """Write a call into a block of at least `block_bytes`. layer_id: what stands for call.layer."""
+def write_call(block: memoryview, request: CheckedRequest, layer_id: int, deadline_s: float | None) -> None:
+    """Write a request into a block of at least `block_bytes`. layer_id: what stands for the layer that it asks."""
+    num_tokens, *parts, output_dtype, do_finalize, return_routing = request
     deadline_s = math.inf if deadline_s is None else deadline_s
-    _CALL.pack_into(block, 0, layer_id, deadline_s, _CODES[call.output_dtype], call.do_finalize, call.return_routing)
+    _CALL.pack_into(block, 0, layer_id, deadline_s, num_tokens, output_dtype, do_finalize, return_routing)
     at = _DATA_AT
-    for index, tensor in enumerate(_given(call)):
-        if tensor is None:
+    for index, part in enumerate(parts):
+        if part is None:
             _write_absent(block, index)
         else:
-            at = _write_tensor(block, index, tensor, at)
+            dtype, data = part
+            at = _write_tensor(block, index, dtype, (len(data) // ITEM_BYTES[dtype],), data, at)
 
 
-def read_layer_id(block: memoryview) -> int:
-    """The layer_id of a call."""
-    layer_id: int = _CALL.unpack_from(block)[0]
-    return layer_id
-
-
-def read_call(block: memoryview, layer: MoELayer) -> tuple[ForwardCall, float | None]:
-    """A call of this layer, its tensors views of the block, and its deadline."""
-    _, deadline_s, output, do_finalize, return_routing = _CALL.unpack_from(block)
-    hidden_states, routing_logits, topk_ids, topk_weights = (_host_tensor(block, index) for index in range(4))
+def read_call(block: memoryview) -> tuple[int, float | None, CheckedRequest]:
+    """The layer_id, the deadline and the request, its tensors views of the block."""
+    layer_id, deadline_s, num_tokens, output_dtype, do_finalize, return_routing = _CALL.unpack_from(block)
+    hidden_states, *others = (_read_part(block, index) for index in range(_NUM_PARTS))
     assert hidden_states is not None
-    call = ForwardCall(
-        layer,
-        hidden_states,
-        routing_logits=routing_logits,
-        topk_ids=topk_ids,
-        topk_weights=topk_weights,
-        output_dtype=_DTYPES[output - 1],
-        do_finalize=bool(do_finalize),
-        return_routing=bool(return_routing),
-    )
-    return call, None if deadline_s == math.inf else deadline_s
+    request = num_tokens, hidden_states, *others, output_dtype, bool(do_finalize), bool(return_routing)
+    return layer_id, None if deadline_s == math.inf else deadline_s, request
 
 
-def write_answer(block: memoryview, result: ForwardResult, queue_tokens: int) -> None:
-    """Write an answer over its call."""
-    timing = result.timing
+def write_answer(
+    block: memoryview,
+    tensors: Sequence[AnswerTensor | None],
+    timing: ForwardTiming,
+    weights_version: int,
+    queue_tokens: int,
+) -> None:
+    """Write an answer over its request. tensors: in the order of ForwardResponse's fields, five.
+
+    Raises ValueError when the block has no room for it.
+    """
     _ANSWER.pack_into(
         block,
         0,
-        result.weights_version,
         timing.queue_us,
         timing.copy_in_us,
         timing.compute_us,
         timing.copy_out_us,
         timing.batch_tokens,
         timing.batch_requests,
+        weights_version,
         queue_tokens,
     )
     at = _DATA_AT
-    for index, tensor in enumerate(_answered(result)):
+    for index, tensor in enumerate(tensors):
         if tensor is None:
             _write_absent(block, index)
         else:
-            data = tensor.reshape(-1).view(torch.uint8).numpy().data
-            at = _write_tensor(block, index, HostTensor(tensor.dtype, tuple(tensor.shape), data), at)
+            at = _write_tensor(block, index, *tensor, at)
 
 
-def read_answer(block: memoryview) -> tuple[ForwardResult, int]:
-    """An answer, its tensors views of the block, and the tokens that waited in the engine."""
-    version, queue_us, copy_in_us, compute_us, copy_out_us, tokens, requests, queue_tokens = _ANSWER.unpack_from(block)
-    timing = ForwardTiming(queue_us, copy_in_us, compute_us, copy_out_us, tokens, requests)
-    return ForwardResult(version, timing, *(_torch_tensor(block, index) for index in range(_MAX_TENSORS))), queue_tokens
+def read_timing(block: memoryview) -> tuple[ForwardTiming, int, int]:
+    """Of an answer: where its time went, weights_version, and the tokens that waited in the engine."""
+    *timing, weights_version, queue_tokens = _ANSWER.unpack_from(block)
+    return ForwardTiming(*timing), weights_version, queue_tokens
+
+
+def read_answer(block: memoryview) -> tuple[AnswerTensor | None, ...]:
+    """The tensors of an answer, views of the block, in the order of ForwardResponse's fields."""
+    return tuple(_read_tensor(block, index) for index in range(_MAX_TENSORS))
 
 
 def write_error(block: memoryview, error: bytes) -> int:
-    """Write an error of at most MAX_ERROR_BYTES over its call; returns its size."""
+    """Write an error of at most MAX_ERROR_BYTES over its request; returns its size."""
     block[: len(error)] = error
     return len(error)
 
@@ -126,68 +128,31 @@ def read_error(block: memoryview, nbytes: int) -> bytes:
     return bytes(block[:nbytes])
 
 
-def _given(call: ForwardCall) -> Sequence[HostTensor | None]:
-    return call.hidden_states, call.routing_logits, call.topk_ids, call.topk_weights
-
-
-def _answered(result: ForwardResult) -> Sequence[torch.Tensor | None]:
-    """In the order of ForwardResult's fields."""
-    return (
-        result.output,
-        result.gemm2_output,
-        result.expert_weights,
-        result.topk_ids,
-        result.expanded_idx_to_permuted_idx,
-    )
-
-
-def _answer_bytes(call: ForwardCall) -> int:
-    """Most bytes of an answer's tensors."""
-    spec = call.layer.spec
-    slots = call.num_tokens * spec.top_k
-    if call.do_finalize:
-        rows = call.num_tokens * spec.hidden_size * call.output_dtype.itemsize
-    else:
-        rows = slots * spec.hidden_size * 2
-    return sum(map(_aligned, (rows, slots * 2, slots * 4, slots * 4)))
-
-
 def _write_absent(block: memoryview, index: int) -> None:
     _TENSOR.pack_into(block, _DIRECTORY_AT + index * _TENSOR.size, 0, 0, 0, 0, 0)
 
 
-def _write_tensor(block: memoryview, index: int, tensor: HostTensor, at: int) -> int:
+def _write_tensor(  # noqa: PLR0917
+    block: memoryview, index: int, dtype: int, shape: tuple[int, ...], data: bytes | memoryview, at: int
+) -> int:
     """Write one tensor; returns where the next one goes."""
-    data = np.frombuffer(tensor.data, np.uint8)
-    rows, columns = (*tensor.shape, 1)[:2]
-    entry = _DIRECTORY_AT + index * _TENSOR.size
-    _TENSOR.pack_into(block, entry, _CODES[tensor.dtype], len(tensor.shape), rows, columns, at)
-    np.copyto(np.frombuffer(block, np.uint8, data.size, at), data)  # without the GIL, unlike a memoryview's copy
-    return at + _aligned(data.size)
+    flat = np.frombuffer(data, np.uint8)
+    rows, columns = (*shape, 1)[:2]
+    _TENSOR.pack_into(block, _DIRECTORY_AT + index * _TENSOR.size, dtype, len(shape), rows, columns, at)
+    np.copyto(np.frombuffer(block, np.uint8, flat.size, at), flat)  # without the GIL, unlike a memoryview's copy
+    return at + _aligned(flat.size)
 
 
-def _read_tensor(block: memoryview, index: int) -> tuple[torch.dtype, tuple[int, ...], int] | None:
-    """dtype, shape and place of a tensor; None: it is absent."""
-    code, num_dimensions, rows, columns, at = _TENSOR.unpack_from(block, _DIRECTORY_AT + index * _TENSOR.size)
-    return (_DTYPES[code - 1], (rows, columns)[:num_dimensions], at) if code else None
-
-
-def _host_tensor(block: memoryview, index: int) -> HostTensor | None:
-    found = _read_tensor(block, index)
-    if found is None:
+def _read_tensor(block: memoryview, index: int) -> AnswerTensor | None:
+    dtype, rank, rows, columns, at = _TENSOR.unpack_from(block, _DIRECTORY_AT + index * _TENSOR.size)
+    if not dtype:
         return None
-    dtype, shape, at = found
-    return HostTensor(dtype, shape, block[at : at + math.prod(shape) * dtype.itemsize])
+    return dtype, (rows, columns)[:rank], block[at : at + rows * columns * ITEM_BYTES[dtype]]
 
 
-def _torch_tensor(block: memoryview, index: int) -> torch.Tensor | None:
-    found = _read_tensor(block, index)
-    if found is None:
-        return None
-    dtype, shape, at = found
-    if not math.prod(shape):  # torch takes no empty buffer
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(block, dtype=dtype, count=math.prod(shape), offset=at).view(shape)
+def _read_part(block: memoryview, index: int) -> Part | None:
+    tensor = _read_tensor(block, index)
+    return None if tensor is None else (tensor[0], tensor[2])
 
 
 def _aligned(nbytes: int) -> int:

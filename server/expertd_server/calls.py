@@ -6,13 +6,36 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from expertd_server.codec import Message, typed_call
-from expertd_server.forward import ForwardCall, ForwardResult, ForwardTiming
+from expertd_server.messages import Message
 from expertd_server.metrics import Metrics
 from expertd_server.promise import Promise
+from expertd_server.regions import AnswerPlace
 from expertd_server.store import LayerStore
+from expertd_server.timing import ForwardTiming
 
-__all__ = ["CallEngine", "Calls"]
+__all__ = ["CallEngine", "Calls", "Codec"]
+
+
+class Codec(Protocol):
+    """Between messages and what an engine takes and gives: `codec` for one in this process, `remote_codec` for one in
+    another."""
+
+    def typed_call(
+        self, message: Message, store: LayerStore[Any], *, max_batch_tokens: int, max_message_bytes: int
+    ) -> Any:
+        """Check everything about a request; the call to submit, which has an attribute `encode`, see
+        `ForwardCall.encode`. Raises what `check_message` does."""
+        ...
+
+    def write_answer(self, result: Any, queue_depth_tokens: int, /) -> bytes:
+        """A serialised ForwardResponse."""
+        ...
+
+    def write_stream_answer(
+        self, request_id: int, result: Any, queue_depth_tokens: int, place: AnswerPlace | None = None, /
+    ) -> bytes:
+        """A serialised ForwardStreamResponse that holds an answer. place: where its tensors go as far as they fit."""
+        ...
 
 
 class CallEngine(Protocol):
@@ -23,7 +46,7 @@ class CallEngine(Protocol):
         """Tokens that wait."""
         ...
 
-    def submit(self, call: ForwardCall, deadline_s: float | None = None) -> Promise[Any]:
+    def submit(self, call: Any, deadline_s: float | None = None) -> Promise[Any]:
         """Queue a call, see `Engine.submit`."""
         ...
 
@@ -38,8 +61,9 @@ class Calls:
     def __init__(
         self,
         *,
-        store: LayerStore,
+        store: LayerStore[Any],
         engine: CallEngine,
+        codec: Codec,
         metrics: Metrics,
         max_batch_tokens: int,
         max_message_bytes: int,
@@ -48,6 +72,7 @@ class Calls:
     ) -> None:
         self.store = store
         self.engine = engine
+        self.codec = codec
         self.metrics = metrics
         self.max_batch_tokens = max_batch_tokens
         self.max_message_bytes = max_message_bytes
@@ -62,21 +87,23 @@ class Calls:
         return self.engine.queue_tokens
 
     def admit(
-        self, request: Message, arrived_s: float, timeout_s: float, encode: Callable[[ForwardResult], bytes]
+        self, request: Message, arrived_s: float, timeout_s: float, encode: Callable[[Any], bytes]
     ) -> Promise[bytes]:
-        """Check a request and queue it; raises what is wrong with it, see `typed_call` and `Engine.submit`.
+        """Check a request and queue it; raises what is wrong with it, see `Codec.typed_call` and `Engine.submit`.
 
         timeout_s: what the caller allows from arrival to start; infinite where it says nothing.
         encode: see `ForwardCall.encode`.
         """
-        call = typed_call(
+        call = self.codec.typed_call(
             request, self.store, max_batch_tokens=self.max_batch_tokens, max_message_bytes=self.max_message_bytes
         )
         call.encode = encode
-        promise = self.engine.submit(call, arrived_s + min(timeout_s, self.request_timeout_s))
+        return self.engine.submit(call, arrived_s + min(timeout_s, self.request_timeout_s))
+
+    def hurry(self) -> None:
+        """To be called when a request was admitted and whoever waits for it is known: see `CallEngine.hurry`."""
         if self.in_flight == 1:
             self.engine.hurry()
-        return promise
 
     def answered(self, method: str, arrived_s: float, ready_s: float, timing: ForwardTiming) -> None:
         """Count an answer that was just sent, and where its time went. ready_s: when there was something to send."""

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from expertd_server.control import Collect, Collected, Control, Serving, Start, Stop
+from expertd_server.control import Collect, Collected, Control, Hangs, Serving, Start, Stop
 from expertd_server.exits import EXIT_FAILED, exit_code_of
 from expertd_server.logs import configure_logging
 
@@ -65,6 +65,10 @@ class Child:
     def tell(self, *, is_serving: bool, summary: str = "", admin_port: int | None = None) -> None:
         """Tell the supervisor whether this process answers requests."""
         self._control.send(Serving(is_serving, summary, admin_port))
+
+    def tell_of_hang(self, what: str) -> None:
+        """Ask the supervisor to kill this process, which hangs."""
+        self._control.send(Hangs(what))
 
     def _listen(self, collect: Callable[[], list[Any]]) -> None:
         while not self.stop_requested.is_set():

@@ -14,7 +14,7 @@ from expertd_server.admin_cli import add_admin_parser
 from expertd_server.cluster_cli import add_cluster_command
 from expertd_server.config import add_flags, config_from
 from expertd_server.errors import ConfigError
-from expertd_server.exits import EXIT_CUT_OFF, exit_code_of
+from expertd_server.exits import EXIT_CUT_OFF, end_hung, exit_code_of
 from expertd_server.logs import configure_logging
 from expertd_server.malloc import reexec_with_settings
 from expertd_server.plan_cli import add_plan_command
@@ -73,6 +73,8 @@ def _serve(options: argparse.Namespace) -> int:
     except BaseException:
         server.shutdown()
         raise
+    if server.has_hung:
+        end_hung(server.shutdown)
     return 0 if server.shutdown() else EXIT_CUT_OFF
 
 

@@ -17,7 +17,7 @@ from typing import Any
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray warns of deprecations in its own imports
     import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.table import Table
@@ -60,8 +60,8 @@ def up(options: argparse.Namespace) -> int:
             .remote(spec)
         )
         try:
-            ray.get(controller.start.remote())
-            report = _wait_ready(controller, options.timeout_s)
+            _change(controller.start)
+            report = _wait_ready(spec.name, options.timeout_s)
         except BaseException as error:
             try:
                 _take_down(controller, spec)
@@ -75,8 +75,9 @@ def up(options: argparse.Namespace) -> int:
 
 def status(options: argparse.Namespace) -> int:
     """Print every server; exit code 0 when all serve, else 1."""
-    with _connected(options.address):
-        report = _ask(_controller(options.name).report)
+    # Ray prints what it hears of dead nodes to stdout, where with --json nothing but JSON belongs.
+    with contextlib.redirect_stdout(sys.stderr), _connected(options.address):
+        report = _report(options.name)
     if options.json:
         print(json.dumps(_as_json(report)))
     else:
@@ -89,10 +90,9 @@ def scale(options: argparse.Namespace) -> int:
     if options.replicas < 1:
         raise ConfigError(f"replicas is {options.replicas}, expected at least 1; to stop everything: cluster down")
     with _connected(options.address):
-        controller = _controller(options.name)
-        _check_shards(controller, shard=options.shard)
-        ray.get(controller.scale.remote(options.replicas, options.shard))
-        _print(_wait_ready(controller, options.timeout_s))
+        _check_shards(options.name, shard=options.shard)
+        _change(_controller(options.name).scale, options.replicas, options.shard)
+        _print(_wait_ready(options.name, options.timeout_s))
     return 0
 
 
@@ -101,18 +101,17 @@ def move(options: argparse.Namespace) -> int:
     if options.source == options.target:
         raise ConfigError(f"source and target are both {options.source}, expected two shards")
     with _connected(options.address):
-        controller = _controller(options.name)
-        _check_shards(controller, source=options.source, target=options.target)
-        ray.get(controller.move.remote(options.source, options.target))
-        _print(_wait_ready(controller, options.timeout_s))
+        _check_shards(options.name, source=options.source, target=options.target)
+        _change(_controller(options.name).move, options.source, options.target)
+        _print(_wait_ready(options.name, options.timeout_s))
     return 0
 
 
 def down(options: argparse.Namespace) -> int:
     """Let every server finish what it has, stop all of them, free what was reserved."""
     with _connected(options.address):
-        controller = _controller(options.name)
-        _take_down(controller, _ask(controller.report).spec)
+        spec = _report(options.name).spec
+        _take_down(_controller(options.name), spec)
     return 0
 
 
@@ -188,24 +187,46 @@ def _controller(tier: str) -> Any:
         raise ClusterError(f"no tier {tier!r} on this Ray cluster") from None
 
 
-def _check_shards(controller: Any, **numbers: int | None) -> None:
-    shards = _ask(controller.report).spec.shards
+def _check_shards(tier: str, **numbers: int | None) -> None:
+    shards = _report(tier).spec.shards
     for name, number in numbers.items():
         if number is not None and not 0 <= number < shards:
             raise ConfigError(f"{name} is {number}, expected 0 to {shards - 1}")
 
 
-def _ask(method: Any) -> Any:
+def _report(tier: str) -> TierReport:
+    """What the controller says. One that is just being started again is waited for: to ask twice changes nothing."""
+    until_s = time.monotonic() + _ASK_TIMEOUT_S
+    while True:
+        try:
+            report: TierReport = ray.get(_controller(tier).report.remote(), timeout=_ASK_TIMEOUT_S)
+            return report
+        except RayActorError as error:
+            if time.monotonic() > until_s:
+                raise ClusterError(f"the controller does not come back: {_first_line(error)}") from error
+            time.sleep(0.2)
+        except RayError as error:
+            raise ClusterError(f"the controller does not answer: {_first_line(error)}") from error
+
+
+def _change(method: Any, *arguments: object) -> None:
+    """Have the controller do something, once: what it had done of it when it died, only a report can tell."""
     try:
-        return ray.get(method.remote(), timeout=_ASK_TIMEOUT_S)
-    except RayError as error:
-        raise ClusterError(f"the controller does not answer: {str(error).splitlines()[0]}") from error
+        ray.get(method.remote(*arguments))
+    except RayActorError as error:
+        raise ClusterError(
+            f"the controller died at it: {_first_line(error)}; see cluster status, then ask again"
+        ) from error
 
 
-def _wait_ready(controller: Any, timeout_s: float) -> TierReport:
+def _first_line(error: RayError) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _wait_ready(tier: str, timeout_s: float) -> TierReport:
     until_s = time.monotonic() + timeout_s
     while True:
-        report: TierReport = _ask(controller.report)
+        report = _report(tier)
         for replica in report.replicas:
             if replica.status.exit_code == _UNUSABLE:
                 raise ClusterError(f"{replica.name} on {replica.node}: {replica.status.last_words}")
@@ -223,8 +244,9 @@ def _take_down(controller: Any, spec: ClusterSpec) -> None:
     try:
         ray.get(controller.down.remote(), timeout=spec.shutdown_grace_s + _DOWN_MARGIN_S)
     except RayError as error:  # without their controller nobody would find the servers again
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ClusterError(f"tier {spec.name!r} is not down yet: {reason}; run cluster down again") from error
+        raise ClusterError(
+            f"tier {spec.name!r} is not down yet: {_first_line(error)}; run cluster down again"
+        ) from error
     ray.kill(controller, no_restart=True)
 
 

@@ -77,6 +77,7 @@ _RANGES: Final = {
     "max_graph_tokens": (0, _UINT32_MAX),
     "max_streams": (1, 4096),
     "max_stream_requests": (1, _UNBOUNDED),
+    "max_stream_answer_bytes": (1, _UNBOUNDED),
     "max_unary_requests": (1, 4096),
     "max_region_bytes": (4096, _UNBOUNDED),
     "frontends": (0, 64),
@@ -144,6 +145,9 @@ class Config:
     """Most open ForwardStream calls; beyond, RESOURCE_EXHAUSTED."""
     max_stream_requests: int = field(default=32, metadata=_in(_BATCHING, "N"))
     """Most requests of one stream that are read but not answered; beyond, the stream is not read on."""
+    max_stream_answer_bytes: int = field(default=67108864, metadata=_in(_BATCHING, "BYTES"))
+    """While the caller of a stream has not taken so many bytes of answers, the stream is not read on. What was read
+    before is still answered; with front-ends, in their own memory, not in what they share with the engine."""
     max_unary_requests: int = field(default=64, metadata=_in(_BATCHING, "N"))
     """Most Forward calls at a time; beyond, RESOURCE_EXHAUSTED."""
     request_timeout_s: float = field(default=60.0, metadata=_in(_BATCHING, "SECONDS"))
@@ -182,6 +186,10 @@ class Config:
 
     shutdown_grace_s: float = field(default=30.0, metadata=_in(_OPERATION, "SECONDS"))
     """After SIGTERM or SIGINT: how long requests in flight may take to finish before the process ends anyway."""
+    engine_hang_timeout_s: float = field(default=60.0, metadata=_in(_OPERATION, "SECONDS"))
+    """When a batch has not ended after this time, what computes is taken to hang: the server says NOT_SERVING, fails
+    its requests with UNAVAILABLE and ends with exit code 1; with front-ends the process that computes is killed, and
+    started again (engine_restart). Set it above what the longest batch takes, on a CPU minutes perhaps. 0: never."""
     ready_file: Path | None = field(default=None, metadata=_in(_OPERATION, "FILE"))
     """Write one line of JSON here when every layer answers: address, port, metrics_port, admin_port, pid,
     instance_id. With front-ends also engine_pid and frontend_pids; it is removed while the engine or a front-end does
@@ -206,9 +214,7 @@ class Config:
             self._check_range(name, least, most)
         # A request may be as large as a batch, and must fit in the queue.
         self._check_range("max_queue_tokens", self.max_batch_tokens, _UINT32_MAX)
-        for name in ("request_timeout_s", "shutdown_grace_s"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise self._error(name, "a positive number of seconds")
+        self._check_seconds()
         for option in dataclasses.fields(self):
             choices = option.metadata["choices"]
             if choices and getattr(self, option.name) not in choices:
@@ -241,6 +247,13 @@ class Config:
         """The largest request, or answer, must fit."""
         if self.frontends:
             self._check_range("frontend_arena_bytes", self.max_message_bytes + LARGEST_BLOCK_OVERHEAD_BYTES, _UNBOUNDED)
+
+    def _check_seconds(self) -> None:
+        for name in ("request_timeout_s", "shutdown_grace_s"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise self._error(name, "a positive number of seconds")
+        if not 0 <= self.engine_hang_timeout_s < float("inf"):
+            raise self._error("engine_hang_timeout_s", "a number of seconds, 0 for never")
 
     def _check_tls(self) -> None:
         if (self.tls_cert_file is None) != (self.tls_key_file is None):

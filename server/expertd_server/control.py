@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from expertd_server.config import Config
 
-__all__ = ["Collect", "Collected", "Control", "Serving", "Start", "Stop"]
+__all__ = ["Collect", "Collected", "Control", "Hangs", "Serving", "Start", "Stop"]
 
 # A peer that takes a message, or the rest of one that it began, no faster than this is as good as gone.
 _TIMEOUT_S: Final = 5.0
@@ -65,6 +65,14 @@ class Serving:
     """For a log line."""
     admin_port: int | None = None
     """Where this process takes orders."""
+
+
+@dataclass(frozen=True)
+class Hangs:
+    """From a process: it is of no more use, and should be killed."""
+
+    what: str
+    """For a log line."""
 
 
 class Control:

@@ -20,7 +20,7 @@ import torch
 
 from expertd_server.backend import Backend, MoEOutput
 from expertd_server.batcher import Batch, Batcher, Limits
-from expertd_server.forward import ForwardCall, ForwardResult, ForwardTiming, HostTensor
+from expertd_server.forward import ForwardCall, ForwardResult, HostTensor
 from expertd_server.gather import gather, kind_of
 from expertd_server.graphs import Capturer, CudaCapturer, Graphs, progress_bar, run_layer
 from expertd_server.layer import MoELayer
@@ -28,6 +28,7 @@ from expertd_server.layout import BatchKind, InputLayout, input_layout, output_l
 from expertd_server.promise import Promise
 from expertd_server.running import BatchReport, NamedErrors, RunningBatch
 from expertd_server.staging import Slot, SlotPool, make_slots
+from expertd_server.timing import ForwardTiming
 
 __all__ = ["BatchReport", "Engine", "ForwardCall", "ForwardResult", "ForwardTiming", "HostTensor"]
 
@@ -105,6 +106,17 @@ class Engine:
     def hurry(self) -> None:
         """See `Batcher.hurry`."""
         self.batcher.hurry()
+
+    def describe(self, number: int) -> str:
+        """Which batch the batcher's number stands for, for a log line."""
+        batch = self.batcher.in_flight(number)
+        if batch is None:
+            return "a batch that has just ended"
+        assert isinstance(batch.key, _Key)
+        rows = None if self.graphs is None or not batch.key.do_finalize else self.graphs.bucket(batch.num_tokens)
+        bucket = "no graph" if rows is None else f"bucket {rows}"
+        size = f"{len(batch.entries)} requests of {batch.num_tokens} tokens together"
+        return f"layer {batch.key.layer.name!r}, {size}, {bucket}"
 
     def capture(self, layers: Sequence[MoELayer]) -> None:
         """Take the memory that these layers' batches need and capture their graphs, so that no request waits for it.

@@ -21,6 +21,7 @@ from expertd_server.layer import MoELayer
 from expertd_server.loader import load_layers
 from expertd_server.metrics import LayerFacts, Metrics
 from expertd_server.store import Held, LayerStore
+from expertd_server.watchdog import Watchdog, stacks_of
 
 __all__ = ["EngineHost"]
 
@@ -31,6 +32,7 @@ class EngineHost:
     """The one object of its kind in a process that computes.
 
     layers: what to serve, in place of what the options name. on_change: see `LayerStore`.
+    on_hang: told what hangs, once, when a batch takes longer than engine_hang_timeout_s; in a thread of its own.
     """
 
     def __init__(
@@ -40,12 +42,13 @@ class EngineHost:
         backend: Backend | None = None,
         layers: Iterable[MoELayer] | None = None,
         on_change: Callable[[], object] = lambda: None,
+        on_hang: Callable[[str], object],
     ) -> None:
         self._config = config
         self.backend = _backend(config) if backend is None else backend
         self.device_name = _device_name(self.backend.device)
         self.metrics = Metrics(count_expert_tokens=config.expert_token_metrics)
-        self.store = LayerStore(config.memory_budget_bytes, on_change)
+        self.store: LayerStore[MoELayer] = LayerStore(config.memory_budget_bytes, on_change)
         self._layers = load_layers(config, self.backend) if layers is None else layers
         self.engine = Engine(
             Limits(
@@ -58,6 +61,12 @@ class EngineHost:
             max_graph_tokens=config.max_graph_tokens,
             on_batch=self._observe_batch,
         )
+        self._on_hang = on_hang
+        self._watchdog: Watchdog | None = None
+        if config.engine_hang_timeout_s:
+            self._watchdog = Watchdog(
+                self.engine.batcher.oldest_in_flight, config.engine_hang_timeout_s, self._tell_of_hang
+            )
 
     def start(self, soon: Callable[[Callable[[], object]], object]) -> None:
         """Start the batcher and the metrics; there are no layers yet.
@@ -71,6 +80,13 @@ class EngineHost:
         self.metrics.watch_device(lambda: self.engine.slots.in_use, self.engine.device_memory)
         computes_at_once = self.backend.name == "noop" and not self._config.max_queue_delay_us
         batcher.start(soon if computes_at_once else None)
+        if self._watchdog is not None:
+            self._watchdog.start()
+
+    def close(self) -> None:
+        """Look after the engine no more: nothing of it runs, or the process ends anyway."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
 
     def load(self, hold: Callable[[MoELayer], None], is_stopped: Callable[[], bool]) -> bool:
         """Load every layer and capture its graphs; False when it was stopped before.
@@ -128,6 +144,11 @@ class EngineHost:
         )
         return AdminEndpoint(self._config, service, self.metrics)
 
+    def _tell_of_hang(self, number: int, seconds: float) -> None:
+        what = f"the engine hangs: {self.engine.describe(number)}, not done after {seconds:.1f} s"
+        log.critical("%s\n%s", what, stacks_of(self.engine.batcher.threads))
+        self._on_hang(what)
+
     def _observe_batch(self, batch: BatchReport) -> None:
         self.metrics.observe_batch(batch.layer.name, batch.num_requests, batch.num_tokens, [batch.topk_ids.numpy()])
         self.metrics.observe_device(batch.compute_s, batch.num_tokens, batch.graph_rows)
@@ -155,7 +176,7 @@ def _device_name(device: torch.device) -> str:
     return models[0] if models else platform.machine()
 
 
-def _facts(held: Held) -> list[LayerFacts]:
+def _facts(held: Held[MoELayer]) -> list[LayerFacts]:
     """What the metrics say about a layer, version by version."""
     spec = held.current.spec
     return [

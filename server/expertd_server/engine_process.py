@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
+import time
 from collections.abc import Callable, Iterable
 
 from expertd_server.admin_endpoint import AdminEndpoint
@@ -11,7 +13,7 @@ from expertd_server.backend import Backend
 from expertd_server.child import Child
 from expertd_server.config import Config
 from expertd_server.engine_host import EngineHost
-from expertd_server.exits import EXIT_CUT_OFF
+from expertd_server.exits import EXIT_CUT_OFF, EXIT_FAILED
 from expertd_server.gate import EngineGate
 from expertd_server.layer import MoELayer
 
@@ -24,10 +26,15 @@ log = logging.getLogger(__name__)
 _APPLY_TIMEOUT_S = 1.0
 # What is left to a batch that runs on when the grace is over.
 _STOP_S = 1.0
+# A supervisor that has not killed an engine that hangs by then is gone, or hangs itself.
+_KILL_S = 5.0
 
 
 class EngineProcess:
-    """What the engine's process holds. mailbox: see `RemoteEngine`; backend, layers: see `EngineHost`."""
+    """What the engine's process holds. mailbox: see `RemoteEngine`; backend, layers: see `EngineHost`.
+
+    on_hang: see `EngineHost`; called when every front-end knows. The process is of no more use then.
+    """
 
     def __init__(
         self,
@@ -36,12 +43,18 @@ class EngineProcess:
         *,
         backend: Backend | None = None,
         layers: Iterable[MoELayer] | None = None,
+        on_hang: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._config = config
+        self._on_hang = on_hang
         self._admin: AdminEndpoint | None = None
         # Whoever changes what is held may rely on it: front-ends check the next request against the change.
         self.host = EngineHost(
-            config, backend=backend, layers=layers, on_change=lambda: self.gate.publish(_APPLY_TIMEOUT_S)
+            config,
+            backend=backend,
+            layers=layers,
+            on_change=lambda: self.gate.publish(_APPLY_TIMEOUT_S),
+            on_hang=self._leave,
         )
         self.gate = EngineGate(
             self.host.engine, self.host.store, mailbox, backend=self.host.backend.name, device=self.host.device_name
@@ -73,14 +86,29 @@ class EngineProcess:
             self._admin.close()
         drained = self.drain(self._config.shutdown_grace_s)
         self.host.engine.batcher.stop(_STOP_S)
+        self.host.close()
         self.gate.close()
         log.info("stopped")
         return drained
 
+    def _leave(self, what: str) -> None:
+        """Front-ends fail what they have asked for and turn health off, as if this process had ended."""
+        self.gate.leave()
+        self._on_hang(what)
+
 
 def run_engine(child: Child) -> int:
-    """Compute until the supervisor says stop; returns the exit code. Raises ConfigError and CheckpointError."""
-    engine = EngineProcess(child.config, child.mailbox)
+    """Compute until the supervisor says stop; returns the exit code. Raises ConfigError and CheckpointError.
+
+    An engine that hangs asks the supervisor to be killed.
+    """
+
+    def on_hang(what: str) -> None:
+        child.tell_of_hang(what)
+        time.sleep(_KILL_S)
+        os._exit(EXIT_FAILED)
+
+    engine = EngineProcess(child.config, child.mailbox, on_hang=on_hang)
     child.listen(lambda: list(engine.host.metrics.registry.collect()))
     if engine.startup(child.stop_requested.is_set):
         child.tell(is_serving=True, summary=engine.host.summary(), admin_port=engine.admin_port)

@@ -1,18 +1,19 @@
 """What a process of this server says when it ends.
 
-Exit codes: 0 done; 1 it failed on the way, the last line of standard error says why; 2 the command line, an option or
-the checkpoint cannot be used; 3 stopped with requests still in flight after shutdown_grace_s.
+Exit codes: 0 done; 1 it failed on the way, or hangs, the last lines of standard error say why; 2 the command line, an
+option or the checkpoint cannot be used; 3 stopped with requests still in flight after shutdown_grace_s.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NoReturn
 
 from expertd_server.errors import CheckpointError, ConfigError, ExpertdServerError
 
-__all__ = ["EXIT_CUT_OFF", "EXIT_FAILED", "EXIT_UNUSABLE", "exit_code_of"]
+__all__ = ["EXIT_CUT_OFF", "EXIT_FAILED", "EXIT_UNUSABLE", "end_hung", "exit_code_of"]
 
 EXIT_FAILED: Final = 1
 EXIT_UNUSABLE: Final = 2
@@ -29,6 +30,19 @@ def exit_code_of(run: Callable[[], int]) -> int:
         return _complain(error, EXIT_FAILED)
     except KeyboardInterrupt:
         return 130
+
+
+def end_hung(close: Callable[[], object]) -> NoReturn:
+    """End this process, in which something hangs: close what can be closed, then leave without Python's own goodbyes.
+
+    NOTE: those of the CUDA driver would wait for what hangs.
+    """
+    try:
+        close()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(EXIT_FAILED)
 
 
 def _complain(error: Exception, code: int) -> int:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from expertd_server.layer import MoELayer
+from expertd_server.timing import ForwardTiming
 
-__all__ = ["ForwardCall", "ForwardResult", "ForwardTiming", "HostTensor"]
+__all__ = ["ForwardCall", "ForwardResult", "HostTensor"]
 
 
 @dataclass(slots=True)  # not frozen, which makes making one take three times as long; likewise below
@@ -57,18 +58,6 @@ class ForwardCall:
     def num_tokens(self) -> int:
         """T."""
         return self.hidden_states.shape[0]
-
-
-@dataclass(slots=True)
-class ForwardTiming:
-    """Where a request's time went, in microseconds, and in what company it ran; the proto's Timing has the words."""
-
-    queue_us: int
-    copy_in_us: int
-    compute_us: int
-    copy_out_us: int
-    batch_tokens: int
-    batch_requests: int
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 
-from expertd_server import __version__
+from expertd_server import __version__, remote_codec
 from expertd_server.child import Child
 from expertd_server.config import Config
 from expertd_server.event_loop import EventLoop
@@ -15,6 +15,7 @@ from expertd_server.exits import EXIT_CUT_OFF
 from expertd_server.listener import Listener
 from expertd_server.metrics import Metrics
 from expertd_server.remote import EngineState, RemoteEngine
+from expertd_server.remote_layer import RemoteLayer
 from expertd_server.service import ServerFacts
 from expertd_server.store import LayerStore
 
@@ -43,7 +44,7 @@ class Frontend:
         self._known: set[str] = set()
         """Names of layers that health has heard of."""
         self.metrics = Metrics()
-        self.store = LayerStore()
+        self.store: LayerStore[RemoteLayer] = LayerStore()
         self._loop = EventLoop.acquire()
         self.engine = RemoteEngine(
             name,
@@ -61,7 +62,13 @@ class Frontend:
             instance_id=instance_id,
         )
         self._listener = Listener(
-            config, store=self.store, engine=self.engine, metrics=self.metrics, facts=facts, shares_port=True
+            config,
+            store=self.store,
+            engine=self.engine,
+            codec=remote_codec,
+            metrics=self.metrics,
+            facts=facts,
+            shares_port=True,
         )
 
     def start(self, port: int) -> int:
@@ -86,7 +93,7 @@ class Frontend:
         is_serving = state is not None and not state.is_loading and not self._is_draining
         if not is_serving:
             listener.set_serving(False)
-        layers = [] if state is None else [(one.to_layer(), one.is_current) for one in state.layers]
+        layers = [] if state is None else [(one, one.is_current) for one in state.layers]
         self.store.replace(layers, is_loading=state is None or state.is_loading)
         if self._is_draining:
             listener.begin_drain()

@@ -17,7 +17,7 @@ from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import Any, Final
 
-from expertd_server.blocks import MAX_ERROR_BYTES, read_call, read_layer_id, write_answer, write_error
+from expertd_server.blocks import MAX_ERROR_BYTES, read_call, write_answer, write_error
 from expertd_server.calls import CallEngine
 from expertd_server.control import Control
 from expertd_server.errors import UnavailableError
@@ -28,6 +28,7 @@ from expertd_server.remote_layer import RemoteLayer
 from expertd_server.ring import Channel, Descriptor
 from expertd_server.status import status_of
 from expertd_server.store import LayerStore
+from expertd_server.wire import answer_tensors, call_of
 
 __all__ = ["EngineGate"]
 
@@ -46,7 +47,7 @@ class EngineGate:
     def __init__(
         self,
         engine: CallEngine,
-        store: LayerStore,
+        store: LayerStore[MoELayer],
         mailbox: socket.socket,
         *,
         backend: str,
@@ -120,6 +121,13 @@ class EngineGate:
             self._drop(peer)
         self._epoll.close()
         os.close(self._wake_fd)
+
+    def leave(self) -> None:
+        """Hang up on every front-end, and take none in; from any thread, and waits for no other."""
+        self._is_closed = True
+        os.eventfd_write(self._wake_fd, 1)
+        for peer in list(self._peers.values()):
+            peer.control.hang_up()
 
     def soon(self, function: Callable[[], object]) -> None:
         """Call a function when what front-ends have sent by now is read; for this object's own thread."""
@@ -205,13 +213,13 @@ class EngineGate:
             return
         block = peer.memory[descriptor.offset : descriptor.offset + descriptor.nbytes]
         try:
-            layer = self._layers.get(read_layer_id(block))
+            layer_id, deadline_s, request = read_call(block)
+            layer = self._layers.get(layer_id)
             if layer is None:
                 raise UnavailableError(
                     "the layers held here changed while this request came; ask again", _STALE_RETRY_DELAY_S
                 )
-            call, deadline_s = read_call(block, layer)
-            future = self._engine.submit(call, deadline_s)
+            future = self._engine.submit(call_of(layer, request), deadline_s)
         except Exception as error:
             self._fail(peer, number, block, error)
             return
@@ -229,7 +237,10 @@ class EngineGate:
             self._fail(peer, number, block, failure)
             return
         try:
-            write_answer(block, future.result(), self._engine.queue_tokens)
+            result = future.result()
+            write_answer(
+                block, answer_tensors(result), result.timing, result.weights_version, self._engine.queue_tokens
+            )
             peer.to_frontend.publish(ANSWERED, number)
         except Exception as error:
             self._fail(peer, number, block, error)

@@ -49,6 +49,10 @@ class MoELayer:
         """[E] float32 or bfloat16."""
         return self.prepared.weights.routing_bias
 
+    def bias_values(self) -> list[float] | None:
+        """The routing bias as float32, which holds every bfloat16."""
+        return None if self.routing_bias is None else self.routing_bias.float().tolist()
+
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> MoEOutput:
         """Run the layer; arguments and answer as in `Backend.forward`."""
         return self.backend.forward(self.prepared, hidden_states, **arguments)

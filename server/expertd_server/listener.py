@@ -12,8 +12,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from expertd_server.admin import not_here_handler
-from expertd_server.calls import CallEngine, Calls
+from expertd_server.admin_methods import not_here_handler
+from expertd_server.calls import CallEngine, Calls, Codec
 from expertd_server.config import Config
 from expertd_server.errors import ConfigError
 from expertd_server.event_loop import EventLoop
@@ -51,16 +51,17 @@ class Drainable(Protocol):
 class Listener:
     """ExpertService, health and reflection on one port. Until told otherwise, health says NOT_SERVING.
 
-    shares_port: whether other processes of this server listen on the same port. Call `shutdown` in any case;
-    again is of no effect.
+    codec: between messages and what the engine takes and gives. shares_port: whether other processes of this server
+    listen on the same port. Call `shutdown` in any case; again is of no effect.
     """
 
     def __init__(
         self,
         config: Config,
         *,
-        store: LayerStore,
+        store: LayerStore[Any],
         engine: CallEngine,
+        codec: Codec,
         metrics: Metrics,
         facts: ServerFacts,
         shares_port: bool = False,
@@ -73,6 +74,7 @@ class Listener:
         calls = Calls(
             store=store,
             engine=engine,
+            codec=codec,
             metrics=metrics,
             max_batch_tokens=config.max_batch_tokens,
             max_message_bytes=config.max_message_bytes,
@@ -85,6 +87,7 @@ class Listener:
             max_unary_requests=config.max_unary_requests,
             max_streams=config.max_streams,
             max_stream_requests=config.max_stream_requests,
+            max_stream_answer_bytes=config.max_stream_answer_bytes,
             region_door=self._region_door,
             max_region_bytes=config.max_region_bytes,
         )

@@ -16,19 +16,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
 from google.rpc import status_pb2
 
-from expertd_server.blocks import block_bytes, read_answer, read_error, write_call
+from expertd_server.blocks import block_bytes, read_error, write_call
 from expertd_server.control import Control
 from expertd_server.errors import ExpertdServerError, OverloadedError, RequestTimeoutError, UnavailableError
 from expertd_server.event_loop import EventLoop
-from expertd_server.forward import ForwardCall, ForwardResult
 from expertd_server.promise import Promise
-from expertd_server.remote_layer import RemoteLayer, layer_id_of
+from expertd_server.remote_codec import RemoteAnswer, RemoteCall
+from expertd_server.remote_layer import RemoteLayer
 from expertd_server.ring import Arena, Block, Channel, Descriptor
 from expertd_server.status import RelayedError
 
@@ -121,7 +121,7 @@ class RemoteEngine:
         """Look for an engine."""
         self._thread.start()
 
-    def submit(self, call: ForwardCall, deadline_s: float | None = None) -> Promise[Any]:
+    def submit(self, call: RemoteCall, deadline_s: float | None = None) -> Promise[Any]:
         """Queue a call, as `Engine.submit` does; what the engine refuses fails the promise.
 
         Where the shared memory has no room the call waits for it, a second at most and not beyond the deadline; then
@@ -194,19 +194,12 @@ class RemoteEngine:
 
 
 @dataclass(slots=True)
-class _BlockResult(ForwardResult):
-    """An answer whose tensors are views of a block, which is free again when this is gone."""
-
-    block: Block | None = None
-
-
-@dataclass(slots=True)
 class _Waiting:
     """A call that the engine has."""
 
     promise: Promise[Any]
     block: Block
-    encode: Callable[[ForwardResult], Any] | None
+    encode: Callable[[RemoteAnswer], Any] | None
 
 
 @dataclass(slots=True)
@@ -214,7 +207,7 @@ class _Roomless:
     """A call that waits for room in the arena."""
 
     promise: Promise[Any]
-    call: ForwardCall
+    call: RemoteCall
     nbytes: int
     deadline_s: float | None
     give_up_s: float
@@ -240,9 +233,10 @@ class _Link:
         self._sequence = 0
         self.queue_tokens = 0
 
-    def submit(self, call: ForwardCall, deadline_s: float | None) -> Promise[Any]:
+    def submit(self, call: RemoteCall, deadline_s: float | None) -> Promise[Any]:
         promise: Promise[Any] = Promise()
-        nbytes = block_bytes(call)
+        spec = call.layer.spec
+        nbytes = block_bytes(call.request, spec.hidden_size, spec.top_k)
         with self._changed:
             self._check_open()
         # Nobody with a smaller wish passes by those who wait.
@@ -259,8 +253,8 @@ class _Link:
             os.eventfd_write(self._wake_fd, 1)
         return promise
 
-    def _send(self, promise: Promise[Any], call: ForwardCall, deadline_s: float | None, block: Block) -> None:
-        write_call(block.view, call, layer_id_of(call.layer), deadline_s)
+    def _send(self, promise: Promise[Any], call: RemoteCall, deadline_s: float | None, block: Block) -> None:
+        write_call(block.view, call.request, call.layer.layer_id, deadline_s)
         with self._changed:
             self._check_open()
             number = next(self._numbers)
@@ -402,19 +396,19 @@ class _Link:
             status = status_pb2.Status.FromString(read_error(block.view, descriptor.nbytes))
             _fail(promise, RelayedError(status))
             return
-        result, self.queue_tokens = read_answer(block.view)
+        answer = RemoteAnswer(block)
+        self.queue_tokens = answer.queue_tokens
         if not promise.set_running_or_notify_cancel():
             return
         if waiting.encode is None:
-            parts = {field.name: getattr(result, field.name) for field in fields(ForwardResult)}
-            promise.set_result(_BlockResult(**parts, block=block))
+            promise.set_result(answer)
             return
         try:
-            answer = waiting.encode(result)
+            encoded = waiting.encode(answer)
         except Exception as error:
             promise.set_exception(error)
         else:
-            promise.set_result(answer)
+            promise.set_result(encoded)
 
     def _told(self, state: EngineState, on_state: Callable[[_Link, EngineState], None]) -> None:
         if state.sequence < self._sequence:  # two threads of the engine's process sent them

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from expertd_server.backend import MoEOutput, PreparedLayer
-from expertd_server.layer import MoELayer
+from expertd_server.store import HeldLayer
 from expertd_server.types import LayerSpec
-from expertd_server.weights import ExpertWeights
 
-__all__ = ["RemoteLayer", "layer_id_of"]
+__all__ = ["RemoteLayer"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RemoteLayer:
     """All of a layer but its weights."""
 
@@ -29,13 +23,13 @@ class RemoteLayer:
     spec: LayerSpec
     nbytes: int
     hidden_states_scale: float | None
-    routing_bias: Sequence[float] | None
+    routing_bias: tuple[float, ...] | None
     """As float32, which holds every bfloat16."""
 
     @classmethod
-    def of(cls, layer: MoELayer, layer_id: int, *, is_current: bool) -> RemoteLayer:
+    def of(cls, layer: HeldLayer, layer_id: int, *, is_current: bool) -> RemoteLayer:
         """What is to be known of a layer."""
-        bias = None if layer.routing_bias is None else layer.routing_bias.float().tolist()
+        bias = layer.bias_values()
         return cls(
             layer_id=layer_id,
             name=layer.name,
@@ -44,45 +38,9 @@ class RemoteLayer:
             spec=layer.spec,
             nbytes=layer.nbytes,
             hidden_states_scale=layer.hidden_states_scale,
-            routing_bias=bias,
+            routing_bias=None if bias is None else tuple(bias),
         )
 
-    def to_layer(self) -> MoELayer:
-        """A layer that can be described and asked for, and computed elsewhere."""
-        nothing = torch.empty(0)
-        weights = ExpertWeights(
-            gemm1_weights=nothing,
-            output1_scales_scalar=nothing,
-            output1_scales_gate_scalar=nothing,
-            gemm2_weights=nothing,
-            output2_scales_scalar=nothing,
-            routing_bias=None if self.routing_bias is None else torch.tensor(self.routing_bias, dtype=torch.float32),
-            hidden_states_scale=self.hidden_states_scale,
-        )
-        prepared = PreparedLayer(self.spec, weights, self.nbytes, state=self.layer_id)
-        return MoELayer(self.name, prepared, _Elsewhere(), self.weights_version)
-
-
-def layer_id_of(layer: MoELayer) -> int:
-    """The layer_id of what `RemoteLayer.to_layer` made."""
-    layer_id: int = layer.prepared.state
-    return layer_id
-
-
-class _Elsewhere:
-    """The backend of a layer that another process computes: nothing here may ask it to compute."""
-
-    name = "elsewhere"
-    device = torch.device("cpu")
-
-    def prepare(self, spec: LayerSpec, weights: ExpertWeights, *, max_num_tokens: int = 8192) -> PreparedLayer:
-        raise AssertionError(_NOT_HERE)
-
-    def tune(self, layer: PreparedLayer, tune_max_num_tokens: int = 8192) -> dict[int, str]:
-        raise AssertionError(_NOT_HERE)
-
-    def forward(self, layer: PreparedLayer, hidden_states: torch.Tensor, **arguments: Any) -> MoEOutput:
-        raise AssertionError(_NOT_HERE)
-
-
-_NOT_HERE = "this layer is computed by the engine's process: submit the call to the RemoteEngine"
+    def bias_values(self) -> tuple[float, ...] | None:
+        """The routing bias."""
+        return self.routing_bias

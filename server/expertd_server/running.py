@@ -12,10 +12,11 @@ import torch
 from expertd_server.backend import MoEOutput
 from expertd_server.batcher import Batch
 from expertd_server.errors import BackendError, ExpertdServerError
-from expertd_server.forward import ForwardCall, ForwardResult, ForwardTiming
+from expertd_server.forward import ForwardCall, ForwardResult
 from expertd_server.layer import MoELayer
 from expertd_server.layout import OutputLayout
 from expertd_server.staging import Slot, SlotPool
+from expertd_server.timing import ForwardTiming
 
 __all__ = ["BatchReport", "NamedErrors", "RunningBatch"]
 

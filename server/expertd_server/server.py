@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterable
 from types import FrameType
 
-from expertd_server import __version__
+from expertd_server import __version__, codec
 from expertd_server.admin_endpoint import AdminEndpoint
 from expertd_server.backend import Backend
 from expertd_server.config import Config
@@ -19,6 +19,7 @@ from expertd_server.layer import MoELayer
 from expertd_server.listener import Listener
 from expertd_server.metrics_endpoint import MetricsEndpoint
 from expertd_server.ready import clear_ready_file, write_ready_file
+from expertd_server.server_metrics import engine_hangs
 from expertd_server.service import ServerFacts
 
 __all__ = ["Server", "stop_on_signals"]
@@ -37,7 +38,7 @@ class Server:
     ) -> None:
         self.config = config
         self.instance_id = uuid.uuid4().hex
-        self._host = EngineHost(config, backend=backend, layers=layers)
+        self._host = EngineHost(config, backend=backend, layers=layers, on_hang=self._on_hang)
         self.backend, self.metrics = self._host.backend, self._host.metrics
         self.store, self.engine = self._host.store, self._host.engine
         self.port = 0
@@ -46,11 +47,15 @@ class Server:
         self._metrics_endpoint: MetricsEndpoint | None = None
         self.admin_port: int | None = None
         self._admin_endpoint: AdminEndpoint | None = None
+        self.has_hung = False
+        """Whether what computes was found to hang; `serve` then returns, and nothing but an end is left."""
+        self._hangs = engine_hangs(self.metrics.registry)
         self._stop_requested = threading.Event()
         self._listener = Listener(
             config,
             store=self.store,
             engine=self.engine,
+            codec=codec,
             metrics=self.metrics,
             facts=ServerFacts(
                 server_version=__version__,
@@ -117,17 +122,26 @@ class Server:
         return self._listener.drain(self.engine.batcher, timeout_s)
 
     def shutdown(self) -> bool:
-        """Drain within shutdown_grace_s, then close. False when something was cut off."""
+        """Drain within shutdown_grace_s, then close. False when something was cut off, or hangs."""
         self._stop_requested.set()
         if self._admin_endpoint is not None:
             self._admin_endpoint.close()
         log.info("draining: %d requests wait", self.engine.batcher.queue_requests)
         drained = self._listener.shutdown(self.engine.batcher, self.config.shutdown_grace_s)
+        self._host.close()
         if self._metrics_endpoint is not None:
             self._metrics_endpoint.close()
         if self.config.ready_file is not None:
             self.config.ready_file.unlink(missing_ok=True)
-        return drained
+        return drained and not self.has_hung
+
+    def _on_hang(self, _what: str) -> None:
+        """Say NOT_SERVING, fail every request, and have `serve` return."""
+        self.has_hung = True
+        self._hangs.inc()
+        self._stop_requested.set()
+        self.engine.batcher.abandon()
+        self._listener.begin_drain()
 
     def _hold(self, layer: MoELayer) -> None:
         self._host.hold(layer)

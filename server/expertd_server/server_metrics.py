@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-__all__ = ["ServerMetrics"]
+__all__ = ["ServerMetrics", "engine_hangs"]
 
 # A process that has not answered by then is counted as it last said.
 _TIMEOUT_S: Final = 1.0
@@ -42,6 +42,7 @@ class ServerMetrics(Collector):
         self.frontend_restarts = Counter(
             "expertd_frontend_restarts", "Front-end processes started again.", registry=self.registry
         )
+        self.engine_hangs = engine_hangs(self.registry)
         self.engine_restarts = Counter(
             "expertd_engine_restarts", "Times that the engine's process was started again.", registry=self.registry
         )
@@ -98,6 +99,13 @@ class ServerMetrics(Collector):
                 total.add_sample(name, dict(labels), value)
             result.append(total)
         return result
+
+
+def engine_hangs(registry: CollectorRegistry) -> Counter:
+    """What an engine that hangs cannot be asked for: counted by whoever ends it."""
+    return Counter(
+        "expertd_engine_hangs", "Times that a batch did not end within engine_hang_timeout_s.", registry=registry
+    )
 
 
 def _add(samples: _Samples, family: Metric) -> None:

@@ -12,17 +12,18 @@ import grpc
 
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server.calls import Calls
-from expertd_server.codec import read_message, write_answer
 from expertd_server.errors import OverloadedError, RequestTimeoutError
 from expertd_server.event_loop import EventLoop, Inbox
-from expertd_server.forward import ForwardResult, ForwardTiming
 from expertd_server.interceptor import guarded, request_id_of
+from expertd_server.messages import read_message
 from expertd_server.promise import Promise
 from expertd_server.region_door import RegionDoor
 from expertd_server.regions import StreamRegions
 from expertd_server.store import Held
 from expertd_server.stream import Stream
-from expertd_server.wire import checked_name, layer_info
+from expertd_server.timing import ForwardTiming
+from expertd_server.wire_answer import layer_info
+from expertd_server.wire_check import checked_name
 
 __all__ = ["SERVICE_NAME", "ExpertService", "ServerFacts"]
 
@@ -59,6 +60,7 @@ class ExpertService:
         max_unary_requests: int,
         max_streams: int,
         max_stream_requests: int,
+        max_stream_answer_bytes: int,
         region_door: RegionDoor | None = None,
         max_region_bytes: int = 0,
     ) -> None:
@@ -69,6 +71,7 @@ class ExpertService:
         self._max_unary_requests = max_unary_requests
         self._max_streams = max_streams
         self._max_stream_requests = max_stream_requests
+        self._max_stream_answer_bytes = max_stream_answer_bytes
         self._region_door = region_door
         self._max_region_bytes = 0 if region_door is None else max_region_bytes
         self._changed = threading.Condition()
@@ -112,12 +115,13 @@ class ExpertService:
             timeout_s = min(timeout_s, time_remaining_s)
         sent: list[tuple[float, ForwardTiming]] = []
 
-        def encode(result: ForwardResult) -> bytes:
+        def encode(result: Any) -> bytes:
             sent.append((calls.clock(), result.timing))
-            return write_answer(result, calls.queue_depth_tokens)
+            return calls.codec.write_answer(result, calls.queue_depth_tokens)
 
         promise = calls.admit(read_message(data), arrived_s, timeout_s, encode)
         del data
+        calls.hurry()
         try:
             await self._kept(promise, arrived_s + timeout_s - calls.clock())
             answer = promise.result(timeout=0)
@@ -140,6 +144,7 @@ class ExpertService:
             regions=StreamRegions(self._region_door, self._max_region_bytes),
             max_requests=self._max_stream_requests,
             max_tokens=2 * self._calls.max_batch_tokens,
+            max_answer_bytes=self._max_stream_answer_bytes,
             log_id=request_id_of(context),
         )
         self._enter_stream(stream, context)
@@ -182,7 +187,7 @@ class ExpertService:
         for stream in list(self._streams):
             stream.close()
 
-    def _describe(self, held: Held) -> pb.LayerInfo:
+    def _describe(self, held: Held[Any]) -> pb.LayerInfo:
         return layer_info(held.current, held.weights_versions, is_loading=self._calls.store.is_loading)
 
     async def _kept(self, promise: Promise[bytes], timeout_s: float) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from expertd_server.errors import (
     ConfigError,
@@ -16,9 +17,9 @@ from expertd_server.errors import (
     VersionConflictError,
     VersionNotHeldError,
 )
-from expertd_server.layer import MoELayer
+from expertd_server.types import LayerSpec
 
-__all__ = ["Held", "LayerStore", "Removed"]
+__all__ = ["Held", "HeldLayer", "LayerStore", "Removed"]
 
 # Names shown when a name is not found: enough to see the pattern, short enough for a message.
 _MAX_NAMES_SHOWN = 8
@@ -26,12 +27,31 @@ _MAX_NAMES_SHOWN = 8
 _LOADING_RETRY_DELAY_S = 1.0
 
 
+class HeldLayer(Protocol):
+    """What is known of a layer wherever requests to it are checked: a `MoELayer`, or a `RemoteLayer` in its place."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def weights_version(self) -> int: ...
+    @property
+    def spec(self) -> LayerSpec: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def hidden_states_scale(self) -> float | None: ...
+    def bias_values(self) -> Sequence[float] | None: ...
+
+
+L = TypeVar("L", bound=HeldLayer)
+
+
 @dataclass(frozen=True)
-class Held:
+class Held(Generic[L]):
     """A layer as it is held at one moment."""
 
-    current: MoELayer
-    versions: tuple[MoELayer, ...]
+    current: L
+    versions: tuple[L, ...]
     """All of them, the current one included, by ascending version."""
 
     @property
@@ -55,7 +75,7 @@ class Removed:
         return all(event.wait(max(0.0, until_s - time.monotonic())) for event in self.freed)
 
 
-class LayerStore:
+class LayerStore(Generic[L]):
     """Many named layers, each in one or more versions of its weights, one of them current; thread-safe.
 
     budget_bytes: most bytes that the prepared layers may hold together; None: no bound. Versions that were removed
@@ -67,9 +87,9 @@ class LayerStore:
         self._budget_bytes = budget_bytes
         self._on_change = on_change
         self._lock = threading.Lock()
-        self._layers: dict[str, dict[int, MoELayer]] = {}
+        self._layers: dict[str, dict[int, L]] = {}
         self._current: dict[str, int] = {}
-        self._removed: weakref.WeakSet[MoELayer] = weakref.WeakSet()
+        self._removed: weakref.WeakSet[L] = weakref.WeakSet()
         self._loading = True
 
     @property
@@ -83,7 +103,7 @@ class LayerStore:
         """Whether `finish_loading` is still to come."""
         return self._loading
 
-    def add(self, layer: MoELayer) -> None:
+    def add(self, layer: L) -> None:
         """Hold a layer. The first version of a name is the current one; others wait for `set_current`.
 
         Raises VersionConflictError when this version is held already, ConfigError when its shape differs from that of
@@ -144,9 +164,9 @@ class LayerStore:
         self._on_change()
         return Removed(sum(layer.nbytes for layer in gone), tuple(_freed(layer) for layer in gone))
 
-    def replace(self, layers: Iterable[tuple[MoELayer, bool]], *, is_loading: bool) -> None:
+    def replace(self, layers: Iterable[tuple[L, bool]], *, is_loading: bool) -> None:
         """Hold exactly these versions, each with whether it is the current one, whatever their size."""
-        held: dict[str, dict[int, MoELayer]] = {}
+        held: dict[str, dict[int, L]] = {}
         current: dict[str, int] = {}
         for layer, is_current in layers:
             held.setdefault(layer.name, {})[layer.weights_version] = layer
@@ -161,7 +181,7 @@ class LayerStore:
             self._loading = False
         self._on_change()
 
-    def get(self, name: str, weights_version: int | None = None) -> MoELayer:
+    def get(self, name: str, weights_version: int | None = None) -> L:
         """A layer by name, in its current version or in the asked one.
 
         Raises LayerNotFoundError and VersionNotHeldError, which list what is held; while layers are being loaded,
@@ -172,18 +192,18 @@ class LayerStore:
                 raise _not_loaded(name)
             return self._find(name, weights_version)
 
-    def held(self, name: str) -> Held:
+    def held(self, name: str) -> Held[L]:
         """A layer with all its versions. Raises LayerNotFoundError, or UnavailableError when it may still come."""
         with self._lock:
             self._find(name, None)
             return self._held(name)
 
-    def all_held(self) -> list[Held]:
+    def all_held(self) -> list[Held[L]]:
         """Every layer with all its versions, sorted by name."""
         with self._lock:
             return [self._held(name) for name in sorted(self._layers)]
 
-    def layers(self) -> list[MoELayer]:
+    def layers(self) -> list[L]:
         """The current version of every layer, sorted by name."""
         return [held.current for held in self.all_held()]
 
@@ -191,7 +211,7 @@ class LayerStore:
         """Every version held of a layer, ascending. Raises LayerNotFoundError."""
         return self.held(name).weights_versions
 
-    def _held(self, name: str) -> Held:
+    def _held(self, name: str) -> Held[L]:
         versions = self._layers[name]
         return Held(versions[self._current[name]], tuple(versions[number] for number in sorted(versions)))
 
@@ -212,7 +232,7 @@ class LayerStore:
                 free_bytes=max(0, self._budget_bytes - held_bytes),
             )
 
-    def _find(self, name: str, weights_version: int | None) -> MoELayer:
+    def _find(self, name: str, weights_version: int | None) -> L:
         versions = self._layers.get(name)
         if versions is None:
             if self._loading:
@@ -241,7 +261,7 @@ def _not_loaded(name: str) -> UnavailableError:
     )
 
 
-def _freed(layer: MoELayer) -> threading.Event:
+def _freed(layer: HeldLayer) -> threading.Event:
     """Set when nobody has the layer any more."""
     event = threading.Event()
     weakref.finalize(layer, event.set).atexit = False

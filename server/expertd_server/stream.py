@@ -1,7 +1,8 @@
-"""One open ForwardStream: one task reads and admits requests, the call's own writes answers as they complete.
+"""One open ForwardStream: a task reads and admits requests, answers are written as they complete.
 
-What is read but not answered is bounded, so a caller who does not read its answers is not read from either: HTTP/2
-flow control then holds it back, and the server's memory stays where it is.
+What is read but not answered is bounded, in requests, in tokens and in bytes of answers that nobody took, so a caller
+who does not read its answers is not read from either: HTTP/2 flow control then holds it back, and the server's memory
+stays where it is.
 
 Everything here runs in the event loop but `_Pending.encode`, which is called where the answer is computed.
 """
@@ -11,20 +12,23 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
+from collections.abc import Coroutine
+from concurrent.futures import CancelledError
+from functools import partial
 from typing import Any
 
 import grpc
 from google.rpc import code_pb2
 
 from expertd_server.calls import Calls
-from expertd_server.codec import read_stream_message, write_stream_answer
 from expertd_server.errors import InvalidArgumentError, RequestCancelledError, UnavailableError
 from expertd_server.event_loop import Inbox
-from expertd_server.forward import ForwardResult, ForwardTiming
+from expertd_server.messages import read_stream_message
 from expertd_server.promise import Promise
 from expertd_server.regions import Lease, StreamRegions
 from expertd_server.status import status_of, stream_error_of
-from expertd_server.wire import encode_region_reply, encode_stream_error
+from expertd_server.timing import ForwardTiming
+from expertd_server.wire_answer import encode_region_reply, encode_stream_error
 from expertd_server.wire_parse import RawRequest, RawStreamRequest
 
 __all__ = ["Stream"]
@@ -33,7 +37,18 @@ __all__ = ["Stream"]
 class _Pending:
     """A request that was read and is not answered."""
 
-    __slots__ = ("arrived_s", "calls", "lease", "num_tokens", "promise", "ready_s", "request_id", "stream", "timing")
+    __slots__ = (
+        "answer_bytes",
+        "arrived_s",
+        "calls",
+        "lease",
+        "num_tokens",
+        "promise",
+        "ready_s",
+        "request_id",
+        "stream",
+        "timing",
+    )
 
     def __init__(self, stream: Stream, calls: Calls, request_id: int, arrived_s: float, num_tokens: int) -> None:
         self.stream = stream
@@ -49,13 +64,17 @@ class _Pending:
         """When there was an answer to send."""
         self.timing: ForwardTiming | None = None
         """Of an answer that is no error."""
+        self.answer_bytes = 0
+        """Of the same, as it goes out."""
 
-    def encode(self, result: ForwardResult) -> bytes:
+    def encode(self, result: Any) -> bytes:
         """The answer as it goes out; in any thread."""
         self.ready_s, self.timing = self.calls.clock(), result.timing
         lease = self.lease  # the stream lets go of it when it ends, at any time
         place = None if lease is None else lease.place
-        return write_stream_answer(self.request_id, result, self.calls.queue_depth_tokens, place)
+        answer = self.calls.codec.write_stream_answer(self.request_id, result, self.calls.queue_depth_tokens, place)
+        self.answer_bytes = len(answer)
+        return answer
 
     def done(self, _: Promise[bytes]) -> None:
         """The promise is kept; in any thread."""
@@ -71,6 +90,7 @@ class Stream:
 
     regions: memory that the caller shares; the stream closes it.
     max_requests, max_tokens: bounds of what is read but not answered; a lone request may exceed max_tokens.
+    max_answer_bytes: of answers that the caller has not taken; when there are more, nothing further is read.
     log_id: names the call in log lines.
     """
 
@@ -83,6 +103,7 @@ class Stream:
         regions: StreamRegions,
         max_requests: int,
         max_tokens: int,
+        max_answer_bytes: int,
         log_id: str,
     ) -> None:
         self.inbox = inbox
@@ -91,18 +112,23 @@ class Stream:
         self._regions = regions
         self._max_requests = max_requests
         self._max_tokens = max_tokens
+        self._max_answer_bytes = max_answer_bytes
         self._log_id = log_id
         self._loop = asyncio.get_running_loop()
         self._pending: set[_Pending] = set()
         self._pending_tokens = 0
+        self._answer_bytes = 0
         self._done: deque[_Pending] = deque()  # holds no more than _pending does
         self._is_reading = True
         self._is_closing = False
         self._is_gone = False
         self._broken: Exception | None = None
-        # Which task waits for what, if any does.
-        self._writer: asyncio.Future[None] | None = None
+        self._write: Coroutine[Any, Any, None] | None = None
+        """Of the answer that is being written, if any is."""
+        self._over: asyncio.Future[None] = self._loop.create_future()
+        """Nothing will be written any more."""
         self._reader: asyncio.Future[None] | None = None
+        """What the reading task waits for, if it waits for room."""
 
     async def run(self) -> None:
         """Answer requests, in completion order, until the caller or the server has had enough.
@@ -112,7 +138,7 @@ class Stream:
         """
         reading = self._loop.create_task(self._read())
         try:
-            await self._write()
+            await self._over
         finally:
             self._abandon()
             reading.cancel()
@@ -120,36 +146,69 @@ class Stream:
     def close(self) -> None:
         """End the call as soon as nothing is in flight."""
         self._is_closing = True
-        self._wake_writer()
+        self._end_if_idle()
 
     def completed(self, pending: _Pending) -> None:
         """An answer is there, or an error in its place."""
         self._done.append(pending)
-        self._wake_writer()
+        self._answer_bytes += pending.answer_bytes
+        if self._write is None:
+            self._write_next()
 
-    async def _write(self) -> None:
-        write = self._context.write
-        while True:
-            while self._done:
-                pending = self._done.popleft()
-                try:
-                    await write(self._answer(pending))
-                except grpc.aio.InternalError as error:
-                    # What gRPC makes of a write to a caller who has just gone, if the call's end is not told yet.
-                    raise asyncio.CancelledError("the caller left") from error
-                # Not before: gRPC has taken this one, and will not take the next before the caller reads.
-                self._leave(pending)
-                if pending.timing is not None:
-                    self._calls.answered("ForwardStream", pending.arrived_s, pending.ready_s, pending.timing)
-            if not self._pending:
-                if self._broken is not None:
-                    raise self._broken
-                if not self._is_reading:
-                    return
-                if self._is_closing:
-                    raise _closing()
-            self._writer = self._loop.create_future()
-            await self._writer
+    # A write begins here and now, and not, as a task would, in the loop's next round: what remains to be done for a
+    # batch whose answer is there must not keep its caller waiting.
+
+    def _write_next(self) -> None:
+        """Write answers until one must wait for gRPC, or none is left."""
+        while self._done and not self._is_gone:
+            pending = self._done.popleft()
+            self._write = self._context.write(self._answer(pending))
+            if not self._advance(pending):
+                return
+        self._end_if_idle()
+
+    def _advance(self, pending: _Pending) -> bool:
+        """Go on with a write as far as it goes; whether it is done."""
+        assert self._write is not None
+        try:
+            waits_for = self._write.send(None)
+        except StopIteration:
+            self._write = None
+            # Not before: gRPC has taken this one, and will not take the next before the caller reads.
+            self._leave(pending)
+            if pending.timing is not None:
+                self._calls.answered("ForwardStream", pending.arrived_s, pending.ready_s, pending.timing)
+            return True
+        except (asyncio.CancelledError, grpc.aio.InternalError):
+            # What gRPC makes of a write to a caller who has just gone, if the call's end is not told yet.
+            self._write = None
+            if not self._over.done():
+                self._over.cancel("the caller left")
+        except Exception as error:
+            self._write = None
+            if not self._over.done():
+                self._over.set_exception(error)
+        else:
+            waits_for.add_done_callback(partial(self._resume, pending))
+        return False
+
+    def _resume(self, pending: _Pending, waited_for: asyncio.Future[None]) -> None:
+        if self._write is None:  # the call is over; nobody else asks how this write went
+            if not waited_for.cancelled():
+                waited_for.exception()
+        elif self._advance(pending):
+            self._write_next()
+
+    def _end_if_idle(self) -> None:
+        """End the call when nothing is in flight and nothing more comes."""
+        if self._pending or self._over.done():
+            return
+        if self._broken is not None:
+            self._over.set_exception(self._broken)
+        elif not self._is_reading:
+            self._over.set_result(None)
+        elif self._is_closing:
+            self._over.set_exception(_closing())
 
     async def _read(self) -> None:
         try:
@@ -162,7 +221,7 @@ class Stream:
                 self._broken = error
         finally:
             self._is_reading = False
-            self._wake_writer()
+            self._end_if_idle()
 
     async def _take_all(self) -> None:
         calls, read, clock = self._calls, self._context.read, self._calls.clock
@@ -203,23 +262,23 @@ class Stream:
                 promise.set_exception(error)
             pending.promise = promise
             promise.add_done_callback(pending.done)
+            calls.hurry()
             # The wait for the next message may be long, and this one large; an error knows this frame.
             del data, request, pending, promise
 
     def _has_room(self, num_tokens: int) -> bool:
         return not self._pending or (
-            len(self._pending) < self._max_requests and self._pending_tokens + num_tokens <= self._max_tokens
+            len(self._pending) < self._max_requests
+            and self._pending_tokens + num_tokens <= self._max_tokens
+            and self._answer_bytes < self._max_answer_bytes
         )
-
-    def _wake_writer(self) -> None:
-        if self._writer is not None and not self._writer.done():
-            self._writer.set_result(None)
 
     def _leave(self, pending: _Pending) -> None:
         if pending not in self._pending:
             return
         self._pending.remove(pending)
         self._pending_tokens -= pending.num_tokens
+        self._answer_bytes -= pending.answer_bytes
         self._calls.in_flight -= 1
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
@@ -227,6 +286,9 @@ class Stream:
     def _abandon(self) -> None:
         """The call is over, however it ended: cancel what waits."""
         self._is_gone = True
+        write, self._write = self._write, None
+        if write is not None:
+            write.close()
         for pending in list(self._pending):
             promise, pending.promise = pending.promise, None
             pending.lease = None
@@ -239,17 +301,23 @@ class Stream:
         promise, pending.promise = pending.promise, None
         lease, pending.lease = pending.lease, None
         try:
-            if promise is None:
-                raise RequestCancelledError("the caller left")
-            return promise.result(timeout=0)
-        except Exception as error:
-            status = status_of(error, self._log_id)
-            self._calls.failed("ForwardStream", code_pb2.Code.Name(status.code))
-            return encode_stream_error(pending.request_id, stream_error_of(status))
+            # An error is asked for and not raised: it would know who called this, and they know the promise.
+            error = _gone() if promise is None else promise.exception(timeout=0)
+            if promise is not None and error is None:
+                return promise.result(timeout=0)
+        except CancelledError:
+            error = _gone()
         finally:
-            del promise  # its error knows this frame: leave no cycle
             if lease is not None:  # before the caller reads the answer, and sends into the same memory again
                 lease.release()
+        assert isinstance(error, Exception)
+        status = status_of(error, self._log_id)
+        self._calls.failed("ForwardStream", code_pb2.Code.Name(status.code))
+        return encode_stream_error(pending.request_id, stream_error_of(status))
+
+
+def _gone() -> RequestCancelledError:
+    return RequestCancelledError("the caller left")
 
 
 def _closing() -> UnavailableError:

@@ -21,7 +21,7 @@ from typing import Final
 
 from expertd_server.child import ENGINE, start_child
 from expertd_server.config import Config
-from expertd_server.control import Collect, Collected, Control, Serving, Start, Stop
+from expertd_server.control import Collect, Collected, Control, Hangs, Serving, Start, Stop
 from expertd_server.errors import ConfigError
 from expertd_server.exits import EXIT_CUT_OFF, EXIT_FAILED
 from expertd_server.host_memory import available_memory_bytes
@@ -200,6 +200,12 @@ class Supervisor:
                 process.is_serving = is_serving
                 if process.is_engine:
                     self._summary, self._admin_port = summary, admin_port
+            case Hangs(what):
+                self._metrics.engine_hangs.inc()
+                log.critical("%s is killed: %s", process.name, what)
+                assert process.popen is not None
+                process.popen.kill()
+                self._ended(process)
             case Collected(number, families):
                 self._metrics.received(process.name, number, families)
 
@@ -210,7 +216,7 @@ class Supervisor:
             code = process.popen.wait(_CLOSE_S)
         except subprocess.TimeoutExpired:  # it hung up, and does not end
             process.popen.kill()
-            code = process.popen.wait()
+            code = self._wait_killed(process)
         process.control.close()
         process.control = None
         process.popen = None
@@ -234,6 +240,14 @@ class Supervisor:
                 process.pause_s = 0.0
             log.error("%s %s; it is started again in %.1f s", process.name, how, process.pause_s)
             self._start_later(process)
+
+    def _wait_killed(self, process: _Process) -> int:
+        assert process.popen is not None
+        try:
+            return process.popen.wait(_CLOSE_S)
+        except subprocess.TimeoutExpired:  # within the kernel, in a driver
+            log.critical("%s (process %d) was killed and does not end; it is left behind", process.name, process.pid)
+            return -signal.SIGKILL
 
     def _stop(self, exit_code: int) -> None:
         """Begin to end the server: first the front-ends, which finish what is in flight, then the engine."""

@@ -268,6 +268,40 @@ class TestLeaving:
             finally:
                 gc.enable()
 
+    @pytest.mark.parametrize("max_answer_bytes", [2**18, 2**30])
+    def test_callers_who_do_not_read_take_no_room_from_those_who_do(self, max_answer_bytes: int) -> None:
+        """Their answers lie in the front-end's own memory, bounded; what it shares with the engine is free again."""
+        chance = np.random.default_rng(SEED)
+        one = request(chance, 64)
+        one.options.output_dtype = pb.DATA_TYPE_FLOAT32  # 64 KiB an answer: flow control stops them soon
+        most = 16
+        with split(1, max_stream_requests=most, max_stream_answer_bytes=max_answer_bytes) as server:
+            frontend, stub = server.frontends[0], server.stubs[0]
+            link = frontend.engine._link
+            assert link is not None
+            expected = answer_of(stub.Forward(one))
+            # More than the arena's 4 MiB, were the answers kept there.
+            streams = []
+            for _ in range(6):
+                messages = (pb.ForwardStreamRequest(id=n, request=one) for n in range(200))
+                streams.append(stub.ForwardStream(messages))
+
+            def held() -> list[tuple[int, int]]:
+                return [(len(each._pending), each._answer_bytes) for each in frontend._listener.service._streams]
+
+            def is_full(num_requests: int, nbytes: int) -> bool:
+                return num_requests == most or nbytes >= max_answer_bytes
+
+            wait_for(lambda: len(held()) == 6 and all(is_full(*each) for each in held()) and not link._waiting)
+            assert all(nbytes < max_answer_bytes + 2**20 for _, nbytes in held())
+            assert link._arena.free_bytes() == link._arena.nbytes
+            for _ in range(20):
+                assert answer_of(stub.Forward(one)) == expected
+            for stream in streams:  # they have lost nothing
+                assert answer_of(next(stream).response) == expected
+                stream.cancel()
+            wait_for(lambda: not held())
+
     def test_a_front_end_that_drains_finishes_what_it_has(self) -> None:
         chance = np.random.default_rng(SEED)
         backend = SteeredBackend()

@@ -327,6 +327,38 @@ def test_stop_fails_those_that_still_wait() -> None:
     assert (bench.batcher.queue_tokens, bench.batcher.queue_requests) == (0, 0)
 
 
+def test_a_backend_that_hangs_fails_what_waits_and_what_runs_and_what_it_gives_after_all_is_dropped() -> None:
+    enters, go_on = threading.Event(), threading.Event()
+
+    def launch(batch: Batch[str, str]) -> Done[str]:
+        enters.set()
+        assert go_on.wait(PATIENCE_S)
+        return Done([f"{entry.payload} done" for entry in batch.entries])
+
+    limits = Limits(max_batch_tokens=2, max_queue_tokens=100, max_queue_requests=50)
+    batcher: Batcher[str, str] = Batcher(launch, limits)
+    batcher.start()
+    futures = [batcher.submit("a", "x", 2)]
+    assert enters.wait(PATIENCE_S)
+    futures += [batcher.submit("a", "y", 1), batcher.submit("b", "z", 2)]
+    futures[1].cancel()
+    assert batcher.oldest_in_flight() is not None
+    batcher.abandon()
+    for future in (futures[0], futures[2]):
+        with pytest.raises(UnavailableError, match="hangs"):
+            future.result(0)
+    with pytest.raises(UnavailableError):
+        batcher.submit("a", "w", 1)
+    assert (batcher.queue_tokens, batcher.queue_requests) == (0, 0)
+    assert batcher.drain(0.0), "nobody is waited for"
+    assert not batcher.stop(0.0), "its thread is still there"
+    go_on.set()
+    assert batcher.stop(PATIENCE_S)
+    assert batcher.drain(0.0)
+    with pytest.raises(UnavailableError, match="hangs"):
+        futures[0].result(0)
+
+
 @pytest.mark.parametrize("max_in_flight", [1, 2])
 def test_the_threads_outlive_a_hook_that_raises(max_in_flight: int) -> None:
     def hook() -> None:
@@ -447,6 +479,46 @@ class TestInFlight:
             with pytest.raises(UnavailableError, match="stopped"):
                 future.result(0)
         assert batcher.drain(0.0)
+
+    def test_the_oldest_in_flight_is_known_until_it_is_over(self) -> None:
+        batcher, launched = self.make()
+        assert batcher.oldest_in_flight() is None
+        for name in ("w", "x"):
+            batcher.submit("a", name, 10)
+            batcher.launch_once()
+        first = batcher.oldest_in_flight()
+        assert first is not None
+        batch = batcher.in_flight(first)
+        assert batch is not None
+        assert [entry.payload for entry in batch.entries] == ["w"]
+        del batch
+        at_close: list[int | None] = []
+        launched[0].close = lambda: at_close.append(batcher.oldest_in_flight())  # type: ignore[method-assign]
+        batcher.finish_once()
+        assert at_close == [first], "until the last of it is done"
+        second = batcher.oldest_in_flight()
+        assert second not in (None, first)
+        assert batcher.in_flight(first) is None
+        batcher.finish_once()
+        assert batcher.oldest_in_flight() is None
+
+    @pytest.mark.parametrize("fails", ["launch", "wait", "close"])
+    def test_a_batch_that_fails_is_not_in_flight_for_ever(self, fails: str) -> None:
+        batcher, launched = self.make()
+        payload = {"launch": MemoryError("no"), "wait": ValueError("no"), "close": "x"}[fails]
+        batcher.submit("a", payload, 1)  # type: ignore[arg-type]
+        batcher.launch_once()
+
+        def close() -> None:
+            raise RuntimeError("no")
+
+        if fails == "close":
+            launched[0].close = close  # type: ignore[method-assign]
+            with pytest.raises(RuntimeError, match="no"):
+                batcher.finish_once()
+        else:
+            batcher.finish_once()
+        assert batcher.oldest_in_flight() is None
 
     def test_stop_finishes_what_is_in_flight(self) -> None:
         batcher, _ = self.make()

@@ -14,7 +14,7 @@ from test_wire import layers, results
 from test_wire_parse import good_message, requests, stream_requests
 
 from expertd.v1 import expertd_pb2 as pb
-from expertd_server import codec
+from expertd_server import codec, messages
 from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming, HostTensor
 from expertd_server.errors import ExpertdServerError, InvalidArgumentError
 from expertd_server.native import CODEC, _copy_bytes, _count_ids, copy_bytes, count_ids
@@ -269,6 +269,7 @@ def test_where_it_was_not_built_python_does_its_work(monkeypatch: pytest.MonkeyP
     result = ForwardResult(3, ForwardTiming(1, 2, 3, 4, 5, 6), output=torch.ones(3, 4))
     answers = codec.write_answer(result, 7), codec.write_stream_answer(5, result, 7)
     monkeypatch.setattr(codec, "CODEC", None)
+    monkeypatch.setattr(messages, "CODEC", None)
     without = codec.read_stream_message(data)
     assert with_it[:3] == without[:3] == (5, 6, request.hidden_states.shape[0])
     assert isinstance(without[3], RawRequest)

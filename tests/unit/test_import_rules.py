@@ -34,7 +34,9 @@ LEVELS: tuple[frozenset[str], ...] = (
             "region_door",
             "ring",
             "server_metrics",
+            "timing",
             "types",
+            "watchdog",
             "workers",
         }
     ),
@@ -66,13 +68,29 @@ LEVELS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"layer", "remote_layer", "store"}),
     frozenset({"batcher", "engine", "forward", "gather", "graphs", "layout", "running", "staging"}),
-    frozenset({"calls", "codec", "interceptor", "regions", "service", "status", "stream", "wire", "wire_parse"}),
-    frozenset({"blocks", "gate", "remote"}),
+    frozenset(
+        {
+            "calls",
+            "codec",
+            "interceptor",
+            "messages",
+            "regions",
+            "service",
+            "status",
+            "stream",
+            "wire",
+            "wire_answer",
+            "wire_check",
+            "wire_parse",
+        }
+    ),
+    frozenset({"blocks", "gate", "remote", "remote_codec"}),
     frozenset(
         {
             "child",
             "admin",
             "admin_endpoint",
+            "admin_methods",
             "engine_host",
             "engine_process",
             "frontend",
@@ -101,6 +119,7 @@ ONLY_IN = {
     "grpc": {
         "admin",
         "admin_endpoint",
+        "admin_methods",
         "cli",
         "cluster_server",
         "health",

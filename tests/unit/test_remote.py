@@ -15,14 +15,26 @@ from dataclasses import fields
 from time import monotonic
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from google.rpc import code_pb2, error_details_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertd_server.blocks import block_bytes, read_answer, read_call, write_answer, write_call
-from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming, HostTensor
+from expertd.v1 import expertd_pb2 as pb
+from expertd_server.backend import PreparedLayer
+from expertd_server.backend_noop import NoopBackend
+from expertd_server.blocks import (
+    MAX_ERROR_BYTES,
+    block_bytes,
+    read_answer,
+    read_call,
+    read_timing,
+    write_answer,
+    write_call,
+)
+from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming
 from expertd_server.errors import (
     ExpertdServerError,
     FieldViolation,
@@ -34,11 +46,17 @@ from expertd_server.errors import (
 from expertd_server.gate import EngineGate
 from expertd_server.layer import MoELayer
 from expertd_server.remote import EngineState, Hello, RemoteEngine
+from expertd_server.remote_codec import RemoteAnswer, RemoteCall
 from expertd_server.remote_layer import RemoteLayer
 from expertd_server.ring import ALIGNMENT_BYTES
 from expertd_server.status import RelayedError, status_of
 from expertd_server.store import LayerStore
 from expertd_server.types import LayerSpec
+from expertd_server.weights import ExpertWeights
+from expertd_server.wire import TORCH_DTYPES, answer_tensors
+from expertd_server.wire import call_of as engine_call_of
+from expertd_server.wire_answer import AnswerTensor
+from expertd_server.wire_check import CheckedRequest
 
 PATIENCE_S = 30.0
 ARENA_BYTES = 64 * ALIGNMENT_BYTES
@@ -49,16 +67,26 @@ TIMING = ForwardTiming(1, 2, 3, 4, 5, 6)
 
 def a_layer(name: str = "a", version: int = 1) -> MoELayer:
     spec = LayerSpec(hidden_size=HIDDEN_SIZE, intermediate_size=32, num_experts=NUM_EXPERTS, top_k=TOP_K)
-    return RemoteLayer(
-        layer_id=0,
-        name=name,
-        weights_version=version,
-        is_current=True,
-        spec=spec,
-        nbytes=1000,
-        hidden_states_scale=2.0,
-        routing_bias=None,
-    ).to_layer()
+    nothing = torch.empty(0)
+    weights = ExpertWeights(nothing, nothing, nothing, nothing, nothing, hidden_states_scale=2.0)
+    return MoELayer(name, PreparedLayer(spec, weights, 1000, None), NoopBackend(), version)
+
+
+class Answering(Future[Any]):
+    """What an engine does with a result: the call's own encode makes of it what its caller gets."""
+
+    def __init__(self, call: ForwardCall) -> None:
+        super().__init__()
+        self._encode = call.encode
+
+    def set_result(self, result: ForwardResult) -> None:
+        encode, self._encode = self._encode, None
+        try:
+            answer = result if encode is None else encode(result)
+        except Exception as error:
+            self.set_exception(error)
+        else:
+            super().set_result(answer)
 
 
 class FakeEngine:
@@ -67,20 +95,20 @@ class FakeEngine:
     def __init__(self) -> None:
         self.queue_tokens = 0
         self.calls: list[tuple[ForwardCall, float | None]] = []
-        self.futures: list[Future[ForwardResult]] = []
+        self.futures: list[Answering] = []
         self.refusal: Exception | None = None
         self._changed = threading.Condition()
 
-    def submit(self, call: ForwardCall, deadline_s: float | None = None) -> Future[ForwardResult]:
+    def submit(self, call: ForwardCall, deadline_s: float | None = None) -> Answering:
         if self.refusal is not None:
             raise self.refusal
         with self._changed:
             self.calls.append((call, deadline_s))
-            self.futures.append(Future())
+            self.futures.append(Answering(call))
             self._changed.notify_all()
         return self.futures[-1]
 
-    def wait(self, count: int) -> Future[ForwardResult]:
+    def wait(self, count: int) -> Answering:
         """The count-th call's future, once it has come."""
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.futures) >= count, PATIENCE_S), "the call never came"
@@ -115,13 +143,13 @@ class Side:
             while self.remote._link is None:
                 assert monotonic() < until_s
 
-    def layer(self, name: str = "a") -> MoELayer:
+    def layer(self, name: str = "a") -> RemoteLayer:
         """The newest that was told under a name."""
         state = self.states[-1]
         assert state is not None
-        return [one for one in state.layers if one.name == name][-1].to_layer()
+        return [one for one in state.layers if one.name == name][-1]
 
-    def call(self, num_tokens: int = 3, **options: bool) -> ForwardCall:
+    def call(self, num_tokens: int = 3, **options: bool) -> RemoteCall:
         return call_of(self.layer(), num_tokens, **options)
 
     def is_arena_free(self) -> bool:
@@ -192,17 +220,29 @@ def a_rig() -> Iterator[Rig]:
         rig.close()
 
 
-def call_of(layer: MoELayer, num_tokens: int, **options: bool) -> ForwardCall:
-    hidden_states = host(
-        torch.arange(num_tokens * HIDDEN_SIZE, dtype=torch.int32).view(num_tokens, HIDDEN_SIZE).float()
-    )
-    routing_logits = host(torch.ones(num_tokens, NUM_EXPERTS, dtype=torch.bfloat16))
-    return ForwardCall(layer, hidden_states, routing_logits=routing_logits, **options)  # type: ignore[arg-type]
+def call_of(layer: RemoteLayer, num_tokens: int, *, return_routing: bool = False) -> RemoteCall:
+    hidden_states = np.arange(num_tokens * HIDDEN_SIZE, dtype="<f4").tobytes()
+    logits = np.full(num_tokens * NUM_EXPERTS, 0x3F80, "<u2").tobytes()  # bfloat16 ones
+    parts = (pb.DATA_TYPE_FLOAT32, hidden_states), (pb.DATA_TYPE_BFLOAT16, logits), None, None
+    return RemoteCall(layer, (num_tokens, *parts, pb.DATA_TYPE_BFLOAT16, True, return_routing), to_result)
 
 
-def host(tensor: torch.Tensor) -> HostTensor:
-    data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return HostTensor(tensor.dtype, tuple(tensor.shape), data)
+def to_result(answer: RemoteAnswer) -> ForwardResult:
+    """The answer in memory of its own."""
+    tensors = (to_tensor(tensor) for tensor in read_answer(answer.block.view))
+    return ForwardResult(answer.weights_version, answer.timing, *tensors)
+
+
+def to_tensor(written: AnswerTensor | None) -> torch.Tensor | None:
+    if written is None:
+        return None
+    dtype, shape, data = written
+    return of_bytes(np.frombuffer(data, np.uint8).copy(), TORCH_DTYPES[dtype], shape)
+
+
+def of_bytes(data: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:  # type: ignore[type-arg]
+    # torch gives no other type to what is empty.
+    return torch.from_numpy(data).view(dtype).view(shape) if data.size else torch.empty(shape, dtype=dtype)
 
 
 def result_of(num_tokens: int, value: float = 1.0) -> ForwardResult:
@@ -219,70 +259,67 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+WIDE = {pb.DATA_TYPE_FLOAT32: 4, pb.DATA_TYPE_BFLOAT16: 2, pb.DATA_TYPE_FLOAT16: 2, pb.DATA_TYPE_FLOAT8_E4M3FN: 1}
+OUTPUTS = st.sampled_from([pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_BFLOAT16, pb.DATA_TYPE_FLOAT16])
+
+
+@st.composite
+def checked_requests(draw: st.DrawFn) -> CheckedRequest:
+    """Any kind of request of any bits for a layer of this file's shape."""
+    chance = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    num_tokens, hidden = draw(st.integers(0, 9)), draw(st.sampled_from(sorted(WIDE)))
+
+    def part(dtype: int, item_bytes: int, columns: int) -> tuple[int, bytes]:
+        return dtype, chance.bytes(num_tokens * columns * item_bytes)
+
+    if draw(st.booleans()):
+        routing = None, part(pb.DATA_TYPE_INT32, 4, TOP_K), part(pb.DATA_TYPE_FLOAT32, 4, TOP_K)
+    else:
+        routing = part(pb.DATA_TYPE_BFLOAT16, 2, NUM_EXPERTS), None, None  # type: ignore[assignment]
+    states = part(hidden, WIDE[hidden], HIDDEN_SIZE)
+    return num_tokens, states, *routing, draw(OUTPUTS), draw(st.booleans()), draw(st.booleans())
+
+
+def an_answer(request: CheckedRequest, seed: int) -> ForwardResult:
+    """An answer to it, as large as it may be."""
+    num_tokens, *_, output, do_finalize, return_routing = request
+    chance = np.random.default_rng(seed)
+
+    def some(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        data = chance.integers(0, 256, torch.Size(shape).numel() * dtype.itemsize, np.uint8)
+        return of_bytes(data, dtype, shape)
+
+    num_rows = num_tokens * TOP_K
+    return ForwardResult(
+        2**40,
+        TIMING,
+        output=some(TORCH_DTYPES[output], num_tokens, HIDDEN_SIZE) if do_finalize else None,
+        gemm2_output=None if do_finalize else some(torch.bfloat16, num_rows, HIDDEN_SIZE),
+        expert_weights=some(torch.bfloat16, num_tokens, TOP_K),
+        topk_ids=some(torch.int32, num_tokens, TOP_K) if return_routing else None,
+        expanded_idx_to_permuted_idx=None if do_finalize else some(torch.int32, num_rows),
+    )
 
 
 class TestBlocks:
     @settings(max_examples=60, deadline=None)
-    @given(
-        num_tokens=st.integers(0, 9),
-        hidden=FLOATS,
-        routed=st.booleans(),
-        output=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-        do_finalize=st.booleans(),
-        return_routing=st.booleans(),
-        deadline_s=st.none() | st.floats(0, 1e9),
-        seed=st.integers(0, 2**32 - 1),
-    )
-    def test_calls_and_answers_come_out_as_they_went_in(  # noqa: PLR0917
-        self,
-        num_tokens: int,
-        hidden: torch.dtype,
-        routed: bool,
-        output: torch.dtype,
-        do_finalize: bool,
-        return_routing: bool,
-        deadline_s: float | None,
-        seed: int,
+    @given(checked_requests(), st.none() | st.floats(0, 1e9), st.integers(0, 2**32 - 1))
+    def test_calls_and_answers_come_out_as_they_went_in(
+        self, request_: CheckedRequest, deadline_s: float | None, seed: int
     ) -> None:
-        chance = torch.Generator().manual_seed(seed)
-
-        def some(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-            size = torch.Size(shape).numel() * dtype.itemsize
-            return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=chance).view(dtype).view(shape)
-
-        layer = a_layer()
-        call = ForwardCall(
-            layer,
-            host(some(hidden, num_tokens, HIDDEN_SIZE)),
-            routing_logits=None if routed else host(some(torch.bfloat16, num_tokens, NUM_EXPERTS)),
-            topk_ids=host(some(torch.int32, num_tokens, TOP_K)) if routed else None,
-            topk_weights=host(some(torch.float32, num_tokens, TOP_K)) if routed else None,
-            output_dtype=output,
-            do_finalize=do_finalize,
-            return_routing=return_routing,
-        )
         guard = 64
-        memory = memoryview(bytearray(b"\xaa" * (block_bytes(call) + guard)))
+        size = block_bytes(request_, HIDDEN_SIZE, TOP_K)
+        memory = memoryview(bytearray(b"\xaa" * (size + guard)))
         block = memory[:-guard]
-        write_call(block, call, 2**63, deadline_s)
-        assert read_call(block, layer) == (call, deadline_s)
-        num_rows = num_tokens * TOP_K
-        answer = ForwardResult(
-            2**40,
-            TIMING,
-            output=some(output, num_tokens, HIDDEN_SIZE) if do_finalize else None,
-            gemm2_output=None if do_finalize else some(torch.bfloat16, num_rows, HIDDEN_SIZE),
-            expert_weights=some(torch.bfloat16, num_tokens, TOP_K),
-            topk_ids=some(torch.int32, num_tokens, TOP_K) if return_routing else None,
-            expanded_idx_to_permuted_idx=None if do_finalize else some(torch.int32, num_rows),
-        )
-        write_answer(block, answer, 12345)
-        read, queue_tokens = read_answer(block)
-        assert (read.weights_version, read.timing, queue_tokens) == (2**40, TIMING, 12345)
-        for field in fields(ForwardResult)[2:]:
-            assert is_same(getattr(read, field.name), getattr(answer, field.name)), field.name
+        write_call(block, request_, 2**63, deadline_s)
+        assert read_call(block) == (2**63, deadline_s, request_)
+        answer = an_answer(request_, seed)
+        write_answer(block, answer_tensors(answer), TIMING, 2**40, 12345)
+        assert read_timing(block) == (TIMING, 2**40, 12345)
+        for read, field in zip(read_answer(block), fields(ForwardResult)[2:], strict=True):
+            assert is_same(to_tensor(read), getattr(answer, field.name)), field.name
         assert bytes(memory[-guard:]) == b"\xaa" * guard, "beyond the block"
+        assert size >= MAX_ERROR_BYTES
 
 
 class TestCalls:
@@ -293,8 +330,9 @@ class TestCalls:
         rig.engine.wait(1)
         call, deadline_s = rig.engine.calls[0]
         assert deadline_s == 12.5
+        meant = engine_call_of(call.layer, asked.request)
         assert call.layer.name == "a"
-        assert (call.hidden_states, call.routing_logits) == (asked.hidden_states, asked.routing_logits)
+        assert (call.hidden_states, call.routing_logits) == (meant.hidden_states, meant.routing_logits)
         assert (call.topk_ids, call.output_dtype, call.return_routing) == (None, torch.bfloat16, True)
         rig.engine.queue_tokens = 99
         rig.engine.futures[0].set_result(result_of(5))
@@ -302,7 +340,7 @@ class TestCalls:
         assert is_same(result.output, result_of(5).output)
         assert (result.weights_version, result.timing, side.remote.queue_tokens) == (7, TIMING, 99)
         rig.engine.calls.clear()
-        del call, result, future
+        del call, meant, result, future
         side.wait_arena_free()
 
     def test_answers_come_in_any_order_and_each_to_its_own(self, rig: Rig) -> None:
@@ -523,7 +561,7 @@ class TestEnds:
         side = Side("early", rig.inlet)
         rig.sides.append(side)
         with pytest.raises(UnavailableError) as caught:
-            side.remote.submit(call_of(a_layer(), 1))
+            side.remote.submit(call_of(RemoteLayer.of(a_layer(), 0, is_current=True), 1))
         assert caught.value.retry_delay_s is not None
         rig.gate = rig._gate()
         rig.publish(a_layer(), timeout_s=0)

@@ -10,8 +10,11 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 
 from expertd.v1 import expertd_pb2 as pb
+from expertd_server import codec
+from expertd_server.engine import ForwardResult, ForwardTiming
 from expertd_server.errors import InvalidArgumentError, OverloadedError, UnavailableError
 from expertd_server.promise import Promise
 from expertd_server.regions import Lease, StreamRegions
@@ -27,21 +30,27 @@ class FakeCalls:
     """Admits requests for the test to answer, or refuses them."""
 
     queue_depth_tokens = 0
+    codec = codec
 
     def __init__(self, *, refuses: bool = False) -> None:
         self.in_flight = 0
         self.promises: list[Promise[bytes]] = []
+        self.encodes: list[Callable[[ForwardResult], bytes]] = []
+        """What makes an answer out of a result, by promise."""
         self.errors: list[weakref.ref[Exception]] = []
         self._refuses = refuses
 
     def clock(self) -> float:
         return 0.0
 
-    def admit(self, *_: Any) -> Promise[bytes]:
+    def admit(self, *arguments: Any) -> Promise[bytes]:
         if self._refuses:
             raise self._refusal()
+        self.encodes.append(arguments[-1])
         self.promises.append(Promise())
         return self.promises[-1]
+
+    def hurry(self) -> None: ...
 
     def _refusal(self) -> Exception:
         error = OverloadedError("full", 1.0)
@@ -49,6 +58,8 @@ class FakeCalls:
         return error
 
     def failed(self, *_: str) -> None: ...
+
+    def answered(self, *_: Any) -> None: ...
 
 
 class FakeContext:
@@ -92,9 +103,9 @@ class Inbox:
         function()
 
 
-def a_stream(calls: FakeCalls, context: FakeContext, *, max_requests: int = 4, max_tokens: int = 100) -> Stream:
-    bounds = {"regions": StreamRegions(None, 0), "max_requests": max_requests, "max_tokens": max_tokens}
-    return Stream(calls, context, Inbox(), **bounds, log_id="a")  # type: ignore[arg-type]
+def a_stream(calls: FakeCalls, context: FakeContext, **bounds: int) -> Stream:
+    bounds = {"max_requests": 4, "max_tokens": 100, "max_answer_bytes": 2**20} | bounds
+    return Stream(calls, context, Inbox(), regions=StreamRegions(None, 0), **bounds, log_id="a")  # type: ignore[arg-type]
 
 
 def message(number: int, num_tokens: int = 1) -> bytes:
@@ -119,6 +130,18 @@ def in_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]
 async def nothing_happens() -> None:
     for _ in range(NOTHING_HAPPENS):
         await asyncio.sleep(0)
+
+
+@in_loop
+async def test_an_answer_is_written_at_once_and_not_in_the_next_round_of_the_loop() -> None:
+    calls, context = FakeCalls(), FakeContext()
+    running = asyncio.create_task(a_stream(calls, context).run())
+    context.send(1)
+    context.end()
+    await nothing_happens()
+    calls.promises[0].set_result(answer(1))
+    assert context.ids == [1]
+    await running
 
 
 @in_loop
@@ -174,6 +197,30 @@ async def test_tokens_are_bounded_and_a_lone_request_may_exceed_the_bound() -> N
         calls.promises[-1].set_result(answer(number))
     await running
     assert context.ids == [1, 2, 3]
+
+
+@in_loop
+async def test_answers_that_nobody_takes_are_bounded_in_bytes() -> None:
+    calls, context = FakeCalls(), FakeContext()
+    running = asyncio.create_task(a_stream(calls, context, max_requests=9, max_answer_bytes=2000).run())
+    context.may_write.clear()
+    context.send(1, 2)
+    await nothing_happens()
+    large = ForwardResult(1, ForwardTiming(0, 0, 0, 0, 1, 1), output=torch.zeros(1, 500, dtype=torch.bfloat16))
+    for promise, encode in zip(calls.promises, list(calls.encodes), strict=True):
+        promise.set_result(encode(large))
+    await nothing_happens()
+    context.send(3, 4)
+    context.end()
+    await nothing_happens()
+    assert len(calls.promises) == 2, "2000 bytes and more lie here: nothing further is admitted"
+    context.may_write.set()
+    await nothing_happens()
+    assert len(calls.promises) == 4
+    for promise in calls.promises[2:]:
+        promise.set_exception(OverloadedError("full", 1.0))
+    await running
+    assert context.ids == [1, 2, 3, 4]
 
 
 @in_loop

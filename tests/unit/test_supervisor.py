@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
@@ -12,7 +13,7 @@ import pytest
 
 from expertd_server import supervisor as module
 from expertd_server.config import Config
-from expertd_server.control import Control
+from expertd_server.control import Control, Hangs
 from expertd_server.supervisor import Supervisor
 
 
@@ -101,6 +102,36 @@ def test_an_engine_that_has_served_is_started_again_whatever_it_ended_with(super
     supervisor._hear(supervisor._engine)
     assert supervisor._exit_code is None
     assert supervisor._engine.start_at_s is not None
+
+
+def test_an_engine_that_hangs_is_killed_counted_and_started_again(
+    supervisor: Supervisor, caplog: pytest.LogCaptureFixture
+) -> None:
+    popen = FakePopen(-9)
+    engine = give_engine(supervisor, popen)
+    engine.send(Hangs("layer 'a'"))
+    supervisor._hear(supervisor._engine)
+    assert popen.was_killed
+    assert supervisor._engine.start_at_s is not None
+    assert supervisor._metrics.engine_hangs._value.get() == 1
+    assert "engine is killed: layer 'a'" in caplog.text
+    engine.close()
+
+
+def test_a_process_that_does_not_end_when_killed_holds_nobody_up(
+    supervisor: Supervisor, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unkillable(FakePopen):
+        def wait(self, timeout_s: float | None = None) -> int:
+            assert timeout_s is not None, "no wait is without end"
+            raise subprocess.TimeoutExpired("engine", timeout_s)
+
+    popen = Unkillable(0)
+    give_engine(supervisor, popen).close()
+    supervisor._hear(supervisor._engine)
+    assert popen.was_killed
+    assert supervisor._engine.start_at_s is not None
+    assert "is left behind" in caplog.text
 
 
 def test_a_process_that_talks_nonsense_is_killed_and_started_again(

@@ -18,13 +18,8 @@ from expertd_server.layer import MoELayer
 from expertd_server.store import LayerStore
 from expertd_server.synthetic import synthetic_layers
 from expertd_server.types import Activation, LayerSpec, RoutingMethod
-from expertd_server.wire import (
-    encode_response,
-    encode_stream_error,
-    encode_stream_response,
-    layer_info,
-    read_call,
-)
+from expertd_server.wire import encode_response, encode_stream_response, read_call
+from expertd_server.wire_answer import encode_stream_error, layer_info
 from expertd_server.wire_parse import parse_request
 
 DTYPES = {

@@ -1,0 +1,68 @@
+"""Bytes to requests, and requests to checked ones: the compiled codec where it was built and knows them.
+
+Whatever else comes goes the way of `wire_parse` and `wire_check`, which specify it and say what is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+from expertd_server.native import CODEC
+from expertd_server.store import HeldLayer, LayerStore
+from expertd_server.wire_check import CheckedRequest, check_request
+from expertd_server.wire_parse import RawRequest, RawStreamRequest, parse_request, parse_stream_request
+
+if TYPE_CHECKING:
+    from expertd_server._codec import Request
+
+__all__ = ["Message", "check_message", "read_message", "read_stream_message"]
+
+L = TypeVar("L", bound=HeldLayer)
+
+Message: TypeAlias = "RawRequest | Request"
+"""A ForwardRequest, unchecked."""
+
+
+def read_message(data: bytes) -> Message:
+    """Parse a ForwardRequest. Raises InvalidArgumentError on bytes that are none."""
+    if CODEC is not None and (request := CODEC.parse_request(data)) is not None:
+        return request
+    return parse_request(data)
+
+
+def read_stream_message(data: bytes) -> tuple[int, int, int, Message | RawStreamRequest | None]:
+    """The id, timeout_ms, rows of hidden_states and request of a ForwardStreamRequest.
+
+    In place of the request, the whole of a message that says something about regions. Raises InvalidArgumentError on
+    bytes that are none.
+    """
+    if CODEC is not None and (request := CODEC.parse_stream_request(data)) is not None:
+        return request.id, request.timeout_ms, request.num_tokens, request
+    raw = parse_stream_request(data)
+    return raw.id, raw.timeout_ms, raw.num_tokens, raw if raw.is_about_regions else raw.request
+
+
+def check_message(
+    message: Message, store: LayerStore[L], *, max_batch_tokens: int, max_message_bytes: int
+) -> tuple[L, CheckedRequest]:
+    """Check everything about a request; see `check_request`, which knows what to tell where something is wrong."""
+    if not isinstance(message, RawRequest):
+        layer = store.get(message.layer, message.weights_version or None)
+        spec = layer.spec
+        takes_wide = layer.hidden_states_scale is not None
+        good = message.check(
+            spec.hidden_size, spec.num_experts, spec.top_k, takes_wide, max_batch_tokens, max_message_bytes
+        )
+        if good is not None:
+            return layer, good
+        message = _reread(message)
+    return check_request(message, store, max_batch_tokens=max_batch_tokens, max_message_bytes=max_message_bytes)
+
+
+def _reread(message: Request) -> RawRequest:
+    """What Python reads from the bytes of a request that the compiled codec has read."""
+    if not message.is_stream:
+        return parse_request(message.data)
+    request = parse_stream_request(message.data).request
+    assert request is not None, "else it were no Request"
+    return request

@@ -1,0 +1,59 @@
+"""Between messages and blocks of shared memory: what `codec` is where another process computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from expertd_server.blocks import read_answer, read_timing
+from expertd_server.messages import Message, check_message
+from expertd_server.regions import AnswerPlace
+from expertd_server.remote_layer import RemoteLayer
+from expertd_server.ring import Block
+from expertd_server.store import LayerStore
+from expertd_server.wire_answer import join_response, join_stream_response
+from expertd_server.wire_check import CheckedRequest
+
+__all__ = ["RemoteAnswer", "RemoteCall", "typed_call", "write_answer", "write_stream_answer"]
+
+
+@dataclass(slots=True)
+class RemoteCall:
+    """A checked request to a layer that another process computes."""
+
+    layer: RemoteLayer
+    request: CheckedRequest
+    encode: Callable[[RemoteAnswer], Any] | None = None
+    """What to make of the answer; None: the promise is kept with the RemoteAnswer itself."""
+
+
+class RemoteAnswer:
+    """An answer as it lies in a block, which is free again when this is gone."""
+
+    __slots__ = ("block", "queue_tokens", "timing", "weights_version")
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.timing, self.weights_version, self.queue_tokens = read_timing(block.view)
+
+
+def typed_call(
+    message: Message, store: LayerStore[RemoteLayer], *, max_batch_tokens: int, max_message_bytes: int
+) -> RemoteCall:
+    """Check everything about a request; see `check_message`."""
+    limits = {"max_batch_tokens": max_batch_tokens, "max_message_bytes": max_message_bytes}
+    return RemoteCall(*check_message(message, store, **limits))
+
+
+def write_answer(answer: RemoteAnswer, queue_depth_tokens: int) -> bytes:
+    """A serialised ForwardResponse."""
+    return join_response(read_answer(answer.block.view), answer.timing, queue_depth_tokens, answer.weights_version)
+
+
+def write_stream_answer(
+    request_id: int, answer: RemoteAnswer, queue_depth_tokens: int, place: AnswerPlace | None = None
+) -> bytes:
+    """A serialised ForwardStreamResponse that holds an answer. place: where its tensors go as far as they fit."""
+    tensors, version = read_answer(answer.block.view), answer.weights_version
+    return join_stream_response(request_id, tensors, answer.timing, queue_depth_tokens, version, place)
