@@ -40,12 +40,15 @@ def compile_and_check(command: list[str]) -> int:
 
 
 def find_cuobjdump() -> str | None:
-    """On the PATH, or in Triton's package."""
-    found = shutil.which("cuobjdump")
-    if found is None and (spec := importlib.util.find_spec("triton")) is not None and spec.origin is not None:
-        carried = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        found = str(carried) if carried.exists() else None
-    return found
+    """On the PATH, or in an installed package: nvidia-cuda-cuobjdump, Triton."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    for package, where in (("nvidia", "*/bin/cuobjdump"), ("triton", "backends/nvidia/bin/cuobjdump")):
+        spec = importlib.util.find_spec(package)
+        for place in (spec.submodule_search_locations or ()) if spec is not None else ():
+            for tool in Path(place).glob(where):
+                return str(tool)
+    return None
 
 
 def check_sass(file: str, cuobjdump: str | None) -> int:

@@ -6,7 +6,10 @@
 #pragma once
 #include <cuda_bf16.h>
 
+#include "expert_groups.cuh"
+#include "order_key.cuh"
 #include "params.h"
+#include "warp.cuh"
 
 namespace expertd {
 
@@ -25,8 +28,6 @@ enum Method {
 // What experts are chosen by. NOTE: routing runs once per layer, its instructions long evicted by the weights, so what
 // is not needed is not compiled in.
 enum Score { kByLogit, kBySoftmax, kBySigmoid };
-
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ float load_float(const void* data, DType dtype, size_t i) {
   if (dtype == DType::kFloat32) return __ldg(static_cast<const float*>(data) + i);
@@ -62,129 +63,7 @@ __device__ __forceinline__ void load_floats(const void* data, DType dtype, size_
   for (int i = 0; i < kPer; ++i) values[i] = first + i < n ? load_float(data, dtype, row + first + i) : 0.0f;
 }
 
-// Unsigned keys in the order of the floats, NaN greatest: a row that holds NaN shows it. 0: taken, excluded, no expert.
-__device__ __forceinline__ uint32_t order_key(float f) {
-  if (f != f) return 0xffffffffu;
-  const uint32_t bits = __float_as_uint(__fadd_rn(f, 0.0f));  // -0 ties with +0
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float key_value(uint32_t key) {
-  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-}
-
-// NOTE: xor shuffles add in one fixed order, so that a token's weights do not depend on where it runs.
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask >>= 1) v = __fadd_rn(v, __shfl_xor_sync(kAllLanes, v, mask));
-  return v;
-}
-__device__ __forceinline__ float warp_max(float v) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask >>= 1) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, mask));
-  return v;
-}
-
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, __fadd_rn(1.0f, expf(-x))); }
-
-// Batcher's odd-even merge sort, one step and all that follow. NOTE: a template, because unrolled loops over the steps
-// leave the larger arrays in local memory.
-template <int kN, int kP, int kK>
-__device__ __forceinline__ void merge_descending(uint32_t (&keys)[kN]) {
-#pragma unroll
-  for (int i = 0; i + kK < kN; ++i) {
-    const bool compares = i >= kK % kP && (i - kK % kP) / kK % 2 == 0 && i / (2 * kP) == (i + kK) / (2 * kP);
-    if (compares) {
-      const uint32_t a = keys[i], b = keys[i + kK];
-      keys[i] = max(a, b);
-      keys[i + kK] = min(a, b);
-    }
-  }
-  if constexpr (kK > 1) {
-    merge_descending<kN, kP, kK / 2>(keys);
-  } else if constexpr (2 * kP < kN) {
-    merge_descending<kN, 2 * kP, 2 * kP>(keys);
-  }
-}
-
-template <int kN>
-__device__ __forceinline__ void sort_descending(uint32_t (&keys)[kN]) {
-  if constexpr (kN > 1) merge_descending<kN, 1, 1>(keys);
-}
-
-// Excludes the experts of all but the topk_group best groups. A group's score: the sum of its two highest.
-// Groups of whole lanes; `lanes` of them, a power of two.
-template <int kPer>
-__device__ __forceinline__ void keep_groups(const RouteParams& p, uint32_t (&keys)[kPer], int lanes, int lane) {
-  uint32_t first = 0, second = 0;
-#pragma unroll
-  for (int i = 0; i < kPer; ++i) {
-    second = max(second, min(first, keys[i]));
-    first = max(first, keys[i]);
-  }
-#pragma unroll 1
-  for (int mask = 1; mask < lanes; mask *= 2) {
-    const uint32_t other_first = __shfl_xor_sync(kAllLanes, first, mask),
-                   other_second = __shfl_xor_sync(kAllLanes, second, mask);
-    second = max(min(first, other_first), max(second, other_second));
-    first = max(first, other_first);
-  }
-  const uint32_t mine = order_key(__fadd_rn(key_value(first), key_value(second)));
-  const int group = lane / lanes;
-  int better = 0;
-#pragma unroll 4
-  for (int other = 0; other < p.n_group; ++other) {
-    const uint32_t key = __shfl_sync(kAllLanes, mine, other * lanes);
-    better += key > mine || (key == mine && other < group);
-  }
-  if (better >= p.topk_group) {
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) keys[i] = 0;
-  }
-}
-
-// The same for groups of any size, through memory of the warp's own: [num_experts + n_group].
-template <int kPer>
-__device__ __forceinline__ void keep_odd_groups(const RouteParams& p, uint32_t (&keys)[kPer], uint32_t* memory,
-                                                int lane) {
-  const int size = p.num_experts / p.n_group;
-  uint32_t* group_keys = memory + p.num_experts;
-#pragma unroll
-  for (int i = 0; i < kPer; ++i) {
-    if (lane * kPer + i < p.num_experts) memory[lane * kPer + i] = keys[i];
-  }
-  __syncwarp();
-#pragma unroll 1
-  for (int g = lane; g < p.n_group; g += 32) {
-    uint32_t first = 0, second = 0;
-#pragma unroll 1
-    for (int i = 0; i < size; ++i) {
-      const uint32_t key = memory[g * size + i];
-      second = max(second, min(first, key));
-      first = max(first, key);
-    }
-    group_keys[g] = order_key(__fadd_rn(key_value(first), key_value(second)));
-  }
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < kPer; ++i) {
-    const int group = min((lane * kPer + i) / size, p.n_group - 1);
-    const uint32_t mine = group_keys[group];
-    int better = 0;
-#pragma unroll 1
-    for (int other = 0; other < p.n_group; ++other) {
-      better += group_keys[other] > mine || (group_keys[other] == mine && other < group);
-    }
-    if (better >= p.topk_group) keys[i] = 0;
-  }
-  __syncwarp();  // before the next token writes there
-}
-
-// Lanes that share a group where groups are whole lanes, a power of two of them; else 0.
-template <int kPer>
-__host__ __device__ __forceinline__ int lanes_per_group(const RouteParams& p) {
-  const int size = p.num_experts / p.n_group, lanes = size / kPer;
-  return size % kPer == 0 && (lanes & (lanes - 1)) == 0 ? lanes : 0;
-}
 
 // Lane k returns the expert of slot k, and its weight; lanes past top_k return 0 for both.
 // `memory`: of the warp, for odd groups.

@@ -7,9 +7,7 @@ CUDA graph. Its scratch memory belongs to the stream: layers share it, streams d
 from __future__ import annotations
 
 import statistics
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,58 +15,17 @@ import torch
 
 from expertd_server import tuning
 from expertd_server.backend import MoEOutput, PreparedLayer
-from expertd_server.types import Activation, LayerSpec, RoutingMethod
+from expertd_server.cuda_call import Call
+from expertd_server.cuda_extension import _cuda
+from expertd_server.cuda_families import FAMILIES, Family, likely_token_tiles, max_token_tiles
+from expertd_server.cuda_workspace import CudaLayer, Plan, Workspaces
+from expertd_server.types import LayerSpec, RoutingMethod
 from expertd_server.weights import ExpertWeights, pad_intermediate
 
-try:
-    from expertd_server import _cuda
-except ImportError as error:
-    raise ImportError(
-        "expertd_server was installed without its CUDA extension: install it where nvcc 12.5 or newer is on the PATH "
-        "(EXPERTD_CUDA=on makes a missing compiler an error), or use the CPU backend"
-    ) from error
+__all__ = ["FAMILIES", "CudaBackend", "Family"]
 
-__all__ = ["CudaBackend", "Family"]
-
-_ALIGN = 256
 _TILE_MULTIPLE = 16
-_BLOCK_TOKENS = 2048
-"""Tokens of one expert that share a pass over its weights: what their rows fill stays in L2."""
-_LIKELY = 0.9
-"""How probable it must be that an expert is chosen at all, for a guess of which weights come first."""
 _DTYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-@dataclass(frozen=True)
-class Family:
-    """One shape of tile of the matrix products. All families give the same bits."""
-
-    index: int
-    name: str
-    tile_m: int
-    tile_n: int
-    tile_quantum: int
-    warpgroups: int
-    ctas_per_sm: int
-    cluster: int
-    """CTAs that work side by side on as many token tiles of one expert, and share its weights."""
-
-    @property
-    def tiles_per_block(self) -> int:
-        """Token tiles of an expert that share a pass over its weights."""
-        return max(1, _BLOCK_TOKENS // self.tile_n // self.cluster) * self.cluster
-
-    @property
-    def weight_box(self) -> int:
-        """Weight rows that one CTA loads, for all of its cluster."""
-        return self.tile_m // self.cluster
-
-    def ready_count(self, weight_rows: int) -> int:
-        """What a token tile's counter reaches when the first product is done with it: one for each warpgroup."""
-        return -(-weight_rows // self.tile_m) * self.warpgroups
-
-
-FAMILIES = {f[0]: Family(i, *f) for i, f in enumerate(_cuda.families())}
 
 
 class CudaBackend:
@@ -99,7 +56,7 @@ class CudaBackend:
         self.force_family: str | None = None
         """Name of the family that every call uses, for tests and the tuner; None: the best known."""
         self._tuned = tuning.TuningCache(tuning_cache)
-        self._workspaces = _Workspaces(self.device)
+        self._workspaces = Workspaces(self.device)
 
     # ---- planning
 
@@ -118,7 +75,7 @@ class CudaBackend:
         weights.check(spec)
         weights = weights.to(self.device)
         tiled, weights = pad_intermediate(spec, weights, _TILE_MULTIPLE)
-        layer = _CudaLayer(tiled, weights, max_num_tokens)
+        layer = CudaLayer(tiled, weights, max_num_tokens)
         layer.tuned = self._tuned.lookup(self.device_name, tuning.layer_key(spec))
         self._workspaces.reserve(layer.scratch(max_num_tokens).nbytes)
         with torch.cuda.device(self.device):
@@ -184,7 +141,7 @@ class CudaBackend:
         with torch.cuda.device(self.device):
             ids = torch.empty(num_tokens, spec.top_k, dtype=torch.int32, device=self.device)
             weights = torch.empty(num_tokens, spec.top_k, dtype=torch.bfloat16, device=self.device)
-            call = _Call(
+            call = Call(
                 hidden_states=hidden_states,
                 logits=routing_logits,
                 in_ids=topk_ids,
@@ -204,7 +161,7 @@ class CudaBackend:
                 self._run(layer, part, out_part)
             return MoEOutput(output=out, expert_weights=weights, topk_ids=ids)
 
-    def _forward_rows(self, layer: PreparedLayer, call: _Call) -> MoEOutput:
+    def _forward_rows(self, layer: PreparedLayer, call: Call) -> MoEOutput:
         spec, num_tokens = layer.spec, call.num_tokens
         # NOTE: how many rows there are is known on the device only: those that no slot maps to stay zero.
         rows = torch.zeros(
@@ -223,13 +180,13 @@ class CudaBackend:
     def _run(
         self,
         layer: PreparedLayer,
-        call: _Call,
+        call: Call,
         out: torch.Tensor | None,
         *,
         rows: torch.Tensor | None = None,
         expanded_to_row: torch.Tensor | None = None,
     ) -> None:
-        state: _CudaLayer = layer.state
+        state: CudaLayer = layer.state
         num_tokens = call.num_tokens
         planned = max(num_tokens, state.max_num_tokens)
         workspace = self._workspaces.current(state.scratch(planned).nbytes)
@@ -250,7 +207,7 @@ class CudaBackend:
 
     # ---- stages, one launch each (routing two, for more than 64 tokens); public for the benchmark
 
-    def quantize(self, layer: PreparedLayer, plan: _Plan, call: _Call) -> None:
+    def quantize(self, layer: PreparedLayer, plan: Plan, call: Call) -> None:
         """hidden_states [T, H] -> fp8 in the workspace."""
         scale = layer.weights.hidden_states_scale
         if scale is None:
@@ -267,7 +224,7 @@ class CudaBackend:
             pdl=call.pdl,
         )
 
-    def route(self, layer: PreparedLayer, plan: _Plan, call: _Call, family: Family) -> None:
+    def route(self, layer: PreparedLayer, plan: Plan, call: Call, family: Family) -> None:
         """Logits or ready ids -> ids, weights, and the rows and tiles of the products."""
         spec, bias = layer.spec, layer.weights.routing_bias
         grouped = spec.is_grouped
@@ -309,7 +266,7 @@ class CudaBackend:
             pdl=call.pdl,
         )
 
-    def gemm1(self, layer: PreparedLayer, plan: _Plan, call: _Call, family: Family, x: int) -> None:
+    def gemm1(self, layer: PreparedLayer, plan: Plan, call: Call, family: Family, x: int) -> None:
         """Rows of x [T, H] fp8 -> activated rows [R, I] fp8."""
         spec, weights = layer.state.spec, layer.weights
         _cuda.gemm1(
@@ -325,8 +282,8 @@ class CudaBackend:
             out_columns=spec.intermediate_size,
             k=spec.hidden_size,
             weight_rows=spec.gemm1_rows,
-            max_token_tiles=_max_token_tiles(spec, call.num_tokens, family),
-            likely_token_tiles=_likely_token_tiles(spec, call.num_tokens, family),
+            max_token_tiles=max_token_tiles(spec, call.num_tokens, family),
+            likely_token_tiles=likely_token_tiles(spec, call.num_tokens, family),
             num_experts=spec.num_local,
             schedule=plan.schedule,
             tiles=plan.tiles,
@@ -337,7 +294,7 @@ class CudaBackend:
             pdl=call.pdl,
         )
 
-    def gemm2(self, layer: PreparedLayer, plan: _Plan, call: _Call, family: Family) -> None:
+    def gemm2(self, layer: PreparedLayer, plan: Plan, call: Call, family: Family) -> None:
         """Activated rows [R, I] fp8 -> rows [R, H] bfloat16."""
         spec = layer.state.spec
         _cuda.gemm2(
@@ -347,7 +304,7 @@ class CudaBackend:
             rows=plan.rows,
             hidden_size=spec.hidden_size,
             k=spec.intermediate_size,
-            max_token_tiles=_max_token_tiles(spec, call.num_tokens, family),
+            max_token_tiles=max_token_tiles(spec, call.num_tokens, family),
             schedule=plan.schedule,
             tiles=plan.tiles,
             tile_ready=plan.tile_ready,
@@ -357,7 +314,7 @@ class CudaBackend:
             pdl=call.pdl,
         )
 
-    def finalize(self, layer: PreparedLayer, plan: _Plan, call: _Call, out: torch.Tensor) -> None:
+    def finalize(self, layer: PreparedLayer, plan: Plan, call: Call, out: torch.Tensor) -> None:
         """Rows [R, H] bfloat16 -> out [T, H], weighted and summed over the slots of a token."""
         spec = layer.spec
         _cuda.finalize(
@@ -375,7 +332,7 @@ class CudaBackend:
         )
 
     def _grid(self, spec: LayerSpec, family: Family, num_tokens: int, weight_rows: int) -> int:
-        tiles = _max_token_tiles(spec, num_tokens, family) * -(-weight_rows // family.tile_m)
+        tiles = max_token_tiles(spec, num_tokens, family) * -(-weight_rows // family.tile_m)
         return min(tiles, self.num_sms * family.ctas_per_sm // family.cluster * family.cluster)
 
 
@@ -398,217 +355,9 @@ def _scaling_factor(spec: LayerSpec) -> float:
     return spec.routed_scaling_factor if scaled and spec.routed_scaling_factor is not None else 1.0
 
 
-def _max_rows(spec: LayerSpec, num_tokens: int) -> int:
-    return num_tokens * min(spec.top_k, spec.num_local)
-
-
-def _max_token_tiles(spec: LayerSpec, num_tokens: int, family: Family) -> int:
-    rows = _max_rows(spec, num_tokens)
-    tiles = rows // family.tile_n + family.cluster * min(spec.num_local, rows)
-    return tiles // family.cluster * family.cluster  # whole clusters, so as many as that at most
-
-
-def _likely_token_tiles(spec: LayerSpec, num_tokens: int, family: Family) -> int:
-    """Token tiles that each expert has if all are equally chosen; 0 where many experts go without a token."""
-    chosen = 1 - (1 - spec.top_k / spec.num_experts) ** num_tokens
-    clusters = -(-num_tokens * spec.top_k // (spec.num_experts * family.tile_n * family.cluster))
-    return clusters * family.cluster if chosen >= _LIKELY else 0
-
-
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def _dtype_id(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else _DTYPE_IDS[tensor.dtype]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The tensors of one call, or of a chunk of it."""
-
-    hidden_states: torch.Tensor
-    logits: torch.Tensor | None
-    in_ids: torch.Tensor | None
-    in_weights: torch.Tensor | None
-    topk_ids: torch.Tensor
-    topk_weights: torch.Tensor
-    replay: torch.Tensor | None
-    num_valid: torch.Tensor | None
-    pdl: bool
-    stream: int
-
-    @property
-    def num_tokens(self) -> int:
-        return self.hidden_states.shape[0]
-
-    def chunks(self, out: torch.Tensor, max_num_tokens: int) -> Iterator[tuple[_Call, torch.Tensor]]:
-        """Parts of at most max_num_tokens tokens. Rows do not depend on one another, so this cannot change bits."""
-        if self.num_tokens <= max_num_tokens:
-            if self.num_tokens:
-                yield self, out
-            return
-        for start in range(0, self.num_tokens, max_num_tokens):
-            part = slice(start, min(start + max_num_tokens, self.num_tokens))
-            yield (
-                _Call(
-                    hidden_states=self.hidden_states[part],
-                    logits=None if self.logits is None else self.logits[part],
-                    in_ids=None if self.in_ids is None else self.in_ids[part],
-                    in_weights=None if self.in_weights is None else self.in_weights[part],
-                    topk_ids=self.topk_ids[part],
-                    topk_weights=self.topk_weights[part],
-                    replay=None if self.replay is None else self.replay[part],
-                    num_valid=None if self.num_valid is None else self.num_valid - start,
-                    pdl=self.pdl,
-                    stream=self.stream,
-                ),
-                out[part],
-            )
-
-
-# ---- scratch memory
-
-
-@dataclass(frozen=True)
-class _Scratch:
-    """Where the parts of the scratch memory lie, in bytes from its start."""
-
-    offsets: dict[str, int]
-    nbytes: int
-
-    @classmethod
-    def of(cls, spec: LayerSpec, num_tokens: int, *, quantizes: bool) -> _Scratch:
-        rows = _max_rows(spec, num_tokens)
-        blocks = _cuda.max_route_blocks(num_tokens)
-        tiles = max(_max_token_tiles(spec, num_tokens, f) for f in FAMILIES.values())
-        sizes = {
-            "schedule": _cuda.SCHEDULE_BYTES,
-            "tiles": tiles * _cuda.TOKEN_TILE_BYTES,
-            "tile_ready": tiles * 4,
-            "bitmaps": blocks * spec.num_local * 8,
-            "counts": blocks * spec.num_local,
-            "expanded_to_row": num_tokens * spec.top_k * 4,
-            "row_token": rows * 4,
-            "row_weight": rows * 4,
-            "hidden_states": num_tokens * spec.hidden_size if quantizes else 0,
-            "inter": rows * spec.intermediate_size,
-            "rows": rows * spec.hidden_size * 2,
-        }
-        offsets, at = {}, 0
-        for name, size in sizes.items():
-            offsets[name] = at
-            at += -(-size // _ALIGN) * _ALIGN
-        return cls(offsets, at)
-
-
-class _Workspaces:
-    """One slab of device memory per stream, shared by the layers that run there one after the other."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._lock = threading.Lock()
-        self._nbytes = 0
-        self._slabs: dict[int, torch.Tensor] = {}
-        self._retired: list[torch.Tensor] = []
-
-    def reserve(self, nbytes: int) -> None:
-        """Every slab from now on has at least nbytes."""
-        self._nbytes = max(self._nbytes, nbytes)
-
-    def current(self, nbytes: int = 0) -> torch.Tensor:
-        """The current stream's slab, of nbytes at least. Allocates only where the stream has none as large."""
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        slab = self._slabs.get(stream)
-        if slab is None or slab.numel() < max(nbytes, self._nbytes):
-            with self._lock:
-                if slab is not None:
-                    self._retired.append(slab)  # NOTE: captured graphs keep its address, so it is never freed
-                self._nbytes = max(self._nbytes, nbytes)
-                slab = torch.empty(self._nbytes, dtype=torch.uint8, device=self._device)
-                self._slabs[stream] = slab
-        return slab
-
-    def poison(self) -> None:
-        """Fill every slab with bytes that are NaN in fp8, bfloat16 and float32."""
-        for slab in self._slabs.values():
-            slab.fill_(0xFF)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Addresses for a layer in one slab, and the tensor maps that hold them."""
-
-    schedule: int
-    tiles: int
-    tile_ready: int
-    bitmaps: int
-    counts: int
-    expanded_to_row: int
-    row_token: int
-    row_weight: int
-    hidden_states: int
-    inter: int
-    rows: int
-    tensor_maps: torch.Tensor
-    """[families, 2 products, 3 maps, bytes] on the host: weights, token tile, part of a token tile."""
-
-    def maps(self, family: Family, product: int) -> int:
-        """Host address of the three maps of a product."""
-        return self.tensor_maps.data_ptr() + (family.index * 2 + product) * 3 * _cuda.TENSOR_MAP_BYTES
-
-    def with_results(self, rows: torch.Tensor, expanded_to_row: torch.Tensor | None) -> _Plan:
-        """The same plan, writing the second product's rows and their places to tensors of the caller's."""
-        fields = {**self.__dict__, "rows": rows.data_ptr()}
-        if expanded_to_row is not None:
-            fields["expanded_to_row"] = expanded_to_row.data_ptr()
-        return _Plan(**fields)
-
-
-@dataclass
-class _CudaLayer:
-    """What CudaBackend keeps for a layer."""
-
-    spec: LayerSpec
-    weights: ExpertWeights
-    max_num_tokens: int
-    tuned: dict[int, str] | None = None
-    _scratch: dict[int, _Scratch] = field(default_factory=dict)
-    _plans: dict[tuple[int, int], _Plan] = field(default_factory=dict)
-
-    def scratch(self, num_tokens: int) -> _Scratch:
-        """The layout for calls of num_tokens."""
-        found = self._scratch.get(num_tokens)
-        if found is None:
-            quantizes = self.weights.hidden_states_scale is not None
-            found = self._scratch[num_tokens] = _Scratch.of(self.spec, num_tokens, quantizes=quantizes)
-        return found
-
-    def plan(self, slab: torch.Tensor, num_tokens: int) -> _Plan:
-        """The layer's addresses and tensor maps in a slab."""
-        key = (slab.data_ptr(), num_tokens)
-        found = self._plans.get(key)
-        if found is None:
-            base = slab.data_ptr()
-            addresses = {name: base + offset for name, offset in self.scratch(num_tokens).offsets.items()}
-            maps = _tensor_maps(self.spec, self.weights, addresses["inter"], _max_rows(self.spec, num_tokens))
-            found = self._plans[key] = _Plan(**addresses, tensor_maps=maps)
-        return found
-
-
-def _tensor_maps(spec: LayerSpec, weights: ExpertWeights, inter: int, rows: int) -> torch.Tensor:
-    size = _cuda.TENSOR_MAP_BYTES
-    maps = torch.zeros(len(FAMILIES), 2, 3, size, dtype=torch.uint8)
-    w1, w2 = weights.gemm1_weights.data_ptr(), weights.gemm2_weights.data_ptr()
-    experts, hidden, intermediate = spec.num_local, spec.hidden_size, spec.intermediate_size
-    for family in FAMILIES.values():
-        at = maps[family.index].data_ptr()
-        if spec.activation in (Activation.SWIGLU, Activation.GEGLU):
-            _cuda.encode_gate_up(at, w1, experts, intermediate, hidden, family.weight_box)
-        else:
-            _cuda.encode_weight_rows(at, w1, experts, intermediate, hidden, family.weight_box)
-        at += 3 * size
-        _cuda.encode_weight_rows(at, w2, experts, hidden, intermediate, family.weight_box)
-        _cuda.encode_rows(at + size, inter, rows, intermediate, family.tile_n)
-        _cuda.encode_rows(at + 2 * size, inter, rows, intermediate, family.tile_quantum)
-    return maps

@@ -19,7 +19,12 @@ from expertd_server.types import Activation, LayerSpec
 backend_cuda = pytest.importorskip(
     "expertd_server.backend_cuda", reason="the kernels were not compiled here", exc_type=ImportError
 )
-_cuda = backend_cuda._cuda
+
+from expertd_server.cuda_call import Call  # noqa: E402
+from expertd_server.cuda_extension import _cuda  # noqa: E402
+from expertd_server.cuda_families import Family, max_token_tiles  # noqa: E402
+from expertd_server.cuda_workspace import Scratch, tensor_maps  # noqa: E402
+
 FAMILIES = backend_cuda.FAMILIES.values()
 
 SPECS = [
@@ -65,7 +70,7 @@ def test_the_built_in_choice_exists(spec: LayerSpec, num_tokens: int) -> None:
 def test_parts_of_the_scratch_memory_are_aligned_and_do_not_overlap(spec: LayerSpec) -> None:
     rows_per_token = min(spec.top_k, spec.num_local)
     for quantizes, num_tokens in itertools.product((False, True), TOKENS):
-        scratch = backend_cuda._Scratch.of(spec, num_tokens, quantizes=quantizes)
+        scratch = Scratch.of(spec, num_tokens, quantizes=quantizes)
         starts = [*scratch.offsets.values(), scratch.nbytes]
         assert starts == sorted(starts)
         assert not any(start % 256 for start in starts)
@@ -77,11 +82,11 @@ def test_parts_of_the_scratch_memory_are_aligned_and_do_not_overlap(spec: LayerS
 
 
 def test_more_tokens_never_need_less_scratch_memory() -> None:
-    sizes = [backend_cuda._Scratch.of(SPECS[1], n, quantizes=True).nbytes for n in range(1, 300)]
+    sizes = [Scratch.of(SPECS[1], n, quantizes=True).nbytes for n in range(1, 300)]
     assert sizes == sorted(sizes)
 
 
-def whole_clusters(family: backend_cuda.Family, tiles: int) -> int:
+def whole_clusters(family: Family, tiles: int) -> int:
     """Token tiles of an expert: as many as fill the CTAs that share its weights."""
     return -(-tiles // family.cluster) * family.cluster
 
@@ -98,13 +103,13 @@ def test_no_routing_needs_more_token_tiles_than_planned(spec: LayerSpec) -> None
             for expert in rng.sample(favourites, slots):
                 rows[expert] += 1
         needed = sum(whole_clusters(family, -(-count // family.tile_n)) for count in rows)
-        planned = backend_cuda._max_token_tiles(spec, num_tokens, family)
+        planned = max_token_tiles(spec, num_tokens, family)
         assert planned % family.cluster == 0
         assert needed <= planned, f"seed 0, {family.name}, {num_tokens} tokens, {spec}"
     # The worst case: one row more than whole tiles in as many experts as there are.
     for family, whole in itertools.product(FAMILIES, (0, 1, 3)):
         num_tokens = -(-spec.num_local * (whole * family.tile_n + 1) // slots)
-        planned = backend_cuda._max_token_tiles(spec, num_tokens, family)
+        planned = max_token_tiles(spec, num_tokens, family)
         needed = spec.num_local * whole_clusters(family, whole + 1)
         assert needed <= planned, f"{family.name}, {num_tokens} tokens, {spec}"
 
@@ -114,7 +119,7 @@ def test_chunks_cover_every_token_once(max_num_tokens: int) -> None:
     spec = make_spec()
     case = make_case(spec, 33, seed=1)
     replay = torch.full((40, spec.top_k), -7, dtype=torch.int16)
-    call = backend_cuda._Call(
+    call = Call(
         hidden_states=case.hidden_states,
         logits=case.routing_logits,
         in_ids=None,
@@ -147,7 +152,7 @@ def test_arguments_of_the_tensor_maps(spec: LayerSpec, monkeypatch: pytest.Monke
             _cuda, name, lambda *values, name=name: calls.append((name.removeprefix("encode_"), values))
         )
     weights = make_case(spec, 1, seed=1).weights
-    maps = backend_cuda._tensor_maps(spec, weights, 0x1000, 77)
+    maps = tensor_maps(spec, weights, 0x1000, 77)
     assert maps.shape == (len(FAMILIES), 2, 3, _cuda.TENSOR_MAP_BYTES)
     places = [values[0] for _, values in calls]
     assert len(set(places)) == len(places)

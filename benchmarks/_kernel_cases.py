@@ -1,0 +1,158 @@
+"""The layers that the kernels are measured on: shapes of known models, random weights, inputs, and what they cost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from expertd_server.backend import PreparedLayer
+from expertd_server.cuda_call import Call
+from expertd_server.routing import route
+from expertd_server.types import Activation, LayerSpec, RoutingMethod
+from expertd_server.weights import ExpertWeights
+
+if TYPE_CHECKING:
+    from expertd_server.backend_cuda import CudaBackend
+
+__all__ = ["CASES", "make_call", "make_layer", "relative_error", "work"]
+
+FP8 = torch.float8_e4m3fn
+CASES = {
+    "mixtral": LayerSpec(
+        hidden_size=4096, intermediate_size=14336, num_experts=8, top_k=2, routing_method=RoutingMethod.RENORMALIZE
+    ),
+    "qwen3": LayerSpec(
+        hidden_size=2048,
+        intermediate_size=768,
+        num_experts=128,
+        top_k=8,
+        routing_method=RoutingMethod.RENORMALIZE_NAIVE,
+    ),
+    "deepseek": LayerSpec(
+        hidden_size=7168,
+        intermediate_size=2048,
+        num_experts=256,
+        top_k=8,
+        local_num_experts=32,
+        routing_method=RoutingMethod.DEEPSEEK_V3,
+        n_group=8,
+        topk_group=4,
+        routed_scaling_factor=2.5,
+    ),
+    "scout": LayerSpec(
+        hidden_size=5120,
+        intermediate_size=8192,
+        num_experts=16,
+        top_k=1,
+        routing_method=RoutingMethod.LLAMA4,
+        use_routing_scales_on_input=True,
+    ),
+    "nemotron": LayerSpec(
+        hidden_size=4096,
+        intermediate_size=2688,
+        num_experts=512,
+        top_k=22,
+        routing_method=RoutingMethod.DEEPSEEK_V3,
+        activation=Activation.RELU2,
+        routed_scaling_factor=5.0,
+    ),
+}
+
+
+def random_fp8(*shape: int, size: float = 1.0) -> torch.Tensor:
+    """Normal values, expert by expert so that the float copy stays small."""
+    out = torch.empty(*shape, dtype=FP8, device="cuda")
+    for part in out if len(shape) == 3 else (out,):
+        part.copy_((torch.randn(part.shape, device="cuda", dtype=torch.bfloat16) * size).to(FP8))
+    return out
+
+
+def make_layer(backend: CudaBackend, spec: LayerSpec, max_num_tokens: int) -> PreparedLayer:
+    """A layer whose activations and outputs are of order 1."""
+    experts, hidden, inter = spec.num_local, spec.hidden_size, spec.intermediate_size
+    ones = torch.ones(experts, device="cuda")
+    up = 16.0 if not spec.activation.is_gated else 16.0 / hidden**0.5
+    weights = ExpertWeights(
+        gemm1_weights=random_fp8(experts, spec.gemm1_rows, hidden),
+        output1_scales_scalar=ones * up,
+        output1_scales_gate_scalar=ones / hidden**0.5,
+        gemm2_weights=random_fp8(experts, hidden, inter),
+        output2_scales_scalar=ones / (16 * inter**0.5),
+        routing_bias=torch.randn(spec.num_experts, device="cuda") * 0.01 if spec.routing_method.reads_bias else None,
+    )
+    return backend.prepare(spec, weights, max_num_tokens=max_num_tokens)
+
+
+def make_logits(spec: LayerSpec, num_tokens: int, zipf: bool) -> torch.Tensor:
+    """Even routing, or experts chosen in proportion to 1 / rank."""
+    logits = torch.randn(num_tokens, spec.num_experts, device="cuda")
+    if zipf:
+        gumbel = -torch.rand(num_tokens, spec.num_experts, device="cuda").clamp_(1e-9, 1 - 1e-7).log().neg().log()
+        logits = gumbel - torch.arange(1, spec.num_experts + 1, device="cuda").log()
+    return logits
+
+
+def make_call(layer: PreparedLayer, num_tokens: int, zipf: bool, touched: int | None) -> Call:
+    """Random inputs; touched: drawn until that many local experts are chosen, so that runs compare."""
+    spec = layer.spec
+    for _ in range(100):
+        logits = make_logits(spec, num_tokens, zipf)
+        if touched is None or zipf:
+            break
+        ids, _ = route(spec, logits, layer.weights.routing_bias)
+        local = ids[(ids >= spec.local_expert_offset) & (ids < spec.local_expert_offset + spec.num_local)]
+        if int(local.unique().numel()) == touched:
+            break
+    return Call(
+        hidden_states=random_fp8(num_tokens, spec.hidden_size),
+        logits=logits,
+        in_ids=None,
+        in_weights=None,
+        topk_ids=torch.empty(num_tokens, spec.top_k, dtype=torch.int32, device="cuda"),
+        topk_weights=torch.empty(num_tokens, spec.top_k, dtype=torch.bfloat16, device="cuda"),
+        replay=None,
+        num_valid=None,
+        pdl=True,
+        stream=0,
+    )
+
+
+def work(spec: LayerSpec, ids: torch.Tensor) -> dict[str, float]:
+    """Bytes and FLOPs that a call cannot do without."""
+    local = ids[(ids >= spec.local_expert_offset) & (ids < spec.local_expert_offset + spec.num_local)]
+    touched = int(local.unique().numel())
+    per_expert = (spec.gemm1_rows + spec.intermediate_size) * spec.hidden_size
+    return {
+        "rows": int(local.numel()),
+        "experts": touched,
+        "max_rows": int(local.bincount().max()) if local.numel() else 0,
+        "bytes": touched * per_expert + 3 * ids.shape[0] * spec.hidden_size,
+        "flops": 2 * local.numel() * per_expert,
+    }
+
+
+def relative_error(layer: PreparedLayer, call: Call, output: torch.Tensor, rows: int) -> float:
+    """Of some rows, against float64 with the same routing and no rounding of the intermediate."""
+    spec, w = layer.spec, layer.weights
+    picked = torch.linspace(0, call.num_tokens - 1, min(rows, call.num_tokens), device="cuda").long()
+    x = call.hidden_states.view(torch.uint8)[picked].view(FP8).double()
+    expected = torch.zeros(len(picked), spec.hidden_size, dtype=torch.float64, device="cuda")
+    for i, t in enumerate(picked.tolist()):
+        for k in range(spec.top_k):
+            e = int(call.topk_ids[t, k]) - spec.local_expert_offset
+            if not 0 <= e < spec.num_local:
+                continue
+            weight = call.topk_weights[t, k].double()
+            a = w.gemm1_weights[e].to(torch.float32).double() @ x[i]
+            if spec.use_routing_scales_on_input:
+                a, weight = a * weight, torch.ones_like(weight)
+            gate_scale, scale = w.output1_scales_gate_scalar[e].double(), w.output1_scales_scalar[e].double()
+            if spec.activation.is_gated:
+                up, gate = a.chunk(2)
+                inter = torch.nn.functional.silu(gate * gate_scale) * (up * scale)
+            else:
+                inter = (a * gate_scale).clamp(min=0) ** 2 * scale
+            g = w.output2_scales_scalar[e].double() * (w.gemm2_weights[e].to(torch.float32).double() @ inter)
+            expected[i] += weight * g
+    return float((output[picked].double() - expected).norm() / expected.norm()) if float(expected.norm()) else 0.0

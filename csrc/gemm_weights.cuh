@@ -1,0 +1,114 @@
+// The producer of weights: TMA into the ring of a CTA, or of both in its cluster. One thread, which deals tiles too.
+#pragma once
+#include "gemm_shared.cuh"
+#include "gemm_tiles.cuh"
+#include "params.h"
+#include "sm90.cuh"
+
+namespace expertd {
+
+// This CTA's share of the weights of a stage, into all CTAs of the cluster.
+template <class G>
+__device__ __forceinline__ void load_weights(const CUtensorMap* map, uint32_t dst, uint32_t bar, int step,
+                                             const Tile& t, uint64_t policy, uint32_t rank) {
+  constexpr uint16_t kAll = (1 << G::kCluster) - 1;
+  const int first = t.m_tile() * G::F::kTileM + rank * G::kShareM;
+#pragma unroll
+  for (int box = 0; box < G::F::kBoxes; ++box) {
+    const int k = step * G::kStepK + box * kBoxK;
+    const uint32_t at = dst + box * G::kWeightBox + rank * (G::kShareM * kBoxK);
+    if constexpr (G::kGated && G::kPair) {
+      sm90::cp_async_bulk_tensor_5d_multicast(at, map, bar, k, 0, 0, first / 16, t.expert(), kAll, policy);
+    } else if constexpr (G::kGated) {
+      sm90::cp_async_bulk_tensor_5d(at, map, bar, k, 0, 0, first / 16, t.expert(), policy);
+    } else if constexpr (G::kPair) {
+      sm90::cp_async_bulk_tensor_3d_multicast(at, map, bar, k, first, t.expert(), kAll, policy);
+    } else {
+      sm90::cp_async_bulk_tensor_3d(at, map, bar, k, first, t.expert(), policy);
+    }
+  }
+}
+
+// One CTA's share of the weights of a step, into L2.
+template <class G>
+__device__ __forceinline__ void prefetch_weights(const CUtensorMap* map, int step, int m_tile, int expert,
+                                                 uint32_t rank) {
+  const int first = m_tile * G::F::kTileM + rank * G::kShareM;
+#pragma unroll
+  for (int box = 0; box < G::F::kBoxes; ++box) {
+    const int k = step * G::kStepK + box * kBoxK;
+    if constexpr (G::kGated) {
+      sm90::cp_async_bulk_prefetch_tensor_5d(map, k, 0, 0, first / 16, expert);
+    } else {
+      sm90::cp_async_bulk_prefetch_tensor_3d(map, k, first, expert);
+    }
+  }
+}
+
+template <class G>
+__device__ __forceinline__ uint64_t weight_policy() {
+  // Decode reads weights once; wide tiles share them between neighbouring token tiles.
+  return G::F::kTileN > 128 ? sm90::createpolicy_evict_normal() : sm90::createpolicy_evict_first();
+}
+
+// Weights; in one thread. It also deals out the tiles.
+// NOTE: in product 2 this does not wait for product 1. The tile list is older than that: product 1 let this kernel
+// start only after it had itself waited for routing. So weights are under way before product 1 ends.
+template <class G>
+__device__ __forceinline__ void produce_weights(const GemmParams& p, const Shared<G>& shared, const CUtensorMap* map) {
+  const uint64_t policy = weight_policy<G>();
+  const int steps = num_steps<G>(p);
+  TileQueue<G> queue(p, shared);
+  typename TileQueue<G>::Found next;
+  if (shared.rank == 0) {
+    next = queue.load();
+    queue.publish(next, 0);
+  }
+  // The next tile is found early and told early, so that its tokens' rows can be looked up while this one's are loaded;
+  // but not before the consumers are on this tile, and have let go of the slot.
+  const int find_at = min(1, steps - 1), tell_at = min(G::F::kStages + 1, steps - 1);
+  uint32_t step = 0, n = 0;
+  for (;; ++n) {
+    Tile t;
+    if (shared.rank == 0) {
+      t = next.of[0];
+      if (t.is_end()) break;
+      queue.advance();
+    } else {
+      t = {shared.tile(n)};
+      if (t.is_end()) break;
+      shared.release_tile(n);
+    }
+#pragma unroll 1
+    for (int ks = 0; ks < steps; ++ks, ++step) {
+      const uint32_t full = shared.weights.full(step);
+      shared.weights.wait_empty(step);
+      sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
+      load_weights<G>(map, shared.weights.stage(step), full, ks, t, policy, shared.rank);
+      if (shared.rank == 0) {
+        if (ks == find_at) next = queue.load();
+        if (ks == tell_at) queue.publish(next, n + 1);
+      }
+    }
+  }
+  if (shared.rank == 0) queue.close(n);
+  if constexpr (G::kPair) {
+    // NOTE: a CTA's shared memory must live until the neighbour's last arrivals, which these waits see.
+    for (uint32_t last = step + G::F::kStages; step != last; ++step) shared.weights.wait_empty(step);
+  }
+}
+
+// Product 1, while routing runs and memory is idle: into L2 with the weights of the tile that this CTA gets if the
+// guess holds. A wrong guess costs traffic that nobody waits for.
+template <class G>
+__device__ __forceinline__ void prefetch_likely_weights(const GemmParams& p, const CUtensorMap* map) {
+  using F = typename G::F;
+  const int per_expert = num_m_tiles<G>(p) * p.likely_token_tiles;
+  const int expert = blockIdx.x / per_expert, m_tile = blockIdx.x % per_expert / p.likely_token_tiles;
+  if (expert >= p.num_experts) return;
+  const int steps = min(F::kStages, num_steps<G>(p));
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) prefetch_weights<G>(map, step, m_tile, expert, blockIdx.x % G::kCluster);
+}
+
+}  // namespace expertd
