@@ -93,12 +93,14 @@ def with_server(use: Callable[[Any, Any, Any], None]) -> None:
 
 def measure(options: argparse.Namespace, calls: Any, inbox: Any, loop: Any) -> None:
     """The table."""
+    from expertd_server.regions import StreamRegions  # noqa: PLC0415
     from expertd_server.stream import Stream  # noqa: PLC0415
 
     async def run(num_tokens: int) -> tuple[float, int]:
         message = stream_message(1, "synthetic.qwen3-30b-a3b.0", RequestShape(num_tokens, 2048, 128))
         context: Any = Context(message, options.in_flight, options.count)
-        stream = Stream(calls, context, inbox, max_requests=256, max_tokens=2**20, log_id="-")
+        bounds = {"regions": StreamRegions(None, 0), "max_requests": 256, "max_tokens": 2**20}
+        stream = Stream(calls, context, inbox, **bounds, log_id="-")
         profile = cProfile.Profile() if options.profile else SimpleNamespace(enable=int, disable=int)
         start_s = time.thread_time()
         profile.enable()
