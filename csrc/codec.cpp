@@ -4,13 +4,8 @@
 // is wrong with a request. This module reads what clients send and answers None to whatever else there is; then Python
 // decides. Tests hold the two together. Torch-free and CUDA-free; ownership stays in Python: a Request keeps the bytes
 // that it was read from.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#include <cstdint>
-#include <cstring>
-
 #include "copies.h"
+#include "wire.h"
 
 namespace {
 
@@ -18,23 +13,6 @@ namespace {
 constexpr int kMaxRank = 3;
 constexpr int kMaxLengthBytes = 5;  // protobuf refuses a length that has more, whatever its value
 constexpr Py_ssize_t kMaxNameBytes = 256;
-// Of an answer without its elements: keys, lengths, shape, timing and version, each number of at most ten bytes.
-constexpr size_t kMaxHeadBytes = 256;
-
-enum DataType : uint32_t { kUnset = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3, kFp8 = 4, kInt32 = 5 };
-
-Py_ssize_t item_bytes(uint32_t dtype) {
-  switch (dtype) {
-    case kFloat32:
-    case kInt32:
-      return 4;
-    case kBFloat16:
-    case kFloat16:
-      return 2;
-    default:
-      return 1;
-  }
-}
 
 // ---- reading ----
 
@@ -307,18 +285,6 @@ PyObject* part_of(PyObject* whole, const Request* request, const Tensor& tensor)
   return view == nullptr ? nullptr : Py_BuildValue("(IN)", tensor.dtype, view);
 }
 
-bool numbers_of(PyObject* const* arguments, Py_ssize_t given, Py_ssize_t expected, unsigned long long* numbers) {
-  if (given != expected) {
-    PyErr_Format(PyExc_TypeError, "%zd arguments are given, expected %zd", given, expected);
-    return false;
-  }
-  for (Py_ssize_t n = 0; n < expected; ++n) {
-    numbers[n] = PyLong_AsUnsignedLongLong(arguments[n]);
-    if (numbers[n] == static_cast<unsigned long long>(-1) && PyErr_Occurred()) return false;
-  }
-  return true;
-}
-
 PyDoc_STRVAR(check_doc,
              "check(hidden_size, num_experts, top_k, takes_wide, max_tokens, max_answer_bytes)\n\n"
              "(num_tokens, hidden_states, routing_logits, topk_ids, topk_weights, output_dtype, do_finalize,\n"
@@ -415,34 +381,6 @@ PyObject* parse_request(PyObject*, PyObject* data) { return parse(data, false); 
 PyObject* parse_stream_request(PyObject*, PyObject* data) { return parse(data, true); }
 
 // ---- writing ----
-
-struct Writer {
-  uint8_t bytes[kMaxHeadBytes];
-  size_t size = 0;
-
-  void varint(uint64_t value) {
-    for (; value > 0x7F; value >>= 7) bytes[size++] = static_cast<uint8_t>(value) | 0x80;
-    bytes[size++] = static_cast<uint8_t>(value);
-  }
-
-  // A varint field, left out when zero.
-  void number(int field, uint64_t value) {
-    if (value == 0) return;
-    bytes[size++] = static_cast<uint8_t>(field << 3);
-    varint(value);
-  }
-
-  // What starts a length-delimited field.
-  void head(int field, uint64_t num_bytes) {
-    bytes[size++] = static_cast<uint8_t>(field << 3 | 2);
-    varint(num_bytes);
-  }
-
-  void append(const Writer& other) {
-    std::memcpy(bytes + size, other.bytes, other.size);
-    size += other.size;
-  }
-};
 
 PyDoc_STRVAR(encode_doc,
              "encode_response(is_stream, request_id, dtype, num_tokens, hidden_size, address, queue_us, copy_in_us,\n"

@@ -2,19 +2,12 @@
 // the interpreter where that is worth while. A batch has as many as its requests have tensors; to leave the interpreter
 // and come back for each would cost more than most of them.
 #pragma once
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#include <cstdint>
-#include <cstring>
 #include <new>
-#include <utility>
 #include <vector>
 
-namespace expertd {
+#include "wire.h"
 
-// Below this a copy is over before another thread could make use of the interpreter.
-constexpr Py_ssize_t kFreeInterpreterBytes = 1 << 18;
+namespace expertd {
 
 class CopyList {
  public:

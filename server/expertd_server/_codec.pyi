@@ -1,4 +1,4 @@
-"""csrc/codec.cpp, which is compiled where there is a C++ compiler; see `codec`, which alone imports it."""
+"""csrc/codec.cpp, which is compiled where there is a C++ compiler; see `compiled`, which alone imports it."""
 
 from typing import Any
 

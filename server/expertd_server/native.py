@@ -1,7 +1,4 @@
-"""The compiled module of the data path: `pip install` builds it where there is a C++ compiler.
-
-Where it was not built, Python does the same work. Nothing else imports it.
-"""
+"""Work on bytes that the compiled codec does where it was built, and numpy where not."""
 
 from __future__ import annotations
 
@@ -10,19 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-try:
-    from expertd_server import _codec as CODEC  # noqa: N812
-except ImportError:
-    CODEC = None  # type: ignore[assignment]
+from expertd_server.compiled import CODEC
 
-__all__ = ["CODEC", "Copies", "copy_bytes", "count_ids", "describe"]
-
-
-def describe() -> str:
-    """Who reads requests here, for a log line."""
-    if CODEC is None:
-        return "Python (the compiled codec is missing; install where there is a C++ compiler)"
-    return "the compiled codec"
+__all__ = ["Copies", "copy_bytes", "count_ids"]
 
 
 def _copy_bytes(destination: Any, offset: int, source: Any) -> None:
