@@ -20,13 +20,14 @@ import torch
 
 from expertd_server.backend import Backend, MoEOutput
 from expertd_server.batcher import Batch, Batcher, Limits
+from expertd_server.errors import ExpertdServerError
 from expertd_server.forward import ForwardCall, ForwardResult, HostTensor
 from expertd_server.gather import gather, kind_of
 from expertd_server.graphs import Capturer, CudaCapturer, Graphs, progress_bar, run_layer
 from expertd_server.layer import MoELayer
 from expertd_server.layout import BatchKind, InputLayout, input_layout, output_layout, slot_bytes
 from expertd_server.promise import Promise
-from expertd_server.running import BatchReport, NamedErrors, RunningBatch
+from expertd_server.running import BatchReport, RunningBatch, unexpected
 from expertd_server.staging import Slot, SlotPool, make_slots
 from expertd_server.timing import ForwardTiming
 
@@ -164,7 +165,7 @@ class Engine:
 
     def _launch(self, batch: Batch[ForwardCall, Any]) -> RunningBatch:
         layer = batch.entries[0].payload.layer
-        with NamedErrors(layer, batch.num_tokens):
+        try:
             self._meet(layer)
             slot = self.slots.take(_SLOT_TIMEOUT_S)
             try:
@@ -173,6 +174,10 @@ class Engine:
                 slot.settle()
                 self.slots.give_back(slot)
                 raise
+        except ExpertdServerError:
+            raise
+        except Exception as error:
+            raise unexpected(error, layer, batch.num_tokens) from error
 
     def _start(self, batch: Batch[ForwardCall, Any], slot: Slot) -> RunningBatch:
         calls = [entry.payload for entry in batch.entries]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import collections
+import contextlib
 import platform
 import threading
 import time
@@ -29,6 +30,8 @@ _SIZE_BUCKETS = tuple(2**n for n in range(15))
 # The imbalance ratio looks back this far, in slices that are forgotten one at a time.
 _SLICE_S = 10.0
 _NUM_SLICES = 6
+# To look a label up and to take a counter's lock costs more than to count; so many wait at most.
+_MOST_UNCOUNTED = 256
 
 
 class ExpertLoad:
@@ -107,14 +110,15 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._count_expert_tokens = count_expert_tokens
         self._loads: dict[str, tuple[int, ExpertLoad]] = {}
+        # Answers that `requests` does not know yet; first in the registry, so that it does when it is read.
+        self._answered: deque[str] = deque()
+        self.registry.register(_WhenScraped(self._count_answers))
         self.requests = Counter(
             "expertd_requests",
             "Requests answered, by method and google.rpc.Code; the requests of a stream count one by one.",
             ["method", "code"],
             registry=self.registry,
         )
-        # Looking labels up costs more than counting.
-        self._answers = functools.cache(lambda method: self.requests.labels(method, "OK"))
         self._request_duration = LateHistogram(
             "expertd_request_duration_seconds",
             "Where the time of answered Forward requests went; send is from the end of the batch to the written "
@@ -182,8 +186,19 @@ class Metrics:
         total_s: float,
     ) -> None:
         """Record an answered Forward request and where its time went."""
-        self._answers(method).inc()
+        self._answered.append(method)
+        if len(self._answered) >= _MOST_UNCOUNTED:
+            self._count_answers()
         self._request_duration.observe(queue_s, copy_in_s, compute_s, copy_out_s, send_s, total_s)
+
+    def _count_answers(self) -> Iterable[Metric]:
+        counts: collections.Counter[str] = collections.Counter()
+        with contextlib.suppress(IndexError):
+            while True:  # others go on adding
+                counts[self._answered.popleft()] += 1
+        for method, count in counts.items():
+            self.requests.labels(method, "OK").inc(count)
+        return ()
 
     def observe_batch(
         self, layer: str, requests: int, tokens: int, topk_ids: Iterable[npt.NDArray[np.signedinteger[Any]]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from expertd_server.native import Copies
 from expertd_server.staging import Slot, SlotPool
 from expertd_server.timing import ForwardTiming
 
-__all__ = ["BatchReport", "NamedErrors", "RunningBatch"]
+__all__ = ["BatchReport", "RunningBatch", "unexpected"]
 
 
 @dataclass(slots=True)
@@ -58,12 +57,20 @@ class RunningBatch:
     report: BatchReport | None = None
 
     def wait(self) -> None:
-        with NamedErrors(self.layer, self.batch.num_tokens):
+        try:
             self.slot.wait()
+        except ExpertdServerError:
+            raise
+        except Exception as error:
+            raise unexpected(error, self.layer, self.batch.num_tokens) from error
 
     def results(self) -> list[Any]:
-        with NamedErrors(self.layer, self.batch.num_tokens):
+        try:
             return self._split()
+        except ExpertdServerError:
+            raise
+        except Exception as error:
+            raise unexpected(error, self.layer, self.batch.num_tokens) from error
 
     def close(self) -> None:
         try:
@@ -155,27 +162,12 @@ class RunningBatch:
         return MoEOutput(**on_host)
 
 
-class NamedErrors:
-    """Says which batch an unexpected error met. A class: a generator would take as long as what it surrounds."""
-
-    __slots__ = ("_layer", "_num_tokens")
-
-    def __init__(self, layer: MoELayer, num_tokens: int) -> None:
-        self._layer = layer
-        self._num_tokens = num_tokens
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
-    ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ExpertdServerError):
-            layer = self._layer
-            raise BackendError(
-                f"layer {layer.name!r}: the {layer.backend.name} backend failed on {self._num_tokens} tokens: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+def unexpected(error: Exception, layer: MoELayer, num_tokens: int) -> BackendError:
+    """What to raise from an error that nobody foresaw, so that it says which batch it met."""
+    return BackendError(
+        f"layer {layer.name!r}: the {layer.backend.name} backend failed on {num_tokens} tokens: "
+        f"{type(error).__name__}: {error}"
+    )
 
 
 def _encoded(encode: Callable[[ForwardResult], Any], result: ForwardResult) -> Any:

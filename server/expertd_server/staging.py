@@ -260,9 +260,11 @@ class SlotPool:
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = tuple(slots)
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._free = list(self.slots)
         self._required = (0, 0)
+        self._num_waiting = 0
         # Somebody waits for this one: under load it would be taken again as soon as it is given back.
         self._claimed: Slot | None = None
 
@@ -278,7 +280,7 @@ class SlotPool:
 
     def require(self, in_bytes: int, out_bytes: int) -> None:
         """Slots that are taken from now on have at least this much memory each way."""
-        with self._changed:
+        with self._lock:
             self._required = (max(in_bytes, self._required[0]), max(out_bytes, self._required[1]))
 
     def take(self, timeout_s: float, wanted: Slot | None = None) -> Slot:
@@ -286,7 +288,7 @@ class SlotPool:
 
         One thread at a time may want a certain one.
         """
-        with self._changed:
+        with self._lock:
             if wanted is None and self._claimed is None and self._free:
                 slot = self._free.pop()
             else:
@@ -302,10 +304,12 @@ class SlotPool:
     def _wait_for(self, wanted: Slot | None, timeout_s: float) -> Slot:
         """Under the lock."""
         self._claimed = wanted or self._claimed
+        self._num_waiting += 1
         try:
             if not self._changed.wait_for(lambda: self._may_take(wanted), timeout_s):
                 raise BackendError(f"no staging slot was free within {timeout_s:.1f} s: the device does not get on")
         finally:
+            self._num_waiting -= 1
             self._claimed = None if wanted else self._claimed
         slot = wanted or self._unclaimed()[-1]
         self._free.remove(slot)
@@ -319,9 +323,10 @@ class SlotPool:
 
     def give_back(self, slot: Slot) -> None:
         """Let others take it."""
-        with self._changed:
+        with self._lock:
             self._free.append(slot)
-            self._changed.notify_all()
+            if self._num_waiting:
+                self._changed.notify_all()
 
 
 def make_slots(device: torch.device, num_slots: int, clock: Callable[[], float] = time.monotonic) -> list[Slot]:

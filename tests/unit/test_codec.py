@@ -18,7 +18,7 @@ from expertd_server import codec, messages
 from expertd_server.compiled import CODEC
 from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming, HostTensor
 from expertd_server.errors import ExpertdServerError, InvalidArgumentError
-from expertd_server.native import _copy_bytes, _count_ids, copy_bytes, count_ids
+from expertd_server.native import Copies, _Copies, _copy_bytes, _count_ids, copy_bytes, count_ids
 from expertd_server.regions import AnswerPlace
 from expertd_server.store import LayerStore
 from expertd_server.wire import encode_response, encode_stream_response, read_call
@@ -330,3 +330,43 @@ def test_ids_are_counted_alike(dtype: type) -> None:
     _count_ids(ids, 8, theirs)
     assert (ours == theirs).all()
     assert ours.sum() == 48 + ((ids >= 8) & (ids < 24)).sum()
+
+
+class TestCopies:
+    @pytest.mark.parametrize("copies", [Copies, _Copies])
+    def test_what_was_noted_is_there_when_they_have_run(self, copies: Callable[[], Copies]) -> None:
+        destination, several = bytearray(12), copies()
+        several.add(destination, 2, b"abc")
+        several.add(destination, 7, memoryview(b"__xyz__")[2:5])
+        several.run()
+        assert destination == b"\0\0abc\0\0xyz\0\0"
+        several.run()
+        assert destination == b"\0\0abc\0\0xyz\0\0", "once is enough"
+
+    @pytest.mark.parametrize("copies", [Copies, _Copies])
+    def test_large_ones_too(self, copies: Callable[[], Copies]) -> None:
+        source = np.random.default_rng(0).integers(0, 256, 2**20, np.uint8)
+        destination, several = np.zeros(2**21, np.uint8), copies()
+        several.add(destination, 0, source.data)
+        several.add(destination, 2**20, source.tobytes())
+        several.run()
+        assert (destination.reshape(2, -1) == source).all()
+
+    @pytest.mark.parametrize("copies", [Copies, _Copies])
+    @pytest.mark.parametrize("offset", [-1, 8, 2**62])
+    def test_what_does_not_fit_is_refused(self, copies: Callable[[], Copies], offset: int) -> None:
+        with pytest.raises(ValueError, match=r"fit|broadcast"):
+            copies().add(bytearray(10), offset, b"abc")
+
+    @pytest.mark.skipif(CODEC is None, reason="the compiled codec was not built")
+    def test_both_ends_are_kept_until_then_and_let_go_of(self) -> None:
+        several, destination = Copies(), bytearray(4)
+        several.add(destination, 0, bytearray(b"abcd"))
+        with pytest.raises(BufferError):
+            destination.clear()
+        several.run()
+        assert destination == b"abcd"
+        destination.clear()
+        several.add(destination := bytearray(4), 0, b"abcd")
+        del several  # and what never ran
+        destination.clear()
