@@ -91,9 +91,9 @@ def floors(cell: dict[str, Any], ceilings: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    args = options()
+    args = options(arguments)
     from expertd_server.backend_cuda import FAMILIES, CudaBackend  # noqa: PLC0415 (--help needs no kernels)
 
     torch.manual_seed(0)
