@@ -1,40 +1,18 @@
 // expertd_server._codec: the wire format of the data path, for requests that are as they should be.
 //
-// Everything here is done by wire_parse.py, wire_check.py and wire_answer.py too, which specify it and which say what is
-// wrong with a request. This module reads what clients send and answers None to whatever else there is; then Python
+// Everything here is done by wire_parse.py, wire_check.py and wire_answer.py too, which specify it and which say what
+// is wrong with a request. This module reads what clients send and answers None to whatever else there is; then Python
 // decides. Tests hold the two together. Torch-free and CUDA-free; ownership stays in Python: a Request keeps the bytes
 // that it was read from.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#include <cstdint>
-#include <cstring>
+#include "copies.h"
+#include "wire.h"
 
 namespace {
 
-// Below this a copy is over before another thread could make use of the interpreter.
-constexpr Py_ssize_t kFreeInterpreterBytes = 1 << 18;
 // One more than any tensor of the contract has.
 constexpr int kMaxRank = 3;
 constexpr int kMaxLengthBytes = 5;  // protobuf refuses a length that has more, whatever its value
 constexpr Py_ssize_t kMaxNameBytes = 256;
-// Of an answer without its elements: keys, lengths, shape, timing and version, each number of at most ten bytes.
-constexpr size_t kMaxHeadBytes = 256;
-
-enum DataType : uint32_t { kUnset = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3, kFp8 = 4, kInt32 = 5 };
-
-Py_ssize_t item_bytes(uint32_t dtype) {
-  switch (dtype) {
-    case kFloat32:
-    case kInt32:
-      return 4;
-    case kBFloat16:
-    case kFloat16:
-      return 2;
-    default:
-      return 1;
-  }
-}
 
 // ---- reading ----
 
@@ -307,18 +285,6 @@ PyObject* part_of(PyObject* whole, const Request* request, const Tensor& tensor)
   return view == nullptr ? nullptr : Py_BuildValue("(IN)", tensor.dtype, view);
 }
 
-bool numbers_of(PyObject* const* arguments, Py_ssize_t given, Py_ssize_t expected, unsigned long long* numbers) {
-  if (given != expected) {
-    PyErr_Format(PyExc_TypeError, "%zd arguments are given, expected %zd", given, expected);
-    return false;
-  }
-  for (Py_ssize_t n = 0; n < expected; ++n) {
-    numbers[n] = PyLong_AsUnsignedLongLong(arguments[n]);
-    if (numbers[n] == static_cast<unsigned long long>(-1) && PyErr_Occurred()) return false;
-  }
-  return true;
-}
-
 PyDoc_STRVAR(check_doc,
              "check(hidden_size, num_experts, top_k, takes_wide, max_tokens, max_answer_bytes)\n\n"
              "(num_tokens, hidden_states, routing_logits, topk_ids, topk_weights, output_dtype, do_finalize,\n"
@@ -416,43 +382,20 @@ PyObject* parse_stream_request(PyObject*, PyObject* data) { return parse(data, t
 
 // ---- writing ----
 
-struct Writer {
-  uint8_t bytes[kMaxHeadBytes];
-  size_t size = 0;
-
-  void varint(uint64_t value) {
-    for (; value > 0x7F; value >>= 7) bytes[size++] = static_cast<uint8_t>(value) | 0x80;
-    bytes[size++] = static_cast<uint8_t>(value);
-  }
-
-  // A varint field, left out when zero.
-  void number(int field, uint64_t value) {
-    if (value == 0) return;
-    bytes[size++] = static_cast<uint8_t>(field << 3);
-    varint(value);
-  }
-
-  // What starts a length-delimited field.
-  void head(int field, uint64_t num_bytes) {
-    bytes[size++] = static_cast<uint8_t>(field << 3 | 2);
-    varint(num_bytes);
-  }
-
-  void append(const Writer& other) {
-    std::memcpy(bytes + size, other.bytes, other.size);
-    size += other.size;
-  }
-};
-
 PyDoc_STRVAR(encode_doc,
              "encode_response(is_stream, request_id, dtype, num_tokens, hidden_size, address, queue_us, copy_in_us,\n"
-             "compute_us, copy_out_us, batch_tokens, batch_requests, queue_depth_tokens, weights_version)\n\n"
-             "A serialised ForwardResponse whose output is the [num_tokens, hidden_size] matrix at the address;\n"
-             "is_stream: within a ForwardStreamResponse.");
+             "compute_us, copy_out_us, batch_tokens, batch_requests, queue_depth_tokens, weights_version, copies)\n\n"
+             "A serialised ForwardResponse whose output is the [num_tokens, hidden_size] matrix at the address, which\n"
+             "is there when the Copies have run; is_stream: within a ForwardStreamResponse.");
 
 PyObject* encode_response(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
   unsigned long long n[14];
-  if (!numbers_of(arguments, given, 14, n)) return nullptr;
+  if (!numbers_of(arguments, given - 1, 14, n)) return nullptr;
+  PyObject* copies = arguments[14];
+  if (!PyObject_TypeCheck(copies, &expertd::copies_type)) {
+    PyErr_Format(PyExc_TypeError, "copies is %s, expected Copies", Py_TYPE(copies)->tp_name);
+    return nullptr;
+  }
   const uint32_t dtype = static_cast<uint32_t>(n[2]);
   const uint64_t data_bytes = n[3] * n[4] * item_bytes(dtype);
 
@@ -480,13 +423,7 @@ PyObject* encode_response(PyObject*, PyObject* const* arguments, Py_ssize_t give
   auto* to = reinterpret_cast<uint8_t*>(PyBytes_AS_STRING(answer));
   const auto* from = reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(n[5]));
   std::memcpy(to, head.bytes, head.size);
-  if (static_cast<Py_ssize_t>(data_bytes) >= kFreeInterpreterBytes) {
-    PyThreadState* state = PyEval_SaveThread();
-    std::memcpy(to + head.size, from, data_bytes);
-    PyEval_RestoreThread(state);
-  } else if (data_bytes) {
-    std::memcpy(to + head.size, from, data_bytes);
-  }
+  expertd::list_of(copies).note(answer, to + head.size, from, static_cast<Py_ssize_t>(data_bytes));
   std::memcpy(to + head.size + data_bytes, tail.bytes, tail.size);
   return answer;
 }
@@ -496,31 +433,12 @@ PyDoc_STRVAR(copy_doc,
              "Write a buffer's bytes into a writable one. Raises ValueError where they do not fit.");
 
 PyObject* copy(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
-  if (given != 3) {
-    PyErr_Format(PyExc_TypeError, "%zd arguments are given, expected 3", given);
-    return nullptr;
-  }
-  const Py_ssize_t offset = PyLong_AsSsize_t(arguments[1]);
-  if (offset == -1 && PyErr_Occurred()) return nullptr;
   Py_buffer to, from;
-  if (PyObject_GetBuffer(arguments[0], &to, PyBUF_WRITABLE) < 0) return nullptr;
-  if (PyObject_GetBuffer(arguments[2], &from, PyBUF_SIMPLE) < 0) {
-    PyBuffer_Release(&to);
-    return nullptr;
-  }
-  const bool fits = offset >= 0 && from.len <= to.len && offset <= to.len - from.len;
-  if (!fits) {
-    PyErr_Format(PyExc_ValueError, "%zd bytes at %zd do not fit into %zd", from.len, offset, to.len);
-  } else if (from.len >= kFreeInterpreterBytes) {
-    PyThreadState* state = PyEval_SaveThread();
-    std::memcpy(static_cast<uint8_t*>(to.buf) + offset, from.buf, from.len);
-    PyEval_RestoreThread(state);
-  } else if (from.len) {
-    std::memcpy(static_cast<uint8_t*>(to.buf) + offset, from.buf, from.len);
-  }
-  PyBuffer_Release(&from);
-  PyBuffer_Release(&to);
-  if (!fits) return nullptr;
+  Py_ssize_t offset;
+  if (!expertd::buffers_of(arguments, given, &to, &offset, &from)) return nullptr;
+  expertd::CopyList list;
+  list.note(to, offset, from);
+  list.run();
   Py_RETURN_NONE;
 }
 
@@ -603,9 +521,11 @@ PyMODINIT_FUNC PyInit__codec() {
   request_type.tp_dealloc = request_dealloc;
   request_type.tp_getset = request_members;
   request_type.tp_methods = request_methods;
-  if (PyType_Ready(&request_type) < 0) return nullptr;
+  if (PyType_Ready(&request_type) < 0 || !expertd::ready_copies_type()) return nullptr;
   PyObject* self = PyModule_Create(&module);
-  if (self != nullptr && PyModule_AddObjectRef(self, "Request", reinterpret_cast<PyObject*>(&request_type)) < 0) {
+  if (self != nullptr &&
+      (PyModule_AddObjectRef(self, "Request", reinterpret_cast<PyObject*>(&request_type)) < 0 ||
+       PyModule_AddObjectRef(self, "Copies", reinterpret_cast<PyObject*>(&expertd::copies_type)) < 0)) {
     Py_DECREF(self);
     return nullptr;
   }

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 
-from expertd import _helper
-from expertd._split import AnyArray, Ints, Rows, Run
+from expertd import _fast, _helper
+from expertd._split import AnyArray, Ints, Rows, Runs
 
 __all__ = ["combine", "combine_rows"]
 
+Run: TypeAlias = list[int]
+"""A line of Runs."""
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _TOKEN = itemgetter(0)  # of a Run
 _BLOCK_BYTES = 1024 * 1024  # of float32 sums made at a time, so that they stay close to the core
 
 
-def combine(num_tokens: int, hidden_size: int, parts: Sequence[tuple[Sequence[Run], AnyArray]], dtype: Any) -> AnyArray:
+def combine(num_tokens: int, hidden_size: int, parts: Sequence[tuple[Runs, AnyArray]], dtype: Any) -> AnyArray:
     """The sum of the parts' outputs: [num_tokens, hidden_size] in `dtype`, rounded once from float32.
 
     parts: runs of tokens, ascending, and output [n, hidden_size] of each part, in the order in which they are to be
@@ -32,6 +37,35 @@ def combine(num_tokens: int, hidden_size: int, parts: Sequence[tuple[Sequence[Ru
     """
     out = np.empty((num_tokens, hidden_size), dtype=dtype)
     block_tokens = max(1, min(num_tokens, _BLOCK_BYTES // (4 * hidden_size)))
+    kernels = _fast.kernels()
+    if (
+        kernels
+        and len(parts) <= kernels.MAX_PARTS
+        and {out.dtype, *(output.dtype for _, output in parts)} == {_BFLOAT16}
+    ):
+        sum_block = _compiled_sum(kernels, out, block_tokens, parts)
+    else:
+        sum_block = _numpy_sum(out, block_tokens, [(runs.tolist(), output) for runs, output in parts])
+    _helper.share(sum_block, range(0, num_tokens, block_tokens))
+    return out
+
+
+def _compiled_sum(
+    kernels: ModuleType, out: AnyArray, block_tokens: int, parts: Sequence[tuple[Runs, AnyArray]]
+) -> Callable[[int], None]:
+    """What sums the block of tokens that begins with a token into `out`, all of bfloat16."""
+    no_part = (np.empty((0, 3), np.int64), np.empty((0, out.shape[1]), np.uint16))
+    bits = [(runs, output.view(np.uint16)) for runs, output in parts]
+    runs, outputs = zip(*bits, *[no_part] * (kernels.MAX_PARTS - len(parts)), strict=True)
+    words = out.view(np.uint16)
+    return lambda start: kernels.sum_parts(words[start : start + block_tokens], start, runs, outputs)
+
+
+def _numpy_sum(
+    out: AnyArray, block_tokens: int, parts: Sequence[tuple[Sequence[Run], AnyArray]]
+) -> Callable[[int], None]:
+    """The same, of any type."""
+    hidden_size = out.shape[1]
 
     def sum_block(start: int) -> None:
         block = out[start : start + block_tokens]
@@ -41,8 +75,7 @@ def combine(num_tokens: int, hidden_size: int, parts: Sequence[tuple[Sequence[Ru
             _sum_block(total, addends, start, parts)
             block[...] = total
 
-    _helper.share(sum_block, range(0, num_tokens, block_tokens))
-    return out
+    return sum_block
 
 
 def _sum_block(total: AnyArray, addends: AnyArray, first: int, parts: Sequence[tuple[Sequence[Run], AnyArray]]) -> None:
@@ -85,7 +118,7 @@ def _within(runs: Sequence[Run], start: int, stop: int) -> list[Run]:
         skipped = max(0, start - token)
         kept = min(length, stop - token) - skipped
         if kept > 0:
-            inside.append((token + skipped, row + skipped, kept))
+            inside.append([token + skipped, row + skipped, kept])
     return inside
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from expertd import _fast
 from expertd._base import Outcome
 from expertd._call import Call
 from expertd._dispatch import Attempt, Dispatch, Job, Shared
@@ -54,6 +55,7 @@ class GroupBase:
 
     def __init__(self, targets: Targets, config: GroupConfig | None = None) -> None:
         """targets: see `expertd.topology.resolver_for`. Raises ConfigError naming what cannot be used."""
+        _fast.warm_up()
         self.config = config or GroupConfig()
         self.stats = GroupStats()
         self._resolver = resolver_for(targets)

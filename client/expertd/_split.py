@@ -6,23 +6,27 @@ are not gathered: they stay where the caller has them until the message is made.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from expertd import _fast
 from expertd.tensors import WireRows, WireTensor
 from expertd.v1 import expertd_pb2 as pb
 
-__all__ = ["Part", "Run", "owners", "split"]
+__all__ = ["Part", "Runs", "owners", "split"]
 
 Ints: TypeAlias = "np.ndarray[Any, np.dtype[np.int32]]"
-Rows: TypeAlias = "np.ndarray[Any, np.dtype[np.intp]]"
+Rows: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 AnyArray: TypeAlias = "np.ndarray[Any, Any]"
-Run: TypeAlias = tuple[int, int, int]
-"""Neighbouring tokens that are neighbouring rows of a part too: the first one's row in the request and in the part, and
-how many they are."""
+Runs: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
+"""[R, 3] neighbouring tokens that are neighbouring rows of a part too, ascending: the first one's row in the request
+and in the part, and how many they are."""
 
 NO_SHARD = -1
 _NO_EXPERT = np.int32(-1)
@@ -36,7 +40,7 @@ class Part:
     """Index of the slice, in ascending order of its experts."""
     rows: Rows
     """[n] the request's tokens that this part holds, ascending."""
-    runs: Sequence[Run]
+    runs: Runs
     """The same, as runs of neighbours."""
     hidden_states: WireRows
     """[n, H]."""
@@ -76,46 +80,86 @@ def split(
     hidden_states: [T, H]. topk_ids: [T, K] int32. topk_weights: [T, K] bfloat16. slot_owners: see `owners`.
     max_rows: for each shard, the most tokens in one part. broadcast: every token goes to every shard.
     """
+    weights_bits = topk_weights.view(np.uint16)  # plain integers are copied faster than bfloat16
+    rows_of = functools.partial(_rows_compiled, kernels) if (kernels := _fast.kernels()) else _rows
+    table, runs, tokens, ids, weights = rows_of(topk_ids, weights_bits, slot_owners, max_rows, broadcast=broadcast)
+    hidden, row_nbytes = hidden_states.data.data, hidden_states.row_nbytes
+    top_k = topk_ids.shape[1]
+    id_bytes, weight_bytes = _bytes(ids), _bytes(weights)
+    parts = []
+    for (shard, row, run), (_, end, end_run) in itertools.pairwise(table):
+        part_runs = runs[run:end_run]
+        pieces = [hidden[token * row_nbytes : (token + length) * row_nbytes] for token, _, length in part_runs.tolist()]
+        parts.append(
+            Part(
+                shard,
+                tokens[row:end],
+                part_runs,
+                WireRows(hidden_states.dtype, (end - row, *hidden_states.shape[1:]), tuple(pieces)),
+                WireTensor(pb.DATA_TYPE_INT32, (end - row, top_k), id_bytes[4 * row * top_k : 4 * end * top_k]),
+                WireTensor(pb.DATA_TYPE_BFLOAT16, (end - row, top_k), weight_bytes[2 * row * top_k : 2 * end * top_k]),
+            )
+        )
+    return parts
+
+
+_PartRows: TypeAlias = tuple[list[list[int]], Runs, Rows, AnyArray, AnyArray]
+"""What all parts hold, one below the other: for each part its shard, first row and first run, and a last line where
+rows and runs end; the runs; and of each row the token, the ids [K] and the bits of the weights [K]."""
+
+
+def _rows(
+    topk_ids: Ints, topk_weights: AnyArray, slot_owners: AnyArray, max_rows: Sequence[int], *, broadcast: bool
+) -> _PartRows:
+    """By numpy."""
     num_shards, (num_tokens, top_k) = len(max_rows), topk_ids.shape
     is_owned = slot_owners == np.arange(num_shards, dtype=slot_owners.dtype)[:, None, None]
     is_needed = np.ones((num_shards, num_tokens), np.bool_) if broadcast else is_owned.any(axis=2)
     my_ids = np.where(is_owned, topk_ids, _NO_EXPERT).reshape(num_shards * num_tokens, top_k)
-    # Rows of all parts one below the other, so that ids and weights are gathered once.
     shards, tokens = is_needed.nonzero()
+    num_rows = len(tokens)
     bounds: list[int] = shards.searchsorted(np.arange(num_shards + 1)).tolist()
-    ids = my_ids.take(shards * num_tokens + tokens, axis=0)
-    weights = topk_weights.view(np.uint16).take(tokens, axis=0)  # plain integers are copied faster than bfloat16
-    # A run ends where the next row is not the next token. One that goes on into the next shard is cut below.
-    run_starts = np.flatnonzero(np.append(True, tokens[1:] != tokens[:-1] + 1))[: len(tokens)]
-    first_tokens: list[int] = tokens[run_starts].tolist()
-    run_bounds: list[int] = [*run_starts.tolist(), len(tokens)]
-    run = 0
-    hidden, row_nbytes = hidden_states.data.data, hidden_states.row_nbytes
-    parts = []
-    for shard, limit in enumerate(max_rows):
-        for start in range(bounds[shard], bounds[shard + 1], limit):
-            row, stop = start, min(start + limit, bounds[shard + 1])
-            runs, pieces = [], []
-            while row < stop:
-                end = min(run_bounds[run + 1], stop)
-                token = first_tokens[run] + row - run_bounds[run]
-                runs.append((token, row - start, end - row))
-                pieces.append(hidden[token * row_nbytes : (token + end - row) * row_nbytes])
-                run += end == run_bounds[run + 1]
-                row = end
-            parts.append(
-                Part(
-                    shard,
-                    tokens[start:stop],
-                    runs,
-                    WireRows(hidden_states.dtype, (stop - start, *hidden_states.shape[1:]), tuple(pieces)),
-                    _wire(pb.DATA_TYPE_INT32, ids[start:stop]),
-                    _wire(pb.DATA_TYPE_BFLOAT16, weights[start:stop]),
-                )
-            )
-    return parts
+    first_row = [(s, row) for s, limit in enumerate(max_rows) for row in range(bounds[s], bounds[s + 1], limit)]
+    # A run begins with its part, and where a row is not the next token.
+    begins_run = np.ones(num_rows, np.bool_)
+    np.not_equal(tokens[1:], tokens[:-1] + 1, out=begins_run[1:])
+    for _, row in first_row:
+        begins_run[row] = True
+    begins = begins_run.nonzero()[0]
+    runs = np.empty((len(begins), 3), np.int64)
+    runs[:, 0] = tokens[begins]
+    runs[:-1, 2] = begins[1:] - begins[:-1]
+    runs[-1:, 2] = num_rows - begins[-1:]
+    first_run: list[int] = begins.searchsorted([row for _, row in first_row]).tolist()
+    table = [[shard, row, run] for (shard, row), run in zip(first_row, first_run, strict=True)]
+    table.append([NO_SHARD, num_rows, len(runs)])
+    for (_, row, run), (_, _, end_run) in itertools.pairwise(table):
+        np.subtract(begins[run:end_run], row, out=runs[run:end_run, 1])
+    return table, runs, tokens, my_ids.take(shards * num_tokens + tokens, axis=0), topk_weights.take(tokens, axis=0)
 
 
-def _wire(dtype: int, rows: AnyArray) -> WireTensor:
-    """Contiguous rows as bytes."""
-    return WireTensor(dtype, rows.shape, rows.reshape(-1).view(np.uint8))
+def _rows_compiled(
+    kernels: ModuleType,
+    topk_ids: Ints,
+    topk_weights: AnyArray,
+    slot_owners: AnyArray,
+    max_rows: Sequence[int],
+    *,
+    broadcast: bool,
+) -> _PartRows:
+    """The same by the compiled kernel."""
+    num_tokens, top_k = topk_ids.shape
+    most_rows = len(max_rows) * num_tokens
+    most_parts = sum(-(-num_tokens // limit) for limit in max_rows)
+    table, runs = np.empty((most_parts + 1, 3), np.int64), np.empty((most_rows, 3), np.int64)
+    tokens = np.empty(most_rows, np.int64)
+    ids, weights = np.empty((most_rows, top_k), np.int32), np.empty((most_rows, top_k), np.uint16)
+    limits = np.array(max_rows, np.int64)
+    given = (_fast.aligned(topk_ids), _fast.aligned(topk_weights), slot_owners)
+    num_parts = kernels.rows_of_parts(*given, limits, broadcast, table, runs, tokens, ids, weights)
+    return table[: num_parts + 1].tolist(), runs, tokens, ids, weights
+
+
+def _bytes(rows: AnyArray) -> AnyArray:
+    """A contiguous array as its bytes."""
+    return rows.reshape(-1).view(np.uint8)

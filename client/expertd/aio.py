@@ -221,6 +221,8 @@ class AsyncClient(BaseClient):
             if scope.expired():
                 raise TimeoutError(f"no answer within {timeout_s:g} s") from error
             raise
+        finally:
+            del scope  # it knows the task, which may end with an error that knows this frame: leave no cycle
 
     async def _run(self, plan: Plan, index: int, part: Part, deadline: float) -> None:
         """Send one part until it is answered."""
@@ -233,7 +235,10 @@ class AsyncClient(BaseClient):
             self._forget(outcome)
             delay = retries.delay_s(outcome, asyncio.get_running_loop().time())
             if delay is None:
-                raise outcome
+                try:
+                    raise outcome
+                finally:
+                    del outcome  # it knows this frame: leave no cycle, which would keep the caller's arrays
             await self._pause(delay)
 
     async def _make_plan(self, request: PreparedRequest, deadline: float) -> Plan:
@@ -344,6 +349,7 @@ async def _all(work: Sequence[Coroutine[Any, Any, None]]) -> None:
         await asyncio.gather(*tasks)
     finally:
         await _cancel(tasks)
+        tasks.clear()  # an error knows this frame, and its task the error: leave no cycle
 
 
 async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:

@@ -147,8 +147,12 @@ class AsyncExpertGroup(GroupBase):
                 continue
             prepared.call.sent_bytes = sent_bytes
             await self._drive(prepared)
-            if prepared.dispatch.failure is not None:
-                raise prepared.dispatch.failure
+            failure = prepared.dispatch.failure
+            if failure is not None:
+                try:
+                    raise failure
+                finally:
+                    del prepared, failure  # they know the error, which knows this frame: leave no cycle
             if not prepared.dispatch.is_stale:
                 return self._finish(prepared)
             self.stats.count("version_restarts")
@@ -198,7 +202,7 @@ class AsyncExpertGroup(GroupBase):
             self.stats.count("sent_bytes", body.nbytes)
             outcome = await client._connected().forward(body, attempt.deadline)
         except ExpertdError as error:
-            outcome = error
+            outcome = error.with_traceback(None)  # which knows this frame: leave no cycle
         settled.put_nowait((attempt, outcome))
 
     async def _ensure_ready(self, deadline: float) -> None:

@@ -147,7 +147,7 @@ class Client(BaseClient):
                 except ExpertdError as error:
                     if not return_exceptions:
                         raise
-                    result = error
+                    result = error.with_traceback(None)  # which knows this frame: leave no cycle
                 yield result
 
     def layers(self, *, timeout_s: float | None = None) -> list[LayerInfo]:
@@ -298,7 +298,9 @@ class _Operation:
 
     def fail(self, error: ExpertdError) -> None:
         """Settle with an error; what is on the wire is abandoned."""
-        self.error = error
+        # NOTE: a traceback knows the frames that know the operation, which knows the error: leave no cycle, it would
+        # keep the caller's arrays. The caller sees the error from where `wait` raises it.
+        self.error = error.with_traceback(None)
         for run in self.runs:
             if run.ticket is not None:
                 run.ticket.abandon()
@@ -361,6 +363,7 @@ class _Pipeline:
             return operation.plan.result()
         finally:
             self._operations.discard(operation)
+            operation.error = None  # it knows this frame: leave no cycle
 
     def _step(self, operation: _Operation) -> None:
         """Handle the next thing that happens: an answer, a retry that is due, the operation's deadline, close()."""
@@ -385,23 +388,27 @@ class _Pipeline:
         operation = run.operation
         if run not in operation.runs:
             return  # the operation was over before this answer came
-        try:
-            if isinstance(outcome, ExpertdError):
-                raise outcome
+        if not isinstance(outcome, ExpertdError):
             assert operation.plan is not None
-            operation.plan.answer(run.index, outcome)
-        except ExpertdError as error:
-            self._client._forget(error)
-            delay = run.retries.delay_s(error, time.monotonic())
-            if delay is None:
-                operation.fail(error)
-            else:
-                run.ticket = None
-                heapq.heappush(self._waiting, (time.monotonic() + delay, next(self._tie), run))
+            try:
+                operation.plan.answer(run.index, outcome)
+            except ExpertdError as error:
+                outcome = error.with_traceback(None)  # which knows this frame: leave no cycle
+        if isinstance(outcome, ExpertdError):
+            self._failed(run, outcome)
             return
         operation.runs.discard(run)
         if not operation.runs:
             self._send_unanswered(operation)
+
+    def _failed(self, run: _Run, error: ExpertdError) -> None:
+        self._client._forget(error)
+        delay = run.retries.delay_s(error, time.monotonic())
+        if delay is None:
+            run.operation.fail(error)
+        else:
+            run.ticket = None
+            heapq.heappush(self._waiting, (time.monotonic() + delay, next(self._tie), run))
 
     def _send_unanswered(self, operation: _Operation) -> None:
         assert operation.plan is not None

@@ -163,8 +163,12 @@ class ExpertGroup(GroupBase):
                 continue
             prepared.call.sent_bytes = sent_bytes
             self._drive(prepared)
-            if prepared.dispatch.failure is not None:
-                raise prepared.dispatch.failure
+            failure = prepared.dispatch.failure
+            if failure is not None:
+                try:
+                    raise failure
+                finally:
+                    del prepared, failure  # they know the error, which knows this frame: leave no cycle
             if not prepared.dispatch.is_stale:
                 return self._finish(prepared)
             self.stats.count("version_restarts")
@@ -209,7 +213,7 @@ class ExpertGroup(GroupBase):
             self.stats.count("sent_bytes", body.nbytes)
             attempt.ticket = client._transport.submit(body, attempt.deadline, functools.partial(_put, settled, attempt))
         except ExpertdError as error:
-            settled.put((attempt, error))
+            settled.put((attempt, error.with_traceback(None)))  # which knows this frame: leave no cycle
 
     def _ensure_ready(self, deadline: float) -> None:
         if not self._is_ready:

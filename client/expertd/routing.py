@@ -10,11 +10,13 @@ of them at once instead of on one short row after the other.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 
+from expertd import _fast
 from expertd.errors import InvalidRequestError
 from expertd.types import LayerInfo, RoutingMethod
 
@@ -22,7 +24,7 @@ __all__ = ["route"]
 
 _Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 _Keys: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
-_Columns: TypeAlias = "np.ndarray[Any, np.dtype[np.intp]]"
+_Columns: TypeAlias = "np.ndarray[Any, np.dtype[np.intp | np.int32]]"
 _Flags: TypeAlias = "np.ndarray[Any, np.dtype[np.bool_]]"
 
 _COLUMN_BITS = 10  # the layer has at most 1024 experts
@@ -56,6 +58,7 @@ def route(
         scores = _scores(layer.routing_method, logits)
         selection = scores if layer.routing_bias is None else scores + layer.routing_bias.astype(np.float32, copy=False)
         ids = _select(layer, selection)
+        # The tokens side by side, as sums over the slots want them.
         weights = _weights(layer, scores.T[ids.T, np.arange(len(ids))].T)
     _refuse_nan(weights, "has infinities that leave no finite routing weights")
     return ids.astype(np.int32, order="C"), weights.astype(ml_dtypes.bfloat16, order="C")
@@ -98,11 +101,14 @@ def _weights(layer: LayerInfo, chosen: _Floats) -> _Floats:
 def _select(layer: LayerInfo, selection: _Floats) -> _Columns:
     """The chosen experts [T, K] by their selection scores [T, E], greatest first."""
     excluded = _outside_best_groups(layer, selection)
+    kernels = _fast.kernels()
+    if kernels and excluded is None:
+        return _top_k_compiled(kernels, selection, layer.top_k)
     if layer.top_k <= _MAX_ROUNDS and selection.min(initial=_ZERO) > -np.inf:
         left = np.array(selection, order="C")
         if excluded is not None:
             left[excluded] = -np.inf
-        return _top_k_by_rounds(left, layer.top_k)
+        return _top_k_compiled(kernels, left, layer.top_k) if kernels else _top_k_by_rounds(left, layer.top_k)
     keys = _keys(selection)
     if excluded is not None:
         keys[excluded] = _EXCLUDED
@@ -137,6 +143,13 @@ def _top_k_by_rounds(left: _Floats, k: int) -> _Columns:
     return columns.T
 
 
+def _top_k_compiled(kernels: ModuleType, scores: _Floats, k: int) -> _Columns:
+    """Columns [T, k] of the k greatest of [T, N], greatest first, of equals the smaller column first."""
+    columns = np.empty((len(scores), k), dtype=np.int32)
+    kernels.select(_fast.aligned(scores), columns)
+    return columns
+
+
 def _keys(scores: _Floats) -> _Keys:
     """Distinct int64 for [T, N] float32: ordered by score, then by descending column."""
     # -0.0 + 0.0 is 0.0: zeros tie whatever their sign.
@@ -155,6 +168,11 @@ def _top_k_by_keys(keys: _Keys, k: int) -> _Columns:
 
 
 def _softmax(x: _Floats) -> _Floats:
+    if kernels := _fast.kernels():
+        rows: _Floats = np.subtract(x, x.max(axis=1, keepdims=True), order="C")
+        np.exp(rows, out=rows)
+        kernels.divide_by_row_sums(rows)
+        return rows
     e: _Floats = np.array(x.T, order="C")
     e -= e.max(axis=0)
     np.exp(e, out=e)

@@ -1,4 +1,4 @@
-"""csrc/codec.cpp, which is compiled where there is a C++ compiler; see `codec`, which alone imports it."""
+"""csrc/codec.cpp, which is compiled where there is a C++ compiler; see `compiled`, which alone imports it."""
 
 from typing import Any
 
@@ -33,6 +33,12 @@ class Request:
         /,
     ) -> tuple[int, tuple[int, memoryview], _Part, _Part, _Part, int, bool, bool] | None: ...
 
+class Copies:
+    """Copies of host memory that are done together; for one thread at a time."""
+
+    def add(self, destination: Any, offset: int, source: Any, /) -> None: ...
+    def run(self) -> None: ...
+
 def parse_request(data: bytes, /) -> Request | None: ...
 def parse_stream_request(data: bytes, /) -> Request | None: ...
 def encode_response(
@@ -50,6 +56,7 @@ def encode_response(
     batch_requests: int,
     queue_depth_tokens: int,
     weights_version: int,
+    copies: Copies,
     /,
 ) -> bytes: ...
 def count_ids(ids: Any, first: int, counts: Any, /) -> None: ...

@@ -10,7 +10,6 @@ A batch is launched, and finished later: with room for two in flight, one is gat
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import threading
 import time
@@ -18,7 +17,7 @@ import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NoReturn, Protocol, TypeVar
 
 from expertd_server.errors import ExpertdServerError, OverloadedError, RequestTimeoutError, UnavailableError
 from expertd_server.promise import Promise
@@ -98,19 +97,16 @@ class Entry(Promise[R], Generic[P, R]):
         super()._tell()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Batch(Generic[P, R]):
     """Requests of one key that run together, in order of arrival; at least one."""
 
     key: Hashable
     entries: list[Entry[P, R]]
+    num_tokens: int
+    """Of all members."""
     number: int
     """Of no other batch of its batcher."""
-
-    @functools.cached_property
-    def num_tokens(self) -> int:
-        """Tokens of all members."""
-        return sum(entry.num_tokens for entry in self.entries)
 
 
 class Running(Protocol[R_co]):
@@ -129,7 +125,7 @@ class Running(Protocol[R_co]):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class _Flight(Generic[P, R]):
     batch: Batch[P, R]
     running: Running[R]
@@ -154,8 +150,9 @@ class Batcher(Generic[P, R]):
         self._launch = launch
         self._limits = limits
         self._clock = clock
-        lock = threading.Lock()
-        # Who launches waits for _due, who finishes for _launched, who drains for _left: none is woken for another.
+        # Guards everything below. Who launches waits for _due, who finishes for _launched, who drains for _left: none
+        # is woken for another, and nobody is told where nobody can wait.
+        self._lock = lock = threading.Lock()
         self._due = threading.Condition(lock)
         self._left = threading.Condition(lock)
         self._launched = threading.Condition(lock)
@@ -202,10 +199,15 @@ class Batcher(Generic[P, R]):
         """
         if num_tokens > self._limits.max_batch_tokens:
             raise ValueError(f"num_tokens is {num_tokens}, expected at most {self._limits.max_batch_tokens}")
-        with self._due:
+        with self._lock:
             if self._draining:
                 raise UnavailableError("the server is draining and takes no new requests; try another server")
-            self._check_room(num_tokens)
+            limits = self._limits
+            if (
+                self._queue_requests >= limits.max_queue_requests
+                or self._queue_tokens + num_tokens > limits.max_queue_tokens
+            ):
+                self._refuse(num_tokens)
             entry: Entry[P, R] = Entry(
                 self._next_sequence, key, payload, num_tokens, self._clock(), deadline_s, self._forget
             )
@@ -261,40 +263,49 @@ class Batcher(Generic[P, R]):
 
         The threads are loops around this and its two halves; tests call them themselves, under a clock of their own.
         """
-        if not self.launch_once(timeout_s):
-            return False
-        self.finish_once()
-        return True
+        flight, has_taken = self._launch_due(timeout_s)
+        if flight is not None:
+            self._finish(flight)
+        return has_taken
 
     def launch_once(self, timeout_s: float = 0.0) -> bool:
         """Wait up to timeout_s for a batch to be due and for room in flight, and launch it; False when none was."""
+        flight, has_taken = self._launch_due(timeout_s)
+        if flight is not None:
+            with self._lock:
+                self._flights.append(flight)
+                self._launched.notify()
+        return has_taken
+
+    def _launch_due(self, timeout_s: float) -> tuple[_Flight[P, R] | None, bool]:
+        """What was launched, and whether anything was taken from the queue."""
         batch, expired = self._take(timeout_s)
         for entry in expired:
             _fail(entry, _timeout(entry, self._clock()))
         if batch is None:
-            return bool(expired)
+            return None, bool(expired)
         launched_s = self._clock()
         try:
-            running = self._launch(batch)
+            return _Flight(batch, self._launch(batch), launched_s), True
         except Exception as error:
             self._leave_flight()
             self._taken.pop(batch.number, None)
             self._fail_batch(batch, error)
             del batch  # the error holds this frame, see _clear_frames
-        else:
-            with self._launched:
-                self._flights.append(_Flight(batch, running, launched_s))
-                self._launched.notify()
-        return True
+        return None, True
 
     def finish_once(self, timeout_s: float = 0.0) -> bool:
         """Wait up to timeout_s for a batch to be launched, finish it and serve its waiters; False when none was."""
-        with self._launched:
+        with self._lock:
             if not self._flights:
                 self._launched.wait_for(lambda: self._flights or self._is_over, timeout_s)
             if not self._flights:
                 return False
             flight = self._flights.popleft()
+        self._finish(flight)
+        return True
+
+    def _finish(self, flight: _Flight[P, R]) -> None:
         batch, running = flight.batch, flight.running
         try:
             try:
@@ -320,11 +331,10 @@ class Batcher(Generic[P, R]):
             finally:
                 self._taken.pop(batch.number, None)
             del flight, batch, running  # an error holds this frame, see _clear_frames
-        return True
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for those admitted; False when some are left after timeout_s."""
-        with self._left:
+        with self._lock:
             self._draining = True
             self._due.notify_all()
             return self._left.wait_for(lambda: not (self._queue_requests or self._running_requests), timeout_s)
@@ -334,7 +344,7 @@ class Batcher(Generic[P, R]):
 
         Batches in flight are finished; False when they are not after timeout_s.
         """
-        with self._due:
+        with self._lock:
             left, again = self._empty()
         for entry in again + [entry for entry in left if entry.set_running_or_notify_cancel()]:
             _fail(entry, _stopped())
@@ -356,7 +366,7 @@ class Batcher(Generic[P, R]):
 
         Should it end after all, it is dropped.
         """
-        with self._due:
+        with self._lock:
             self._abandoned = True
             left, again = self._empty()
             running = again + [entry for batch in self._taken.values() for entry in batch.entries]
@@ -395,14 +405,12 @@ class Batcher(Generic[P, R]):
             except Exception:  # the loop outlives whatever one batch does: every later caller depends on it
                 log.exception("the batch loop caught an unexpected error and goes on")
 
-    def _check_room(self, num_tokens: int) -> None:
+    def _refuse(self, num_tokens: int) -> NoReturn:
         limits = self._limits
         if self._queue_requests >= limits.max_queue_requests:
             what = f"{self._queue_requests} requests wait, at most {limits.max_queue_requests} may"
-        elif self._queue_tokens + num_tokens > limits.max_queue_tokens:
-            what = f"{self._queue_tokens} tokens wait and {num_tokens} come, at most {limits.max_queue_tokens} may"
         else:
-            return
+            what = f"{self._queue_tokens} tokens wait and {num_tokens} come, at most {limits.max_queue_tokens} may"
         delay_s = self._retry_delay_s()
         raise OverloadedError(f"the queue is full: {what}; come back in {delay_s:.3f} s", delay_s)
 
@@ -415,11 +423,11 @@ class Batcher(Generic[P, R]):
 
     def _forget(self, entry: Entry[P, R]) -> None:
         """Take a cancelled entry out of its queue, so that its room is free at once."""
-        with self._left:
+        with self._lock:
             queue = self._queues.get(entry.key)
             if queue is not None and queue.pop(entry.sequence, None) is not None:
                 self._account_left(entry)
-                self._left.notify_all()
+                self._tell_left()
 
     def _account_left(self, entry: Entry[P, R]) -> None:
         self._queue_tokens -= entry.num_tokens
@@ -429,7 +437,7 @@ class Batcher(Generic[P, R]):
 
     def _take(self, timeout_s: float) -> tuple[Batch[P, R] | None, list[Entry[P, R]]]:
         """The batch that is due, if any, and the entries whose deadline passed while they waited."""
-        with self._due:
+        with self._lock:
             give_up_s = time.monotonic() + timeout_s if timeout_s else 0.0
             while not self._stopped:
                 now_s, due_s = self._clock(), float("inf")
@@ -494,8 +502,8 @@ class Batcher(Generic[P, R]):
         if members:
             self._running_tokens += tokens
             self._running_requests += len(members)
-        self._left.notify_all()
-        return (self._take_off(key, members) if members else None), expired
+        self._tell_left()
+        return (self._take_off(key, members, tokens) if members else None), expired
 
     def _pop_again(self, now_s: float) -> tuple[Batch[P, R] | None, list[Entry[P, R]]]:
         """A member of a batch that failed, alone."""
@@ -503,18 +511,23 @@ class Batcher(Generic[P, R]):
         if entry.deadline_s is not None and entry.deadline_s <= now_s:
             self._account_left_running([entry])
             return None, [entry]
-        return self._take_off(entry.key, [entry]), []
+        return self._take_off(entry.key, [entry], entry.num_tokens), []
 
-    def _take_off(self, key: Hashable, entries: list[Entry[P, R]]) -> Batch[P, R]:
+    def _take_off(self, key: Hashable, entries: list[Entry[P, R]], num_tokens: int) -> Batch[P, R]:
         self._num_in_flight += 1
         self._num_taken += 1
-        batch = self._taken[self._num_taken] = Batch(key, entries, self._num_taken)
+        batch = self._taken[self._num_taken] = Batch(key, entries, num_tokens, self._num_taken)
         return batch
 
+    def _tell_left(self) -> None:
+        """Under the lock: tell who drains that fewer are left."""
+        if self._draining:
+            self._left.notify_all()
+
     def _leave_flight(self) -> None:
-        with self._due:
+        with self._lock:
             self._num_in_flight -= 1
-            if self._has_work or self._stopped:
+            if self._soon is None and (self._has_work or self._stopped):
                 self._due.notify_all()
             if self._is_over:
                 self._launched.notify_all()
@@ -522,7 +535,7 @@ class Batcher(Generic[P, R]):
     def _fail_batch(self, batch: Batch[P, R], error: Exception) -> None:
         """Fail a lone member; let several run again one by one, before all others: they are the oldest."""
         is_final = len(batch.entries) == 1
-        with self._due:
+        with self._lock:
             if not is_final and not self._stopped:
                 log.warning("a batch of %d requests failed, they run again one by one: %s", len(batch.entries), error)
                 self._again.extend(batch.entries)
@@ -538,11 +551,11 @@ class Batcher(Generic[P, R]):
             return
         self._running_tokens -= sum(entry.num_tokens for entry in entries)
         self._running_requests -= len(entries)
-        self._left.notify_all()
+        self._tell_left()
 
     def _account_served(self, batch: Batch[P, R], launched_s: float) -> None:
         now_s = self._clock()
-        with self._left:
+        with self._lock:
             self._account_left_running(batch.entries)
             # Batches overlap: this one has had the backend to itself since the one before was finished.
             alone_s = now_s - max(launched_s, self._finished_s)

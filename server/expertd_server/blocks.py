@@ -1,7 +1,7 @@
 """How a request and its answer lie in a block of shared memory: a header, a directory of tensors, their bytes.
 
 The answer is written over its request, so a block has room for the larger of the two, and for an error. Both processes
-are of one installation, and only they write here. csrc/blocks.cpp does the same where it was built, see `native`.
+are of one installation, and only they write here. csrc/blocks.cpp does the same where it was built, see `compiled`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 
+from expertd_server.compiled import BLOCKS
 from expertd_server.config import LARGEST_BLOCK_OVERHEAD_BYTES
 from expertd_server.ring import ALIGNMENT_BYTES
 from expertd_server.timing import ForwardTiming
@@ -42,7 +43,7 @@ MAX_ERROR_BYTES: Final = 8192
 assert _DATA_AT + MAX_ERROR_BYTES + _MAX_TENSORS * _ALIGNMENT + ALIGNMENT_BYTES <= LARGEST_BLOCK_OVERHEAD_BYTES
 
 
-def block_bytes(request: CheckedRequest, hidden_size: int, top_k: int) -> int:
+def _block_bytes(request: CheckedRequest, hidden_size: int, top_k: int) -> int:
     """Bytes of a block for a request to a layer of that shape, and for its answer."""
     num_tokens, *parts, output_dtype, do_finalize, _ = request
     given = sum(_aligned(len(part[1])) for part in parts if part is not None)
@@ -52,7 +53,7 @@ def block_bytes(request: CheckedRequest, hidden_size: int, top_k: int) -> int:
     return _DATA_AT + max(given, answer, MAX_ERROR_BYTES)
 
 
-def write_call(block: memoryview, request: CheckedRequest, layer_id: int, deadline_s: float | None) -> None:
+def _write_call(block: memoryview, request: CheckedRequest, layer_id: int, deadline_s: float | None) -> None:
     """Write a request into a block of at least `block_bytes`. layer_id: what stands for the layer that it asks."""
     num_tokens, *parts, output_dtype, do_finalize, return_routing = request
     deadline_s = math.inf if deadline_s is None else deadline_s
@@ -66,7 +67,7 @@ def write_call(block: memoryview, request: CheckedRequest, layer_id: int, deadli
             at = _write_tensor(block, index, dtype, (len(data) // ITEM_BYTES[dtype],), data, at)
 
 
-def read_call(block: memoryview) -> tuple[int, float | None, CheckedRequest]:
+def _read_call(block: memoryview) -> tuple[int, float | None, CheckedRequest]:
     """The layer_id, the deadline and the request, its tensors views of the block."""
     layer_id, deadline_s, num_tokens, output_dtype, do_finalize, return_routing = _CALL.unpack_from(block)
     hidden_states, *others = (_read_part(block, index) for index in range(_NUM_PARTS))
@@ -115,6 +116,11 @@ def read_timing(block: memoryview) -> tuple[ForwardTiming, int, int]:
 def read_answer(block: memoryview) -> tuple[AnswerTensor | None, ...]:
     """The tensors of an answer, views of the block, in the order of ForwardResponse's fields."""
     return tuple(_read_tensor(block, index) for index in range(_MAX_TENSORS))
+
+
+block_bytes = _block_bytes if BLOCKS is None else BLOCKS.block_bytes
+write_call = _write_call if BLOCKS is None else BLOCKS.write_call
+read_call = _read_call if BLOCKS is None else BLOCKS.read_call
 
 
 def write_error(block: memoryview, error: bytes) -> int:

@@ -7,15 +7,16 @@ included, goes the way of `wire_parse` and `wire`, which are the specification: 
 
 from __future__ import annotations
 
+from expertd_server.compiled import CODEC
 from expertd_server.forward import ForwardCall, ForwardResult
 from expertd_server.layer import MoELayer
 from expertd_server.messages import Message, check_message, read_message, read_stream_message
-from expertd_server.native import CODEC
 from expertd_server.regions import AnswerPlace
 from expertd_server.store import LayerStore
 from expertd_server.wire import WIRE_DTYPES, call_of, encode_response, encode_stream_response
 
-__all__ = ["Message", "read_message", "read_stream_message", "typed_call", "write_answer", "write_stream_answer"]
+__all__ = ["Message", "is_one_matrix", "read_message", "read_stream_message", "typed_call"]
+__all__ += ["write_answer", "write_stream_answer"]
 
 
 def typed_call(
@@ -28,7 +29,7 @@ def typed_call(
 
 def write_answer(result: ForwardResult, queue_depth_tokens: int) -> bytes:
     """A serialised ForwardResponse."""
-    if CODEC is None or not _is_one_matrix(result):
+    if CODEC is None or not is_one_matrix(result):
         return encode_response(result, queue_depth_tokens)
     return _write(False, 0, result, queue_depth_tokens)
 
@@ -37,12 +38,13 @@ def write_stream_answer(
     request_id: int, result: ForwardResult, queue_depth_tokens: int, place: AnswerPlace | None = None
 ) -> bytes:
     """A serialised ForwardStreamResponse that holds an answer. place: where its tensors go as far as they fit."""
-    if CODEC is None or place is not None or not _is_one_matrix(result):
+    if CODEC is None or place is not None or not is_one_matrix(result):
         return encode_stream_response(request_id, result, queue_depth_tokens, place)
     return _write(True, request_id, result, queue_depth_tokens)
 
 
-def _is_one_matrix(result: ForwardResult) -> bool:
+def is_one_matrix(result: ForwardResult) -> bool:
+    """Whether an answer is nothing but its output, as it is unless more is asked for."""
     output = result.output
     return (
         output is not None
@@ -58,7 +60,8 @@ def _write(is_stream: bool, request_id: int, result: ForwardResult, queue_depth_
     output, timing = result.output, result.timing
     assert output is not None
     num_tokens, hidden_size = output.shape
-    return CODEC.encode_response(
+    copies = result.copies or CODEC.Copies()
+    answer = CODEC.encode_response(
         is_stream,
         request_id,
         WIRE_DTYPES[output.dtype],
@@ -73,4 +76,8 @@ def _write(is_stream: bool, request_id: int, result: ForwardResult, queue_depth_
         timing.batch_requests,
         queue_depth_tokens,
         result.weights_version,
+        copies,
     )
+    if result.copies is None:
+        copies.run()
+    return answer

@@ -210,6 +210,7 @@ class Engine:
             self.graphs.capture_unforeseen(slot, layer, kind, num_tokens)
         return RunningBatch(
             batch=batch,
+            layer=layer,
             slots=self.slots,
             slot=slot,
             outputs=outputs,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from expertd_server.layer import MoELayer
+from expertd_server.native import Copies
 from expertd_server.timing import ForwardTiming
 
 __all__ = ["ForwardCall", "ForwardResult", "HostTensor"]
@@ -52,7 +53,8 @@ class ForwardCall:
     return_routing: bool = False
     encode: Callable[[ForwardResult], Any] | None = None
     """What to make of the answer where it lies, in whichever thread finishes the batch. The promise is then kept with
-    what this returns, and the tensors it is given are valid during the call alone; None: with the ForwardResult."""
+    what this returns, when the copies that this noted are done; the tensors it is given are valid until then. None:
+    with the ForwardResult."""
 
     @property
     def num_tokens(self) -> int:
@@ -77,3 +79,5 @@ class ForwardResult:
     """[T, K] int32."""
     expanded_idx_to_permuted_idx: torch.Tensor | None = None
     """[T * K] int32."""
+    copies: Copies | None = None
+    """Where `ForwardCall.encode` notes what is to be copied out of these tensors."""

@@ -17,18 +17,20 @@ from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import Any, Final
 
-from expertd_server.blocks import MAX_ERROR_BYTES, read_call, write_answer, write_error
+from expertd_server.blocks import MAX_ERROR_BYTES, read_call, write_error
 from expertd_server.calls import CallEngine
 from expertd_server.control import Control
+from expertd_server.engine import ForwardResult
 from expertd_server.errors import UnavailableError
 from expertd_server.layer import MoELayer
 from expertd_server.promise import Promise
 from expertd_server.remote import ANSWERED, CANCEL, FAILED, Applied, EngineState, Hello
 from expertd_server.remote_layer import RemoteLayer
-from expertd_server.ring import Channel, Descriptor
+from expertd_server.result_blocks import write_result
+from expertd_server.ring import Channel
 from expertd_server.status import status_of
 from expertd_server.store import LayerStore
-from expertd_server.wire import answer_tensors, call_of
+from expertd_server.wire import call_of
 
 __all__ = ["EngineGate"]
 
@@ -194,8 +196,13 @@ class EngineGate:
 
     def _read(self, peer: _Peer, fd: int) -> None:
         if fd == peer.from_frontend.eventfd:
-            for descriptor in peer.from_frontend.take():
-                self._handle(peer, descriptor)
+            for kind, number, offset, nbytes in peer.from_frontend.take():
+                if kind == CANCEL:
+                    promise = peer.promises.get(number)
+                    if promise is not None:
+                        promise.cancel()
+                else:
+                    self._submit(_Asked(self._engine, peer, number, peer.memory[offset : offset + nbytes]))
             return
         if not peer.control.wait(0):  # the event was of an earlier file of this number
             return
@@ -204,54 +211,22 @@ class EngineGate:
             peer.applied = applied.sequence
             self._changed.notify_all()
 
-    def _handle(self, peer: _Peer, descriptor: Descriptor) -> None:
-        number = descriptor.request_id
-        if descriptor.kind == CANCEL:
-            future = peer.futures.get(number)
-            if future is not None:
-                future.cancel()
-            return
-        block = peer.memory[descriptor.offset : descriptor.offset + descriptor.nbytes]
+    def _submit(self, asked: _Asked) -> None:
         try:
-            layer_id, deadline_s, request = read_call(block)
+            layer_id, deadline_s, request = read_call(asked.block)
             layer = self._layers.get(layer_id)
             if layer is None:
                 raise UnavailableError(
                     "the layers held here changed while this request came; ask again", _STALE_RETRY_DELAY_S
                 )
-            future = self._engine.submit(call_of(layer, request), deadline_s)
+            call = call_of(layer, request)
+            call.encode = asked.answer
+            promise = self._engine.submit(call, deadline_s)
         except Exception as error:
-            self._fail(peer, number, block, error)
+            asked.fail(error)
             return
-        peer.futures[number] = future
-        future.add_done_callback(lambda done: self._done(peer, number, block, done))
-
-    def _done(self, peer: _Peer, number: int, block: memoryview, future: Promise[Any]) -> None:
-        """Answer, in whichever thread the engine finished."""
-        peer.futures.pop(number, None)
-        if peer.is_gone:
-            return
-        # NOTE: an error that is raised here knows this frame, and the frame its future, which knows the error: a cycle.
-        failure = CancelledError() if future.cancelled() else future.exception()
-        if failure is not None:
-            self._fail(peer, number, block, failure)
-            return
-        try:
-            result = future.result()
-            write_answer(
-                block, answer_tensors(result), result.timing, result.weights_version, self._engine.queue_tokens
-            )
-            peer.to_frontend.publish(ANSWERED, number)
-        except Exception as error:
-            self._fail(peer, number, block, error)
-
-    def _fail(self, peer: _Peer, number: int, block: memoryview, error: BaseException) -> None:
-        status = status_of(error, peer.name)
-        data = status.SerializeToString()
-        if len(data) > MAX_ERROR_BYTES:
-            status.ClearField("details")
-            data = status.SerializeToString()
-        peer.to_frontend.publish(FAILED, number, nbytes=write_error(block, data))
+        asked.peer.promises[asked.number] = promise
+        promise.add_done_callback(asked.over)
 
     def _drop(self, peer: _Peer) -> None:
         """Forget a front-end. What it asked for and runs already is finished, in its memory, for nobody."""
@@ -262,9 +237,48 @@ class EngineGate:
             self._changed.notify_all()
         peer.close()
         if not self._is_closed:
-            log.warning("%s is gone, %d requests of its own with it", peer.name, len(peer.futures))
-        for future in list(peer.futures.values()):
-            future.cancel()
+            log.warning("%s is gone, %d requests of its own with it", peer.name, len(peer.promises))
+        for promise in list(peer.promises.values()):
+            promise.cancel()
+
+
+class _Asked:
+    """A request of a front-end. Exactly one answer goes to it, whatever happens."""
+
+    __slots__ = ("block", "engine", "number", "peer")
+
+    def __init__(self, engine: CallEngine, peer: _Peer, number: int, block: memoryview) -> None:
+        self.engine = engine
+        self.peer = peer
+        self.number = number
+        self.block = block
+
+    def answer(self, result: ForwardResult) -> None:
+        """Write it, where the batch was computed; see `ForwardCall.encode`."""
+        peer = self.peer
+        if not peer.is_gone:
+            write_result(self.block, result, self.engine.queue_tokens)
+            peer.to_frontend.publish(ANSWERED, self.number)
+
+    def over(self, promise: Promise[Any]) -> None:
+        """The promise is kept or given up, in any thread."""
+        self.peer.promises.pop(self.number, None)
+        # NOTE: nothing is raised here: the error would know this frame, which knows its promise, which knows the error.
+        failure = CancelledError() if promise.cancelled() else promise.exception()
+        if failure is not None:
+            self.fail(failure)
+
+    def fail(self, error: BaseException) -> None:
+        """Answer with an error."""
+        peer = self.peer
+        if peer.is_gone:
+            return
+        status = status_of(error, peer.name)
+        data = status.SerializeToString()
+        if len(data) > MAX_ERROR_BYTES:
+            status.ClearField("details")
+            data = status.SerializeToString()
+        peer.to_frontend.publish(FAILED, self.number, 0, write_error(self.block, data))
 
 
 class _Peer:
@@ -275,7 +289,7 @@ class _Peer:
         self.from_frontend, self.to_frontend, self.memory = channel.open()
         self.control = control
         self.read_fds = (self.from_frontend.eventfd, control.fileno())
-        self.futures: dict[int, Promise[Any]] = {}
+        self.promises: dict[int, Promise[Any]] = {}
         """Of requests that are not answered, by number."""
         self.applied = 0
         """Sequence of the newest state that it applies."""

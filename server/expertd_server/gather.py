@@ -17,8 +17,8 @@ from expertd_server import routing
 from expertd_server.forward import ForwardCall, HostTensor
 from expertd_server.fp8 import quantize_fp8
 from expertd_server.layer import MoELayer
-from expertd_server.layout import NUM_VALID_BYTES, BatchKind, InputLayout, Part
-from expertd_server.native import copy_bytes
+from expertd_server.layout import NUM_VALID_BYTES, BatchKind, InputLayout
+from expertd_server.native import Copies
 
 __all__ = ["gather", "kind_of"]
 
@@ -44,20 +44,22 @@ def gather(
     flat: npt.NDArray[np.uint8], layout: InputLayout, layer: MoELayer, calls: Iterable[ForwardCall], num_tokens: int
 ) -> None:
     """Write a batch into a slot's host memory."""
-    copy_bytes(flat, 0, num_tokens.to_bytes(NUM_VALID_BYTES, "little"))
+    copies = Copies()
+    copies.add(flat, 0, num_tokens.to_bytes(NUM_VALID_BYTES, "little"))
     first = 0
     for call in calls:
         hidden_states = call.hidden_states
         if hidden_states.dtype != layout.hidden_states.dtype:
             assert layer.hidden_states_scale is not None, "the service refuses such a call"
             hidden_states = _host_tensor(quantize_fp8(hidden_states.to_tensor(), layer.hidden_states_scale))
-        _put(flat, layout.hidden_states, first, hidden_states)
+        copies.add(flat, layout.hidden_states.end(first), hidden_states.data)
         given = _routing_of(call, layer, is_routed=len(layout.routing) > 1)
         for (_, part), tensor in zip(layout.routing, given, strict=True):
             # float32 holds every bfloat16 logit exactly; weights are rounded to bfloat16 on entry anyway.
             same = tensor if tensor.dtype == part.dtype else _host_tensor(tensor.to_tensor().to(part.dtype))
-            _put(flat, part, first, same)
+            copies.add(flat, part.end(first), same.data)
         first += call.num_tokens
+    copies.run()
 
 
 def _routing_of(call: ForwardCall, layer: MoELayer, *, is_routed: bool) -> tuple[HostTensor, ...]:
@@ -74,8 +76,3 @@ def _routing_of(call: ForwardCall, layer: MoELayer, *, is_routed: bool) -> tuple
 
 def _host_tensor(tensor: torch.Tensor) -> HostTensor:
     return HostTensor(tensor.dtype, tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _put(memory: npt.NDArray[np.uint8], part: Part, first_row: int, tensor: HostTensor) -> None:
-    """Copy a tensor's bytes to its rows of a part."""
-    copy_bytes(memory, part.end(first_row), tensor.data)

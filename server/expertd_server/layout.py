@@ -6,7 +6,8 @@ The same layout holds on the host and on the device, so that a batch is copied i
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -31,8 +32,7 @@ NUM_VALID_BYTES = 4
 _ALIGN = 256
 
 
-@dataclass(frozen=True, slots=True)
-class BatchKind:
+class BatchKind(NamedTuple):
     """The types of a batch's tensors: what decides how it is laid out, and which graph can run it."""
 
     hidden_dtype: torch.dtype
@@ -49,11 +49,11 @@ class Part:
     """Bytes."""
     dtype: torch.dtype
     columns: int
+    row_bytes: int = field(init=False)
+    """Bytes of one row."""
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return self.columns * self.dtype.itemsize
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "row_bytes", self.columns * self.dtype.itemsize)
 
     def end(self, num_rows: int) -> int:
         """Where it ends, in bytes."""

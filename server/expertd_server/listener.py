@@ -14,12 +14,12 @@ from grpc_reflection.v1alpha import reflection
 
 from expertd_server.admin_methods import not_here_handler
 from expertd_server.calls import CallEngine, Calls, Codec
+from expertd_server.compiled import describe
 from expertd_server.config import Config
 from expertd_server.errors import ConfigError
 from expertd_server.event_loop import EventLoop
 from expertd_server.listen import bind
 from expertd_server.metrics import Metrics
-from expertd_server.native import describe
 from expertd_server.region_door import RegionDoor
 from expertd_server.service import SERVICE_NAME, ExpertService, ServerFacts
 from expertd_server.store import LayerStore

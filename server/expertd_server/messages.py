@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from expertd_server.native import CODEC
+from expertd_server.compiled import CODEC
 from expertd_server.store import HeldLayer, LayerStore
 from expertd_server.wire_check import CheckedRequest, check_request
 from expertd_server.wire_parse import RawRequest, RawStreamRequest, parse_request, parse_stream_request

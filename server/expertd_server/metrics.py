@@ -45,23 +45,31 @@ class ExpertLoad:
         self._count = local_num_experts
         self._clock = clock
         self._lock = threading.Lock()
-        self._total = np.zeros(local_num_experts, np.int64)
-        self._recent: deque[tuple[float, npt.NDArray[np.int64]]] = deque(maxlen=_NUM_SLICES)
+        self._before = np.zeros(local_num_experts, np.int64)
+        """Of the slices that are forgotten."""
+        self._recent: deque[tuple[float, npt.NDArray[np.int64]]] = deque()
+        self._slice_ends_s = float("-inf")
 
     def add(self, topk_ids: npt.NDArray[np.signedinteger[Any]]) -> None:
         """Count the selected global expert ids of some tokens; -1 is an empty slot."""
-        ids = topk_ids.reshape(-1)
         with self._lock:
-            count_ids(ids, self._offset, self._total)
-            start_s = self._clock() // _SLICE_S * _SLICE_S
-            if not self._recent or self._recent[-1][0] != start_s:
-                self._recent.append((start_s, np.zeros(self._count, np.int64)))
-            count_ids(ids, self._offset, self._recent[-1][1])
+            now_s = self._clock()
+            if now_s >= self._slice_ends_s:
+                self._begin_slice(now_s)
+            count_ids(topk_ids, self._offset, self._recent[-1][1])
+
+    def _begin_slice(self, now_s: float) -> None:
+        start_s = now_s // _SLICE_S * _SLICE_S
+        self._slice_ends_s = start_s + _SLICE_S
+        if len(self._recent) == _NUM_SLICES:
+            self._before += self._recent.popleft()[1]
+        self._recent.append((start_s, np.zeros(self._count, np.int64)))
 
     def total(self) -> list[int]:
         """Tokens of each local expert since the start; [L]."""
         with self._lock:
-            return [int(count) for count in self._total]
+            total = sum((counts for _, counts in self._recent), self._before)
+        return [int(count) for count in total]
 
     def imbalance_ratio(self) -> float | None:
         """Tokens of the busiest local expert over the mean of all, in the last minute; None when there were none."""
@@ -137,22 +145,10 @@ class Metrics:
         self._queue_requests = Gauge(
             "expertd_queue_requests", "Requests that wait for a batch.", registry=self.registry
         )
-        self._device_busy = Counter(
-            "expertd_device_busy_seconds",
-            "Time that the device spent computing batches; its rate is the busy ratio.",
-            registry=self.registry,
-        )
-        self._graph_replays = Counter(
-            "expertd_graph_replays",
-            "Batches that ran as a CUDA graph, by the rows of the graph.",
-            ["bucket"],
-            registry=self.registry,
-        )
-        self._padding_tokens = Counter(
-            "expertd_padding_tokens",
-            "Rows of replayed graphs that held no token; they take no time.",
-            registry=self.registry,
-        )
+        # Plain numbers, of one thread alone: a Counter's lock takes longer than what it guards.
+        self._device_busy_s = 0.0
+        self._graph_replays: dict[int, int] = {}
+        self._padding_tokens = 0
         self._slots_in_use = Gauge(
             "expertd_slots_in_use",
             "Staging slots that hold a batch, from gathering to answering.",
@@ -171,6 +167,7 @@ class Metrics:
             "expertd_build_info", "Always 1; the labels say what runs.", ["version", "python"], registry=self.registry
         )
         self._layers: Callable[[], Iterable[LayerFacts]] = tuple
+        self.registry.register(_WhenScraped(self._collect_device))
         self.registry.register(_WhenScraped(self._collect_experts))
         self.registry.register(_WhenScraped(self._collect_layers))
 
@@ -200,11 +197,11 @@ class Metrics:
                 counted[1].add(ids)
 
     def observe_device(self, compute_s: float, tokens: int, graph_rows: int | None) -> None:
-        """Record how long a batch computed, and the graph that ran it; graph_rows None: none."""
-        self._device_busy.inc(compute_s)
+        """Record how long a batch computed, and the graph that ran it; graph_rows None: none. For one thread."""
+        self._device_busy_s += compute_s
         if graph_rows is not None:
-            self._graph_replays.labels(str(graph_rows)).inc()
-            self._padding_tokens.inc(graph_rows - tokens)
+            self._graph_replays[graph_rows] = self._graph_replays.get(graph_rows, 0) + 1
+            self._padding_tokens += graph_rows - tokens
 
     def watch_device(self, slots_in_use: Callable[[], float], memory: Callable[[], dict[str, int]]) -> None:
         """Read the slots in use, and bytes of device memory by purpose, from these when scraped."""
@@ -238,6 +235,24 @@ class Metrics:
     def forget_experts(self, layer: str) -> None:
         """The layer is held no more."""
         self._loads.pop(layer, None)
+
+    def _collect_device(self) -> Iterable[Metric]:
+        yield CounterMetricFamily(
+            "expertd_device_busy_seconds",
+            "Time that the device spent computing batches; its rate is the busy ratio.",
+            value=self._device_busy_s,
+        )
+        replays = CounterMetricFamily(
+            "expertd_graph_replays", "Batches that ran as a CUDA graph, by the rows of the graph.", labels=["bucket"]
+        )
+        for rows, count in sorted(self._graph_replays.copy().items()):
+            replays.add_metric([str(rows)], count)
+        yield replays
+        yield CounterMetricFamily(
+            "expertd_padding_tokens",
+            "Rows of replayed graphs that held no token; they take no time.",
+            value=self._padding_tokens,
+        )
 
     def _collect_layers(self) -> Iterable[Metric]:
         labels = ["hidden_size", "intermediate_size", "experts", "top_k", "routing", "activation"]

@@ -1,34 +1,34 @@
-"""The compiled module of the data path: `pip install` builds it where there is a C++ compiler.
-
-Where it was not built, Python does the same work. Nothing else imports it.
-"""
+"""Work on bytes that the compiled codec does where it was built, and numpy where not."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-try:
-    from expertd_server import _codec as CODEC  # noqa: N812
-except ImportError:
-    CODEC = None  # type: ignore[assignment]
+from expertd_server.compiled import CODEC
 
-__all__ = ["CODEC", "copy_bytes", "count_ids", "describe"]
-
-
-def describe() -> str:
-    """Who reads requests here, for a log line."""
-    if CODEC is None:
-        return "Python (the compiled codec is missing; install where there is a C++ compiler)"
-    return "the compiled codec"
+__all__ = ["Copies", "copy_bytes", "count_ids"]
 
 
 def _copy_bytes(destination: Any, offset: int, source: Any) -> None:
     """Write a buffer's bytes into a contiguous writable one, from `offset` on. Raises ValueError if they do not fit."""
     flat = np.frombuffer(source, np.uint8)
     np.frombuffer(destination, np.uint8)[offset : offset + len(flat)] = flat
+
+
+class _Copies:
+    """Copies of host memory that are noted one by one, and done by `run` at the latest."""
+
+    @staticmethod
+    def add(destination: Any, offset: int, source: Any) -> None:
+        """As `_copy_bytes`."""
+        _copy_bytes(destination, offset, source)
+
+    @staticmethod
+    def run() -> None:
+        """Nothing is left to do: Python has nothing to gain by waiting."""
 
 
 def _count_ids(ids: npt.NDArray[np.signedinteger[Any]], first: int, counts: npt.NDArray[np.int64]) -> None:
@@ -38,4 +38,8 @@ def _count_ids(ids: npt.NDArray[np.signedinteger[Any]], first: int, counts: npt.
 
 
 count_ids = _count_ids if CODEC is None else CODEC.count_ids
+if TYPE_CHECKING:
+    from expertd_server._codec import Copies
+else:
+    Copies = _Copies if CODEC is None else CODEC.Copies
 copy_bytes = _copy_bytes if CODEC is None else CODEC.copy

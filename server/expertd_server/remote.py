@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import pickle
 import select
@@ -29,7 +30,7 @@ from expertd_server.event_loop import EventLoop
 from expertd_server.promise import Promise
 from expertd_server.remote_codec import RemoteAnswer, RemoteCall
 from expertd_server.remote_layer import RemoteLayer
-from expertd_server.ring import Arena, Block, Channel, Descriptor
+from expertd_server.ring import Arena, Block, Channel
 from expertd_server.status import RelayedError
 
 __all__ = ["ANSWERED", "CANCEL", "FAILED", "SUBMIT", "Applied", "EngineState", "Hello", "RemoteEngine"]
@@ -193,24 +194,33 @@ class RemoteEngine:
         return link
 
 
-@dataclass(slots=True)
-class _Waiting:
-    """A call that the engine has."""
+class _Asked(Promise[Any]):
+    """A call on its way: it waits for room in the arena, or the engine has it."""
 
-    promise: Promise[Any]
-    block: Block
-    encode: Callable[[RemoteAnswer], Any] | None
+    __slots__ = ("block", "call", "deadline_s", "encode", "give_up_s", "is_taken_back", "link", "nbytes", "number")
 
+    def __init__(self, link: _Link, call: RemoteCall, deadline_s: float | None) -> None:
+        super().__init__()
+        self.link = link
+        self.call: RemoteCall | None = call
+        """None once it is in the block: the message that it is part of need not wait for the answer."""
+        self.encode = call.encode
+        self.deadline_s = deadline_s
+        spec = call.layer.spec
+        self.nbytes = block_bytes(call.request, spec.hidden_size, spec.top_k)
+        self.number = 0
+        """0: the engine was not asked yet."""
+        self.block: Block | None = None
+        """None: there was no room yet, or it is over."""
+        self.give_up_s = math.inf
+        """When to wait for room no more."""
+        self.is_taken_back = False
+        """Whether the engine was told that nobody waits any more."""
 
-@dataclass(slots=True)
-class _Roomless:
-    """A call that waits for room in the arena."""
-
-    promise: Promise[Any]
-    call: RemoteCall
-    nbytes: int
-    deadline_s: float | None
-    give_up_s: float
+    def _tell(self) -> None:
+        if self.cancelled():
+            self.link.take_back(self)
+        super()._tell()
 
 
 class _Link:
@@ -223,9 +233,10 @@ class _Link:
         self._control = control
         self._loop = loop
         self._numbers = itertools.count(1)
-        self._changed = threading.Condition()
-        self._waiting: dict[int, _Waiting] = {}
-        self._roomless: deque[_Roomless] = deque()  # with _waiting no more than max_requests
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._waiting: dict[int, _Asked] = {}
+        self._roomless: deque[_Asked] = deque()  # with _waiting no more than max_requests
         self._placing = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._is_completing = False
@@ -234,33 +245,34 @@ class _Link:
         self.queue_tokens = 0
 
     def submit(self, call: RemoteCall, deadline_s: float | None) -> Promise[Any]:
-        promise: Promise[Any] = Promise()
-        spec = call.layer.spec
-        nbytes = block_bytes(call.request, spec.hidden_size, spec.top_k)
-        with self._changed:
-            self._check_open()
+        self._check_open()
+        asked = _Asked(self, call, deadline_s)
         # Nobody with a smaller wish passes by those who wait.
-        block = None if self._roomless else self._arena.allocate(nbytes)
+        block = None if self._roomless else self._arena.allocate(asked.nbytes)
         if block is not None:
-            self._send(promise, call, deadline_s, block)
-            return promise
-        if nbytes > self._arena.nbytes:
-            raise self._no_room(nbytes)
-        one = _Roomless(promise, call, nbytes, deadline_s, time.monotonic() + _ROOM_TIMEOUT_S)
-        with self._changed:
+            self._send(asked, block)
+            return asked
+        if asked.nbytes > self._arena.nbytes:
+            raise self._no_room(asked.nbytes)
+        asked.give_up_s = time.monotonic() + _ROOM_TIMEOUT_S
+        with self._lock:
             self._check_open()
-            self._roomless.append(one)
+            self._roomless.append(asked)
             os.eventfd_write(self._wake_fd, 1)
-        return promise
+        return asked
 
-    def _send(self, promise: Promise[Any], call: RemoteCall, deadline_s: float | None, block: Block) -> None:
-        write_call(block.view, call.request, call.layer.layer_id, deadline_s)
-        with self._changed:
+    def _send(self, asked: _Asked, block: Block) -> None:
+        call, asked.call = asked.call, None
+        assert call is not None, "it is sent once"
+        write_call(block.view, call.request, call.layer.layer_id, asked.deadline_s)
+        with self._lock:
             self._check_open()
-            number = next(self._numbers)
-            self._waiting[number] = _Waiting(promise, block, call.encode)
+            asked.block = block
+            asked.number = number = next(self._numbers)
+            self._waiting[number] = asked
             self._to_engine.publish(SUBMIT, number, block.offset, block.nbytes)
-        promise.add_done_callback(lambda done: self._cancel(number) if done.cancelled() else None)
+        if asked.cancelled():  # perhaps before it had a number
+            self.take_back(asked)
 
     def _place(self) -> None:
         """Send what waits for room, as far as there is some, and refuse what has waited too long."""
@@ -271,28 +283,25 @@ class _Link:
                 one = self._roomless[0]
                 now_s = time.monotonic()
                 is_late = one.deadline_s is not None and one.deadline_s <= now_s
-                block = None if is_late or one.promise.done() else self._arena.allocate(one.nbytes)
-                if block is None and not is_late and not one.promise.done() and now_s < one.give_up_s:
+                block = None if is_late or one.done() else self._arena.allocate(one.nbytes)
+                if block is None and not is_late and not one.done() and now_s < one.give_up_s:
                     return
                 self._roomless.popleft()
                 if block is not None:
                     try:
-                        self._send(one.promise, one.call, one.deadline_s, block)
+                        self._send(one, block)
                     except ExpertdServerError as error:
-                        _fail(one.promise, error)
+                        _fail(one, error)
                 elif is_late:
-                    late = RequestTimeoutError("the deadline passed before there was room for the request")
-                    _fail(one.promise, late)
+                    _fail(one, RequestTimeoutError("the deadline passed before there was room for the request"))
                 else:
-                    _fail(one.promise, self._no_room(one.nbytes))
+                    _fail(one, self._no_room(one.nbytes))
         finally:
             self._placing.release()
 
     def wait_idle(self, timeout_s: float) -> bool:
-        with self._changed:
-            return self._changed.wait_for(
-                lambda: not (self._waiting or self._roomless or self._is_completing), timeout_s
-            )
+        with self._idle:
+            return self._idle.wait_for(lambda: not (self._waiting or self._roomless or self._is_completing), timeout_s)
 
     def hang_up(self) -> None:
         self._control.hang_up()
@@ -331,23 +340,36 @@ class _Link:
             self._place()
 
     def _take(self) -> None:
-        for descriptor in self._from_engine.take():
-            self._answered(descriptor)
+        descriptors = self._from_engine.take()
+        if descriptors:
+            with self._lock:
+                answered = [self._waiting.pop(number) for _, number, _, _ in descriptors]
+                self._is_completing = True  # who waits for the last answer waits until its caller has it
+            for asked, (kind, _, _, nbytes) in zip(answered, descriptors, strict=True):
+                try:
+                    self._complete(asked, kind, nbytes)
+                except Exception as error:  # one answer's nonsense is not the others'
+                    log.exception("cannot make sense of an answer of the engine")
+                    _fail(asked, error)
+            with self._lock:
+                self._is_completing = False
+                if not self._waiting:
+                    self._idle.notify_all()
         self._place()
 
     def fail_all(self, error: ExpertdServerError) -> None:
         """The end of it: what was not answered fails."""
-        with self._changed:
+        with self._lock:
             self._is_over = True
-            promises = [one.promise for one in self._waiting.values()] + [one.promise for one in self._roomless]
+            asked = [*self._waiting.values(), *self._roomless]
             self._waiting = {}
             self._roomless.clear()
             self._is_completing = True
-        for promise in promises:
-            _fail(promise, error)
-        with self._changed:
+        for one in asked:
+            _fail(one, error)
+        with self._lock:
             self._is_completing = False
-            self._changed.notify_all()
+            self._idle.notify_all()
         self._to_engine.close()
         self._from_engine.close()
         self._control.close()
@@ -372,43 +394,35 @@ class _Link:
             _ROOM_RETRY_DELAY_S,
         )
 
-    def _cancel(self, number: int) -> None:
-        with self._changed:
+    def take_back(self, asked: _Asked) -> None:
+        """Tell the engine, once, that nobody waits for this answer any more."""
+        with self._lock:
             # The block stays the engine's until it answers: it may be reading it.
-            if number in self._waiting and not self._is_over:
-                self._to_engine.publish(CANCEL, number)
+            if asked.number in self._waiting and not asked.is_taken_back and not self._is_over:
+                asked.is_taken_back = True
+                self._to_engine.publish(CANCEL, asked.number)
 
-    def _answered(self, descriptor: Descriptor) -> None:
-        with self._changed:
-            waiting = self._waiting.pop(descriptor.request_id)
-            self._is_completing = True  # who waits for the last answer waits until its caller has it
-        try:
-            self._complete(waiting, descriptor)
-        finally:
-            with self._changed:
-                self._is_completing = False
-                if not self._waiting:
-                    self._changed.notify_all()
-
-    def _complete(self, waiting: _Waiting, descriptor: Descriptor) -> None:
-        promise, block = waiting.promise, waiting.block
-        if descriptor.kind == FAILED:
-            status = status_pb2.Status.FromString(read_error(block.view, descriptor.nbytes))
-            _fail(promise, RelayedError(status))
+    def _complete(self, asked: _Asked, kind: int, nbytes: int) -> None:
+        block, asked.block = asked.block, None
+        assert block is not None, "else the engine was not asked"
+        if kind == FAILED:
+            _fail(asked, RelayedError(status_pb2.Status.FromString(read_error(block.view, nbytes))))
             return
         answer = RemoteAnswer(block)
         self.queue_tokens = answer.queue_tokens
-        if not promise.set_running_or_notify_cancel():
+        if not asked.set_running_or_notify_cancel():
             return
-        if waiting.encode is None:
-            promise.set_result(answer)
+        if asked.encode is None:
+            asked.set_result(answer)
             return
         try:
-            encoded = waiting.encode(answer)
+            encoded = asked.encode(answer)
         except Exception as error:
-            promise.set_exception(error)
+            asked.set_exception(error)
         else:
-            promise.set_result(encoded)
+            asked.set_result(encoded)
+        finally:
+            del asked  # the error knows this frame: leave no cycle
 
     def _told(self, state: EngineState, on_state: Callable[[_Link, EngineState], None]) -> None:
         if state.sequence < self._sequence:  # two threads of the engine's process sent them

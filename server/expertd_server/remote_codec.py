@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from expertd_server.blocks import read_answer, read_timing
+from expertd_server.compiled import BLOCKS
 from expertd_server.messages import Message, check_message
 from expertd_server.regions import AnswerPlace
 from expertd_server.remote_layer import RemoteLayer
@@ -48,12 +49,18 @@ def typed_call(
 
 def write_answer(answer: RemoteAnswer, queue_depth_tokens: int) -> bytes:
     """A serialised ForwardResponse."""
-    return join_response(read_answer(answer.block.view), answer.timing, queue_depth_tokens, answer.weights_version)
+    view = answer.block.view
+    if BLOCKS is not None:
+        return BLOCKS.encode_answer(view, False, 0, queue_depth_tokens)
+    return join_response(read_answer(view), answer.timing, queue_depth_tokens, answer.weights_version)
 
 
 def write_stream_answer(
     request_id: int, answer: RemoteAnswer, queue_depth_tokens: int, place: AnswerPlace | None = None
 ) -> bytes:
     """A serialised ForwardStreamResponse that holds an answer. place: where its tensors go as far as they fit."""
-    tensors, version = read_answer(answer.block.view), answer.weights_version
+    view = answer.block.view
+    if BLOCKS is not None and place is None:
+        return BLOCKS.encode_answer(view, True, request_id, queue_depth_tokens)
+    tensors, version = read_answer(view), answer.weights_version
     return join_stream_response(request_id, tensors, answer.timing, queue_depth_tokens, version, place)

@@ -8,6 +8,8 @@ requests in flight can publish never overflows, however slow its reader.
 The memory is an anonymous file (memfd_create): it has no name, nothing in /dev/shm has to be sized or cleaned up, and
 the kernel takes it back when the last process that maps it ends. Pages count as shared memory of the processes from
 when they are first written to.
+
+csrc/ring.cpp does what the classes here do, where it was built. Both processes are of one installation.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ import os
 import queue
 import struct
 import threading
-import time
-from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
-__all__ = ["ALIGNMENT_BYTES", "Arena", "Block", "Channel", "Descriptor", "Ring", "shared_bytes"]
+from expertd_server.compiled import BLOCKS
+
+__all__ = ["ALIGNMENT_BYTES", "Arena", "Block", "Channel", "Descriptor", "Ring", "ring_bytes", "shared_bytes"]
 
 ALIGNMENT_BYTES: Final = 4096
 """Of every block: a page, so that blocks that are free share no page with those that are not."""
@@ -34,30 +36,27 @@ _DESCRIPTOR: Final = struct.Struct("<4Q")
 _TO_ENGINE_PER_REQUEST: Final = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Descriptor:
-    """What one side tells the other."""
+# Before the descriptors: of use to the compiled ring alone. It starts at a multiple of its own size.
+_RING_HEAD_BYTES: Final = 128
 
-    kind: int
-    request_id: int
-    offset: int
-    """Of the block in the arena."""
-    nbytes: int
+Descriptor: TypeAlias = tuple[int, int, int, int]
+"""What one side tells the other: kind, request_id, and of a block its offset in the arena and its nbytes."""
 
 
-class Ring:
+class PythonRing:
     """Descriptors from one process to another, and an eventfd that counts them.
 
     The eventfd is all that both sides share besides the descriptors: each publication adds one to it after its
     descriptor was written, and the reader takes as many descriptors as it counted. Both are system calls on one kernel
     lock, which orders the accesses to the memory on every architecture. One thread reads; threads of one process write.
-    memory: room for as many descriptors as are ever published and not taken. The eventfd becomes the ring's.
+    memory: of `ring_bytes` for as many descriptors as are ever published and not taken; all zero. The eventfd becomes
+    the ring's.
     """
 
     def __init__(self, memory: memoryview, eventfd: int) -> None:
         self.eventfd = eventfd
-        self._memory = memory
-        self._num_slots = len(memory) // _DESCRIPTOR.size
+        self._memory = memory[_RING_HEAD_BYTES:]
+        self._num_slots = len(self._memory) // _DESCRIPTOR.size
         self._next = 0
         self._lock = threading.Lock()
         self._is_closed = False
@@ -77,9 +76,9 @@ class Ring:
             count = os.eventfd_read(self.eventfd)
         except BlockingIOError:
             return []
-        taken = []
+        taken: list[Descriptor] = []
         for _ in range(count):
-            taken.append(Descriptor(*_DESCRIPTOR.unpack_from(self._memory, self._next * _DESCRIPTOR.size)))
+            taken.append(_DESCRIPTOR.unpack_from(self._memory, self._next * _DESCRIPTOR.size))
             self._next = (self._next + 1) % self._num_slots
         return taken
 
@@ -144,11 +143,17 @@ def shared_bytes(arena_bytes: int, max_requests: int) -> int:
     return _round_up(sum(_ring_bytes(max_requests))) + arena_bytes
 
 
+def ring_bytes(num_slots: int) -> int:
+    """Memory of a ring with room for at least as many descriptors."""
+    return _round_up(_RING_HEAD_BYTES + num_slots * _DESCRIPTOR.size, _RING_HEAD_BYTES)
+
+
 def _ring_bytes(max_requests: int) -> tuple[int, int]:
-    return _TO_ENGINE_PER_REQUEST * max_requests * _DESCRIPTOR.size, max_requests * _DESCRIPTOR.size
+    """Of the ring to the engine, and of the ring to the front-end."""
+    return ring_bytes(_TO_ENGINE_PER_REQUEST * max_requests), ring_bytes(max_requests)
 
 
-class Block:
+class PythonBlock:
     """A piece of an arena; it returns there when the last reference to it goes."""
 
     __slots__ = ("_freed", "nbytes", "offset", "view")
@@ -165,16 +170,15 @@ class Block:
         self._freed.put((self.offset, self.nbytes))
 
 
-class Arena:
+class PythonArena:
     """Blocks of a memory, first fit at the lowest address, so that pages that were used before are used again.
 
-    Thread-safe, within the one process that allocates. clock: seconds, monotonic.
+    Thread-safe, within the one process that allocates.
     """
 
     def __init__(self, memory: memoryview) -> None:
         self._memory = memory
-        # Whoever holds it allocates, and waits for room if it must; nobody with a smaller wish passes by.
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._freed: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         self._starts = [0]
         self._sizes = {0: len(memory)}
@@ -185,27 +189,17 @@ class Arena:
         """Bytes of all blocks and free pieces together."""
         return len(self._memory)
 
-    def allocate(self, nbytes: int, timeout_s: float = 0.0) -> Block | None:
-        """A block of at least nbytes; None when no free piece has been large enough within timeout_s."""
+    def allocate(self, nbytes: int) -> PythonBlock | None:
+        """A block of at least nbytes; None when no free piece is large enough."""
         size = _round_up(max(1, nbytes))
-        until_s = time.monotonic() + timeout_s
-        if size > len(self._memory) or not self._turn.acquire(timeout=max(0.0, timeout_s)):
-            return None
-        try:
+        with self._lock:
             self._collect()
-            while (start := self._take(size)) is None:
-                try:
-                    left_s = until_s - time.monotonic()
-                    self._release(*self._freed.get(block=left_s > 0, timeout=max(left_s, 0.0)))
-                except queue.Empty:
-                    return None
-        finally:
-            self._turn.release()
-        return Block(self._memory[start : start + size], start, size, self._freed)
+            start = self._take(size)
+        return None if start is None else PythonBlock(self._memory[start : start + size], start, size, self._freed)
 
     def free_bytes(self) -> int:
         """Bytes that no block holds."""
-        with self._turn:
+        with self._lock:
             self._collect()
             return sum(self._sizes.values())
 
@@ -238,5 +232,16 @@ class Arena:
             self._sizes[start] = size
 
 
-def _round_up(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+# One name for whichever is in use; types are checked against the Python.
+if TYPE_CHECKING:
+    Ring: TypeAlias = PythonRing
+    Arena: TypeAlias = PythonArena
+    Block: TypeAlias = PythonBlock
+else:
+    Ring = PythonRing if BLOCKS is None else BLOCKS.Ring
+    Arena = PythonArena if BLOCKS is None else BLOCKS.Arena
+    Block = PythonBlock if BLOCKS is None else BLOCKS.Block
+
+
+def _round_up(nbytes: int, multiple: int = ALIGNMENT_BYTES) -> int:
+    return -(-nbytes // multiple) * multiple

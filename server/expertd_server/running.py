@@ -15,13 +15,14 @@ from expertd_server.errors import BackendError, ExpertdServerError
 from expertd_server.forward import ForwardCall, ForwardResult
 from expertd_server.layer import MoELayer
 from expertd_server.layout import OutputLayout
+from expertd_server.native import Copies
 from expertd_server.staging import Slot, SlotPool
 from expertd_server.timing import ForwardTiming
 
 __all__ = ["BatchReport", "NamedErrors", "RunningBatch"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BatchReport:
     """What one batch did, for metrics."""
 
@@ -41,6 +42,7 @@ class RunningBatch:
     """A batch that was launched, see `batcher.Running`."""
 
     batch: Batch[ForwardCall, Any]
+    layer: MoELayer
     slots: SlotPool
     """Where the slot goes back to."""
     slot: Slot
@@ -54,10 +56,6 @@ class RunningBatch:
     on_batch: Callable[[BatchReport], None] | None
     """Called by `close` with what the batch did, where it has results."""
     report: BatchReport | None = None
-
-    @property
-    def layer(self) -> MoELayer:
-        return self.batch.entries[0].payload.layer
 
     def wait(self) -> None:
         with NamedErrors(self.layer, self.batch.num_tokens):
@@ -75,40 +73,38 @@ class RunningBatch:
             self.slots.give_back(self.slot)
 
     def _split(self) -> list[Any]:
-        batch, clock = self.batch, self.clock
+        batch, layer, clock = self.batch, self.layer, self.clock
         start_s = clock()
         answer = self._host_answer()
-        entries, layer = batch.entries, self.layer
+        entries, num_tokens = batch.entries, batch.num_tokens
+        num_requests = len(entries)
         times = self.slot.times()
-        num_requests, num_tokens = len(entries), batch.num_tokens
         self.report = BatchReport(layer, num_requests, num_tokens, self.graph_rows, times.compute_s, answer.topk_ids)
         copy_in_us, compute_us = _us(self.gather_s + times.copy_in_s), _us(times.compute_s)
         outputs = self._outputs(answer)
+        copies = Copies()
         parts: list[Any] = []
         first = 0
         for number, entry in enumerate(entries):
             call = entry.payload
-            part = ForwardResult(
-                layer.weights_version,
-                ForwardTiming(
-                    queue_us=_us(entry.queued_s + times.wait_s),
-                    copy_in_us=copy_in_us,
-                    compute_us=compute_us,
-                    copy_out_us=0,
-                    batch_tokens=num_tokens,
-                    batch_requests=num_requests,
-                ),
-            )
+            queue_us = _us(entry.queued_s + times.wait_s)
+            timing = ForwardTiming(queue_us, copy_in_us, compute_us, 0, num_tokens, num_requests)
+            part = ForwardResult(layer.weights_version, timing, copies=copies)
             if outputs is not None:
                 part.output = outputs[number]
-            self._fill(part, call, answer, first)
-            first += call.num_tokens
+            if call.return_routing or not call.do_finalize:
+                self._fill(part, call, answer, first)
+            first += entry.num_tokens
             parts.append(part)
+        copy_out_us = _us(times.copy_out_s + clock() - start_s)
         # Last, and then nothing may go wrong any more: see _encoded.
         for number, entry in enumerate(entries):
-            parts[number].timing.copy_out_us = _us(times.copy_out_s + clock() - start_s)
-            if entry.payload.encode is not None:
-                parts[number] = _encoded(entry.payload.encode, parts[number])
+            part = parts[number]
+            part.timing.copy_out_us = copy_out_us
+            encode = entry.payload.encode
+            if encode is not None:
+                parts[number] = _encoded(encode, part)
+        copies.run()
         return parts
 
     def _outputs(self, answer: MoEOutput) -> Sequence[torch.Tensor] | None:
@@ -116,20 +112,20 @@ class RunningBatch:
         output, entries = answer.output, self.batch.entries
         if output is None:
             return None
-        is_owned = len(entries) == 1 and self.answer is not None
-        rows = [output] if len(entries) == 1 else output.split_with_sizes([entry.num_tokens for entry in entries])
-        return [
-            one
-            if one.dtype == entry.payload.output_dtype and entry.payload.encode is not None
-            # In memory of its own: a slow reader must not hold the whole batch's output.
-            else _own(one, entry.payload.output_dtype, is_owned=is_owned)
-            for one, entry in zip(rows, entries, strict=True)
-        ]
+        is_alone = len(entries) == 1
+        rows = (output,) if is_alone else output.split_with_sizes([entry.num_tokens for entry in entries])
+        dtype, is_owned = output.dtype, is_alone and self.answer is not None
+        outputs = []
+        for one, entry in zip(rows, entries, strict=True):
+            call = entry.payload
+            if call.encode is None or call.output_dtype != dtype:
+                # In memory of its own: a slow reader must not hold the whole batch's output.
+                one = _own(one, call.output_dtype, is_owned=is_owned)  # noqa: PLW2901
+            outputs.append(one)
+        return outputs
 
     def _fill(self, part: ForwardResult, call: ForwardCall, answer: MoEOutput, first: int) -> None:
         """Set the tensors of one call's answer but its output. first: where the call's rows begin."""
-        if call.do_finalize and not call.return_routing:
-            return
         mine = slice(first, first + call.num_tokens)
         if answer.expanded_idx_to_permuted_idx is not None:
             assert answer.gemm2_output is not None

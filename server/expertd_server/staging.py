@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -44,8 +44,7 @@ GraphTable: TypeAlias = WeakKeyDictionary[MoELayer, dict[tuple[BatchKind, int], 
 layer's weights, so it lives no longer than either."""
 
 
-@dataclass(frozen=True, slots=True)
-class SlotTimes:
+class SlotTimes(NamedTuple):
     """Where the time of a batch went, on the device."""
 
     copy_in_s: float

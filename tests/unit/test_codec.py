@@ -15,9 +15,10 @@ from test_wire_parse import good_message, requests, stream_requests
 
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server import codec, messages
+from expertd_server.compiled import CODEC
 from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming, HostTensor
 from expertd_server.errors import ExpertdServerError, InvalidArgumentError
-from expertd_server.native import CODEC, _copy_bytes, _count_ids, copy_bytes, count_ids
+from expertd_server.native import _copy_bytes, _count_ids, copy_bytes, count_ids
 from expertd_server.regions import AnswerPlace
 from expertd_server.store import LayerStore
 from expertd_server.wire import encode_response, encode_stream_response, read_call

@@ -15,6 +15,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "__init__",
+            "compiled",
             "config",
             "control",
             "errors",
@@ -84,7 +85,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "wire_parse",
         }
     ),
-    frozenset({"blocks", "gate", "remote", "remote_codec"}),
+    frozenset({"blocks", "gate", "remote", "remote_codec", "result_blocks"}),
     frozenset(
         {
             "child",

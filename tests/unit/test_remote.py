@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import fields
 from time import monotonic
 from typing import Any
 
@@ -19,20 +18,12 @@ import numpy as np
 import pytest
 import torch
 from google.rpc import code_pb2, error_details_pb2
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server.backend import PreparedLayer
 from expertd_server.backend_noop import NoopBackend
 from expertd_server.blocks import (
-    MAX_ERROR_BYTES,
-    block_bytes,
     read_answer,
-    read_call,
-    read_timing,
-    write_answer,
-    write_call,
 )
 from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming
 from expertd_server.errors import (
@@ -53,10 +44,9 @@ from expertd_server.status import RelayedError, status_of
 from expertd_server.store import LayerStore
 from expertd_server.types import LayerSpec
 from expertd_server.weights import ExpertWeights
-from expertd_server.wire import TORCH_DTYPES, answer_tensors
+from expertd_server.wire import TORCH_DTYPES
 from expertd_server.wire import call_of as engine_call_of
 from expertd_server.wire_answer import AnswerTensor
-from expertd_server.wire_check import CheckedRequest
 
 PATIENCE_S = 30.0
 ARENA_BYTES = 64 * ALIGNMENT_BYTES
@@ -257,69 +247,6 @@ def is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
-
-
-WIDE = {pb.DATA_TYPE_FLOAT32: 4, pb.DATA_TYPE_BFLOAT16: 2, pb.DATA_TYPE_FLOAT16: 2, pb.DATA_TYPE_FLOAT8_E4M3FN: 1}
-OUTPUTS = st.sampled_from([pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_BFLOAT16, pb.DATA_TYPE_FLOAT16])
-
-
-@st.composite
-def checked_requests(draw: st.DrawFn) -> CheckedRequest:
-    """Any kind of request of any bits for a layer of this file's shape."""
-    chance = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    num_tokens, hidden = draw(st.integers(0, 9)), draw(st.sampled_from(sorted(WIDE)))
-
-    def part(dtype: int, item_bytes: int, columns: int) -> tuple[int, bytes]:
-        return dtype, chance.bytes(num_tokens * columns * item_bytes)
-
-    if draw(st.booleans()):
-        routing = None, part(pb.DATA_TYPE_INT32, 4, TOP_K), part(pb.DATA_TYPE_FLOAT32, 4, TOP_K)
-    else:
-        routing = part(pb.DATA_TYPE_BFLOAT16, 2, NUM_EXPERTS), None, None  # type: ignore[assignment]
-    states = part(hidden, WIDE[hidden], HIDDEN_SIZE)
-    return num_tokens, states, *routing, draw(OUTPUTS), draw(st.booleans()), draw(st.booleans())
-
-
-def an_answer(request: CheckedRequest, seed: int) -> ForwardResult:
-    """An answer to it, as large as it may be."""
-    num_tokens, *_, output, do_finalize, return_routing = request
-    chance = np.random.default_rng(seed)
-
-    def some(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        data = chance.integers(0, 256, torch.Size(shape).numel() * dtype.itemsize, np.uint8)
-        return of_bytes(data, dtype, shape)
-
-    num_rows = num_tokens * TOP_K
-    return ForwardResult(
-        2**40,
-        TIMING,
-        output=some(TORCH_DTYPES[output], num_tokens, HIDDEN_SIZE) if do_finalize else None,
-        gemm2_output=None if do_finalize else some(torch.bfloat16, num_rows, HIDDEN_SIZE),
-        expert_weights=some(torch.bfloat16, num_tokens, TOP_K),
-        topk_ids=some(torch.int32, num_tokens, TOP_K) if return_routing else None,
-        expanded_idx_to_permuted_idx=None if do_finalize else some(torch.int32, num_rows),
-    )
-
-
-class TestBlocks:
-    @settings(max_examples=60, deadline=None)
-    @given(checked_requests(), st.none() | st.floats(0, 1e9), st.integers(0, 2**32 - 1))
-    def test_calls_and_answers_come_out_as_they_went_in(
-        self, request_: CheckedRequest, deadline_s: float | None, seed: int
-    ) -> None:
-        guard = 64
-        size = block_bytes(request_, HIDDEN_SIZE, TOP_K)
-        memory = memoryview(bytearray(b"\xaa" * (size + guard)))
-        block = memory[:-guard]
-        write_call(block, request_, 2**63, deadline_s)
-        assert read_call(block) == (2**63, deadline_s, request_)
-        answer = an_answer(request_, seed)
-        write_answer(block, answer_tensors(answer), TIMING, 2**40, 12345)
-        assert read_timing(block) == (TIMING, 2**40, 12345)
-        for read, field in zip(read_answer(block), fields(ForwardResult)[2:], strict=True):
-            assert is_same(to_tensor(read), getattr(answer, field.name)), field.name
-        assert bytes(memory[-guard:]) == b"\xaa" * guard, "beyond the block"
-        assert size >= MAX_ERROR_BYTES
 
 
 class TestCalls:

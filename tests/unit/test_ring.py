@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import select
+import subprocess
+import sys
 import threading
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from expertd_server.ring import ALIGNMENT_BYTES, Arena, Block, Channel, Ring, shared_bytes
+from expertd_server.compiled import BLOCKS
+from expertd_server.ring import (
+    ALIGNMENT_BYTES,
+    Block,
+    Channel,
+    PythonArena,
+    PythonRing,
+    Ring,
+    ring_bytes,
+    shared_bytes,
+)
 
 PAGES = 16
 PATIENCE_S = 30.0
+# Both kinds of each, where the compiled ones were built.
+ARENAS: list[Any] = [PythonArena] + ([] if BLOCKS is None else [BLOCKS.Arena])
+RINGS: list[Any] = [PythonRing] + ([] if BLOCKS is None else [BLOCKS.Ring])
 
 
 class ArenaMachine(RuleBasedStateMachine):
@@ -22,8 +39,12 @@ class ArenaMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.arena = Arena(memoryview(bytearray(PAGES * ALIGNMENT_BYTES)))
         self.blocks: list[Block] = []
+
+    @initialize(kind=st.sampled_from(ARENAS))
+    def make(self, kind: Any) -> None:
+        self.arena = kind(memoryview(bytearray(PAGES * ALIGNMENT_BYTES)))
+        assert self.arena.nbytes == PAGES * ALIGNMENT_BYTES
 
     def is_free(self) -> list[bool]:
         free = [True] * PAGES
@@ -58,46 +79,32 @@ class ArenaMachine(RuleBasedStateMachine):
 
 
 TestArenaMachine = ArenaMachine.TestCase
-TestArenaMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestArenaMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
-class TestWaitingForRoom:
-    def test_whoever_waits_gets_what_another_frees(self) -> None:
-        arena = Arena(memoryview(bytearray(4 * ALIGNMENT_BYTES)))
-        held: list[Any] = [arena.allocate(ALIGNMENT_BYTES) for _ in range(4)]
-        got: list[Block | None] = []
-        waiter = threading.Thread(target=lambda: got.append(arena.allocate(2 * ALIGNMENT_BYTES, PATIENCE_S)))
-        waiter.start()
-        del held[2]
-        assert arena.allocate(ALIGNMENT_BYTES, 0.0) is None or not waiter.is_alive(), "nobody passes by who waits"
-        del held[1]
-        waiter.join(PATIENCE_S)
-        assert got[0] is not None
-        assert got[0].offset == ALIGNMENT_BYTES
-
-    def test_waiting_ends(self) -> None:
-        arena = Arena(memoryview(bytearray(ALIGNMENT_BYTES)))
-        held = arena.allocate(1)
-        assert arena.allocate(1, 0.01) is None
-        assert arena.allocate(1, -1.0) is None, "a deadline that has passed"
-        del held
-        assert arena.allocate(1) is not None
-
-    def test_what_can_never_fit_does_not_wait(self) -> None:
-        assert Arena(memoryview(bytearray(ALIGNMENT_BYTES))).allocate(ALIGNMENT_BYTES + 1, PATIENCE_S) is None
+@pytest.mark.parametrize("kind", ARENAS)
+def test_a_block_outlives_its_arena_and_a_view_its_block(kind: Any) -> None:
+    arena = kind(memoryview(bytearray(ALIGNMENT_BYTES)))
+    block = arena.allocate(1)
+    del arena
+    view = block.view
+    view[:3] = b"abc"
+    del block
+    assert bytes(view[:3]) == b"abc"
 
 
-def both_ends(num_slots: int) -> tuple[Ring, Ring]:
+def both_ends(kind: Any, num_slots: int) -> tuple[Ring, Ring]:
     """A writer and a reader of one memory."""
-    memory, fd = memoryview(bytearray(num_slots * 32)), os.eventfd(0, os.EFD_NONBLOCK)
-    return Ring(memory, fd), Ring(memory, os.dup(fd))
+    memory, fd = memoryview(mmap.mmap(-1, ring_bytes(num_slots))), os.eventfd(0, os.EFD_NONBLOCK)
+    return kind(memory, fd), kind(memory, os.dup(fd))
 
 
+@pytest.mark.parametrize("kind", RINGS)
 class TestRing:
     @settings(max_examples=50, deadline=None)
     @given(batches=st.lists(st.integers(0, 5), max_size=20))
-    def test_what_is_published_is_taken_once_and_in_order(self, batches: list[int]) -> None:
-        ring, reader = both_ends(5)
+    def test_what_is_published_is_taken_once_and_in_order(self, kind: Any, batches: list[int]) -> None:
+        ring, reader = both_ends(kind, 5)
         number = 0
         for count in batches:
             published = []
@@ -105,14 +112,14 @@ class TestRing:
                 number += 1
                 ring.publish(1, number, number * 4096, number + 7)
                 published.append((1, number, number * 4096, number + 7))
-            taken = reader.take()
-            assert [(d.kind, d.request_id, d.offset, d.nbytes) for d in taken] == published
+            assert bool(select.select([reader.eventfd], [], [], 0)[0]) == bool(count), "it is woken for something"
+            assert reader.take() == published
         assert reader.take() == []
         ring.close()
         reader.close()
 
-    def test_many_threads_publish(self) -> None:
-        writer, reader = both_ends(4000)
+    def test_many_threads_publish_and_none_is_overslept(self, kind: Any) -> None:
+        writer, reader = both_ends(kind, 4000)
 
         def publish(kind: int) -> None:
             for number in range(1000):
@@ -123,17 +130,18 @@ class TestRing:
             thread.start()
         taken: dict[int, list[int]] = {kind: [] for kind in range(4)}
         while sum(map(len, taken.values())) < 4000:
-            for descriptor in reader.take():
-                taken[descriptor.kind].append(descriptor.request_id)
+            assert select.select([reader.eventfd], [], [], PATIENCE_S)[0], "nobody wakes the reader"
+            for of, number, _, _ in reader.take():
+                taken[of].append(number)
         for thread in threads:
             thread.join(PATIENCE_S)
         assert taken == {kind: list(range(1000)) for kind in range(4)}
         writer.close()
         reader.close()
 
-    def test_a_closed_ring_writes_into_no_other_file(self) -> None:
+    def test_a_closed_ring_writes_into_no_other_file(self, kind: Any) -> None:
         fd = os.eventfd(0, os.EFD_NONBLOCK)
-        ring = Ring(memoryview(bytearray(32)), fd)
+        ring = kind(memoryview(mmap.mmap(-1, ring_bytes(1))), fd)
         ring.close()
         ring.close()
         reused = os.eventfd(0, os.EFD_NONBLOCK)
@@ -158,10 +166,41 @@ def test_a_channel_is_one_memory_in_both_processes() -> None:
         to_engine.publish(1, number, 3 * number)
     for number in range(7):
         from_engine.publish(2, number)
-    assert [(d.request_id, d.offset) for d in from_frontend.take()] == [(n, 3 * n) for n in range(21)]
-    assert [(d.kind, d.request_id) for d in to_frontend.take()] == [(2, n) for n in range(7)]
+    assert from_frontend.take() == [(1, n, 3 * n, 0) for n in range(21)]
+    assert to_frontend.take() == [(2, n, 0, 0) for n in range(7)]
     assert bytes(memory) == b"\xff" * len(memory)
     for ring in (to_engine, to_frontend, from_frontend, from_engine):
         ring.close()
     del arena, memory, to_engine, to_frontend, from_frontend, from_engine, ring
     assert os.listdir("/proc/self/fd") == before
+
+
+PUBLISHER = """
+import mmap, sys
+from expertd_server.ring import Ring
+memory, number = memoryview(mmap.mmap(int(sys.argv[1]), 0)), 0
+ring = Ring(memory, int(sys.argv[2]))
+while number < int(sys.argv[3]):
+    for _ in range(1 + number % 7):
+        number += 1
+        ring.publish(1, number)
+"""
+
+
+def test_another_process_publishes_and_none_is_overslept() -> None:
+    """The reader sleeps whenever it has taken all, so a wake-up that is lost leaves it asleep."""
+    count = 20_000
+    fd, event = os.memfd_create("ring"), os.eventfd(0, os.EFD_NONBLOCK)
+    os.ftruncate(fd, ring_bytes(count + 7))
+    reader = Ring(memoryview(mmap.mmap(fd, ring_bytes(count + 7))), os.dup(event))
+    command = [sys.executable, "-c", PUBLISHER, str(fd), str(event), str(count)]
+    taken: list[int] = []
+    with subprocess.Popen(command, pass_fds=[fd, event]) as publisher:
+        while len(taken) < count:
+            assert select.select([reader.eventfd], [], [], PATIENCE_S)[0], f"asleep after {len(taken)}"
+            taken += [number for _, number, _, _ in reader.take()]
+    assert publisher.returncode == 0
+    assert taken == list(range(1, len(taken) + 1))
+    reader.close()
+    os.close(fd)
+    os.close(event)

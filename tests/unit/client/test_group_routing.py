@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,6 +18,8 @@ from expertd.types import Activation, LayerInfo, LayerState, RoutingMethod
 from expertd_server import reference
 from expertd_server import routing as server_routing
 from expertd_server.types import LayerSpec
+
+pytestmark = pytest.mark.usefixtures("kernels")
 
 PATTERNS = [name for name in LOGIT_PATTERNS if name != "some_nan"]
 SEEDS = range(2)
@@ -143,3 +148,24 @@ def test_few_slots_and_many_are_chosen_by_the_same_rules(
         by_keys = route(layer, logits.astype(np.float32))
     assert np.array_equal(by_rounds[0], by_keys[0])
     assert np.array_equal(by_rounds[1].view(np.uint16), by_keys[1].view(np.uint16))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("spec", every_method(), ids=spec_id)
+def test_compiled_kernels_give_the_bits_of_numpy(spec: LayerSpec, pattern: str, both_ways: Any) -> None:
+    for num_tokens in (0, 1, NUM_TOKENS):
+        logits = make_logits(spec, num_tokens, num_tokens, pattern).numpy()
+        layer = layer_info(spec, bias_of(spec, num_tokens))
+        by_numpy, compiled = both_ways(functools.partial(route, layer, logits))
+        case = f"seed {num_tokens}, {pattern}, T {num_tokens}, {spec}"
+        assert np.array_equal(by_numpy[0], compiled[0]), case
+        assert np.array_equal(by_numpy[1].view(np.uint16), compiled[1].view(np.uint16)), case
+
+
+def test_logits_may_lie_at_any_address(odd: Any) -> None:
+    spec = make_spec(routing_method=RoutingMethod.TOPK)
+    logits = make_logits(spec, 9, 0).numpy()
+    ids, weights = route(layer_info(spec, None), logits)
+    again = route(layer_info(spec, None), odd(logits))
+    assert np.array_equal(again[0], ids)
+    assert np.array_equal(again[1].view(np.uint16), weights.view(np.uint16))

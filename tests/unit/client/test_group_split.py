@@ -14,6 +14,8 @@ from expertd._combine import combine, combine_rows
 from expertd._split import NO_SHARD, Part, owners, split
 from expertd.tensors import to_wire
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 E, K, H = 12, 3, 40
 SHARDS = [range(5), range(5, 6), range(6, 12)]
 BFLOAT16 = ml_dtypes.bfloat16
@@ -35,6 +37,10 @@ def draw(seed: int, num_tokens: int) -> tuple[np.ndarray[Any, Any], np.ndarray[A
     hidden = random.standard_normal((num_tokens, H), np.float32).astype(BFLOAT16)
     ids = random.permuted(np.tile(np.arange(-1, E, dtype=np.int32), (num_tokens, 1)), axis=1)[:, :K]
     return hidden, np.ascontiguousarray(ids), random.random((num_tokens, K), np.float32).astype(BFLOAT16)
+
+
+def runs_of(*runs: tuple[int, int, int]) -> np.ndarray[Any, Any]:
+    return np.array(runs)
 
 
 def parts_of(seed: int, num_tokens: int, max_rows: int = 1000, *, broadcast: bool = False) -> list[Part]:
@@ -87,6 +93,16 @@ def test_empty_slots_and_no_tokens_send_nothing() -> None:
     assert parts_of(0, 0) == []
 
 
+def test_ids_and_weights_may_lie_at_any_address(odd: Any) -> None:
+    hidden, ids, weights = draw(5, 9)
+    wire, _ = to_wire("hidden_states", hidden)
+    for part, again in zip(
+        parts_of(5, 9), split(wire, odd(ids), odd(weights), owners(ids, E, SHARDS), [9] * len(SHARDS)), strict=True
+    ):
+        assert bits(again.topk_ids.numpy()) == bits(part.topk_ids.numpy())
+        assert bits(again.topk_weights.numpy()) == bits(part.topk_weights.numpy())
+
+
 def outputs_for(parts: list[Part], seed: int, dtype: Any) -> list[np.ndarray[Any, Any]]:
     random = np.random.default_rng(1000 + seed)
     return [random.standard_normal((part.num_tokens, H), np.float32).astype(dtype) for part in parts]
@@ -111,16 +127,16 @@ def test_combine_does_not_depend_on_the_parts_sizes_nor_on_the_tokens_beside() -
     # Batch invariance on the client: cut differently, or with fewer tokens, the bits of a token stay.
     random = np.random.default_rng(7)
     values = random.standard_normal((3, 150, H), np.float32).astype(BFLOAT16)
-    whole = combine(150, H, [([(0, 0, 150)], values[s]) for s in range(3)], BFLOAT16)
+    whole = combine(150, H, [(runs_of((0, 0, 150)), values[s]) for s in range(3)], BFLOAT16)
     cuts = [0, 1, 70, 150]
-    parts = [([(a, 0, b - a)], values[s, a:b]) for s in range(3) for a, b in itertools.pairwise(cuts)]
+    parts = [(runs_of((a, 0, b - a)), values[s, a:b]) for s in range(3) for a, b in itertools.pairwise(cuts)]
     assert bits(combine(150, H, parts, BFLOAT16)) == bits(whole)
-    alone = combine(1, H, [([(0, 0, 1)], values[s, 77:78]) for s in range(3)], BFLOAT16)
+    alone = combine(1, H, [(runs_of((0, 0, 1)), values[s, 77:78]) for s in range(3)], BFLOAT16)
     assert bits(alone) == bits(whole[77:78])
 
 
 def test_a_token_without_parts_is_zero_and_zero_has_one_sign() -> None:
-    got = combine(3, 4, [([(1, 0, 1)], np.full((1, 4), -0.0, BFLOAT16))], BFLOAT16)
+    got = combine(3, 4, [(runs_of((1, 0, 1)), np.full((1, 4), -0.0, BFLOAT16))], BFLOAT16)
     assert not got.view(np.uint16).any()
 
 
@@ -130,14 +146,14 @@ def test_nan_of_one_row_stays_in_its_row() -> None:
     got = combine(
         5,
         4,
-        [([(0, 0, 1), (2, 1, 1), (4, 2, 1)], output), ([(0, 0, 5)], np.ones((5, 4), BFLOAT16))],
+        [(runs_of((0, 0, 1), (2, 1, 1), (4, 2, 1)), output), (runs_of((0, 0, 5)), np.ones((5, 4), BFLOAT16))],
         BFLOAT16,
     )
     assert np.isnan(got.astype(np.float32)).any(axis=1).tolist() == [False, False, True, False, False]
 
 
 def test_an_overflow_to_float16_is_infinity_without_a_warning() -> None:
-    got = combine(1, 2, [([(0, 0, 1)], np.array([[1e6, 1.0]], np.float32))], np.float16)
+    got = combine(1, 2, [(runs_of((0, 0, 1)), np.array([[1e6, 1.0]], np.float32))], np.float16)
     assert got.tolist() == [[np.inf, 1.0]]
 
 

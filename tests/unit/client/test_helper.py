@@ -15,8 +15,10 @@ PATIENCE_S = 30
 
 @pytest.fixture(autouse=True)
 def two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if there were two, which is what the helper is for."""
+    """As if there were two, which is what the helper is for; and it has ended what it was last offered."""
     monkeypatch.setattr(_helper, "_num_processors", lambda: 2)
+    assert _helper._helper._is_free.acquire(timeout=PATIENCE_S)
+    _helper._helper._is_free.release()
 
 
 def test_every_item_is_done_once() -> None:
