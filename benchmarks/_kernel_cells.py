@@ -89,7 +89,13 @@ def time_stages(
 
 
 def time_peer(
-    backend: CudaBackend, layer: PreparedLayer, call: Call, timer: Timer, peer: PeerLayer
+    backend: CudaBackend,
+    layer: PreparedLayer,
+    call: Call,
+    timer: Timer,
+    peer: PeerLayer,
+    *,
+    sustained_s: float = 0.0,
 ) -> dict[str, float]:
     """Microseconds of a peer behind the routing kernel, by the rules of `time_cell`.
 
@@ -114,7 +120,10 @@ def time_peer(
         raise PeerSkippedError(
             f"its output differs from the kernels' by {difference:.3f}, expected at most {MOST_DIFFERENCE}"
         )
-    return {"us": round(us, 2), "difference": difference}
+    times = {"us": round(us, 2), "difference": difference}
+    if sustained_s:
+        times["sustained_us"] = round(timer.sustained_us(graph, sustained_s), 2)
+    return times
 
 
 def on_this_stream(call: Call) -> Call:

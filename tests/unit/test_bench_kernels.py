@@ -138,7 +138,8 @@ def test_the_summary_tells_of_the_floor_and_of_each_peer() -> None:
     other = {**CELL, "us": 320.0, "case": "scout", "sustained_us": 400.0, "sustained_floor_us": 100.0}
     unpublished = {**CELL, "case": "nemotron", "us": 9000.0, "peers": {"torch": {"us": 18000.0}}}
     published = {"us": {"mixtral": {"8192": [90.0, 120.0]}, "scout": {"8192": [330.0]}}}
-    cells = [{**CELL, "peers": {"torch": {"us": 200.0}, "vllm": {"us": 400.0}}}, other, unpublished]
+    other["peers"] = {"vllm": {"us": 640.0, "sustained_us": 500.0}}
+    cells = [{**CELL, "peers": {"torch": {"us": 200.0}, "vllm": {"us": 200.0}}}, other, unpublished]
     assert summarize(cells, published) == pytest.approx(
         {
             "cells": 2,
@@ -148,8 +149,9 @@ def test_the_summary_tells_of_the_floor_and_of_each_peer() -> None:
             "sustained_geomean_times_floor": 4.0,
             "cells_beside_torch": 2,
             "geomean_times_torch": 0.5,
-            "cells_beside_vllm": 1,
-            "geomean_times_vllm": 0.25,
+            "cells_beside_vllm": 2,
+            "geomean_times_vllm": 0.5,
+            "sustained_geomean_times_vllm": 0.8,
         }
     )
     assert summarize([unpublished | {"peers": {}}], None) == {}
@@ -278,11 +280,14 @@ def test_a_peer_that_computes_the_layer_has_its_column(
 
     monkeypatch.setattr(torch, "_scaled_grouped_mm", product)
     path = tmp_path / "kernels.json"
-    run(monkeypatch, "--tokens", "8", "--beside", "torch", "--json", str(path))
+    run(monkeypatch, "--tokens", "4", "8", "--sustained", "3", "--beside", "torch", "--json", str(path))
     written = json.loads(path.read_text())
     assert written["peers_left_out"] == {}
     for cell in written["cells"]:
-        assert cell["peers"]["torch"]["us"] == 100.0
-        assert cell["peers"]["torch"]["difference"] < 0.02
-    assert written["summary"]["geomean_times_torch"] == pytest.approx(1.0)
-    assert sum(line.split()[10:11] == ["100.0"] for line in capsys.readouterr().out.splitlines()) == 2
+        beside = cell["peers"]["torch"]
+        assert (beside["us"], beside.get("sustained_us")) == (100.0, 150.0 if cell["tokens"] == 8 else None)
+        assert beside["difference"] < 0.02
+    summary = written["summary"]
+    assert (summary["cells_beside_torch"], summary["geomean_times_torch"]) == (4, pytest.approx(1.0))
+    assert summary["sustained_geomean_times_torch"] == pytest.approx(1.0)
+    assert sum(line.split()[12:13] == ["100.0"] for line in capsys.readouterr().out.splitlines()) == 4
