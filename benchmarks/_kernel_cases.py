@@ -60,44 +60,45 @@ CASES = {
 }
 
 
-def random_fp8(*shape: int, size: float = 1.0) -> torch.Tensor:
+def random_fp8(*shape: int, device: torch.device, size: float = 1.0) -> torch.Tensor:
     """Normal values, expert by expert so that the float copy stays small."""
-    out = torch.empty(*shape, dtype=FP8, device="cuda")
+    out = torch.empty(*shape, dtype=FP8, device=device)
     for part in out if len(shape) == 3 else (out,):
-        part.copy_((torch.randn(part.shape, device="cuda", dtype=torch.bfloat16) * size).to(FP8))
+        part.copy_((torch.randn(part.shape, device=device, dtype=torch.bfloat16) * size).to(FP8))
     return out
 
 
 def make_layer(backend: CudaBackend, spec: LayerSpec, max_num_tokens: int) -> PreparedLayer:
     """A layer whose activations and outputs are of order 1."""
     experts, hidden, inter = spec.num_local, spec.hidden_size, spec.intermediate_size
-    ones = torch.ones(experts, device="cuda")
+    device = backend.device
+    ones = torch.ones(experts, device=device)
     up = 16.0 if not spec.activation.is_gated else 16.0 / hidden**0.5
     weights = ExpertWeights(
-        gemm1_weights=random_fp8(experts, spec.gemm1_rows, hidden),
+        gemm1_weights=random_fp8(experts, spec.gemm1_rows, hidden, device=device),
         output1_scales_scalar=ones * up,
         output1_scales_gate_scalar=ones / hidden**0.5,
-        gemm2_weights=random_fp8(experts, hidden, inter),
+        gemm2_weights=random_fp8(experts, hidden, inter, device=device),
         output2_scales_scalar=ones / (16 * inter**0.5),
-        routing_bias=torch.randn(spec.num_experts, device="cuda") * 0.01 if spec.routing_method.reads_bias else None,
+        routing_bias=torch.randn(spec.num_experts, device=device) * 0.01 if spec.routing_method.reads_bias else None,
     )
     return backend.prepare(spec, weights, max_num_tokens=max_num_tokens)
 
 
-def make_logits(spec: LayerSpec, num_tokens: int, zipf: bool) -> torch.Tensor:
+def make_logits(spec: LayerSpec, num_tokens: int, zipf: bool, device: torch.device) -> torch.Tensor:
     """Even routing, or experts chosen in proportion to 1 / rank."""
-    logits = torch.randn(num_tokens, spec.num_experts, device="cuda")
+    logits = torch.randn(num_tokens, spec.num_experts, device=device)
     if zipf:
-        gumbel = -torch.rand(num_tokens, spec.num_experts, device="cuda").clamp_(1e-9, 1 - 1e-7).log().neg().log()
-        logits = gumbel - torch.arange(1, spec.num_experts + 1, device="cuda").log()
+        gumbel = -torch.rand(num_tokens, spec.num_experts, device=device).clamp_(1e-9, 1 - 1e-7).log().neg().log()
+        logits = gumbel - torch.arange(1, spec.num_experts + 1, device=device).log()
     return logits
 
 
 def make_call(layer: PreparedLayer, num_tokens: int, zipf: bool, touched: int | None) -> Call:
     """Random inputs; touched: drawn until that many local experts are chosen, so that runs compare."""
-    spec = layer.spec
+    spec, device = layer.spec, layer.weights.device
     for _ in range(100):
-        logits = make_logits(spec, num_tokens, zipf)
+        logits = make_logits(spec, num_tokens, zipf, device)
         if touched is None or zipf:
             break
         ids, _ = route(spec, logits, layer.weights.routing_bias)
@@ -105,12 +106,12 @@ def make_call(layer: PreparedLayer, num_tokens: int, zipf: bool, touched: int | 
         if int(local.unique().numel()) == touched:
             break
     return Call(
-        hidden_states=random_fp8(num_tokens, spec.hidden_size),
+        hidden_states=random_fp8(num_tokens, spec.hidden_size, device=device),
         logits=logits,
         in_ids=None,
         in_weights=None,
-        topk_ids=torch.empty(num_tokens, spec.top_k, dtype=torch.int32, device="cuda"),
-        topk_weights=torch.empty(num_tokens, spec.top_k, dtype=torch.bfloat16, device="cuda"),
+        topk_ids=torch.empty(num_tokens, spec.top_k, dtype=torch.int32, device=device),
+        topk_weights=torch.empty(num_tokens, spec.top_k, dtype=torch.bfloat16, device=device),
         replay=None,
         num_valid=None,
         pdl=True,
@@ -135,9 +136,9 @@ def work(spec: LayerSpec, ids: torch.Tensor) -> dict[str, float]:
 def relative_error(layer: PreparedLayer, call: Call, output: torch.Tensor, rows: int) -> float:
     """Of some rows, against float64 with the same routing and no rounding of the intermediate."""
     spec, w = layer.spec, layer.weights
-    picked = torch.linspace(0, call.num_tokens - 1, min(rows, call.num_tokens), device="cuda").long()
+    picked = torch.linspace(0, call.num_tokens - 1, min(rows, call.num_tokens), device=output.device).long()
     x = call.hidden_states.view(torch.uint8)[picked].view(FP8).double()
-    expected = torch.zeros(len(picked), spec.hidden_size, dtype=torch.float64, device="cuda")
+    expected = torch.zeros(len(picked), spec.hidden_size, dtype=torch.float64, device=output.device)
     for i, t in enumerate(picked.tolist()):
         for k in range(spec.top_k):
             e = int(call.topk_ids[t, k]) - spec.local_expert_offset

@@ -34,7 +34,7 @@ def time_cell(
     sustained_s: float = 0.0,
 ) -> dict[str, Any]:
     """A whole call and, where asked, one at the end of sustained_s of them, and each stage alone: cold, without PDL."""
-    out = torch.empty(call.num_tokens, layer.spec.hidden_size, dtype=torch.bfloat16, device="cuda")
+    out = torch.empty(call.hidden_states.shape, dtype=torch.bfloat16, device=backend.device)
     family = backend.family(layer, call.num_tokens)
 
     def whole() -> None:
@@ -78,13 +78,9 @@ def time_stages(
 
     counters = slab[8:16]  # the products' dynamic tile counters, which routing zeroes
     for name in ("route", "gemm1", "gemm2", "finalize"):
-        graph = torch.cuda.CUDAGraph()
         if name != "route":
             counters.zero_()
-        stage(name)()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            stage(name)()
+        graph = timer.capture(stage(name))
         before = None if name == "route" else counters.zero_
         times[f"{name}_us"] = round(timer.median_us(graph, before=before), 2)
         if name == "route":
@@ -93,13 +89,19 @@ def time_stages(
 
 
 def time_peer(
-    backend: CudaBackend, layer: PreparedLayer, call: Call, timer: Timer, peer: PeerLayer
+    backend: CudaBackend,
+    layer: PreparedLayer,
+    call: Call,
+    timer: Timer,
+    peer: PeerLayer,
+    *,
+    sustained_s: float = 0.0,
 ) -> dict[str, float]:
     """Microseconds of a peer behind the routing kernel, by the rules of `time_cell`.
 
     Raises PeerSkippedError where its output is not the layer's.
     """
-    expected = torch.empty(call.num_tokens, layer.spec.hidden_size, dtype=torch.bfloat16, device="cuda")
+    expected = torch.empty(call.hidden_states.shape, dtype=torch.bfloat16, device=backend.device)
     backend._run(layer, on_this_stream(call), expected)
     planned = layer.state.max_num_tokens
     slab = backend._workspaces.current(layer.state.scratch(planned).nbytes)
@@ -111,13 +113,17 @@ def time_peer(
         backend.route(layer, plan, on_this_stream(call), family)
         output = peer(call.hidden_states, call.topk_ids, call.topk_weights.float())
 
-    us = timer.median_us(timer.capture(run))
+    graph = timer.capture(run)
+    us = timer.median_us(graph)
     difference = float((output.double() - expected.double()).norm() / expected.double().norm())
     if not difference <= MOST_DIFFERENCE:
         raise PeerSkippedError(
             f"its output differs from the kernels' by {difference:.3f}, expected at most {MOST_DIFFERENCE}"
         )
-    return {"us": round(us, 2), "difference": difference}
+    times = {"us": round(us, 2), "difference": difference}
+    if sustained_s:
+        times["sustained_us"] = round(timer.sustained_us(graph, sustained_s), 2)
+    return times
 
 
 def on_this_stream(call: Call) -> Call:

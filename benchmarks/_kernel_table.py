@@ -76,6 +76,9 @@ def summarize(cells: list[dict[str, Any]], published: dict[str, Any] | None) -> 
         beside = [c for c in cells if peer in c.get("peers", {})]
         summary[f"cells_beside_{peer}"] = len(beside)
         summary[f"geomean_times_{peer}"] = _geomean(c["us"] / c["peers"][peer]["us"] for c in beside)
+        if sustained := [c for c in beside if "sustained_us" in c["peers"][peer]]:
+            ratios = (c["sustained_us"] / c["peers"][peer]["sustained_us"] for c in sustained)
+            summary[f"sustained_geomean_times_{peer}"] = _geomean(ratios)
     return summary
 
 

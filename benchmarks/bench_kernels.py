@@ -91,9 +91,9 @@ def floors(cell: dict[str, Any], ceilings: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    args = options()
+    args = options(arguments)
     from expertd_server.backend_cuda import FAMILIES, CudaBackend  # noqa: PLC0415 (--help needs no kernels)
 
     torch.manual_seed(0)
@@ -119,7 +119,8 @@ def main() -> int:
         cell |= {"case": name, "tokens": num_tokens, "routing": "zipf" if zipf else "even"}
         cell |= work(layer.spec, call.topk_ids)
         cell |= floors(cell, ceilings)
-        cell["peers"] = beside.time(name, partial(time_peer, backend, layer, call, timer))
+        time_beside = partial(time_peer, backend, layer, call, timer, sustained_s=sustained_s)
+        cell["peers"] = beside.time(name, time_beside)
         if args.sweep:
             cell["families"] = {}
             for family in FAMILIES:

@@ -16,15 +16,13 @@ import numpy as np
 import pytest
 from cases import make_case, make_spec
 from fake_service import MAX_TOKENS, FakeServer, H, RefusedError
-from test_sdk import Connect, connect, server, tokens
+from sdk_cases import Connect, tokens
 from tier import GatedBackend, address, inputs, start, stopping
 
 import expertd
 from expertd import ForwardRequest
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server.types import RoutingMethod
-
-__all__ = ["connect", "server"]  # fixtures
 
 PATIENCE_S = 10.0
 SEED = 20261126
