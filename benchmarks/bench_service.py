@@ -284,7 +284,7 @@ def main() -> None:
     peers = [measure_peers(options, num_tokens, console) for num_tokens in options.tokens] if options.peer else []
     if options.out is not None:
         said = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-        said["peer"] = [f"{peer.name}={peer.python}" for peer in options.peer]
+        said["peer"] = [peer.name for peer in options.peer]
         found = {"cores": os.cpu_count(), "options": said, "points": results, "peers": peers}
         write_json(options.out, {**header(), **found})
     if options.plot is not None:
