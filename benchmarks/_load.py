@@ -4,12 +4,15 @@ Closed loop: every stream (or unary thread) keeps `in_flight` requests open. Ope
 of a Poisson process, whatever the server does, and a latency counts from the time at which its request was due, so that
 a server that stalls cannot hide it by slowing the clients down (coordinated omission).
 
-Reads one JSON object on standard input: the job. Says "ready", reads another: when to begin and to end. Then writes an
-array of (due, done) times to a file, monotonic seconds, and a JSON object of errors to standard output.
+Reads one JSON object on standard input: the job. Says "ready" when each of its streams has had a first answer, so that
+no clock runs while connections are opened, which takes a second where the machine is busy. Then reads another: when to
+begin and to end. Writes an array of (due, done) times to a file, monotonic seconds, and a JSON object of errors to
+standard output.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import queue
 import random
@@ -17,15 +20,18 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import numpy as np
 from _requests import RequestShape, stream_message, unary_message
+from _v2 import METHOD as V2_METHOD
+from _v2 import v2_message
 
 _PATIENCE_S = 30.0
+_LONGEST_S = 3600.0
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -41,7 +47,8 @@ class Job:
     method: str
     """Full method name, "/package.Service/Method"."""
     transport: str
-    """stream, unary, or sdk: expertd.Client with each of its transports as "sdk-stream", ..."""
+    """stream, unary, or sdk: expertd.Client with each of its transports as "sdk-stream", ...; v2-numbers and v2-bytes:
+    unary, in the V2 inference protocol, see _v2."""
     layers: list[str]
     shape: dict[str, Any]
     """Fields of RequestShape."""
@@ -70,6 +77,33 @@ class Record:
         self.errors[what] = self.errors.get(what, 0) + 1
 
 
+class Gate:
+    """Where the streams of this process wait, each with a first answer, until the clock is told. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._arrived = threading.Semaphore(0)
+        self._is_open = threading.Event()
+
+    def arrive(self) -> None:
+        """Say that a stream has had its first answer, or will never have one."""
+        self._arrived.release()
+
+    def wait(self) -> None:
+        """Wait for `open`."""
+        if not self._is_open.wait(_LONGEST_S):
+            raise TimeoutError("the clock was never told")
+
+    def wait_arrived(self, count: int) -> None:
+        """Wait until so many streams have arrived."""
+        for _ in range(count):
+            if not self._arrived.acquire(timeout=_PATIENCE_S):
+                raise TimeoutError(f"a stream had no first answer within {_PATIENCE_S} s")
+
+    def open(self) -> None:
+        """The clock is told."""
+        self._is_open.set()
+
+
 def due_times(job: Job, index: int) -> Iterator[float]:
     """When the requests of one stream are due: a Poisson process in the open loop, now in the closed one."""
     chance = random.Random(job.seed * 1009 + index)
@@ -87,7 +121,7 @@ def due_times(job: Job, index: int) -> Iterator[float]:
         yield due_s
 
 
-def run_stream(job: Job, index: int, record: Record) -> None:
+def run_stream(job: Job, index: int, record: Record, gate: Gate) -> None:
     """One channel, one ForwardStream, `in_flight` requests at most."""
     shape = RequestShape(**job.shape)
     # A message for each place, made once: the ids tell the answers apart, and sending copies nothing here.
@@ -100,6 +134,9 @@ def run_stream(job: Job, index: int, record: Record) -> None:
     is_echo = "Echo" in job.method
 
     def requests() -> Iterator[bytes]:
+        order.append(free.get())
+        yield messages[order[0]]
+        gate.wait()
         if job.rate is None:
             while True:
                 n = free.get(timeout=_PATIENCE_S)
@@ -115,32 +152,43 @@ def run_stream(job: Job, index: int, record: Record) -> None:
             yield messages[n]
 
     with grpc.insecure_channel(job.target, options=[*_OPTIONS, ("bench.index", index)]) as channel:
-        for answer in channel.stream_stream(job.method)(requests(), timeout=job.end_s - time.monotonic() + _PATIENCE_S):
+        for answer in channel.stream_stream(job.method)(requests(), timeout=_LONGEST_S):
             done_s = time.monotonic()
             # The echo answers in order and names nobody; expertd says whose answer it is.
             n = order.popleft() if is_echo else stream_id(answer)
-            if is_echo or is_answer(answer):
-                record.times.append((due[n], done_s))
-            else:
+            if not (is_echo or is_answer(answer)):
                 record.fail(error_of(answer))
+            elif n in due:
+                record.times.append((due[n], done_s))
+            if not due:  # the first one
+                gate.arrive()
             free.put(n)
 
 
-def run_unary(job: Job, index: int, record: Record) -> None:
-    """One channel, one call at a time."""
-    message = unary_message(job.layers[index % len(job.layers)], RequestShape(**job.shape))
+def run_unary(job: Job, index: int, record: Record, gate: Gate) -> None:
+    """One channel, one thread for each place in flight."""
+    shape = RequestShape(**job.shape)
+    method = job.method
+    if job.transport == "unary":
+        message = unary_message(job.layers[index % len(job.layers)], shape)
+    else:
+        method = V2_METHOD
+        message = v2_message(shape, "bytes" if job.transport == "v2-bytes" else "numbers")
     with grpc.insecure_channel(job.target, options=[*_OPTIONS, ("bench.index", index)]) as channel:
-        call = channel.unary_unary(job.method)
-        for due_s in due_times(job, index):
+        call = channel.unary_unary(method)
+
+        def ask() -> None:
             try:
-                call(message, timeout=_PATIENCE_S)
+                answer = call(message, timeout=_PATIENCE_S)
             except grpc.RpcError as error:
-                record.fail(error.code().name)
-            else:
-                record.times.append((due_s, time.monotonic()))
+                raise FailedError(error.code().name) from error
+            if len(answer) < shape.answer_bytes:
+                raise FailedError(f"an answer of {len(answer)} bytes")
+
+        ask_in_threads(job, index, record, gate, [ask] * job.in_flight)
 
 
-def run_sdk(job: Job, index: int, record: Record) -> None:
+def run_sdk(job: Job, index: int, record: Record, gate: Gate) -> None:
     """expertd.Client, one thread for each place in flight."""
     import expertd  # noqa: PLC0415 (the raw clients do not need it)
 
@@ -148,18 +196,39 @@ def run_sdk(job: Job, index: int, record: Record) -> None:
     config = expertd.ClientConfig(job.target, transport=job.transport.removeprefix("sdk-"))  # type: ignore[arg-type]
     with expertd.Client(config) as client:
 
-        def work(layer: str) -> None:
-            for due_s in due_times(job, index):
-                try:
-                    client.forward(layer, **arguments)
-                except expertd.ExpertdError as error:
-                    record.fail(type(error).__name__)
-                else:
-                    record.times.append((due_s, time.monotonic()))
+        def ask(layer: str) -> None:
+            try:
+                client.forward(layer, **arguments)
+            except expertd.ExpertdError as error:
+                raise FailedError(type(error).__name__) from error
 
-        run_threads(
-            [threading.Thread(target=work, args=(job.layers[n % len(job.layers)],)) for n in range(job.in_flight)]
-        )
+        asks = [functools.partial(ask, job.layers[n % len(job.layers)]) for n in range(job.in_flight)]
+        ask_in_threads(job, index, record, gate, asks)
+
+
+class FailedError(Exception):
+    """A request failed; the message says how, in a word or two."""
+
+
+def ask_in_threads(job: Job, index: int, record: Record, gate: Gate, asks: list[Callable[[], None]]) -> None:
+    """Do each of these over and over, in a thread of its own, when the first of them was answered once."""
+
+    def repeat(ask: Callable[[], None]) -> None:
+        for due_s in due_times(job, index):
+            try:
+                ask()
+            except FailedError as error:
+                record.fail(str(error))
+            else:
+                record.times.append((due_s, time.monotonic()))
+
+    try:
+        asks[0]()
+    except FailedError as error:
+        record.fail(str(error))
+    gate.arrive()
+    gate.wait()
+    run_threads([threading.Thread(target=repeat, args=(ask,)) for ask in asks])
 
 
 def stream_id(answer: bytes) -> int:
@@ -186,6 +255,19 @@ def error_of(answer: bytes) -> str:
     return next(code.name for code in grpc.StatusCode if code.value[0] == error.code)
 
 
+def run_one(job: Job, index: int, record: Record, gate: Gate) -> None:
+    """One stream; what ends it early is told with the errors."""
+    runs = {"stream": run_stream, "unary": run_unary, "v2-numbers": run_unary, "v2-bytes": run_unary}
+    try:
+        runs.get(job.transport, run_sdk)(job, index, record, gate)
+    except grpc.RpcError as error:
+        record.fail(f"the stream ended: {error.code().name}")
+    except Exception as error:
+        record.fail(f"the client failed: {error!r}")
+    finally:
+        gate.arrive()  # of no effect if it has
+
+
 def run_threads(threads: list[threading.Thread]) -> None:
     """Start them all, wait for them all."""
     for thread in threads:
@@ -199,13 +281,18 @@ def main() -> None:
     job = Job(**json.loads(sys.stdin.readline()))
     if job.transport.startswith("sdk"):
         import expertd  # noqa: F401, PLC0415 (takes a while: before the clock runs)
+    records, gate = [Record() for _ in range(job.streams)], Gate()
+    threads = [threading.Thread(target=run_one, args=(job, n, records[n], gate)) for n in range(job.streams)]
+    for thread in threads:
+        thread.start()
+    gate.wait_arrived(job.streams)
     print("ready", flush=True)
     when = json.loads(sys.stdin.readline())
     job.begin_s, job.end_s = when["begin_s"], when["end_s"]
-    run = {"stream": run_stream, "unary": run_unary}.get(job.transport, run_sdk)
-    records = [Record() for _ in range(job.streams)]
     time.sleep(max(0.0, job.begin_s - job.warmup_s - time.monotonic()))
-    run_threads([threading.Thread(target=run, args=(job, n, records[n])) for n in range(job.streams)])
+    gate.open()
+    for thread in threads:
+        thread.join()
     times = [pair for record in records for pair in record.times]
     np.save(job.result_file, np.array(times, np.float64).reshape(-1, 2))
     errors: dict[str, int] = {}

@@ -4,6 +4,7 @@
     python benchmarks/bench_service.py --out benchmarks/results/service.json --plot docs/service.png
     python benchmarks/bench_service.py --frontends 0 4 --clients 8   without front-ends, and with four
     python benchmarks/bench_service.py --device cuda --frontends 8 --clients 16
+    python benchmarks/bench_service.py --transports --tokens 128 --peer kserve=/path/to/venv/bin/python
 
 The compiled codec is used where it lies beside the server's modules. Without an installation:
 
@@ -15,6 +16,10 @@ measured is the service. Echo: `_echo.py`, a Python gRPC server that answers wit
 many processes. Clients: processes of `_load.py`, the same for both; prepared messages, so that they cost little.
 --transports: stream and unary send such messages; sdk-stream, sdk-shm and sdk-unary are `expertd.Client` with that
 transport, which encodes every request and decodes every answer.
+
+--peer: other servers with an operator that computes nothing, each in an environment of its own, over unary gRPC with
+the V2 inference protocol, the same bytes in and out; beside them expertd and the echo, by turns. A peer that is not
+there is left out, with its reason. --transports without a value: nothing else.
 
 lone: one request in flight. saturated: `--clients` processes with `--streams` streams of `--in-flight` requests each.
 open loop: requests due at random times at a share of the saturated rate; latencies count from when a request was due.
@@ -35,7 +40,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +48,7 @@ from typing import Any
 import numpy as np
 import psutil
 from _common import header, write_json
+from _peers import PeerMissingError, compared, facts_of, peer_option, running_peer
 from _requests import RequestShape
 from rich.console import Console
 from rich.table import Table
@@ -52,7 +58,7 @@ from expertd_server.malloc import SETTINGS as MALLOC_SETTINGS
 HERE = Path(__file__).resolve().parent
 PERCENTILES = (50, 90, 99, 99.9)
 WARMUP_S = 0.7
-START_S = 0.1  # what client processes need to open their connections
+START_S = 0.1  # what client processes need to read when to begin
 PRESETS = {"qwen3-30b-a3b": (2048, 128), "mixtral-8x7b": (4096, 8), "tiny": (256, 8)}
 """hidden_size and num_experts of the synthetic layers that can be asked for."""
 
@@ -170,7 +176,10 @@ def measure(target: Target, shape: RequestShape, layers: list[str], load: Load, 
     answered = int(((done_s >= begin_s) & (done_s < end_s)).sum())
     counted = (due_s >= begin_s) & (due_s < end_s)
     if not answered or not counted.any():
-        sys.exit(f"{target.name} answered no request: {errors}")
+        sys.exit(
+            f"{target.name} answered no request of {load.transport} within the {seconds} s that count, and "
+            f"{len(times)} before or after; what failed: {errors}"
+        )
     latencies_us = (done_s - due_s)[counted] * 1e6
     cpu_us = {role: (used.cpu_s - before[role].cpu_s) * 1e6 / answered for role, used in after.items()}
     return Point(
@@ -249,7 +258,9 @@ def running_expertd(options: argparse.Namespace, frontends: int, folder: str) ->
     ready = Path(folder) / "ready.json"
     command = [sys.executable, "-m", "expertd_server", "serve", "--port=0", f"--ready-file={ready}"]
     command += [f"--device={options.device}", f"--synthetic={options.preset}", f"--synthetic-layers={options.layers}"]
-    command += [f"--max-streams={max(64, options.clients * options.streams)}", "--log-level=warning"]
+    places = options.clients * options.streams
+    command += [f"--max-streams={max(64, places)}", f"--max-unary-requests={max(64, places * options.in_flight)}"]
+    command.append("--log-level=warning")
     if options.device == "noop":
         command.append("--experts=0-0")  # the weights are dropped anyway
     if frontends:
@@ -301,12 +312,16 @@ def main() -> None:
         table.add_column(column, justify="right" if column != "load" else "left")
     table.add_column("p50 / echo", justify="right")
     table.add_column("req/s / echo", justify="right")
-    for frontends in options.frontends:
-        measure_server(options, frontends, results, table)
-    console.print(table)
+    if options.transports:
+        for frontends in options.frontends:
+            measure_server(options, frontends, results, table)
+        console.print(table)
+    peers = [measure_peers(options, num_tokens, console) for num_tokens in options.tokens] if options.peer else []
     if options.out is not None:
         said = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-        write_json(options.out, {**header(), "cores": os.cpu_count(), "options": said, "points": results})
+        said["peer"] = [peer.name for peer in options.peer]
+        found = {"cores": os.cpu_count(), "options": said, "points": results, "peers": peers}
+        write_json(options.out, {**header(), **found})
     if options.plot is not None:
         plot(results, options)
 
@@ -333,6 +348,87 @@ def measure_server(options: argparse.Namespace, frontends: int, results: list[di
                             open_load = Load("stream", load.clients, load.streams, 100, rate * share)
                             row = compare(expertd, echo, shape, layers, open_load, seconds, options.rounds)
                             add(f"open loop, {share:.0%} of saturated", row, share=share)
+
+
+def measure_peers(options: argparse.Namespace, num_tokens: int, console: Console) -> dict[str, Any]:
+    """Other servers beside expertd and the echo, at one request size; prints a table."""
+    shape = RequestShape(num_tokens, *PRESETS[options.preset])
+    frontends = options.frontends[0]
+    facts: dict[str, Any] = {}
+    skipped: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        expertd, layers = stack.enter_context(running_expertd(options, frontends, folder))
+        echo = stack.enter_context(running_echo(max(1, frontends), shape.answer_bytes))
+        entries = [("expertd, stream", expertd, "stream"), ("expertd, unary", expertd, "unary")]
+        entries += [("echo, stream", echo, "stream"), ("echo, unary", echo, "unary")]
+        for peer in options.peer:
+            try:
+                facts[peer.name] = facts_of(peer)
+                port = free_port()
+                process = stack.enter_context(running_peer(peer, port, shape, options.start_timeout))
+            except PeerMissingError as error:
+                skipped[peer.name] = str(error)
+                continue
+            target = Target(peer.name, f"127.0.0.1:{port}", "", "", "", psutil.Process(process.pid))
+            entries += [(f"{peer.name}, {encoding}", target, f"v2-{encoding}") for encoding in peer.encodings]
+        points: dict[str, dict[str, list[Point]]] = {name: {"lone": [], "saturated": []} for name, _, _ in entries}
+        for _ in range(options.rounds):
+            for name, target, transport in entries:
+                lone = Load(transport, 1, 1, 1)
+                saturated = Load(transport, options.clients, options.streams, options.in_flight)
+                points[name]["lone"].append(measure(target, shape, layers, lone, options.seconds))
+                points[name]["saturated"].append(measure(target, shape, layers, saturated, options.seconds))
+    medians = {name: {load: median_of(seen) for load, seen in each.items()} for name, each in points.items()}
+    figures = {
+        name: (
+            each["lone"].latency_us["p50"],
+            each["saturated"].requests_per_s,
+            each["saturated"].cpu_us_per_request,
+        )
+        for name, each in medians.items()
+    }
+    rows = compared(figures, "expertd, stream")
+    console.print(peer_table(shape, medians, rows))
+    for name, why in skipped.items():
+        console.print(f"{name} was left out: {why}")
+    return {
+        "tokens": num_tokens,
+        "frontends": frontends,
+        "request_bytes": shape.request_bytes,
+        "answer_bytes": shape.answer_bytes,
+        "versions": facts,
+        "skipped": skipped,
+        "rows": rows,
+        "points": {name: {load: asdict(point) for load, point in each.items()} for name, each in medians.items()},
+        "rounds": {
+            name: {load: [asdict(point) for point in seen] for load, seen in each.items()}
+            for name, each in points.items()
+        },
+    }
+
+
+def peer_table(shape: RequestShape, medians: dict[str, dict[str, Point]], rows: dict[str, dict[str, float]]) -> Table:
+    """A line for each server; one that met errors says so."""
+    table = Table(
+        title=f"{shape.num_tokens} tokens a request, {shape.request_bytes / 1024:.0f} KiB in, "
+        f"{shape.answer_bytes / 1024:.0f} KiB out"
+    )
+    table.add_column("server")
+    for column in ("lone p50 µs", "req/s", "CPU µs/req", "p50 / ours", "ours / req/s", "CPU / ours"):
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        errors = medians[name]["lone"].errors | medians[name]["saturated"].errors
+        table.add_row(
+            name + (f" [failed: {', '.join(errors)}]" if errors else ""),
+            f"{row['lone_p50_us']:.0f}",
+            f"{row['saturated_requests_per_s']:.0f}",
+            f"{row['cpu_us_per_request']:.0f}",
+            f"{row['p50_over_ours']:.2f}",
+            f"{row['ours_over_throughput']:.2f}",
+            f"{row['cpu_over_ours']:.2f}",
+        )
+    return table
 
 
 def loads(options: argparse.Namespace) -> Iterator[tuple[str, Load, float]]:
@@ -417,7 +513,7 @@ def plot(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
     plt.savefig(options.plot, dpi=120)
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter measurements")
@@ -433,7 +529,15 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=int, nargs="+", help="tokens of a request")
     parser.add_argument(
-        "--transports", nargs="+", default=["stream", "unary"], help="stream, unary, sdk-stream, sdk-shm, sdk-unary"
+        "--transports", nargs="*", default=["stream", "unary"], help="stream, unary, sdk-stream, sdk-shm, sdk-unary"
+    )
+    parser.add_argument(
+        "--peer",
+        type=peer_option,
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help="measure this server too: kserve or mlserver, and the interpreter that it is installed for; repeatable",
     )
     parser.add_argument("--clients", type=int, default=max(2, min(16, (os.cpu_count() or 2) // 2)), help="processes")
     parser.add_argument("--streams", type=int, default=2, help="streams of each client process")
@@ -447,7 +551,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--server-option", action="append", default=[], help="handed to expertd-server serve")
     parser.add_argument("--out", type=Path, help="write JSON here")
     parser.add_argument("--plot", type=Path, help="write a latency-throughput plot here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     defaults = ([32, 128], [0.5], 2.0, 1) if options.quick else ([1, 8, 32, 128, 512], [0.25, 0.5, 0.75, 0.9], 4.0, 3)
     for name, default in zip(("tokens", "shares", "seconds", "rounds"), defaults, strict=True):
         if getattr(options, name) is None:

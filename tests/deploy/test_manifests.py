@@ -16,6 +16,7 @@ import yaml
 
 from expertd_server.config import ENV_PREFIX, Config
 from expertd_server.metrics import LayerFacts, Metrics
+from expertd_server.server_metrics import engine_hangs
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 KUBERNETES = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
@@ -94,6 +95,7 @@ def exported_metric_names() -> set[str]:
     metrics.watch_layers(lambda: [facts])
     metrics.count_experts("layer", 0, 2)
     metrics.observe_batch("layer", 1, 1, [np.zeros((1, 1), np.int32)])
+    engine_hangs(metrics.registry)
     families = metrics.registry.collect()
     suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}
     return {family.name + suffix for family in families for suffix in suffixes.get(family.type, [""])}

@@ -1,0 +1,205 @@
+"""What benchmarks/bench_service.py makes of its command line, of figures, and of a server that is slow to begin."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from _load import Gate, Job, Record, run_one
+from _peers import Peer, PeerMissingError, compared, facts_of, running_peer
+from _requests import RequestShape
+from _v2 import Encoding, v2_message
+from bench_service import parse_options
+
+SHAPE = RequestShape(num_tokens=3, hidden_size=200, num_experts=5)
+PATIENCE_S = 30.0
+
+
+class TestCommandLine:
+    def test_peers_are_names_with_interpreters(self) -> None:
+        options = parse_options(["--transports", "--peer", "kserve=/a/python", "--peer", "mlserver=/b/python"])
+        assert options.peer == [Peer("kserve", Path("/a/python")), Peer("mlserver", Path("/b/python"))]
+        assert options.transports == []
+
+    def test_without_any_there_are_none(self) -> None:
+        options = parse_options([])
+        assert options.peer == []
+        assert options.transports == ["stream", "unary"]
+
+    @pytest.mark.parametrize("text", ["kserve", "kserve=", "=/a/python", "triton=/a/python"])
+    def test_what_is_wrong_is_told(self, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            parse_options(["--peer", text])
+        said = capsys.readouterr().err
+        assert f"is {text!r}, expected NAME=PYTHON" in said
+        assert "kserve, mlserver" in said
+
+
+class TestPeers:
+    def test_one_that_is_not_installed_is_missing_with_a_reason(self) -> None:
+        with pytest.raises(PeerMissingError, match="mlserver"):
+            facts_of(Peer("mlserver", Path(sys.executable)))
+
+    def test_an_interpreter_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(PeerMissingError, match="cannot be run"):
+            facts_of(Peer("kserve", tmp_path / "python"))
+
+    def test_a_server_that_does_not_start_is_missing_with_a_reason(self) -> None:
+        peer = Peer("mlserver", Path(sys.executable))
+        with pytest.raises(PeerMissingError, match="ended with exit code 1"), running_peer(peer, 1, SHAPE, PATIENCE_S):
+            pytest.fail("it started")
+
+    def test_rows_say_how_many_times(self) -> None:
+        rows = compared({"ours": (100.0, 600.0, 10.0), "theirs": (250.0, 200.0, 40.0)}, "ours")
+        assert rows["ours"]["p50_over_ours"] == rows["ours"]["ours_over_throughput"] == 1.0
+        assert rows["theirs"] == {
+            "lone_p50_us": 250.0,
+            "saturated_requests_per_s": 200.0,
+            "cpu_us_per_request": 40.0,
+            "p50_over_ours": 2.5,
+            "ours_over_throughput": 3.0,
+            "cpu_over_ours": 4.0,
+        }
+
+
+def model_infer_request() -> Any:
+    """The message class, by the fields of the V2 protocol that are used here."""
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="v2_for_test.proto", package="v2test", syntax="proto3")
+    tensor = file.message_type.add(name="InferInputTensor")
+    for name, number, kind, label in (
+        ("name", 1, field.TYPE_STRING, field.LABEL_OPTIONAL),
+        ("datatype", 2, field.TYPE_STRING, field.LABEL_OPTIONAL),
+        ("shape", 3, field.TYPE_INT64, field.LABEL_REPEATED),
+    ):
+        tensor.field.add(name=name, number=number, type=kind, label=label)
+    request = file.message_type.add(name="ModelInferRequest")
+    request.field.add(name="model_name", number=1, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL)
+    request.field.add(
+        name="inputs",
+        number=5,
+        type=field.TYPE_MESSAGE,
+        label=field.LABEL_REPEATED,
+        type_name=".v2test.InferInputTensor",
+    )
+    request.field.add(name="raw_input_contents", number=7, type=field.TYPE_BYTES, label=field.LABEL_REPEATED)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("v2test.ModelInferRequest"))
+
+
+@pytest.mark.parametrize("encoding", ["numbers", "bytes"])
+def test_a_v2_message_has_the_bytes_of_the_request(encoding: Encoding) -> None:
+    message = model_infer_request().FromString(v2_message(SHAPE, encoding))
+    arrays = SHAPE.arrays()
+    expected = [arrays[name].tobytes() for name in ("hidden_states", "routing_logits")]
+    assert message.model_name == "moe"
+    assert [tensor.name for tensor in message.inputs] == ["hidden_states", "routing_logits"]
+    if encoding == "numbers":
+        assert [tensor.datatype for tensor in message.inputs] == ["UINT8", "FP32"]
+        assert [list(tensor.shape) for tensor in message.inputs] == [[3, 200], [3, 5]]
+        assert list(message.raw_input_contents) == expected
+    else:
+        assert [(tensor.datatype, list(tensor.shape)) for tensor in message.inputs] == [("BYTES", [1])] * 2
+        assert [np.frombuffer(raw[:4], "<u4")[0] for raw in message.raw_input_contents] == list(map(len, expected))
+        assert [raw[4:] for raw in message.raw_input_contents] == expected
+
+
+class SlowToBegin:
+    """An echo whose first answer waits for the test."""
+
+    def __init__(self) -> None:
+        self.may_answer = threading.Event()
+        self.refuses = False
+
+    def unary(self, _request: bytes, context: grpc.ServicerContext) -> bytes:
+        assert self.may_answer.wait(PATIENCE_S)
+        if self.refuses:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
+        return bytes(SHAPE.answer_bytes)
+
+    def stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        for request in requests:
+            yield self.unary(request, context)
+
+
+@pytest.fixture
+def slow() -> Iterator[tuple[SlowToBegin, str]]:
+    service = SlowToBegin()
+    server = grpc.server(ThreadPoolExecutor(8))
+    handlers = {
+        "Unary": grpc.unary_unary_rpc_method_handler(service.unary),
+        "Stream": grpc.stream_stream_rpc_method_handler(service.stream),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Echo", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield service, f"127.0.0.1:{port}"
+    service.may_answer.set()
+    server.stop(None).wait(PATIENCE_S)
+
+
+@contextlib.contextmanager
+def client(target: str, transport: str) -> Iterator[tuple[Job, Record, Gate]]:
+    """One stream of a client process, from its start to its end."""
+    job = Job(
+        target=target,
+        method=f"/test.Echo/{transport.capitalize()}",
+        transport=transport,
+        layers=["a"],
+        shape=vars(SHAPE),
+        streams=1,
+        in_flight=2,
+        rate=None,
+        warmup_s=0.0,
+        seed=0,
+        result_file="",
+    )
+    record, gate = Record(), Gate()
+    thread = threading.Thread(target=run_one, args=(job, 0, record, gate))
+    thread.start()
+    try:
+        yield job, record, gate
+    finally:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("transport", ["stream", "unary"])
+def test_no_clock_runs_before_a_client_has_had_an_answer(slow: tuple[SlowToBegin, str], transport: str) -> None:
+    service, target = slow
+    with client(target, transport) as (job, record, gate):
+        assert not gate._arrived.acquire(timeout=0.2), "a slow server is waited for"
+        service.may_answer.set()
+        gate.wait_arrived(1)
+        assert record.times == []
+        job.begin_s = time.monotonic()
+        job.end_s = job.begin_s + 0.5
+        gate.open()
+    assert record.errors == {}
+    assert record.times
+    assert all(job.begin_s <= due_s <= done_s for due_s, done_s in record.times)
+
+
+@pytest.mark.parametrize("transport", ["stream", "unary"])
+def test_what_ends_a_client_is_told(slow: tuple[SlowToBegin, str], transport: str) -> None:
+    service, target = slow
+    service.refuses = True
+    service.may_answer.set()
+    with client(target, transport) as (_, record, gate):
+        gate.wait_arrived(1)  # it will have none
+        gate.open()
+    assert record.times == []
+    assert [what for what in record.errors if "RESOURCE_EXHAUSTED" in what]
