@@ -310,6 +310,11 @@ class Batcher(Generic[P, R]):
             del flight, batch, running  # an error holds this frame, see _clear_frames
         return True
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused, for good."""
+        return self._draining
+
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for those admitted; False when some are left after timeout_s."""
         with self._left:
