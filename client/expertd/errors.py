@@ -253,7 +253,13 @@ def error_from_status(
 ) -> ExpertdError:
     """The error for a status and its google.rpc details. Details of types that it does not know are skipped."""
     details = list(details)
-    kind = _CLASS_BY_REASON.get(_reason(details), _CLASS_BY_CODE[code])
+    reason = _reason(details)
+    kind = _CLASS_BY_REASON.get(reason, _CLASS_BY_CODE[code])
+    # NOTE: a call that reaches a server while it closes its port is ended by gRPC itself, as cancelled, although no
+    # caller cancelled it and the service never saw it. What the service cancels carries a reason.
+    if code is grpc.StatusCode.CANCELLED and not reason:
+        kind = UnavailableError
+        message = f"the server ended the call unseen, as one that stops does: {message or code.name}"
     # NOTE: gRPC itself reports a message over the size limit as RESOURCE_EXHAUSTED; trying again would never help.
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
         kind = MessageTooLargeError

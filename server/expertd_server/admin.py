@@ -69,7 +69,6 @@ class AdminService:
         self._hold = hold
         self._forget = forget
         self._drain = drain
-        self._is_draining = False
         self._loading = threading.Lock()
         self._unloading = threading.Lock()
         self._changing = threading.Lock()
@@ -84,8 +83,9 @@ class AdminService:
         name, version = checked_name(request.layer), request.weights_version
         if version < 1:
             raise InvalidArgumentError.of("weights_version", f"is {version}, expected at least 1")
-        if self._store.is_loading or self._is_draining:
-            what = "draining" if self._is_draining else "loading the layers that it starts with"
+        is_draining = self._engine.batcher.is_draining
+        if self._store.is_loading or is_draining:
+            what = "draining" if is_draining else "loading the layers that it starts with"
             raise UnavailableError(f"the server is {what} and takes no others")
         with _alone(self._loading, "LoadLayer"):
             start_s = time.monotonic()
@@ -133,7 +133,6 @@ class AdminService:
 
     def drain(self, request: pb.DrainRequest, context: grpc.ServicerContext) -> pb.DrainResponse:
         """Take no new requests and wait until those admitted are answered."""
-        self._is_draining = True
         return pb.DrainResponse(idle=self._drain(self._timeout_s(request.timeout_ms, context)))
 
     def _source(self, request: pb.LoadLayerRequest) -> Source:

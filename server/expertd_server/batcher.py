@@ -332,6 +332,11 @@ class Batcher(Generic[P, R]):
                 self._taken.pop(batch.number, None)
             del flight, batch, running  # an error holds this frame, see _clear_frames
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused, for good."""
+        return self._draining
+
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for those admitted; False when some are left after timeout_s."""
         with self._lock:

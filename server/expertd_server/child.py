@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from expertd_server.control import Collect, Collected, Control, Hangs, Serving, Start, Stop
+from expertd_server.control import Collect, Collected, Control, Draining, Hangs, Serving, Start, Stop
 from expertd_server.exits import EXIT_FAILED, exit_code_of
 from expertd_server.logs import configure_logging
 
@@ -55,6 +55,8 @@ class Child:
         self.name = name
         self.mailbox = mailbox
         self.config, self.port, self.instance_id = start.config, start.port, start.instance_id
+        self.is_draining = start.is_draining
+        """Whether the server was told to drain before this process was started."""
         self.stop_requested = threading.Event()
         self._control = control
 
@@ -69,6 +71,10 @@ class Child:
     def tell_of_hang(self, what: str) -> None:
         """Ask the supervisor to kill this process, which hangs."""
         self._control.send(Hangs(what))
+
+    def tell_draining(self) -> None:
+        """Tell the supervisor that the server drains, for the processes that it starts from now on."""
+        self._control.send(Draining())
 
     def _listen(self, collect: Callable[[], list[Any]]) -> None:
         while not self.stop_requested.is_set():

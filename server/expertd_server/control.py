@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from expertd_server.config import Config
 
-__all__ = ["Collect", "Collected", "Control", "Hangs", "Serving", "Start", "Stop"]
+__all__ = ["Collect", "Collected", "Control", "Draining", "Hangs", "Serving", "Start", "Stop"]
 
 # A peer that takes a message, or the rest of one that it began, no faster than this is as good as gone.
 _TIMEOUT_S: Final = 5.0
@@ -34,6 +34,13 @@ class Start:
     port: int
     """Where front-ends listen."""
     instance_id: str
+    is_draining: bool
+    """Whether the server was told to drain, which outlives every process but the supervisor."""
+
+
+@dataclass(frozen=True)
+class Draining:
+    """From the engine: the server was told to drain."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ _KILL_S = 5.0
 class EngineProcess:
     """What the engine's process holds. mailbox: see `RemoteEngine`; backend, layers: see `EngineHost`.
 
+    is_draining: whether the server was told to drain before this process was started. on_drain: called when it is.
     on_hang: see `EngineHost`; called when every front-end knows. The process is of no more use then.
     """
 
@@ -43,9 +44,12 @@ class EngineProcess:
         *,
         backend: Backend | None = None,
         layers: Iterable[MoELayer] | None = None,
+        is_draining: bool = False,
+        on_drain: Callable[[], object] = lambda: None,
         on_hang: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._config = config
+        self._on_drain = on_drain
         self._on_hang = on_hang
         self._admin: AdminEndpoint | None = None
         # Whoever changes what is held may rely on it: front-ends check the next request against the change.
@@ -59,6 +63,8 @@ class EngineProcess:
         self.gate = EngineGate(
             self.host.engine, self.host.store, mailbox, backend=self.host.backend.name, device=self.host.device_name
         )
+        if is_draining:
+            self._drain(0)
 
     def startup(self, is_stopped: Callable[[], bool]) -> bool:
         """Take front-ends in, and load every layer; False when it was stopped before.
@@ -77,6 +83,10 @@ class EngineProcess:
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse what is new, here and in the front-ends, and finish what is in flight; whether all of it is."""
+        self._on_drain()
+        return self._drain(timeout_s)
+
+    def _drain(self, timeout_s: float) -> bool:
         self.gate.begin_drain()
         return self.host.engine.batcher.drain(timeout_s)
 
@@ -84,7 +94,7 @@ class EngineProcess:
         """Drain within shutdown_grace_s, and close. False when something was cut off."""
         if self._admin is not None:
             self._admin.close()
-        drained = self.drain(self._config.shutdown_grace_s)
+        drained = self._drain(self._config.shutdown_grace_s)
         self.host.engine.batcher.stop(_STOP_S)
         self.host.close()
         self.gate.close()
@@ -108,7 +118,13 @@ def run_engine(child: Child) -> int:
         time.sleep(_KILL_S)
         os._exit(EXIT_FAILED)
 
-    engine = EngineProcess(child.config, child.mailbox, on_hang=on_hang)
+    engine = EngineProcess(
+        child.config,
+        child.mailbox,
+        is_draining=child.is_draining,
+        on_drain=child.tell_draining,
+        on_hang=on_hang,
+    )
     child.listen(lambda: list(engine.host.metrics.registry.collect()))
     if engine.startup(child.stop_requested.is_set):
         child.tell(is_serving=True, summary=engine.host.summary(), admin_port=engine.admin_port)

@@ -25,7 +25,10 @@ log = logging.getLogger(__name__)
 
 
 class Frontend:
-    """What a front-end process holds. mailbox: see `RemoteEngine`. on_serving: told whether requests are answered."""
+    """What a front-end process holds. mailbox: see `RemoteEngine`. on_serving: told whether requests are answered.
+
+    is_draining: whether the server was told to drain before this process was started.
+    """
 
     def __init__(
         self,
@@ -34,11 +37,13 @@ class Frontend:
         mailbox: socket.socket,
         instance_id: str,
         on_serving: Callable[[bool], None] = lambda _: None,
+        *,
+        is_draining: bool = False,
     ) -> None:
         self._config = config
         self._on_serving = on_serving
-        self._is_draining = False
-        """For good, even if the next engine knows nothing of it."""
+        self._is_draining = is_draining
+        """For good."""
         self._is_drained: bool | None = None
         """What `shutdown` returned; None before."""
         self._known: set[str] = set()
@@ -75,7 +80,7 @@ class Frontend:
         """Listen, and look for an engine; returns the port. Raises ConfigError."""
         port = self._listener.bind(port)
         self._listener.start()
-        self._on_serving(False)  # before the engine, in whose thread the next word is said
+        self._apply(None)  # before the engine, in whose thread the next word is said
         self.engine.start()
         return port
 
@@ -113,7 +118,12 @@ class Frontend:
 def run_frontend(child: Child) -> int:
     """Serve until the supervisor says stop; returns the exit code. Raises ConfigError."""
     frontend = Frontend(
-        child.config, child.name, child.mailbox, child.instance_id, lambda serving: child.tell(is_serving=serving)
+        child.config,
+        child.name,
+        child.mailbox,
+        child.instance_id,
+        lambda serving: child.tell(is_serving=serving),
+        is_draining=child.is_draining,
     )
     child.listen(lambda: list(frontend.metrics.registry.collect()))
     frontend.start(child.port)

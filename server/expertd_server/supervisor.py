@@ -21,7 +21,7 @@ from typing import Final
 
 from expertd_server.child import ENGINE, start_child
 from expertd_server.config import Config
-from expertd_server.control import Collect, Collected, Control, Hangs, Serving, Start, Stop
+from expertd_server.control import Collect, Collected, Control, Draining, Hangs, Serving, Start, Stop
 from expertd_server.errors import ConfigError
 from expertd_server.exits import EXIT_CUT_OFF, EXIT_FAILED
 from expertd_server.host_memory import available_memory_bytes
@@ -88,6 +88,8 @@ class Supervisor:
         """Set when the server ends."""
         self._stop_by_s = 0.0
         self._engine_was_told = False
+        self._is_draining = False
+        """Told by an engine; every process that is started later learns it."""
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit code. Raises ConfigError."""
@@ -136,7 +138,7 @@ class Supervisor:
                 raise
         process.control = Control(mine)
         process.started_s, process.start_at_s = time.monotonic(), None
-        process.control.send(Start(self._config, self._port, self._instance_id))
+        process.control.send(Start(self._config, self._port, self._instance_id, self._is_draining))
         self._metrics.started(process.name)
         log.info("%s is process %d", process.name, process.popen.pid)
 
@@ -206,6 +208,8 @@ class Supervisor:
                 assert process.popen is not None
                 process.popen.kill()
                 self._ended(process)
+            case Draining():
+                self._is_draining = True
             case Collected(number, families):
                 self._metrics.received(process.name, number, families)
 

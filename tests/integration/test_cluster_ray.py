@@ -54,6 +54,7 @@ SPEC = ClusterSpec(
 CERTS = Path(__file__).parent / "certs"
 SEED, NUM_TOKENS = 20261126, 16
 LAYER, HIDDEN_SIZE, NUM_EXPERTS = "synthetic.tiny.0", 256, 8
+HOT_SHARD, HOT_EXPERT, HOT_TOKENS = range(4), 2, 1024
 PATIENCE_S = 120.0
 NODE = {"num_cpus": 2, "object_store_memory": 80 << 20}
 # A node that dies is noticed within two seconds; one that is slow has as long as ever.
@@ -110,6 +111,10 @@ def _nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
 class Callers:
     """Two threads that send one request again and again."""
 
+    num_threads = 2
+    pause_s = 0.02
+    """Leaves the processor to the servers that start."""
+
     def __init__(self, group: ExpertGroup) -> None:
         random = np.random.default_rng(SEED)
         self.hidden = random.standard_normal((NUM_TOKENS, HIDDEN_SIZE), np.float32).astype(ml_dtypes.bfloat16)
@@ -119,7 +124,7 @@ class Callers:
         self.failures: list[BaseException] = []
         self.latencies_s: list[float] = []
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run) for _ in range(2)]
+        self._threads = [threading.Thread(target=self._run) for _ in range(self.num_threads)]
 
     def forward(self, group: ExpertGroup) -> bytes:
         result = group.forward(LAYER, self.hidden, routing_logits=self.logits)
@@ -136,8 +141,7 @@ class Callers:
             thread.join(PATIENCE_S)
 
     def _run(self) -> None:
-        # The pauses leave the processor to the servers that start.
-        while not self._stop.wait(0.02):
+        while not self._stop.wait(self.pause_s):
             started_s = time.monotonic()
             try:
                 self.outputs.add(self.forward(self.group))
@@ -160,6 +164,25 @@ class Callers:
         wait_for(lambda: self.failures or len(self.latencies_s) >= before + 5, "five more answers")
         assert not self.failures, self.failures
         assert len(self.outputs) == 1, f"{len(self.outputs)} different answers to one request, seed {SEED}"
+
+
+class HotCallers(Callers):
+    """Threads without a pause, whose tokens choose experts of shard 0 alone, and all of them HOT_EXPERT."""
+
+    num_threads = 4
+    pause_s = 0.0
+
+    def __init__(self, group: ExpertGroup) -> None:
+        super().__init__(group)
+        random = np.random.default_rng(SEED)
+        self.hidden = random.standard_normal((HOT_TOKENS, HIDDEN_SIZE), np.float32).astype(ml_dtypes.bfloat16)
+        others = random.choice([expert for expert in HOT_SHARD if expert != HOT_EXPERT], HOT_TOKENS)
+        self.topk_ids = np.stack([np.full(HOT_TOKENS, HOT_EXPERT), others], axis=1).astype(np.int32)
+        self.topk_weights = np.full(self.topk_ids.shape, 0.5, np.float32)
+
+    def forward(self, group: ExpertGroup) -> bytes:
+        result = group.forward(LAYER, self.hidden, topk_ids=self.topk_ids, topk_weights=self.topk_weights)
+        return bytes(result.output.tobytes())
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> None:
@@ -340,6 +363,35 @@ def test_a_tier_with_tls_on_fractions_of_a_gpu(
         cluster.remove_node(node)
 
 
+@pytest.mark.usefixtures("cluster")
+def test_a_hot_expert_gets_a_replica_of_an_idle_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody asks for it: the controller sees what the servers say of their work."""
+    topology = tmp_path / "experts.json"
+    # A few requests fill the queue, so that the load is high whatever else the machine does.
+    queue = ["--max-batch-tokens", str(HOT_TOKENS), "--max-queue-tokens", str(4 * HOT_TOKENS)]
+    options = ["--synthetic", "tiny", "--device", "cpu", "--topology-file", str(topology), *queue]
+    cli("up", "--shards", "2", "--replicas", "2", "--min-replicas", "1", *options)
+    before = report(capsys)
+    assert before["notes"] == []
+    with ExpertGroup(topology, GroupConfig(refresh_interval_s=0.3)) as group, HotCallers(group) as callers:
+        callers.check()
+        wait_for(lambda: report(capsys)["notes"] or callers.failures, "a move")
+        callers.pause_s = Callers.pause_s
+        old = {each["pid"] for each in before["replicas"]}
+        wait_for(lambda: all_serve(capsys, 4) and pids(capsys) != old, "the replica that was moved")
+        after = report(capsys)
+        wait_for(lambda: addresses(topology) == {each["address"] for each in after["replicas"]}, "the topology file")
+        callers.check()
+    assert not callers.failures
+    assert len(callers.outputs) == 1
+    (note,) = after["notes"]
+    assert note.startswith("moving a replica of shard 1 to shard 0: shard 0 carries a load of ")
+    assert f"expert {HOT_EXPERT} gets 50% of it" in note
+    assert [each["shard"] for each in after["replicas"]] == [0, 0, 0, 1]
+    assert len(old & {each["pid"] for each in after["replicas"]}) == 3
+    cli("down")
+
+
 def all_serve(capsys: pytest.CaptureFixture[str], count: int, without: list[int] | None = None) -> bool:
     replicas = report(capsys)["replicas"]
     return (
@@ -357,6 +409,10 @@ def process_of_controller() -> psutil.Process:
 
 def published(capsys: pytest.CaptureFixture[str]) -> set[str]:
     return {each["address"] for each in report(capsys)["replicas"]}
+
+
+def pids(capsys: pytest.CaptureFixture[str]) -> set[int]:
+    return {each["pid"] for each in report(capsys)["replicas"]}
 
 
 def addresses(topology: Path) -> set[str]:

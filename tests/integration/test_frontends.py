@@ -376,7 +376,7 @@ class TestOrders:
                 answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
                 assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
                 assert failure_of(error_of(stub, request(chance, 1))).code == grpc.StatusCode.UNAVAILABLE
-            # The next engine, if this one died now, would know nothing of it; its front-ends do.
+            # Whatever an engine says later: there is no way back.
             frontend, said = server.frontends[0], list[bool]()
             frontend._on_serving = said.append
             server.engine.gate._is_draining = False

@@ -23,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 from serving import LAYER, PATIENCE_S, answer_of, any_request, failure_of, insecure_channel, request, running
 
+import expertd
 from expertd.v1 import expertd_pb2 as pb
 from expertd.v1 import expertd_pb2_grpc
 
@@ -297,6 +298,44 @@ def test_without_restarts_the_server_ends_with_its_engine(tmp_path: Path) -> Non
         assert "engine_restart is off" in server.errors()
         assert not server.ready_file.exists()
         assert not any(psutil.pid_exists(pid) for pid in facts["frontend_pids"])
+
+
+def test_a_drain_outlives_every_process_that_was_told(tmp_path: Path) -> None:
+    with Processes(tmp_path, "--frontends", "1", "--admin", "--admin-port", "0") as server:
+        facts = server.facts()
+        with expertd.AdminClient(f"127.0.0.1:{facts['admin_port']}") as admin:
+            assert admin.drain()
+        told = [psutil.Process(pid) for pid in (facts["engine_pid"], *facts["frontend_pids"])]
+        for process in told:
+            process.kill()
+        assert not psutil.wait_procs(told, PATIENCE_S)[1]
+
+        def info() -> pb.GetServerInfoResponse:
+            with insecure_channel(facts["port"]) as channel:
+                stub = expertd_pb2_grpc.ExpertServiceStub(channel)
+                try:
+                    return stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=PATIENCE_S)
+                except grpc.RpcError:  # nobody listens yet
+                    return pb.GetServerInfoResponse()
+
+        wait_for(lambda: info().draining, START_S)
+        wait_for(lambda: info().backend == "cpu", START_S)  # the engine is there as well
+        assert info().draining
+        with insecure_channel(facts["port"]) as channel:
+            with pytest.raises(grpc.RpcError) as caught:
+                expertd_pb2_grpc.ExpertServiceStub(channel).Forward(requests()[0], timeout=PATIENCE_S)
+            assert "draining" in failure_of(caught.value).message
+        assert not server.ready_file.exists()
+        children = psutil.Process(server.popen.pid).children()
+        (engine,) = [child for child in children if "engine" in child.cmdline()]
+        (admin_port,) = [one.laddr.port for one in engine.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+        with (
+            expertd.AdminClient(f"127.0.0.1:{admin_port}") as admin,
+            pytest.raises(expertd.UnavailableError, match="the server is draining and takes no others"),
+        ):
+            admin.load_layer("another", 1, synthetic="tiny")
+        server.popen.send_signal(signal.SIGTERM)
+        assert server.popen.wait(PATIENCE_S) == 0, server.errors()
 
 
 def test_children_do_not_outlive_a_supervisor_that_was_killed(tmp_path: Path) -> None:

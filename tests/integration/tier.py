@@ -64,7 +64,7 @@ def start(
     """A started server of all layers. share: which of `of` equal slices of each layer's experts it holds."""
     backend = backend or GatedBackend()
     layers = [moe_layer(name, case, slice_of(case, share, of), backend) for name, case in cases.items()]
-    server = Server(Config(port=0, **options), backend=backend, layers=layers)
+    server = Server(Config(**{"port": 0, **options}), backend=backend, layers=layers)
     assert server.startup()
     return server
 

@@ -47,11 +47,20 @@ def packed(*messages: Message) -> list[AnyMessage]:
 
 @pytest.mark.parametrize("code", list(grpc.StatusCode), ids=lambda code: code.name)
 def test_every_status_code_is_mapped(code: grpc.StatusCode) -> None:
-    error = errors.error_from_status(code, "why")
+    # Cancelled by the service, that is: see the next test.
+    details = packed(error_details_pb2.ErrorInfo(reason=code.name)) if code is grpc.StatusCode.CANCELLED else ()
+    error = errors.error_from_status(code, "why", details)
     assert type(error) is EXPECTED[code.name]
     assert error.code is code
     assert str(error) == "why"
     assert error.retryable == (code.name in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"))
+
+
+def test_what_grpc_itself_cancelled_is_sent_again() -> None:
+    error = errors.error_from_status(grpc.StatusCode.CANCELLED, "CANCELLED")
+    assert type(error) is expertd.UnavailableError
+    assert error.code is grpc.StatusCode.CANCELLED
+    assert error.retryable
 
 
 @pytest.mark.parametrize(
