@@ -58,14 +58,25 @@ struct Seen {
   }
 };
 
+// A RegionSlice: bytes of memory that the caller shares.
+struct Slice {
+  bool is_given = false;
+  uint64_t region = 0, offset = 0, num_bytes = 0;
+};
+
 struct Tensor {
   bool is_given = false;
   uint32_t dtype = 0;
   int rank = 0;
   uint64_t shape[kMaxRank] = {0, 0, 0};
-  const uint8_t* data = nullptr;
+  const uint8_t* data = nullptr;  // in the request's bytes, or in what was bound to its slice
   Py_ssize_t num_bytes = 0;
+  Slice slice;
 };
+
+// hidden_states, routing_logits, topk_ids, topk_weights.
+constexpr int kNumTensors = 4;
+constexpr int kAnswer = kNumTensors;  // its slice comes after those of the tensors
 
 struct Fields {
   uint64_t id = 0;
@@ -73,12 +84,41 @@ struct Fields {
   bool has_request = false;
   const uint8_t* layer = nullptr;
   Py_ssize_t layer_bytes = 0;
-  Tensor hidden_states, routing_logits, topk_ids, topk_weights;
+  Tensor tensors[kNumTensors];
+  Slice answer_slice;
   uint32_t output_dtype = 0;
   bool do_finalize = true;
   bool return_routing = false;
   uint64_t weights_version = 0;
+
+  const Slice& slice(int number) const { return number == kAnswer ? answer_slice : tensors[number].slice; }
+
+  bool has_slices() const {
+    bool found = false;
+    for (int number = 0; number <= kAnswer; ++number) found |= slice(number).is_given;
+    return found;
+  }
 };
+
+bool read_slice(Reader in, Slice* slice) {
+  slice->is_given = true;
+  Seen seen;
+  while (in.at < in.end) {
+    const uint8_t key = *in.at++;
+    uint64_t value;
+    if (!seen.first(key) || !in.varint(&value)) return false;
+    if (key == 0x08 && value <= UINT32_MAX) {
+      slice->region = value;
+    } else if (key == 0x10) {
+      slice->offset = value;
+    } else if (key == 0x18) {
+      slice->num_bytes = value;
+    } else {
+      return false;
+    }
+  }
+  return true;
+}
 
 bool read_shape(Reader in, Tensor* tensor) {
   while (in.at < in.end) {
@@ -106,11 +146,11 @@ bool read_tensor(Reader in, Tensor* tensor) {
     if (key == 0x1A) {
       tensor->data = inner.at;
       tensor->num_bytes = inner.end - inner.at;
-    } else if (key != 0x12 || !read_shape(inner, tensor)) {
+    } else if (!(key == 0x12 && read_shape(inner, tensor)) && !(key == 0x22 && read_slice(inner, &tensor->slice))) {
       return false;
     }
   }
-  return true;
+  return !(tensor->slice.is_given && tensor->data != nullptr);  // one of them: Python says so
 }
 
 bool read_options(Reader in, Fields* fields) {
@@ -151,19 +191,16 @@ bool read_request(Reader in, Fields* fields) {
         fields->layer_bytes = inner.end - inner.at;
         break;
       case 0x12:
-        is_good = read_tensor(inner, &fields->hidden_states);
-        break;
       case 0x1A:
-        is_good = read_tensor(inner, &fields->routing_logits);
-        break;
       case 0x22:
-        is_good = read_tensor(inner, &fields->topk_ids);
-        break;
       case 0x2A:
-        is_good = read_tensor(inner, &fields->topk_weights);
+        is_good = read_tensor(inner, &fields->tensors[(key >> 3) - 2]);
         break;
       case 0x32:
         is_good = read_options(inner, fields);
+        break;
+      case 0x42:
+        is_good = read_slice(inner, &fields->answer_slice);
         break;
       default:
         is_good = false;
@@ -238,13 +275,16 @@ bool ids_in_range(const Tensor& tensor, int32_t num_experts) {
 
 struct Request {
   PyObject_HEAD;
-  PyObject* data;  // the bytes that everything below points into
+  PyObject* data;                // the bytes that everything below points into
+  PyObject* bound[kAnswer + 1];  // but for what lies elsewhere, see bind
   bool is_stream;
   Fields fields;
 };
 
 void request_dealloc(PyObject* self) {
-  Py_XDECREF(reinterpret_cast<Request*>(self)->data);
+  auto* request = reinterpret_cast<Request*>(self);
+  Py_XDECREF(request->data);
+  for (PyObject* bound : request->bound) Py_XDECREF(bound);
   Py_TYPE(self)->tp_free(self);
 }
 
@@ -263,7 +303,7 @@ PyObject* get_weights_version(PyObject* self, void*) {
 }
 
 PyObject* get_num_tokens(PyObject* self, void*) {
-  return PyLong_FromUnsignedLongLong(fields_of(self).hidden_states.shape[0]);
+  return PyLong_FromUnsignedLongLong(fields_of(self).tensors[0].shape[0]);
 }
 
 PyObject* get_layer(PyObject* self, void*) {
@@ -271,17 +311,63 @@ PyObject* get_layer(PyObject* self, void*) {
   return PyUnicode_DecodeUTF8(reinterpret_cast<const char*>(fields.layer), fields.layer_bytes, nullptr);
 }
 
-// A view of a tensor's elements in the request's bytes.
-PyObject* view_of(PyObject* whole, const Request* request, const Tensor& tensor) {
-  const auto* base = reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(request->data));
-  const Py_ssize_t start = tensor.data == nullptr ? 0 : tensor.data - base;
-  return PySequence_GetSlice(whole, start, start + tensor.num_bytes);
+PyObject* slice_of(const Slice& slice) {
+  if (!slice.is_given) return Py_NewRef(Py_None);
+  return Py_BuildValue("(KKK)", static_cast<unsigned long long>(slice.region),
+                       static_cast<unsigned long long>(slice.offset), static_cast<unsigned long long>(slice.num_bytes));
 }
 
-// (dtype, view)
-PyObject* part_of(PyObject* whole, const Request* request, const Tensor& tensor) {
+PyObject* get_slices(PyObject* self, void*) {
+  const Fields& fields = fields_of(self);
+  if (!fields.has_slices()) Py_RETURN_NONE;
+  return Py_BuildValue("(NNNNN)", slice_of(fields.slice(0)), slice_of(fields.slice(1)), slice_of(fields.slice(2)),
+                       slice_of(fields.slice(3)), slice_of(fields.slice(kAnswer)));
+}
+
+PyDoc_STRVAR(bind_doc,
+             "bind(number, data)\n\n"
+             "Say what lies in a slice, by its number in the order of slices; data: bytes, or a view of them.");
+
+PyObject* request_bind(PyObject* self, PyObject* const* arguments, Py_ssize_t given) {
+  if (given != 2) {
+    PyErr_Format(PyExc_TypeError, "%zd arguments are given, expected 2", given);
+    return nullptr;
+  }
+  const Py_ssize_t number = PyLong_AsSsize_t(arguments[0]);
+  if (number == -1 && PyErr_Occurred()) return nullptr;
+  auto* request = reinterpret_cast<Request*>(self);
+  if (number < 0 || number > kAnswer || !request->fields.slice(static_cast<int>(number)).is_given) {
+    PyErr_Format(PyExc_ValueError, "number is %zd, expected that of a slice", number);
+    return nullptr;
+  }
+  Py_buffer data;
+  if (PyObject_GetBuffer(arguments[1], &data, PyBUF_SIMPLE) < 0) return nullptr;
+  if (number != kAnswer) {
+    Tensor& tensor = request->fields.tensors[number];
+    tensor.data = static_cast<const uint8_t*>(data.buf);
+    tensor.num_bytes = data.len;
+  }
+  PyBuffer_Release(&data);  // the object keeps its memory where it is
+  Py_XSETREF(request->bound[number], Py_NewRef(arguments[1]));
+  Py_RETURN_NONE;
+}
+
+PyObject* request_bound(PyObject* self, PyObject* argument) {
+  const Py_ssize_t number = PyLong_AsSsize_t(argument);
+  if (number == -1 && PyErr_Occurred()) return nullptr;
+  auto* request = reinterpret_cast<Request*>(self);
+  if (number < 0 || number > kAnswer || request->bound[number] == nullptr) Py_RETURN_NONE;
+  return Py_NewRef(request->bound[number]);
+}
+
+// (dtype, a view of the elements); None where there is no such tensor.
+PyObject* part_of(PyObject* whole, const Request* request, int number) {
+  const Tensor& tensor = request->fields.tensors[number];
   if (!tensor.is_given) return Py_NewRef(Py_None);
-  PyObject* view = view_of(whole, request, tensor);
+  if (request->bound[number] != nullptr) return Py_BuildValue("(IO)", tensor.dtype, request->bound[number]);
+  const auto* base = reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(request->data));
+  const Py_ssize_t start = tensor.data == nullptr ? 0 : tensor.data - base;
+  PyObject* view = PySequence_GetSlice(whole, start, start + tensor.num_bytes);
   return view == nullptr ? nullptr : Py_BuildValue("(IN)", tensor.dtype, view);
 }
 
@@ -296,16 +382,19 @@ PyObject* request_check(PyObject* self, PyObject* const* arguments, Py_ssize_t g
   const uint64_t hidden_size = n[0], num_experts = n[1], top_k = n[2], takes_wide = n[3], max_tokens = n[4];
   auto* request = reinterpret_cast<Request*>(self);
   const Fields& fields = request->fields;
-  const Tensor& hidden = fields.hidden_states;
+  const Tensor& hidden = fields.tensors[0];
   const uint64_t num_tokens = hidden.shape[0];
   const uint32_t output_dtype = fields.output_dtype == kUnset ? kBFloat16 : fields.output_dtype;
 
   bool is_good = hidden.is_given && hidden.dtype >= kFloat32 && hidden.dtype <= kFp8 &&
                  (takes_wide || hidden.dtype == kFp8) && num_tokens <= max_tokens &&
                  is_matrix(hidden, num_tokens, hidden_size) && output_dtype >= kFloat32 && output_dtype <= kFloat16;
-  const Tensor& logits = fields.routing_logits;
-  const Tensor& ids = fields.topk_ids;
-  const Tensor& weights = fields.topk_weights;
+  const Tensor& logits = fields.tensors[1];
+  const Tensor& ids = fields.tensors[2];
+  const Tensor& weights = fields.tensors[3];
+  for (int number = 0; number <= kAnswer; ++number) {
+    is_good &= !fields.slice(number).is_given || request->bound[number] != nullptr;
+  }
   if (is_good && logits.is_given) {
     is_good = !ids.is_given && !weights.is_given && is_real(logits) && is_matrix(logits, num_tokens, num_experts) &&
               !has_nan(logits);
@@ -323,8 +412,8 @@ PyObject* request_check(PyObject* self, PyObject* const* arguments, Py_ssize_t g
 
   PyObject* whole = PyMemoryView_FromObject(request->data);
   if (whole == nullptr) return nullptr;
-  PyObject* parts[] = {part_of(whole, request, hidden), part_of(whole, request, logits), part_of(whole, request, ids),
-                       part_of(whole, request, weights)};
+  PyObject* parts[kNumTensors];
+  for (int number = 0; number < kNumTensors; ++number) parts[number] = part_of(whole, request, number);
   Py_DECREF(whole);
   if (parts[0] == nullptr || parts[1] == nullptr || parts[2] == nullptr || parts[3] == nullptr) {
     for (PyObject* part : parts) Py_XDECREF(part);
@@ -342,12 +431,18 @@ PyGetSetDef request_members[] = {
     {"timeout_ms", get_timeout_ms, nullptr, "ForwardStreamRequest.timeout_ms.", nullptr},
     {"layer", get_layer, nullptr, "ForwardRequest.layer.", nullptr},
     {"weights_version", get_weights_version, nullptr, "ForwardRequest.weights_version.", nullptr},
+    {"slices", get_slices, nullptr,
+     "(region, offset, nbytes) or None of hidden_states, routing_logits, topk_ids, topk_weights and the answer; None: "
+     "all None.",
+     nullptr},
     {"num_tokens", get_num_tokens, nullptr, "Rows of hidden_states as the request itself says.", nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 
 PyMethodDef request_methods[] = {
     {"check", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(request_check)), METH_FASTCALL, check_doc},
+    {"bind", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(request_bind)), METH_FASTCALL, bind_doc},
+    {"bound", request_bound, METH_O, "What was bound to a slice, by number; None: nothing."},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -363,7 +458,8 @@ PyObject* parse(PyObject* data, bool is_stream) {
   const Reader in{start, start + PyBytes_GET_SIZE(data)};
   Fields fields;
   const bool is_good = is_stream ? read_stream_request(in, &fields) && fields.has_request : read_request(in, &fields);
-  if (!is_good || fields.layer_bytes == 0 || fields.layer_bytes > kMaxNameBytes) Py_RETURN_NONE;
+  if (!is_good || (!is_stream && fields.has_slices()) || fields.layer_bytes == 0 || fields.layer_bytes > kMaxNameBytes)
+    Py_RETURN_NONE;
   for (Py_ssize_t n = 0; n < fields.layer_bytes; ++n) {
     if (fields.layer[n] >= 0x80) Py_RETURN_NONE;  // a name of other letters: Python knows UTF-8
   }
@@ -384,47 +480,71 @@ PyObject* parse_stream_request(PyObject*, PyObject* data) { return parse(data, t
 
 PyDoc_STRVAR(encode_doc,
              "encode_response(is_stream, request_id, dtype, num_tokens, hidden_size, address, queue_us, copy_in_us,\n"
-             "compute_us, copy_out_us, batch_tokens, batch_requests, queue_depth_tokens, weights_version, copies)\n\n"
+             "compute_us, copy_out_us, batch_tokens, batch_requests, queue_depth_tokens, weights_version, copies,\n"
+             "place=None)\n\n"
              "A serialised ForwardResponse whose output is the [num_tokens, hidden_size] matrix at the address, which\n"
-             "is there when the Copies have run; is_stream: within a ForwardStreamResponse.");
+             "is there when the Copies have run; is_stream: within a ForwardStreamResponse. place: (memory, start,\n"
+             "region, offset) where the matrix goes instead, and how the message is to name it.");
 
 PyObject* encode_response(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
-  unsigned long long n[14];
-  if (!numbers_of(arguments, given - 1, 14, n)) return nullptr;
-  PyObject* copies = arguments[14];
+  constexpr Py_ssize_t kNumNumbers = 14;
+  if (given < kNumNumbers + 1 || given > kNumNumbers + 2) {
+    PyErr_Format(PyExc_TypeError, "%zd arguments are given, expected %zd or %zd", given, kNumNumbers + 1,
+                 kNumNumbers + 2);
+    return nullptr;
+  }
+  unsigned long long n[kNumNumbers];
+  if (!numbers_of(arguments, kNumNumbers, kNumNumbers, n)) return nullptr;
+  PyObject* copies = arguments[kNumNumbers];
   if (!PyObject_TypeCheck(copies, &expertd::copies_type)) {
     PyErr_Format(PyExc_TypeError, "copies is %s, expected Copies", Py_TYPE(copies)->tp_name);
     return nullptr;
   }
+  expertd::CopyList& list = expertd::list_of(copies);
   const uint32_t dtype = static_cast<uint32_t>(n[2]);
   const uint64_t data_bytes = n[3] * n[4] * item_bytes(dtype);
+  const auto* from = reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(n[5]));
+  uint64_t sent_bytes = data_bytes;  // in the message
 
-  Writer shape, tensor, timing, tail, message, head;
+  Writer shape, tensor, slice, timing, tail, message, head;
   shape.varint(n[3]);
   shape.varint(n[4]);
   tensor.number(1, dtype);
   tensor.head(2, shape.size);
   tensor.append(shape);
-  if (data_bytes) tensor.head(3, data_bytes);  // an empty field is left out
+  if (given > kNumNumbers + 1 && arguments[kNumNumbers + 1] != Py_None) {
+    PyObject* memory;
+    Py_ssize_t start;
+    unsigned long long region, offset;
+    if (!PyArg_ParseTuple(arguments[kNumNumbers + 1], "OnKK", &memory, &start, &region, &offset)) return nullptr;
+    if (!list.note(memory, start, from, static_cast<Py_ssize_t>(data_bytes))) return nullptr;
+    slice.number(1, region);
+    slice.number(2, offset);
+    slice.number(3, data_bytes);
+    tensor.head(4, slice.size);
+    tensor.append(slice);
+    sent_bytes = 0;
+  } else if (data_bytes) {  // an empty field is left out
+    tensor.head(3, data_bytes);
+  }
   for (int field = 1; field <= 7; ++field) timing.number(field, n[5 + field]);
   tail.head(6, timing.size);
   tail.append(timing);
   tail.number(7, n[13]);
-  message.head(1, tensor.size + data_bytes);
+  message.head(1, tensor.size + sent_bytes);
   message.append(tensor);
   if (n[0]) {
     head.number(1, n[1]);
-    head.head(2, message.size + data_bytes + tail.size);
+    head.head(2, message.size + sent_bytes + tail.size);
   }
   head.append(message);
 
-  PyObject* answer = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(head.size + data_bytes + tail.size));
+  PyObject* answer = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(head.size + sent_bytes + tail.size));
   if (answer == nullptr) return nullptr;
   auto* to = reinterpret_cast<uint8_t*>(PyBytes_AS_STRING(answer));
-  const auto* from = reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(n[5]));
   std::memcpy(to, head.bytes, head.size);
-  expertd::list_of(copies).note(answer, to + head.size, from, static_cast<Py_ssize_t>(data_bytes));
-  std::memcpy(to + head.size + data_bytes, tail.bytes, tail.size);
+  if (sent_bytes) list.note(answer, to + head.size, from, static_cast<Py_ssize_t>(sent_bytes));
+  std::memcpy(to + head.size + sent_bytes, tail.bytes, tail.size);
   return answer;
 }
 

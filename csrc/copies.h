@@ -22,6 +22,19 @@ class CopyList {
     add(copy);
   }
 
+  // Into a writable buffer, from `start` on; false, with an exception, where the bytes do not fit. The source as above.
+  bool note(PyObject* memory, Py_ssize_t start, const uint8_t* from, Py_ssize_t num_bytes) {
+    Py_buffer to;
+    if (PyObject_GetBuffer(memory, &to, PyBUF_WRITABLE) < 0) return false;
+    if (start < 0 || num_bytes > to.len || start > to.len - num_bytes) {
+      PyErr_Format(PyExc_ValueError, "%zd bytes at %zd do not fit into %zd", num_bytes, start, to.len);
+      PyBuffer_Release(&to);
+      return false;
+    }
+    add({static_cast<uint8_t*>(to.buf) + start, from, num_bytes, nullptr, to, {}});
+    return true;
+  }
+
   // Both are kept until the copy is done.
   void note(Py_buffer to, Py_ssize_t offset, Py_buffer from) {
     Copy copy{static_cast<uint8_t*>(to.buf) + offset, static_cast<uint8_t*>(from.buf), from.len, nullptr, to, from};

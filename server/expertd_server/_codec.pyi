@@ -2,8 +2,11 @@
 
 from typing import Any
 
-_Part = tuple[int, memoryview] | None
+_Part = tuple[int, bytes | memoryview] | None
 """A pb.DataType, and a tensor's elements."""
+
+_Slice = tuple[int, int, int] | None
+"""Region, offset, nbytes."""
 
 class Request:
     """A request, read and not checked."""
@@ -22,6 +25,10 @@ class Request:
     def weights_version(self) -> int: ...
     @property
     def num_tokens(self) -> int: ...
+    @property
+    def slices(self) -> tuple[_Slice, _Slice, _Slice, _Slice, _Slice] | None: ...
+    def bind(self, number: int, data: bytes | memoryview, /) -> None: ...
+    def bound(self, number: int, /) -> bytes | memoryview | None: ...
     def check(
         self,
         hidden_size: int,
@@ -31,7 +38,7 @@ class Request:
         max_tokens: int,
         max_answer_bytes: int,
         /,
-    ) -> tuple[int, tuple[int, memoryview], _Part, _Part, _Part, int, bool, bool] | None: ...
+    ) -> tuple[int, tuple[int, bytes | memoryview], _Part, _Part, _Part, int, bool, bool] | None: ...
 
 class Copies:
     """Copies of host memory that are done together; for one thread at a time."""
@@ -57,6 +64,7 @@ def encode_response(
     queue_depth_tokens: int,
     weights_version: int,
     copies: Copies,
+    place: tuple[memoryview, int, int, int] | None = None,
     /,
 ) -> bytes: ...
 def count_ids(ids: Any, first: int, counts: Any, /) -> None: ...

@@ -1,8 +1,8 @@
 """Bytes to checked calls, and answers to bytes: the fast way where there is one.
 
 The compiled module knows requests that are as they should be, and answers that are one matrix, both with their tensors
-in the message. Whatever else comes, every request with something wrong to be told and all that names shared memory
-included, goes the way of `wire_parse` and `wire`, which are the specification: tests hold the two equal.
+in the message or in shared memory. Whatever else comes, every request with something wrong to be told included, goes
+the way of `wire_parse` and `wire`, which are the specification: tests hold the two equal.
 """
 
 from __future__ import annotations
@@ -56,7 +56,13 @@ def is_one_matrix(result: ForwardResult) -> bool:
     )
 
 
-def _write(is_stream: bool, request_id: int, result: ForwardResult, queue_depth_tokens: int) -> bytes:
+def _write(
+    is_stream: bool,
+    request_id: int,
+    result: ForwardResult,
+    queue_depth_tokens: int,
+    place: AnswerPlace | None = None,
+) -> bytes:
     output, timing = result.output, result.timing
     assert output is not None
     num_tokens, hidden_size = output.shape
@@ -77,6 +83,7 @@ def _write(is_stream: bool, request_id: int, result: ForwardResult, queue_depth_
         queue_depth_tokens,
         result.weights_version,
         copies,
+        place.take(output.nbytes) if place is not None and num_tokens else None,
     )
     if result.copies is None:
         copies.run()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from expertd_server.compiled import CODEC
+from expertd_server.regions import TENSORS
 from expertd_server.store import HeldLayer, LayerStore
 from expertd_server.wire_check import CheckedRequest, check_request
 from expertd_server.wire_parse import RawRequest, RawStreamRequest, parse_request, parse_stream_request
@@ -65,4 +66,11 @@ def _reread(message: Request) -> RawRequest:
         return parse_request(message.data)
     request = parse_stream_request(message.data).request
     assert request is not None, "else it were no Request"
+    for number, name in enumerate(TENSORS):
+        data = message.bound(number)  # what the stream has found in the slice
+        if data is not None:
+            tensor = getattr(request, name)
+            tensor.data, tensor.is_resolved = data, True
+    if message.bound(len(TENSORS)) is not None:
+        request.answer_slice = None
     return request

@@ -8,17 +8,20 @@ and are read once, into the batch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server.errors import FieldViolation, InvalidArgumentError, RequestCancelledError, SharedMemoryOffError
 from expertd_server.native import copy_bytes
 from expertd_server.region_door import PROOF_BYTES, RegionDoor, RegionRefusedError
-from expertd_server.wire_parse import RawRequest, RawSlice, RawStreamRequest
+from expertd_server.wire_parse import RawRequest, RawSlice, RawStreamRequest, RawTensor, parse_stream_request
 
-__all__ = ["AnswerPlace", "Lease", "RegionReply", "StreamRegions"]
+if TYPE_CHECKING:
+    from expertd_server._codec import Request
+
+__all__ = ["TENSORS", "AnswerPlace", "Lease", "RegionReply", "StreamRegions"]
 
 RegionReply = pb.RegionTicket | pb.RegionUnregistered
 """What a message about a region is answered with."""
@@ -26,7 +29,8 @@ RegionReply = pb.RegionTicket | pb.RegionUnregistered
 _MAX_REGIONS: Final = 4
 """Of one stream; each holds a file descriptor."""
 _ALIGNMENT: Final = 64
-_TENSORS: Final = ("hidden_states", "routing_logits", "topk_ids", "topk_weights")
+TENSORS: Final = ("hidden_states", "routing_logits", "topk_ids", "topk_weights")
+"""The tensors of a ForwardRequest, in the order of its fields."""
 
 
 @dataclass(eq=False, slots=True)
@@ -42,7 +46,7 @@ class _Region:
         self.view = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Piece:
     """Bytes of a region that a request holds."""
 
@@ -64,14 +68,22 @@ class AnswerPlace:
         self._view = view
         self._next = 0
 
-    def put(self, data: memoryview) -> tuple[int, int, int] | None:
-        """Write the bytes of the next tensor; the fields of its RegionSlice, or None where it does not fit."""
-        start, nbytes = self._next, data.nbytes
+    def take(self, nbytes: int) -> tuple[memoryview, int, int, int] | None:
+        """Room for the next tensor: memory, where in it, and the region and offset of its RegionSlice; None: none."""
+        start = self._next
         if start + nbytes > len(self._view):
             return None
-        copy_bytes(self._view, start, data)
         self._next = -(-(start + nbytes) // _ALIGNMENT) * _ALIGNMENT
-        return self._region, self._offset + start, nbytes
+        return self._view, start, self._region, self._offset + start
+
+    def put(self, data: memoryview) -> tuple[int, int, int] | None:
+        """Write the bytes of the next tensor; the fields of its RegionSlice, or None where it does not fit."""
+        taken = self.take(data.nbytes)
+        if taken is None:
+            return None
+        memory, start, region, offset = taken
+        copy_bytes(memory, start, data)
+        return region, offset, data.nbytes
 
 
 class Lease:
@@ -116,38 +128,84 @@ class StreamRegions:
         assert message.unregister_region is not None
         return self._unregister(message.unregister_region.region)
 
-    def lease(self, request: RawRequest) -> Lease | None:
+    def lease(self, request: RawRequest | Request) -> Lease | None:
         """Turn the slices of a request into data, and hold the pieces until the lease is released; None: it has none.
 
         Raises InvalidArgumentError, with a violation for every slice that is wrong.
         """
-        tensors = [(name, tensor) for name in _TENSORS if (tensor := getattr(request, name)) is not None]
-        if request.answer_slice is None and all(tensor.slice is None for _, tensor in tensors):
+        if isinstance(request, RawRequest):
+            tensors = [(name, tensor) for name in TENSORS if (tensor := getattr(request, name)) is not None]
+            if request.answer_slice is None and all(tensor.slice is None for _, tensor in tensors):
+                return None
+            with self._lock:
+                return self._lease_raw(request, tensors)
+        slices = request.slices
+        if slices is None:
             return None
+        with self._lock:
+            lease = self._lease_good(request, slices)
+            if lease is not None:
+                return lease
+            # Something is wrong: Python reads the request anew, and says what.
+            raw = parse_stream_request(request.data).request
+            assert raw is not None, "else it were no Request"
+            self._lease_raw(raw, [(name, tensor) for name in TENSORS if (tensor := getattr(raw, name)) is not None])
+        raise AssertionError("both agree on what is wrong")
+
+    def _lease_good(self, request: Request, slices: Sequence[tuple[int, int, int] | None]) -> Lease | None:
+        """Under the lock; None: something is wrong, and nothing has happened."""
+        pieces: list[_Piece] = []
+        views: list[tuple[int, memoryview]] = []
+        place = None
+        for number, where in enumerate(slices):
+            if where is None:
+                continue
+            name, offset, nbytes = where
+            region, stop = self._regions.get(name), offset + nbytes
+            if region is None or region.view is None or stop > region.nbytes:
+                return None
+            view = region.view[offset:stop]
+            if number < len(TENSORS):
+                pieces.append(_Piece(f"{TENSORS[number]}.slice", region, offset, stop))
+                views.append((number, view))
+                continue
+            pieces.append(_Piece("answer_slice", region, offset, stop))
+            views.append((number, view))
+            place = AnswerPlace(name, offset, view)
+        for _ in self._clashes(pieces):
+            return None
+        for number, view in views:
+            matters = 0 < number < len(TENSORS)  # of hidden states any bits will do
+            request.bind(number, bytes(view) if matters else view)
+        lease = Lease(self, pieces, place)
+        self._leases.add(lease)
+        return lease
+
+    def _lease_raw(self, request: RawRequest, tensors: list[tuple[str, RawTensor]]) -> Lease:
+        """Under the lock."""
         wrong: list[FieldViolation] = []
         place = None
-        with self._lock:
-            pieces: list[_Piece] = []
-            for name, tensor in tensors:
-                if tensor.slice is None:
-                    continue
-                if len(tensor.data):
-                    wrong.append(FieldViolation(f"{name}.slice", "is given together with data, expected one of them"))
-                    continue
-                view = self._piece(f"{name}.slice", tensor.slice, pieces, wrong)
-                if view is not None:
-                    tensor.data = view if name == "hidden_states" else bytes(view)
-                    tensor.is_resolved = True
-            if request.answer_slice is not None:
-                view = self._piece("answer_slice", request.answer_slice, pieces, wrong)
-                if view is not None:
-                    place = AnswerPlace(request.answer_slice.region, request.answer_slice.offset, view)
-                request.answer_slice = None
-            wrong += self._clashes(pieces)
-            if wrong:
-                raise InvalidArgumentError(wrong)
-            lease = Lease(self, pieces, place)
-            self._leases.add(lease)
+        pieces: list[_Piece] = []
+        for name, tensor in tensors:
+            if tensor.slice is None:
+                continue
+            if len(tensor.data):
+                wrong.append(FieldViolation(f"{name}.slice", "is given together with data, expected one of them"))
+                continue
+            view = self._piece(f"{name}.slice", tensor.slice, pieces, wrong)
+            if view is not None:
+                tensor.data = view if name == "hidden_states" else bytes(view)
+                tensor.is_resolved = True
+        if request.answer_slice is not None:
+            view = self._piece("answer_slice", request.answer_slice, pieces, wrong)
+            if view is not None:
+                place = AnswerPlace(request.answer_slice.region, request.answer_slice.offset, view)
+            request.answer_slice = None
+        wrong += self._clashes(pieces)
+        if wrong:
+            raise InvalidArgumentError(wrong)
+        lease = Lease(self, pieces, place)
+        self._leases.add(lease)
         return lease
 
     def release(self, lease: Lease) -> None:

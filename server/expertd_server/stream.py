@@ -29,7 +29,7 @@ from expertd_server.regions import Lease, StreamRegions
 from expertd_server.status import status_of, stream_error_of
 from expertd_server.timing import ForwardTiming
 from expertd_server.wire_answer import encode_region_reply, encode_stream_error
-from expertd_server.wire_parse import RawRequest, RawStreamRequest
+from expertd_server.wire_parse import RawStreamRequest
 
 __all__ = ["Stream"]
 
@@ -251,8 +251,7 @@ class Stream:
                     promise = Promise()
                     promise.set_result(encode_region_reply(request_id, self._regions.obey(request)))
                 else:
-                    if isinstance(request, RawRequest):
-                        pending.lease = self._regions.lease(request)
+                    pending.lease = self._regions.lease(request)
                     timeout_s = until_s - arrived_s
                     if timeout_ms:
                         timeout_s = min(timeout_s, timeout_ms / 1e3)

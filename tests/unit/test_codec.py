@@ -19,7 +19,7 @@ from expertd_server.compiled import CODEC
 from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming, HostTensor
 from expertd_server.errors import ExpertdServerError, InvalidArgumentError
 from expertd_server.native import Copies, _Copies, _copy_bytes, _count_ids, copy_bytes, count_ids
-from expertd_server.regions import AnswerPlace
+from expertd_server.regions import TENSORS, AnswerPlace
 from expertd_server.store import LayerStore
 from expertd_server.wire import encode_response, encode_stream_response, read_call
 from expertd_server.wire_parse import RawRequest, RawSlice, RawStreamRequest, parse_request, parse_stream_request
@@ -195,8 +195,10 @@ NAMING_REGIONS = [
 
 @pytest.mark.parametrize("path", NAMING_REGIONS, ids=lambda path: path[0] or path[1])
 @pytest.mark.parametrize("where", [pb.RegionSlice(), pb.RegionSlice(region=1, offset=64, nbytes=2**40)], ids=str)
-def test_whatever_names_a_region_is_read_by_python(path: tuple[str, str], where: pb.RegionSlice) -> None:
-    """Unresolved, as only the stream knows its regions; else good requests with and without data beside it."""
+def test_whatever_names_a_region_is_refused_until_that_is_resolved(
+    path: tuple[str, str], where: pb.RegionSlice
+) -> None:
+    """As only the stream knows its regions; else good requests with and without data beside it."""
     name, field = path
     requests = [(seed, a_request(random.Random(seed))) for seed in range(20)]
     having = [(seed, request) for seed, request in requests if not name or request.HasField(name)]
@@ -210,13 +212,75 @@ def test_whatever_names_a_region_is_read_by_python(path: tuple[str, str], where:
             data = request.SerializeToString()
             assert not same_as_python(data, is_stream=False), seed
             stream_data = pb.ForwardStreamRequest(id=seed, request=request).SerializeToString()
-            assert not same_as_python(stream_data, is_stream=True), seed
-            for read in (codec.read_message(data), codec.read_stream_message(stream_data)[3]):
-                assert isinstance(read, RawRequest)
-                found = getattr(read, name).slice if name else read.answer_slice
-                assert found == RawSlice(where.region, where.offset, where.nbytes)
+            has_both = isinstance(of, pb.Tensor) and bool(of.data)
+            assert same_as_python(stream_data, is_stream=True) is not has_both, seed
+            slice_ = where.region, where.offset, where.nbytes
+            raw = codec.read_message(data)
+            assert isinstance(raw, RawRequest)
+            assert (getattr(raw, name).slice if name else raw.answer_slice) == RawSlice(*slice_)
+            read = codec.read_stream_message(stream_data)[3]
+            assert read is not None
+            assert not isinstance(read, RawStreamRequest)
+            if not isinstance(read, RawRequest):
+                assert read.slices is not None
+                assert [each for each in read.slices if each is not None] == [slice_]
+                assert read.slices[NAMING_REGIONS.index(path)] == slice_
+            for each in (raw, read):
                 with pytest.raises(InvalidArgumentError, match="names a region"):
-                    codec.typed_call(read, STORE, **LIMITS)
+                    codec.typed_call(each, STORE, **LIMITS)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_was_found_in_slices_is_as_good_as_data(seed: int) -> None:
+    """Spoiled requests, too, whose data lies elsewhere: the same call, or the same words but for where the data is."""
+    chance = random.Random(seed)
+    for number in range(20):
+        request = a_request(chance)
+        if number % 2:
+            spoil(chance, request)
+        expected = said_of(codec.read_message(request.SerializeToString()))
+        found = {}
+        for at, name in enumerate(TENSORS):
+            tensor: pb.Tensor = getattr(request, name)
+            if request.HasField(name) and chance.random() < 0.8:  # type: ignore[arg-type]
+                found[at] = tensor.data
+                tensor.ClearField("data")
+                tensor.slice.CopyFrom(pb.RegionSlice(region=at, offset=at * 1000, nbytes=len(found[at])))
+        request.answer_slice.nbytes = number
+        read = codec.read_stream_message(pb.ForwardStreamRequest(id=1, request=request).SerializeToString())[3]
+        assert not isinstance(read, RawStreamRequest)
+        if isinstance(read, RawRequest) or read is None:
+            continue  # what is spoiled may be for Python alone
+        for at, data in found.items():
+            read.bind(at, memoryview(data) if at == 0 else data)
+        read.bind(len(TENSORS), b"")
+        said = said_of(read)
+        if isinstance(said, str):
+            assert isinstance(expected, str)
+            said = said.replace(".slice: ", ".data: ")
+        assert said == expected
+
+
+def said_of(message: codec.Message) -> tuple[object, ...] | str:
+    try:
+        return outcome(codec.typed_call(message, STORE, **LIMITS))
+    except ExpertdServerError as error:
+        return str(error)
+
+
+def test_only_slices_can_be_bound() -> None:
+    request = pb.ForwardRequest(layer="x", hidden_states=pb.Tensor(slice=pb.RegionSlice(region=1)))
+    read = CODEC.parse_stream_request(pb.ForwardStreamRequest(id=1, request=request).SerializeToString())
+    assert read is not None
+    for number in (-1, 1, 4, 5, 2**40):
+        with pytest.raises(ValueError, match="expected that of a slice"):
+            read.bind(number, b"")
+        assert read.bound(number) is None
+    with pytest.raises(TypeError):
+        read.bind(0, "text")  # type: ignore[arg-type]
+    assert read.bound(0) is None
+    read.bind(0, b"abc")
+    assert read.bound(0) == b"abc"
 
 
 @pytest.mark.parametrize("has_request", [False, True])
