@@ -25,6 +25,8 @@ lone: one request in flight. saturated: `--clients` processes with `--streams` s
 open loop: requests due at random times at a share of the saturated rate; latencies count from when a request was due.
 CPU µs/req: of all processes of the server, then of its front-ends, of its engine, and of the echo. MiB: resident memory
 of the largest front-end, or of the server that has none; pages of memory shared with the engine count.
+tok/batch, device: mean batch of the server, what its device alone would do with batches of that kind one after the
+other (tokens over the time that it computed), and how much of that was reached. A no-op device has no time to speak of.
 echo ratio: latency over the echo's, or throughput over the echo's. Rounds alternate between the two; medians.
 """
 
@@ -50,6 +52,7 @@ import psutil
 from _common import header, write_json
 from _peers import PeerMissingError, compared, facts_of, peer_option, running_peer
 from _requests import RequestShape
+from _server_metrics import Batches, between, scraped
 from rich.console import Console
 from rich.table import Table
 
@@ -81,6 +84,12 @@ class Target:
     stream: str
     unary: str
     process: psutil.Process
+    metrics_port: int | None = None
+    """Of expertd; the others have none."""
+
+    def batches(self) -> Batches | None:
+        """The batches that the server has made so far."""
+        return None if self.metrics_port is None else scraped(self.metrics_port)
 
     def usage(self) -> dict[str, Usage]:
         """What the server's processes have used so far, by role: server, supervisor, front-ends together, engine."""
@@ -120,6 +129,8 @@ class Point:
     rss_mib: dict[str, float]
     """Of the largest process of each role."""
     errors: dict[str, int]
+    batches: dict[str, float]
+    """See `_server_metrics.between`; empty where the server tells nothing."""
 
 
 def role_of(command: list[str]) -> str:
@@ -161,9 +172,9 @@ def measure(target: Target, shape: RequestShape, layers: list[str], load: Load, 
         for client in clients:
             tell(client, {"begin_s": begin_s, "end_s": end_s})
         time.sleep(max(0.0, begin_s - time.monotonic()))
-        before = target.usage()
+        before, batches_before, from_s = target.usage(), target.batches(), time.monotonic()
         time.sleep(max(0.0, end_s - time.monotonic()))
-        after = target.usage()
+        after, batches_after, to_s = target.usage(), target.batches(), time.monotonic()
         errors: dict[str, int] = {}
         for client in clients:
             said, _ = client.communicate(timeout=120)
@@ -188,6 +199,7 @@ def measure(target: Target, shape: RequestShape, layers: list[str], load: Load, 
         cpu_us_per_request=cpu_us | {"all": sum(cpu_us.values())},
         rss_mib={role: used.rss_mib for role, used in after.items()},
         errors=errors,
+        batches=between(batches_before, batches_after, to_s - from_s) if batches_before and batches_after else {},
     )
 
 
@@ -210,12 +222,13 @@ def median_of(points: list[Point]) -> Point:
         cpu_us_per_request=medians([p.cpu_us_per_request for p in points]),
         rss_mib=medians([p.rss_mib for p in points]),
         errors=errors,
+        batches=medians([p.batches for p in points if p.batches]),
     )
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """Key by key."""
-    return {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+    """Key by key; empty of no rounds."""
+    return {key: statistics.median(one[key] for one in rounds) for key in (rounds[0] if rounds else ())}
 
 
 def free_port() -> int:
@@ -256,7 +269,8 @@ def running_echo(processes: int, answer_bytes: int) -> Iterator[Target]:
 def running_expertd(options: argparse.Namespace, frontends: int, folder: str) -> Iterator[tuple[Target, list[str]]]:
     """expertd-server, and the names of its layers."""
     ready = Path(folder) / "ready.json"
-    command = [sys.executable, "-m", "expertd_server", "serve", "--port=0", f"--ready-file={ready}"]
+    command = [sys.executable, "-m", "expertd_server", "serve", "--port=0", "--metrics-port=0"]
+    command += [f"--ready-file={ready}"]
     command += [f"--device={options.device}", f"--synthetic={options.preset}", f"--synthetic-layers={options.layers}"]
     places = options.clients * options.streams
     command += [f"--max-streams={max(64, places)}", f"--max-unary-requests={max(64, places * options.in_flight)}"]
@@ -272,9 +286,10 @@ def running_expertd(options: argparse.Namespace, frontends: int, folder: str) ->
             if time.monotonic() > until_s or process.status() == psutil.STATUS_ZOMBIE:
                 sys.exit(f"the server was not ready within {options.start_timeout} s: {' '.join(command)}")
             time.sleep(0.05)
-        address = json.loads(ready.read_text())["address"]
+        facts = json.loads(ready.read_text())
         layers = [f"synthetic.{options.preset}.{n}" for n in range(options.layers)]
-        yield Target("expertd", address, "expertd.v1.ExpertService", "ForwardStream", "Forward", process), layers
+        service = "expertd.v1.ExpertService", "ForwardStream", "Forward"
+        yield Target("expertd", facts["address"], *service, process, facts["metrics_port"]), layers
 
 
 def wait_for_port(port: int) -> None:
@@ -290,7 +305,7 @@ def wait_for_port(port: int) -> None:
 def main() -> None:
     """Measure, print, write."""
     options = parse_options()
-    console = Console(width=180)
+    console = Console(width=215)
     results: list[dict[str, Any]] = []
     table = Table(title=f"expertd over gRPC, backend {options.device}")
     for column in (
@@ -308,6 +323,9 @@ def main() -> None:
         "engine",
         "echo",
         "MiB",
+        "tok/batch",
+        "device ktok/s",
+        "of device",
     ):
         table.add_column(column, justify="right" if column != "load" else "left")
     table.add_column("p50 / echo", justify="right")
@@ -483,9 +501,18 @@ def add_row(table: Table, shape: RequestShape, row: dict[str, Any]) -> None:
         *(f"{cpu_us[role]:.0f}" if role in cpu_us else "" for role in ("front-ends", "engine")),
         f"{row['echo']['cpu_us_per_request']['all']:.0f}",
         f"{ours['rss_mib'].get('front-ends', ours['rss_mib']['server']):.0f}",
+        *device_columns(ours["batches"], row["tokens_per_s"]),
         f"{row['p50_over_echo']:.2f}",
         f"{row['throughput_over_echo']:.2f}",
     )
+
+
+def device_columns(batches: dict[str, float], tokens_per_s: float) -> tuple[str, str, str]:
+    """The mean batch, what the device alone would do with such ones, and how much of that was reached."""
+    if not batches:
+        return "", "", ""
+    alone = batches["device_tokens_per_s"]
+    return f"{batches['mean_batch_tokens']:.0f}", f"{alone / 1e3:.0f}", f"{tokens_per_s / alone:.2f}"
 
 
 def plot(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
