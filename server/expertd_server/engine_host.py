@@ -64,9 +64,7 @@ class EngineHost:
         self._on_hang = on_hang
         self._watchdog: Watchdog | None = None
         if config.engine_hang_timeout_s:
-            self._watchdog = Watchdog(
-                self.engine.batcher.oldest_in_flight, config.engine_hang_timeout_s, self._tell_of_hang
-            )
+            self._watchdog = Watchdog(self.engine.batcher.oldest_work, config.engine_hang_timeout_s, self._tell_of_hang)
 
     def start(self, soon: Callable[[Callable[[], object]], object]) -> None:
         """Start the batcher and the metrics; there are no layers yet.
