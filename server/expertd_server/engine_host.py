@@ -144,7 +144,7 @@ class EngineHost:
 
     def _tell_of_hang(self, number: int, seconds: float) -> None:
         what = f"the engine hangs: {self.engine.describe(number)}, not done after {seconds:.1f} s"
-        log.critical("%s\n%s", what, stacks_of(self.engine.batcher.threads))
+        log.critical("%s", "\n".join(filter(None, (what, stacks_of(self.engine.batcher.threads)))))
         self._on_hang(what)
 
     def _observe_batch(self, batch: BatchReport) -> None:

@@ -6,6 +6,7 @@ option or the checkpoint cannot be used; 3 stopped with requests still in flight
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -51,7 +52,8 @@ def end_hung(close: Callable[[], object], close_timeout_s: float = _CLOSE_S) -> 
         traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with contextlib.suppress(OSError, ValueError):  # whoever read it has gone
+                stream.flush()
         os._exit(EXIT_FAILED)
 
 
