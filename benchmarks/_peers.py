@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _PROGRAMS: Final = Path(__file__).resolve().parent / "peers"
 _ENCODINGS: Final[dict[str, tuple[Encoding, ...]]] = {
     "kserve": ("numbers",),  # its BYTES tensors are the slow ones
     "mlserver": ("bytes", "numbers"),
+    "ray": ("numbers",),
 }
 _QUESTION: Final = """
 import importlib.metadata as installed, json, platform
@@ -85,13 +87,21 @@ def running_peer(peer: Peer, port: int, shape: RequestShape, start_timeout_s: fl
     """Its server on a port, with the malloc settings of expertd's launcher. Raises PeerMissingError."""
     command = [str(peer.python), str(_PROGRAMS / f"{peer.name}_server.py"), f"--port={port}"]
     command += [f"--tokens={shape.num_tokens}", f"--hidden-size={shape.hidden_size}"]
+    said = tempfile.TemporaryFile("w+")  # not a pipe, which somebody would have to empty
     process = subprocess.Popen(
-        command, env={**os.environ, **MALLOC_SETTINGS}, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, env={**os.environ, **MALLOC_SETTINGS}, text=True, stdout=subprocess.DEVNULL, stderr=said
     )
     try:
-        _wait_answers(process, port, v2_message(shape, peer.encodings[0]), start_timeout_s)
+        try:
+            _wait_answers(process, port, v2_message(shape, peer.encodings[0]), start_timeout_s)
+        except PeerMissingError as error:
+            said.seek(0)
+            lines = said.read().split("\n")
+            last = next((line for line in reversed(lines) if line.strip()), "nothing")
+            raise PeerMissingError(f"{error}; it said last: {last}") from error
         yield process
     finally:
+        said.close()
         process.terminate()
         try:
             process.wait(30)
