@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _PROGRAMS: Final = Path(__file__).resolve().parent / "peers"
 _ENCODINGS: Final[dict[str, tuple[Encoding, ...]]] = {
     "kserve": ("numbers",),  # its BYTES tensors are the slow ones
     "mlserver": ("bytes", "numbers"),
+    "ray": ("numbers",),
 }
 _QUESTION: Final = """
 import importlib.metadata as installed, json, platform
@@ -85,19 +87,24 @@ def running_peer(peer: Peer, port: int, shape: RequestShape, start_timeout_s: fl
     """Its server on a port, with the malloc settings of expertd's launcher. Raises PeerMissingError."""
     command = [str(peer.python), str(_PROGRAMS / f"{peer.name}_server.py"), f"--port={port}"]
     command += [f"--tokens={shape.num_tokens}", f"--hidden-size={shape.hidden_size}"]
-    process = subprocess.Popen(
-        command, env={**os.environ, **MALLOC_SETTINGS}, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        _wait_answers(process, port, v2_message(shape, peer.encodings[0]), start_timeout_s)
-        yield process
-    finally:
-        process.terminate()
+    environment = {**os.environ, **MALLOC_SETTINGS}
+    with tempfile.TemporaryFile("w+") as said:  # not a pipe, which somebody would have to empty
+        process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=said)
         try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            try:
+                _wait_answers(process, port, v2_message(shape, peer.encodings[0]), start_timeout_s)
+            except PeerMissingError as error:
+                said.seek(0)
+                last = next((line for line in reversed(said.read().split("\n")) if line.strip()), "nothing")
+                raise PeerMissingError(f"{error}; it said last: {last}") from error
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _wait_answers(process: subprocess.Popen[str], port: int, message: bytes, timeout_s: float) -> None:

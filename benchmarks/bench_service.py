@@ -564,7 +564,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=PYTHON",
-        help="measure this server too: kserve or mlserver, and the interpreter that it is installed for; repeatable",
+        help="measure this server too: kserve, mlserver or ray, with the interpreter that has it; repeatable",
     )
     parser.add_argument("--clients", type=int, default=max(2, min(16, (os.cpu_count() or 2) // 2)), help="processes")
     parser.add_argument("--streams", type=int, default=2, help="streams of each client process")

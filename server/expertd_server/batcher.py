@@ -358,9 +358,14 @@ class Batcher(Generic[P, R]):
             thread.join(max(0.0, until_s - time.monotonic()))
         return not any(thread.is_alive() for thread in self.threads)
 
-    def oldest_in_flight(self) -> int | None:
-        """Number of the batch that has been launched the longest and is not over; None: there is none."""
-        return next(iter(list(self._taken)), None)  # a list is made at once, whatever other threads do to the batches
+    def oldest_work(self) -> int | None:
+        """Number of the batch that was taken first and is not over; of the next one when none is under way, but
+        requests wait; None: there is nothing to do. As long as it is the same, nothing moves. Takes no lock.
+        """
+        taken = list(self._taken)  # made at once, whatever other threads do to the batches
+        if taken:
+            return taken[0]
+        return self._num_taken + 1 if self._queue_requests or self._again else None
 
     def in_flight(self, number: int) -> Batch[P, R] | None:
         """The batch of this number, unless it is over."""

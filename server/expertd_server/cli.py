@@ -75,7 +75,10 @@ def _serve(options: argparse.Namespace) -> int:
         raise
     if server.has_hung:
         end_hung(server.shutdown)
-    return 0 if server.shutdown() else EXIT_CUT_OFF
+    is_drained = server.shutdown()
+    if server.has_hung:  # found out meanwhile
+        end_hung(lambda: None)
+    return 0 if is_drained else EXIT_CUT_OFF
 
 
 def _inspect(options: argparse.Namespace) -> int:

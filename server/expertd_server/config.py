@@ -187,9 +187,10 @@ class Config:
     shutdown_grace_s: float = field(default=30.0, metadata=_in(_OPERATION, "SECONDS"))
     """After SIGTERM or SIGINT: how long requests in flight may take to finish before the process ends anyway."""
     engine_hang_timeout_s: float = field(default=60.0, metadata=_in(_OPERATION, "SECONDS"))
-    """When a batch has not ended after this time, what computes is taken to hang: the server says NOT_SERVING, fails
-    its requests with UNAVAILABLE and ends with exit code 1; with front-ends the process that computes is killed, and
-    started again (engine_restart). Set it above what the longest batch takes, on a CPU minutes perhaps. 0: never."""
+    """When a batch has not ended after this time, or requests wait and none is taken, what computes is held to hang:
+    the server says NOT_SERVING, fails its requests with UNAVAILABLE and ends with exit code 1; with front-ends the
+    process that computes is killed, and started again (engine_restart). Set it above what the longest batch takes, on a
+    CPU minutes perhaps. 0: never."""
     ready_file: Path | None = field(default=None, metadata=_in(_OPERATION, "FILE"))
     """Write one line of JSON here when every layer answers: address, port, metrics_port, admin_port, pid,
     instance_id. With front-ends also engine_pid and frontend_pids; it is removed while the engine or a front-end does

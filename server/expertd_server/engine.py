@@ -112,7 +112,7 @@ class Engine:
         """Which batch the batcher's number stands for, for a log line."""
         batch = self.batcher.in_flight(number)
         if batch is None:
-            return "a batch that has just ended"
+            return f"{self.batcher.queue_requests} requests wait, and none is taken"
         assert isinstance(batch.key, _Key)
         rows = None if self.graphs is None or not batch.key.do_finalize else self.graphs.bucket(batch.num_tokens)
         bucket = "no graph" if rows is None else f"bucket {rows}"

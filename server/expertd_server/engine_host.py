@@ -64,9 +64,7 @@ class EngineHost:
         self._on_hang = on_hang
         self._watchdog: Watchdog | None = None
         if config.engine_hang_timeout_s:
-            self._watchdog = Watchdog(
-                self.engine.batcher.oldest_in_flight, config.engine_hang_timeout_s, self._tell_of_hang
-            )
+            self._watchdog = Watchdog(self.engine.batcher.oldest_work, config.engine_hang_timeout_s, self._tell_of_hang)
 
     def start(self, soon: Callable[[Callable[[], object]], object]) -> None:
         """Start the batcher and the metrics; there are no layers yet.
@@ -146,7 +144,7 @@ class EngineHost:
 
     def _tell_of_hang(self, number: int, seconds: float) -> None:
         what = f"the engine hangs: {self.engine.describe(number)}, not done after {seconds:.1f} s"
-        log.critical("%s\n%s", what, stacks_of(self.engine.batcher.threads))
+        log.critical("%s", "\n".join(filter(None, (what, stacks_of(self.engine.batcher.threads)))))
         self._on_hang(what)
 
     def _observe_batch(self, batch: BatchReport) -> None:

@@ -6,8 +6,11 @@ option or the checkpoint cannot be used; 3 stopped with requests still in flight
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
+import traceback
 from collections.abc import Callable
 from typing import Final, NoReturn
 
@@ -18,6 +21,9 @@ __all__ = ["EXIT_CUT_OFF", "EXIT_FAILED", "EXIT_UNUSABLE", "end_hung", "exit_cod
 EXIT_FAILED: Final = 1
 EXIT_UNUSABLE: Final = 2
 EXIT_CUT_OFF: Final = 3
+
+# What is left to callers of a process that hangs, to read that it does.
+_CLOSE_S: Final = 10.0
 
 
 def exit_code_of(run: Callable[[], int]) -> int:
@@ -32,16 +38,22 @@ def exit_code_of(run: Callable[[], int]) -> int:
         return 130
 
 
-def end_hung(close: Callable[[], object]) -> NoReturn:
+def end_hung(close: Callable[[], object], close_timeout_s: float = _CLOSE_S) -> NoReturn:
     """End this process, in which something hangs: close what can be closed, then leave without Python's own goodbyes.
 
-    NOTE: those of the CUDA driver would wait for what hangs.
+    NOTE: those of the CUDA driver would wait for what hangs; and so may `close`, if that holds a lock.
     """
+    impatience = threading.Timer(close_timeout_s, os._exit, (EXIT_FAILED,))
+    impatience.daemon = True
+    impatience.start()
     try:
         close()
+    except Exception:
+        traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with contextlib.suppress(OSError, ValueError):  # whoever read it has gone
+                stream.flush()
         os._exit(EXIT_FAILED)
 
 

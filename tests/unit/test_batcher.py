@@ -342,7 +342,7 @@ def test_a_backend_that_hangs_fails_what_waits_and_what_runs_and_what_it_gives_a
     assert enters.wait(PATIENCE_S)
     futures += [batcher.submit("a", "y", 1), batcher.submit("b", "z", 2)]
     futures[1].cancel()
-    assert batcher.oldest_in_flight() is not None
+    assert batcher.oldest_work() is not None
     batcher.abandon()
     for future in (futures[0], futures[2]):
         with pytest.raises(UnavailableError, match="hangs"):
@@ -480,27 +480,41 @@ class TestInFlight:
                 future.result(0)
         assert batcher.drain(0.0)
 
-    def test_the_oldest_in_flight_is_known_until_it_is_over(self) -> None:
+    def test_the_oldest_work_is_known_until_it_is_over(self) -> None:
         batcher, launched = self.make()
-        assert batcher.oldest_in_flight() is None
+        assert batcher.oldest_work() is None
         for name in ("w", "x"):
             batcher.submit("a", name, 10)
             batcher.launch_once()
-        first = batcher.oldest_in_flight()
+        first = batcher.oldest_work()
         assert first is not None
         batch = batcher.in_flight(first)
         assert batch is not None
         assert [entry.payload for entry in batch.entries] == ["w"]
         del batch
         at_close: list[int | None] = []
-        launched[0].close = lambda: at_close.append(batcher.oldest_in_flight())  # type: ignore[method-assign]
+        launched[0].close = lambda: at_close.append(batcher.oldest_work())  # type: ignore[method-assign]
         batcher.finish_once()
         assert at_close == [first], "until the last of it is done"
-        second = batcher.oldest_in_flight()
+        second = batcher.oldest_work()
         assert second not in (None, first)
         assert batcher.in_flight(first) is None
         batcher.finish_once()
-        assert batcher.oldest_in_flight() is None
+        assert batcher.oldest_work() is None
+
+    def test_what_waits_and_is_not_taken_is_work_too(self) -> None:
+        batcher, _ = self.make()
+        future = batcher.submit("a", "w", 10)
+        waiting = batcher.oldest_work()
+        assert waiting is not None
+        assert batcher.in_flight(waiting) is None
+        batcher.launch_once()
+        assert batcher.oldest_work() == waiting, "from arrival to the end it has one number"
+        assert batcher.in_flight(waiting) is not None
+        batcher.submit("a", "x", 10)
+        batcher.finish_once()
+        assert future.result(0) == "w done"
+        assert batcher.oldest_work() not in (None, waiting)
 
     @pytest.mark.parametrize("fails", ["launch", "wait", "close"])
     def test_a_batch_that_fails_is_not_in_flight_for_ever(self, fails: str) -> None:
@@ -518,7 +532,7 @@ class TestInFlight:
                 batcher.finish_once()
         else:
             batcher.finish_once()
-        assert batcher.oldest_in_flight() is None
+        assert batcher.oldest_work() is None
 
     def test_stop_finishes_what_is_in_flight(self) -> None:
         batcher, _ = self.make()
