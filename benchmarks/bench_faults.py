@@ -69,46 +69,38 @@ def killed(tier: Tier, seconds: float) -> dict[str, Any]:
     time.sleep(max(seconds, 2 * SETTLED_S))
     stop_s = time.time()
     requests = parse(tier.trace())
-    surviving_rate = rate(requests, fault_s + SETTLED_S, stop_s)
-    back_after_s = recovery_s(requests, fault_s, stop_s, RECOVERY_SHARE * surviving_rate)
-    result = {
-        **report("kill -9 of one replica", requests, normal, fault_s, stop_s),
-        "normal_per_s": normal_rate,
-        "surviving_per_s": surviving_rate,
-        "recovery_s": back_after_s,
-        "is_met": back_after_s is not None and back_after_s <= RECOVERY_LIMIT_S,
-    }
-    back = "never" if back_after_s is None else f"{back_after_s} s"
-    print(
-        f"  answers/s: {normal_rate:.1f} before, {surviving_rate:.1f} surviving; {RECOVERY_SHARE} of that after {back}"
-    )
-    print(f"  within {RECOVERY_LIMIT_S:.0f} s: {verdict(result)}")
+    result = report("kill -9 of one replica", requests, normal, fault_s, stop_s)
+    result |= recovery(requests, normal_rate, fault_s, stop_s)
     tier.start("shard-0-a")
     wait_until_used(tier)
     return result
 
 
 def paused(tier: Tier, seconds: float) -> dict[str, Any]:
-    """One replica freezes, its connections stay: the others answer after the hedge delay, then at once."""
-    normal, _ = baseline(tier, seconds)
+    """One replica freezes, its connections stay: the others answer after the hedge delay, then at once.
+
+    In a tier that is busy all the time (--rate 0) they have twice the work, and what counts is the rate they reach.
+    """
+    normal, normal_rate = baseline(tier, seconds)
     delays_s = gauge(tier, "expertd_client_hedge_delay_seconds")
     fault_s = time.time()
     tier.pause("shard-1-b")
     try:
-        time.sleep(seconds)
+        time.sleep(max(seconds, 2 * SETTLED_S))
         stop_s = time.time()
     finally:
         tier.unpause("shard-1-b")
     requests = parse(tier.trace())
     during = between(requests, fault_s, stop_s)
     limit_s = max(delays_s.values()) + 2 * percentile(normal, 0.99)
-    result = {
-        **report("freeze of one replica", requests, normal, fault_s, stop_s),
+    result = report("freeze of one replica", requests, normal, fault_s, stop_s)
+    result |= recovery(requests, normal_rate, fault_s, stop_s)
+    result |= {
         "hedge_delays_s": delays_s,
         "p99_limit_s": limit_s,
-        "is_met": percentile(during, 0.99) <= limit_s,
+        "is_p99_met": percentile(during, 0.99) <= limit_s,
     }
-    print(f"  p99 at most hedge delay + 2 x normal p99 = {limit_s * 1e3:.1f} ms: {verdict(result)}")
+    print(f"  p99 at most hedge delay + 2 x normal p99 = {limit_s * 1e3:.1f} ms: {verdict(result['is_p99_met'])}")
     wait_until_used(tier)
     return result
 
@@ -193,9 +185,27 @@ def report(name: str, requests: list[Request], normal: list[Request], fault_s: f
     return result
 
 
-def verdict(result: dict[str, Any]) -> str:
+def recovery(requests: list[Request], normal_rate: float, fault_s: float, stop_s: float) -> dict[str, Any]:
+    """How soon the servers that are left answer as many requests as they can, printed."""
+    surviving_rate = rate(requests, fault_s + SETTLED_S, stop_s)
+    back_after_s = recovery_s(requests, fault_s, stop_s, RECOVERY_SHARE * surviving_rate)
+    is_met = back_after_s is not None and back_after_s <= RECOVERY_LIMIT_S
+    back = "never" if back_after_s is None else f"{back_after_s} s"
+    print(
+        f"  answers/s: {normal_rate:.1f} before, {surviving_rate:.1f} surviving; {RECOVERY_SHARE} of that after {back}"
+    )
+    print(f"  within {RECOVERY_LIMIT_S:.0f} s: {verdict(is_met)}")
+    return {
+        "normal_per_s": normal_rate,
+        "surviving_per_s": surviving_rate,
+        "recovery_s": back_after_s,
+        "is_recovery_met": is_met,
+    }
+
+
+def verdict(is_met: bool) -> str:
     """For people."""
-    return "met" if result["is_met"] else "MISSED"
+    return "met" if is_met else "MISSED"
 
 
 FAULTS = {"kill": killed, "freeze": paused, "restart": rolled, "weights": swapped}

@@ -2,13 +2,15 @@
 # docker_engine.sh up|down|env
 #   up    make sure that a Docker engine with Compose answers and that the image python:3.11-slim is there, installing
 #         and starting what is missing (Debian or Ubuntu, as root); prints the lines to source and exits 0
-#   down  stop the daemon that `up` started and remove the network rules it made
+#   down  stop the daemon that `up` started and remove the network rules it made, unless another process that said `up`
+#         lives and has not said `down`
 #   env   print the lines to source again
 # Used by the deployment tests on machines without Docker, such as CI runners. An engine that already runs is used as
 # it is and left alone. Exit code 77: no engine can run here, the last line says why.
 set -euo pipefail
 work=${EXPERTD_DOCKER_DIR:-/tmp/expertd-docker}
 base_image=python:3.11-slim
+users=$work/users # a file for each process that said `up`, named by its id
 cannot() { echo "no Docker engine: $*"; exit 77; }
 
 engine_env() {
@@ -43,8 +45,9 @@ install_compose() {
 
 start_daemon() {
   [ -e "$work/ip_forward.before" ] || cat /proc/sys/net/ipv4/ip_forward >"$work/ip_forward.before"
+  # Without the lock (9), which it would hold for as long as it lives.
   setsid dockerd --data-root "$work/data" --exec-root "$work/exec" --pidfile "$work/docker.pid" \
-    -H "unix://$work/docker.sock" >"$work/dockerd.log" 2>&1 </dev/null &
+    -H "unix://$work/docker.sock" >"$work/dockerd.log" 2>&1 </dev/null 9>&- &
   for _ in $(seq 150); do docker info >/dev/null 2>&1 && return 0; sleep 0.2; done
   cannot "dockerd did not come up: $(tail -n 1 "$work/dockerd.log")"
 }
@@ -67,8 +70,24 @@ make_base_image() {
       --change 'CMD ["python3"]' - $base_image >/dev/null || cannot "no base image, see $work/base.log"
 }
 
+lock() {
+  mkdir -p "$users"
+  exec 9>"$work/lock"
+  flock 9
+}
+
+is_used_by_others() {
+  local user
+  for user in "$users"/*; do
+    [ -e "$user" ] || continue
+    [ -d "/proc/$(basename "$user")" ] && return 0
+    rm -f "$user"
+  done
+  return 1
+}
+
 up() {
-  mkdir -p "$work"
+  lock
   use_env
   if ! docker info >/dev/null 2>&1; then
     install_packages
@@ -76,13 +95,17 @@ up() {
     use_env
     docker info >/dev/null 2>&1 || start_daemon
   fi
+  touch "$users/$PPID"
   install_compose
   make_base_image
   engine_env
 }
 
 down() {
+  lock
+  rm -f "$users/$PPID"
   [ -e "$work/started" ] || return 0
+  if is_used_by_others; then return 0; fi
   local pid
   pid=$(cat "$work/docker.pid" 2>/dev/null || true)
   if [ -n "$pid" ] && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = dockerd ]; then
@@ -107,5 +130,5 @@ down() {
 
 case ${1:-} in
   up) up ;; down) down ;; env) engine_env ;;
-  *) sed -n '2,9p' "$0" >&2; exit 2 ;;
+  *) sed -n '2,10p' "$0" >&2; exit 2 ;;
 esac

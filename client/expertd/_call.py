@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,15 +49,14 @@ class Call:
         self._layer = layer
         self._shards = shards
         self.topk_ids, self.topk_weights = _routing(request, layer)
-        ids, weights = to_wire("topk_ids", self.topk_ids)[0], to_wire("topk_weights", self.topk_weights)[0]
-        routed = dataclasses.replace(request, routing_logits=None, topk_ids=ids, topk_weights=weights)
+        max_rows = {limit: request.max_rows(layer, *limit, is_routed_here=True) for limit in set(limits)}
         self._owners = owners(self.topk_ids, layer.num_experts, shards)
         self.parts: list[Part] = split(
             request.hidden_states,
             self.topk_ids,
             self.topk_weights,
             self._owners,
-            [routed.max_rows(layer, *limit) for limit in limits],
+            [max_rows[limit] for limit in limits],
             broadcast=broadcast,
         )
         wants_bfloat16 = request.output_dtype in (pb.DATA_TYPE_UNSPECIFIED, pb.DATA_TYPE_BFLOAT16)

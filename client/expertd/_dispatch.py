@@ -144,7 +144,7 @@ class Dispatch:
                 attempt = self._next_attempt(job, now)
                 if attempt is not None:
                     attempts.append(attempt)
-            if self.is_done:
+            if self.failure is not None:
                 break
         if self.is_done:
             self.abandon()

@@ -57,11 +57,19 @@ class PreparedRequest:
                 f"float8_e4m3fn first",
             )
 
-    def max_rows(self, layer: LayerInfo, max_batch_tokens: int, max_message_bytes: int) -> int:
-        """Most tokens of this request in one part, so that neither the batch nor a message grows too large."""
+    def max_rows(
+        self, layer: LayerInfo, max_batch_tokens: int, max_message_bytes: int, *, is_routed_here: bool = False
+    ) -> int:
+        """Most tokens of this request in one part, so that neither the batch nor a message grows too large.
+
+        is_routed_here: what is sent are ids in int32 and weights in bfloat16, whatever the caller gave.
+        """
         top_k = layer.top_k if self.topk_ids is None else self.topk_ids.shape[1]
-        inputs = (self.hidden_states, self.routing_logits, self.topk_ids, self.topk_weights)
-        row_in = sum(tensor.row_nbytes for tensor in inputs if tensor is not None)
+        if is_routed_here:
+            row_in = self.hidden_states.row_nbytes + 6 * top_k
+        else:
+            inputs = (self.hidden_states, self.routing_logits, self.topk_ids, self.topk_weights)
+            row_in = sum(tensor.row_nbytes for tensor in inputs if tensor is not None)
         # Routing as float weights, ids and the permutation: 16 bytes a slot is more than all of them.
         row_out = layer.hidden_size * (4 if self.do_finalize else 2 * top_k) + 16 * top_k
         by_bytes = (max_message_bytes - _MESSAGE_OVERHEAD_BYTES) // max(row_in, row_out)

@@ -7,6 +7,7 @@ protobuf itself would write; a property test holds the two together.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ Chunk = bytes | memoryview
 
 _VARINT, _LENGTH = 0, 2  # wire types
 _FLOAT32 = 1  # DATA_TYPE_FLOAT32
+_CACHED = 4096  # results kept of each function below: some hundred kilobytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +56,22 @@ def encode_forward_request(
     weights_version: int = 0,
 ) -> Encoded:
     """A ForwardRequest. Defaults are left out, as protobuf does: do_finalize is written only when it is False."""
-    head = _delimited(1, layer.encode()) if layer else b""
+    head = _layer(layer)
     fields = ((2, hidden_states), (3, routing_logits), (4, topk_ids), (5, topk_weights))
-    tensors = tuple((number, tensor) for number, tensor in fields if tensor is not None)
-    options = _uint(1, output_dtype) + (b"" if do_finalize else b"\x10\x00") + _uint(3, return_routing)
-    tail = (_delimited(6, options) if options else b"") + _uint(7, weights_version)
+    tensors = tuple([(number, tensor) for number, tensor in fields if tensor is not None])
+    tail = _options(output_dtype, do_finalize, return_routing, weights_version)
     chunks: list[Chunk] = [head]
+    nbytes = len(head) + len(tail)
     for number, tensor in tensors:
-        chunks += _tensor(number, tensor)
+        tensor_nbytes = tensor.nbytes
+        tensor_head = _tensor_head(number, tensor.dtype, tensor.shape, tensor_nbytes)
+        chunks.append(tensor_head)
+        chunks += tensor.pieces
+        nbytes += len(tensor_head) + tensor_nbytes
     chunks.append(tail)
     itemsize = 4 if output_dtype == _FLOAT32 else 2
     answer_nbytes = math.prod(hidden_states.shape) * itemsize if do_finalize else 0
-    return Encoded(tuple(chunks), _nbytes(chunks), head, tensors, tail, answer_nbytes)
+    return Encoded(tuple(chunks), nbytes, head, tensors, tail, answer_nbytes)
 
 
 def encode_stream_request(request_id: int, request: Encoded, timeout_ms: int) -> bytes:
@@ -94,14 +100,28 @@ def _slice(where: tuple[int, int, int]) -> bytes:
     return b"".join(_uint(number, value) for number, value in enumerate(where, start=1))
 
 
-def _tensor(number: int, tensor: WireTensor | WireRows) -> list[Chunk]:
-    shape = b"".join(_varint(extent) for extent in tensor.shape)
-    head = _uint(1, tensor.dtype) + (_delimited(2, shape) if shape else b"")
-    pieces = tensor.pieces
-    nbytes = sum(piece.nbytes for piece in pieces)
+# What lies between the tensors is the same for many requests.
+
+
+@functools.lru_cache(_CACHED)
+def _layer(layer: str) -> bytes:
+    return _delimited(1, layer.encode()) if layer else b""
+
+
+@functools.lru_cache(_CACHED)
+def _options(output_dtype: int, do_finalize: bool, return_routing: bool, weights_version: int) -> bytes:
+    options = _uint(1, output_dtype) + (b"" if do_finalize else b"\x10\x00") + _uint(3, return_routing)
+    return (_delimited(6, options) if options else b"") + _uint(7, weights_version)
+
+
+@functools.lru_cache(_CACHED)
+def _tensor_head(number: int, dtype: int, shape: tuple[int, ...], nbytes: int) -> bytes:
+    """Everything of a tensor but its bytes."""
+    extents = b"".join(map(_varint, shape))
+    head = _uint(1, dtype) + (_delimited(2, extents) if extents else b"")
     if nbytes:
         head += _key(3, _LENGTH) + _varint(nbytes)
-    return [_key(number, _LENGTH) + _varint(len(head) + nbytes) + head, *pieces]
+    return _key(number, _LENGTH) + _varint(len(head) + nbytes) + head
 
 
 def _delimited(number: int, payload: bytes) -> bytes:
@@ -126,7 +146,3 @@ def _varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
-
-
-def _nbytes(chunks: Sequence[Chunk]) -> int:
-    return sum(len(chunk) if isinstance(chunk, bytes) else chunk.nbytes for chunk in chunks)

@@ -59,6 +59,11 @@ class WireTensor:
         return math.prod(self.shape[1:]) * _NUMPY_DTYPES[self.dtype].itemsize
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return self.data.nbytes
+
+    @property
     def pieces(self) -> tuple[memoryview, ...]:
         """The bytes, as WireRows has them."""
         return (self.data.data,)
@@ -82,6 +87,11 @@ class WireRows:
     shape: tuple[int, ...]
     pieces: tuple[memoryview, ...]
     """The bytes, one piece after the other."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * _NUMPY_DTYPES[self.dtype].itemsize
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """As an array of its dtype and shape: a copy."""
