@@ -34,7 +34,6 @@ from expertd_server.layout import (
     BatchKind,
     InputLayout,
     OutputLayout,
-    Part,
     input_layout,
     output_layout,
     slot_bytes,
@@ -365,53 +364,45 @@ class _Running:
         num_requests, num_tokens = len(entries), batch.num_tokens
         self.report = BatchReport(layer, num_requests, num_tokens, self.graph_rows, times.compute_s, answer.topk_ids)
         copy_in_us, compute_us = _us(self.gather_s + times.copy_in_s), _us(times.compute_s)
-        outputs = self._outputs(answer)
+        calls = [entry.payload for entry in entries]
+        outputs = self._outputs(answer, calls)
         parts: list[Any] = []
         first = 0
-        for number, entry in enumerate(entries):
-            call = entry.payload
-            part = ForwardResult(
-                layer.weights_version,
-                ForwardTiming(
-                    queue_us=_us(entry.queued_s + times.wait_s),
-                    copy_in_us=copy_in_us,
-                    compute_us=compute_us,
-                    copy_out_us=0,
-                    batch_tokens=num_tokens,
-                    batch_requests=num_requests,
-                ),
-            )
+        for number, (entry, call) in enumerate(zip(entries, calls, strict=True)):
+            queue_us = _us(entry.queued_s + times.wait_s)
+            timing = ForwardTiming(queue_us, copy_in_us, compute_us, 0, num_tokens, num_requests)
+            part = ForwardResult(layer.weights_version, timing)
             if outputs is not None:
                 part.output = outputs[number]
-            self._fill(part, call, answer, first)
-            first += call.num_tokens
+            if call.return_routing or not call.do_finalize:
+                self._fill(part, call, answer, first)
+            first += entry.num_tokens
             parts.append(part)
         # Last, and then nothing may go wrong any more: see _encoded.
-        for number, entry in enumerate(entries):
+        for number, call in enumerate(calls):
             parts[number].timing.copy_out_us = _us(times.copy_out_s + clock() - start_s)
-            if entry.payload.encode is not None:
-                parts[number] = _encoded(entry.payload.encode, parts[number])
+            if call.encode is not None:
+                parts[number] = _encoded(call.encode, parts[number])
         return parts
 
-    def _outputs(self, answer: MoEOutput) -> Sequence[torch.Tensor] | None:
+    def _outputs(self, answer: MoEOutput, calls: Sequence[ForwardCall]) -> Sequence[torch.Tensor] | None:
         """Each call's rows of the output, in its own type; None where the output is not summed."""
         output, entries = answer.output, self.batch.entries
         if output is None:
             return None
         is_owned = len(entries) == 1 and self.answer is not None
         rows = [output] if len(entries) == 1 else output.split_with_sizes([entry.num_tokens for entry in entries])
+        dtype = output.dtype
         return [
             one
-            if one.dtype == entry.payload.output_dtype and entry.payload.encode is not None
+            if dtype == call.output_dtype and call.encode is not None
             # In memory of its own: a slow reader must not hold the whole batch's output.
-            else _own(one, entry.payload.output_dtype, is_owned=is_owned)
-            for one, entry in zip(rows, entries, strict=True)
+            else _own(one, call.output_dtype, is_owned=is_owned)
+            for one, call in zip(rows, calls, strict=True)
         ]
 
     def _fill(self, part: ForwardResult, call: ForwardCall, answer: MoEOutput, first: int) -> None:
         """Set the tensors of one call's answer but its output. first: where the call's rows begin."""
-        if call.do_finalize and not call.return_routing:
-            return
         mine = slice(first, first + call.num_tokens)
         if answer.expanded_idx_to_permuted_idx is not None:
             assert answer.gemm2_output is not None
@@ -475,19 +466,17 @@ def _encoded(encode: Callable[[ForwardResult], Any], result: ForwardResult) -> A
 
 def _kind_of(calls: Sequence[ForwardCall]) -> BatchKind:
     """What a batch of these calls computes with: the callers' types where they agree, else those that lead to all."""
-    if len(calls) == 1:
-        call = calls[0]
-        return BatchKind(call.hidden_states.dtype, call.topk_ids is not None, call.output_dtype)
-    return BatchKind(
-        hidden_dtype=_common({call.hidden_states.dtype for call in calls}, torch.float8_e4m3fn),
-        is_routed=any(call.topk_ids is not None for call in calls),
-        # A mixed batch is rounded call by call from float32; that gives the bits of a batch of one dtype.
-        output_dtype=_common({call.output_dtype for call in calls}, torch.float32),
-    )
-
-
-def _common(dtypes: set[torch.dtype], otherwise: torch.dtype) -> torch.dtype:
-    return dtypes.pop() if len(dtypes) == 1 else otherwise
+    first = calls[0]
+    hidden_dtype, is_routed, output_dtype = first.hidden_states.dtype, first.topk_ids is not None, first.output_dtype
+    for call in calls:
+        if call.hidden_states.dtype != hidden_dtype:
+            hidden_dtype = torch.float8_e4m3fn
+        if call.topk_ids is not None:
+            is_routed = True
+        if call.output_dtype != output_dtype:
+            # A mixed batch is rounded call by call from float32; that gives the bits of a batch of one dtype.
+            output_dtype = torch.float32
+    return BatchKind(hidden_dtype, is_routed, output_dtype)
 
 
 def _gather(
@@ -496,17 +485,17 @@ def _gather(
     """Write a batch into a slot's host memory."""
     copy_bytes(flat, 0, num_tokens.to_bytes(NUM_VALID_BYTES, "little"))
     first = 0
+    hidden, routing, is_routed = layout.hidden_states, layout.routing, len(layout.routing) > 1
     for call in calls:
         hidden_states = call.hidden_states
-        if hidden_states.dtype != layout.hidden_states.dtype:
+        if hidden_states.dtype != hidden.dtype:
             assert layer.hidden_states_scale is not None, "the service refuses such a call"
             hidden_states = _host_tensor(quantize_fp8(hidden_states.to_tensor(), layer.hidden_states_scale))
-        _put(flat, layout.hidden_states, first, hidden_states)
-        given = _routing_of(call, layer, is_routed=len(layout.routing) > 1)
-        for (_, part), tensor in zip(layout.routing, given, strict=True):
+        copy_bytes(flat, hidden.end(first), hidden_states.data)
+        for (_, part), tensor in zip(routing, _routing_of(call, layer, is_routed=is_routed), strict=True):
             # float32 holds every bfloat16 logit exactly; weights are rounded to bfloat16 on entry anyway.
             same = tensor if tensor.dtype == part.dtype else _host_tensor(tensor.to_tensor().to(part.dtype))
-            _put(flat, part, first, same)
+            copy_bytes(flat, part.end(first), same.data)
         first += call.num_tokens
 
 
@@ -524,11 +513,6 @@ def _routing_of(call: ForwardCall, layer: MoELayer, *, is_routed: bool) -> tuple
 
 def _host_tensor(tensor: torch.Tensor) -> HostTensor:
     return HostTensor(tensor.dtype, tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _put(memory: npt.NDArray[np.uint8], part: Part, first_row: int, tensor: HostTensor) -> None:
-    """Copy a tensor's bytes to its rows of a part."""
-    copy_bytes(memory, part.end(first_row), tensor.data)
 
 
 def _own(rows: torch.Tensor, dtype: torch.dtype, *, is_owned: bool) -> torch.Tensor:

@@ -217,10 +217,12 @@ class _Asked(Promise[Any]):
         self.is_taken_back = False
         """Whether the engine was told that nobody waits any more."""
 
-    def _tell(self) -> None:
-        if self.cancelled():
+    def cancel(self) -> bool:
+        """See `Promise.cancel`."""
+        is_cancelled = super().cancel()
+        if is_cancelled:
             self.link.take_back(self)
-        super()._tell()
+        return is_cancelled
 
 
 class _Link:
@@ -271,8 +273,6 @@ class _Link:
             asked.number = number = next(self._numbers)
             self._waiting[number] = asked
             self._to_engine.publish(SUBMIT, number, block.offset, block.nbytes)
-        if asked.cancelled():  # perhaps before it had a number
-            self.take_back(asked)
 
     def _place(self) -> None:
         """Send what waits for room, as far as there is some, and refuse what has waited too long."""
@@ -292,6 +292,8 @@ class _Link:
                         self._send(one, block)
                     except ExpertdServerError as error:
                         _fail(one, error)
+                    if one.cancelled():  # perhaps before it had a number
+                        self.take_back(one)
                 elif is_late:
                     _fail(one, RequestTimeoutError("the deadline passed before there was room for the request"))
                 else:
