@@ -137,7 +137,10 @@ class RemoteEngine:
         return link.submit(call, deadline_s)
 
     def hurry(self) -> None:
-        """Nothing: another process runs what waits."""
+        """Wake the engine now; else it is woken when the event loop has read what else has come."""
+        link = self._link
+        if link is not None:
+            link.wake()
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for those in flight; False when some are left after timeout_s."""
@@ -241,6 +244,7 @@ class _Link:
         self._roomless: deque[_Asked] = deque()  # with _waiting no more than max_requests
         self._placing = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._is_wake_due = False
         self._is_completing = False
         self._is_over = False
         self._sequence = 0
@@ -272,7 +276,17 @@ class _Link:
             asked.block = block
             asked.number = number = next(self._numbers)
             self._waiting[number] = asked
-            self._to_engine.publish(SUBMIT, number, block.offset, block.nbytes)
+            self._to_engine.put(SUBMIT, number, block.offset, block.nbytes)
+        if self._loop is None or not self._loop.is_here:
+            self._to_engine.wake()
+        elif not self._is_wake_due:  # one wake-up for all that come in one turn of the loop
+            self._is_wake_due = True
+            self._loop.soon(self.wake)
+
+    def wake(self) -> None:
+        """Have the engine take what was sent. In the loop, if there is one."""
+        self._is_wake_due = False
+        self._to_engine.wake()
 
     def _place(self) -> None:
         """Send what waits for room, as far as there is some, and refuse what has waited too long."""
