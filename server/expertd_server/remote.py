@@ -50,6 +50,8 @@ _ROOM_TIMEOUT_S: Final = 1.0
 _ROOM_RETRY_DELAY_S: Final = 0.1
 # While calls wait for room, it is looked for at least this often.
 _ROOM_LOOK_UP_S: Final = 0.005
+# Requests that are sent before the engine is woken for them.
+_MOST_UNTOLD: Final = 4
 # What callers are told while there is no engine.
 _ENGINE_RETRY_DELAY_S: Final = 1.0
 
@@ -244,7 +246,7 @@ class _Link:
         self._roomless: deque[_Asked] = deque()  # with _waiting no more than max_requests
         self._placing = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._is_wake_due = False
+        self._num_untold = 0
         self._is_completing = False
         self._is_over = False
         self._sequence = 0
@@ -277,15 +279,16 @@ class _Link:
             asked.number = number = next(self._numbers)
             self._waiting[number] = asked
             self._to_engine.put(SUBMIT, number, block.offset, block.nbytes)
-        if self._loop is None or not self._loop.is_here:
-            self._to_engine.wake()
-        elif not self._is_wake_due:  # one wake-up for all that come in one turn of the loop
-            self._is_wake_due = True
+        # One wake-up for what comes in one turn of the loop, but the engine shall not idle while much is being packed.
+        self._num_untold += 1
+        if self._loop is None or not self._loop.is_here or self._num_untold >= _MOST_UNTOLD:
+            self.wake()
+        elif self._num_untold == 1:
             self._loop.soon(self.wake)
 
     def wake(self) -> None:
-        """Have the engine take what was sent. In the loop, if there is one."""
-        self._is_wake_due = False
+        """Have the engine take what was sent."""
+        self._num_untold = 0
         self._to_engine.wake()
 
     def _place(self) -> None:
