@@ -9,7 +9,7 @@
 The compiled codec is used where it lies beside the server's modules. Without an installation:
 
     cmake -G Ninja -S csrc -B build/codec -DEXPERTD_CUDA=off && ninja -C build/codec
-    cp build/codec/_codec*.so server/expertd_server/ && export PYTHONPATH=server:client
+    cp build/codec/_*.so server/expertd_server/ && export PYTHONPATH=server:client
 
 Server: `expertd-server serve` as users start it, with the no-op backend unless --device says otherwise, so that what is
 measured is the service. Echo: `_echo.py`, a Python gRPC server that answers with a constant of the answer's size, in as

@@ -24,9 +24,9 @@ struct Descriptor {
 
 // What both processes see, at the start of a ring's memory, all zero at first.
 struct RingHead {
-  alignas(kCacheLine) std::atomic<uint64_t> num_published;
-  // Whether the reader will come by itself: its eventfd was written since it took descriptors last. So of many that are
-  // published in a row one alone costs a system call, at most.
+  alignas(kCacheLine) std::atomic<uint64_t> num_put;
+  // Whether the reader will come by itself: its eventfd was written since it took descriptors last. So a reader that is
+  // busy costs its writer no system calls.
   alignas(kCacheLine) std::atomic<uint64_t> is_woken;
 };
 static_assert(sizeof(RingHead) == 2 * kCacheLine && std::atomic<uint64_t>::is_always_lock_free);
@@ -37,7 +37,8 @@ struct Ring {
   RingHead* head;  // nullptr: the ring was never made
   Descriptor* slots;
   uint64_t num_slots;
-  uint64_t next;  // how many this end has published or taken
+  uint64_t next;       // how many this end has put or taken
+  uint64_t num_woken;  // for how many of them the writer has woken the reader
   int eventfd;
   bool is_closed;
 };
@@ -73,27 +74,43 @@ void ring_dealloc(PyObject* self) {
   Py_TYPE(self)->tp_free(self);
 }
 
-PyDoc_STRVAR(publish_doc, "publish(kind, request_id, offset=0, nbytes=0)\n\nSee ring.py.");
-
-PyObject* ring_publish(PyObject* self, PyObject* const* arguments, Py_ssize_t given) {
-  Ring* ring = ring_of(self);
+// False, with an exception set, where the arguments are wrong.
+bool put(Ring* ring, PyObject* const* arguments, Py_ssize_t given) {
   uint64_t numbers[4] = {0, 0, 0, 0};
   if (given < 2 || given > 4 || ring->head == nullptr) {
     PyErr_Format(PyExc_TypeError, "%zd arguments are given, expected 2 to 4", given);
-    return nullptr;
+    return false;
   }
   for (Py_ssize_t n = 0; n < given; ++n) numbers[n] = PyLong_AsUnsignedLongLong(arguments[n]);
-  if (PyErr_Occurred()) return nullptr;
-  if (ring->is_closed) Py_RETURN_NONE;  // NOTE: the number of the eventfd may be another file's by now
-  ring->slots[ring->next % ring->num_slots] = {numbers[0], numbers[1], numbers[2], numbers[3]};
-  ring->head->num_published.store(++ring->next, std::memory_order_release);
-  // The exchange here and that of the reader are in one order. If this comes first, the reader sees the descriptor when
-  // it comes to take; else it has said that it wants to be woken.
+  if (PyErr_Occurred()) return false;
+  if (!ring->is_closed) {
+    ring->slots[ring->next % ring->num_slots] = {numbers[0], numbers[1], numbers[2], numbers[3]};
+    ring->head->num_put.store(++ring->next, std::memory_order_release);
+  }
+  return true;
+}
+
+PyObject* ring_put(PyObject* self, PyObject* const* arguments, Py_ssize_t given) {
+  if (!put(ring_of(self), arguments, given)) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* ring_wake(PyObject* self, PyObject*) {
+  Ring* ring = ring_of(self);
+  // NOTE: the number of a closed ring's eventfd may be another file's by now.
+  if (ring->head == nullptr || ring->is_closed || ring->num_woken == ring->next) Py_RETURN_NONE;
+  ring->num_woken = ring->next;
+  // The exchange here and that of the reader are in one order. If this comes first, the reader sees the descriptors
+  // when it comes to take; else it has said that it wants to be woken.
   if (ring->head->is_woken.exchange(1, std::memory_order_seq_cst) == 0) {
     const uint64_t one = 1;
     if (write(ring->eventfd, &one, sizeof(one)) < 0 && errno != EAGAIN) return PyErr_SetFromErrno(PyExc_OSError);
   }
   Py_RETURN_NONE;
+}
+
+PyObject* ring_publish(PyObject* self, PyObject* const* arguments, Py_ssize_t given) {
+  return put(ring_of(self), arguments, given) ? ring_wake(self, nullptr) : nullptr;
 }
 
 PyObject* ring_take(PyObject* self, PyObject*) {
@@ -106,7 +123,7 @@ PyObject* ring_take(PyObject* self, PyObject*) {
     return PyErr_SetFromErrno(PyExc_OSError);
   }
   ring->head->is_woken.exchange(0, std::memory_order_seq_cst);
-  const uint64_t end = ring->head->num_published.load(std::memory_order_acquire);
+  const uint64_t end = ring->head->num_put.load(std::memory_order_acquire);
   for (; ring->next != end; ++ring->next) {
     const Descriptor& one = ring->slots[ring->next % ring->num_slots];
     PyObject* item = Py_BuildValue(
@@ -138,7 +155,9 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 }
 
 PyMethodDef ring_methods[] = {
-    {"publish", fast(ring_publish), METH_FASTCALL, publish_doc},
+    {"put", fast(ring_put), METH_FASTCALL, "put(kind, request_id, offset=0, nbytes=0)\n\nSee ring.py."},
+    {"wake", ring_wake, METH_NOARGS, "See ring.py."},
+    {"publish", fast(ring_publish), METH_FASTCALL, "publish(kind, request_id, offset=0, nbytes=0)\n\nSee ring.py."},
     {"take", ring_take, METH_NOARGS, "See ring.py."},
     {"close", ring_close, METH_NOARGS, "See ring.py."},
     {nullptr, nullptr, 0, nullptr},

@@ -23,8 +23,10 @@ def typed_call(
     message: Message, store: LayerStore[MoELayer], *, max_batch_tokens: int, max_message_bytes: int
 ) -> ForwardCall:
     """Check everything about a request, and type it; see `check_message`."""
-    limits = {"max_batch_tokens": max_batch_tokens, "max_message_bytes": max_message_bytes}
-    return call_of(*check_message(message, store, **limits))
+    layer, request = check_message(
+        message, store, max_batch_tokens=max_batch_tokens, max_message_bytes=max_message_bytes
+    )
+    return call_of(layer, request)
 
 
 def write_answer(result: ForwardResult, queue_depth_tokens: int) -> bytes:

@@ -25,19 +25,17 @@ __all__ = ["gather", "kind_of"]
 
 def kind_of(calls: Sequence[ForwardCall]) -> BatchKind:
     """What a batch of these calls computes with: the callers' types where they agree, else those that lead to all."""
-    if len(calls) == 1:
-        call = calls[0]
-        return BatchKind(call.hidden_states.dtype, call.topk_ids is not None, call.output_dtype)
-    return BatchKind(
-        hidden_dtype=_common({call.hidden_states.dtype for call in calls}, torch.float8_e4m3fn),
-        is_routed=any(call.topk_ids is not None for call in calls),
-        # A mixed batch is rounded call by call from float32; that gives the bits of a batch of one dtype.
-        output_dtype=_common({call.output_dtype for call in calls}, torch.float32),
-    )
-
-
-def _common(dtypes: set[torch.dtype], otherwise: torch.dtype) -> torch.dtype:
-    return dtypes.pop() if len(dtypes) == 1 else otherwise
+    first = calls[0]
+    hidden_dtype, is_routed, output_dtype = first.hidden_states.dtype, first.topk_ids is not None, first.output_dtype
+    for call in calls:
+        if call.hidden_states.dtype != hidden_dtype:
+            hidden_dtype = torch.float8_e4m3fn
+        if call.topk_ids is not None:
+            is_routed = True
+        if call.output_dtype != output_dtype:
+            # A mixed batch is rounded call by call from float32; that gives the bits of a batch of one dtype.
+            output_dtype = torch.float32
+    return BatchKind(hidden_dtype, is_routed, output_dtype)
 
 
 def gather(

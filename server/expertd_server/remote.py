@@ -50,6 +50,8 @@ _ROOM_TIMEOUT_S: Final = 1.0
 _ROOM_RETRY_DELAY_S: Final = 0.1
 # While calls wait for room, it is looked for at least this often.
 _ROOM_LOOK_UP_S: Final = 0.005
+# Requests that are sent before the engine is woken for them.
+_MOST_UNTOLD: Final = 4
 # What callers are told while there is no engine.
 _ENGINE_RETRY_DELAY_S: Final = 1.0
 
@@ -137,7 +139,10 @@ class RemoteEngine:
         return link.submit(call, deadline_s)
 
     def hurry(self) -> None:
-        """Nothing: another process runs what waits."""
+        """Wake the engine now; else it is woken when the event loop has read what else has come."""
+        link = self._link
+        if link is not None:
+            link.wake()
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for those in flight; False when some are left after timeout_s."""
@@ -217,10 +222,12 @@ class _Asked(Promise[Any]):
         self.is_taken_back = False
         """Whether the engine was told that nobody waits any more."""
 
-    def _tell(self) -> None:
-        if self.cancelled():
+    def cancel(self) -> bool:
+        """See `Promise.cancel`."""
+        is_cancelled = super().cancel()
+        if is_cancelled:
             self.link.take_back(self)
-        super()._tell()
+        return is_cancelled
 
 
 class _Link:
@@ -239,6 +246,7 @@ class _Link:
         self._roomless: deque[_Asked] = deque()  # with _waiting no more than max_requests
         self._placing = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._num_untold = 0
         self._is_completing = False
         self._is_over = False
         self._sequence = 0
@@ -270,9 +278,18 @@ class _Link:
             asked.block = block
             asked.number = number = next(self._numbers)
             self._waiting[number] = asked
-            self._to_engine.publish(SUBMIT, number, block.offset, block.nbytes)
-        if asked.cancelled():  # perhaps before it had a number
-            self.take_back(asked)
+            self._to_engine.put(SUBMIT, number, block.offset, block.nbytes)
+        # One wake-up for what comes in one turn of the loop, but the engine shall not idle while much is being packed.
+        self._num_untold += 1
+        if self._loop is None or not self._loop.is_here or self._num_untold >= _MOST_UNTOLD:
+            self.wake()
+        elif self._num_untold == 1:
+            self._loop.soon(self.wake)
+
+    def wake(self) -> None:
+        """Have the engine take what was sent."""
+        self._num_untold = 0
+        self._to_engine.wake()
 
     def _place(self) -> None:
         """Send what waits for room, as far as there is some, and refuse what has waited too long."""
@@ -292,6 +309,8 @@ class _Link:
                         self._send(one, block)
                     except ExpertdServerError as error:
                         _fail(one, error)
+                    if one.cancelled():  # perhaps before it had a number
+                        self.take_back(one)
                 elif is_late:
                     _fail(one, RequestTimeoutError("the deadline passed before there was room for the request"))
                 else:

@@ -43,8 +43,10 @@ def typed_call(
     message: Message, store: LayerStore[RemoteLayer], *, max_batch_tokens: int, max_message_bytes: int
 ) -> RemoteCall:
     """Check everything about a request; see `check_message`."""
-    limits = {"max_batch_tokens": max_batch_tokens, "max_message_bytes": max_message_bytes}
-    return RemoteCall(*check_message(message, store, **limits))
+    layer, request = check_message(
+        message, store, max_batch_tokens=max_batch_tokens, max_message_bytes=max_message_bytes
+    )
+    return RemoteCall(layer, request)
 
 
 def write_answer(answer: RemoteAnswer, queue_depth_tokens: int) -> bytes:

@@ -46,8 +46,8 @@ Descriptor: TypeAlias = tuple[int, int, int, int]
 class PythonRing:
     """Descriptors from one process to another, and an eventfd that counts them.
 
-    The eventfd is all that both sides share besides the descriptors: each publication adds one to it after its
-    descriptor was written, and the reader takes as many descriptors as it counted. Both are system calls on one kernel
+    The eventfd is all that both sides share besides the descriptors: their number is added to it after they were
+    written, and the reader takes as many as it counted. Both are system calls on one kernel
     lock, which orders the accesses to the memory on every architecture. One thread reads; threads of one process write.
     memory: of `ring_bytes` for as many descriptors as are ever published and not taken; all zero. The eventfd becomes
     the ring's.
@@ -58,17 +58,31 @@ class PythonRing:
         self._memory = memory[_RING_HEAD_BYTES:]
         self._num_slots = len(self._memory) // _DESCRIPTOR.size
         self._next = 0
+        self._num_put = 0
+        """Of how many the reader was not told yet."""
         self._lock = threading.Lock()
         self._is_closed = False
 
-    def publish(self, kind: int, request_id: int, offset: int = 0, nbytes: int = 0) -> None:
-        """Hand over a descriptor and wake the reader; never waits for it. Without effect on a closed ring."""
+    def put(self, kind: int, request_id: int, offset: int = 0, nbytes: int = 0) -> None:
+        """Add a descriptor, which the reader sees when it is woken next. Without effect on a closed ring."""
         with self._lock:
-            if self._is_closed:  # NOTE: the number of the eventfd may be another file's by now
+            if self._is_closed:
                 return
             _DESCRIPTOR.pack_into(self._memory, self._next * _DESCRIPTOR.size, kind, request_id, offset, nbytes)
             self._next = (self._next + 1) % self._num_slots
-            os.eventfd_write(self.eventfd, 1)
+            self._num_put += 1
+
+    def wake(self) -> None:
+        """Wake the reader, if there is something that it was not woken for; never waits for it."""
+        with self._lock:
+            if self._num_put and not self._is_closed:  # NOTE: the number of the eventfd may be another file's by now
+                os.eventfd_write(self.eventfd, self._num_put)
+                self._num_put = 0
+
+    def publish(self, kind: int, request_id: int, offset: int = 0, nbytes: int = 0) -> None:
+        """Put a descriptor and wake the reader."""
+        self.put(kind, request_id, offset, nbytes)
+        self.wake()
 
     def take(self) -> list[Descriptor]:
         """Every descriptor that was published since, oldest first; does not wait."""

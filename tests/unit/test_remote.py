@@ -20,6 +20,7 @@ import torch
 from google.rpc import code_pb2, error_details_pb2
 
 from expertd.v1 import expertd_pb2 as pb
+from expertd_server import blocks, gate, remote, result_blocks, ring
 from expertd_server.backend import PreparedLayer
 from expertd_server.backend_noop import NoopBackend
 from expertd_server.blocks import (
@@ -312,6 +313,34 @@ class TestCalls:
         rig.engine.wait(1).set_result(result_of(1))
         future.result(PATIENCE_S)
         assert rig.engine.calls[0][0].layer is held
+
+
+def test_where_nothing_was_compiled_python_does_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring, "Ring", ring.PythonRing)
+    monkeypatch.setattr(remote, "Arena", ring.PythonArena)
+    monkeypatch.setattr(remote, "block_bytes", blocks._block_bytes)
+    monkeypatch.setattr(remote, "write_call", blocks._write_call)
+    monkeypatch.setattr(gate, "read_call", blocks._read_call)
+    monkeypatch.setattr(result_blocks, "BLOCKS", None)
+    with a_rig() as rig:
+        side = rig.side()
+        asked = [side.call(number + 1) for number in range(4)]
+        futures = [side.remote.submit(call) for call in asked]
+        rig.engine.wait(4)
+        assert futures[3].cancel()
+        wait_for(rig.engine.futures[3].cancelled)
+        rig.engine.futures[2].set_exception(RequestTimeoutError("too late"))
+        for number in (1, 0):
+            call = rig.engine.calls[number][0]
+            assert call.hidden_states == engine_call_of(call.layer, asked[number].request).hidden_states
+            rig.engine.futures[number].set_result(result_of(number + 1, number))
+        for number in (0, 1):
+            assert is_same(futures[number].result(PATIENCE_S).output, result_of(number + 1, number).output)
+        with pytest.raises(RelayedError):
+            futures[2].result(PATIENCE_S)
+        rig.engine.calls.clear()
+        del call, futures
+        side.wait_arena_free()
 
 
 class TestErrors:

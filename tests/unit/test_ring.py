@@ -118,6 +118,24 @@ class TestRing:
         ring.close()
         reader.close()
 
+    def test_the_reader_is_woken_once_for_all_that_was_put(self, kind: Any) -> None:
+        writer, reader = both_ends(kind, 5)
+
+        def is_woken() -> bool:
+            return bool(select.select([reader.eventfd], [], [], 0)[0])
+
+        for _ in range(3):
+            for number in range(4):
+                writer.put(1, number)
+            assert not is_woken()
+            writer.wake()
+            assert is_woken()
+            assert [number for _, number, _, _ in reader.take()] == [0, 1, 2, 3]
+            writer.wake()
+            assert not is_woken(), "for nothing"
+        writer.close()
+        reader.close()
+
     def test_many_threads_publish_and_none_is_overslept(self, kind: Any) -> None:
         writer, reader = both_ends(kind, 4000)
 
