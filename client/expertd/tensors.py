@@ -36,6 +36,8 @@ _NUMPY_DTYPES: dict[int, np.dtype[Any]] = {
 }
 _NAMES: dict[int, str] = {code: dtype.name for code, dtype in _NUMPY_DTYPES.items()}
 _CODES: dict[str, int] = {name: code for code, name in _NAMES.items()}
+# Of arrays as they nearly always are: numpy makes a dtype's name anew each time that it is asked.
+_CODES_BY_DTYPE: dict[np.dtype[Any], int] = {dtype: code for code, dtype in _NUMPY_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,9 @@ def to_wire(field: str, array: Any) -> tuple[WireTensor, ArrayKind]:
         data = host.reshape(-1).view(torch.uint8).numpy()
         return WireTensor(code, tuple(host.shape), data), ArrayKind(device)
     if isinstance(array, np.ndarray):
+        code = _CODES_BY_DTYPE.get(array.dtype, 0)
+        if code and type(array) is np.ndarray and array.flags.c_contiguous:
+            return WireTensor(code, array.shape, array.reshape(-1).view(np.uint8)), ArrayKind()
         code = _known_dtype(field, array.dtype.name, f"{field}.astype({{!r}})")
         host = np.ascontiguousarray(array, dtype=_NUMPY_DTYPES[code]).reshape(array.shape)
         return WireTensor(code, host.shape, host.reshape(-1).view(np.uint8)), ArrayKind()
