@@ -27,6 +27,7 @@ from test_processes import START_S, Processes, wait_for
 from expertd.v1 import expertd_pb2 as pb
 from expertd.v1 import expertd_pb2_grpc
 
+pytestmark = pytest.mark.timeout(300)  # two engines start, one after the other, on as few as two cores
 SEED = 20261126
 HANG_TIMEOUT_S = 1.0
 REAL_HANG_TIMEOUT_S = 5.0
