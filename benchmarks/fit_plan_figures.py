@@ -123,15 +123,15 @@ def newest(pattern: str) -> Path | None:
 def fit_client(path: Path) -> dict[str, Any]:
     """Microseconds of routing, splitting and summing on the client: fixed, and for each returned value.
 
-    Of processor time, which the machine's other work changes less, and of the compiled kernels.
+    Of the least times, to which the machine's other work adds nothing, and of the compiled kernels.
     """
     rows = [row for row in json.loads(path.read_text())["rows"] if row["arithmetic"] == "compiled"]
     values = [row["tokens"] * row["shards_per_token"] * PRESETS[row["layer"]].hidden_size for row in rows]
-    measured = [row["all"]["cpu_us"] for row in rows]
+    measured = [row["all"]["least_us"] for row in rows]
     fixed_us, value_ns = fit(lambda q: [q[0] + q[1] * v / 1e3 for v in values], measured, [50.0, 0.5])
     errors = [abs((fixed_us + value_ns * v / 1e3) / us - 1) for v, us in zip(values, measured, strict=True)]
     return {
-        "source": f"benchmarks/results/{path.name}, processor time with expertd[fast]",
+        "source": f"benchmarks/results/{path.name}, least times with the kernels of numba",
         "call_us": round(fixed_us, 2),
         "value_ns": round(value_ns, 4),
         "worst_error": round(max(errors), 4),
