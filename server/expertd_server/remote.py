@@ -182,8 +182,8 @@ class RemoteEngine:
                 self._closed.wait(_LOOK_UP_S)
 
     def _enter(self, link: _Link, state: EngineState) -> None:
+        self._link = link  # first: once health is told of the layers, requests to them must find the way
         self._on_state(state)
-        self._link = link
 
     def _connect(self) -> _Link:
         with contextlib.ExitStack() as undo:
