@@ -3,8 +3,8 @@
 The bare products are what torch offers a caller who has bfloat16 weights and has sorted the tokens already: for each
 expert that has tokens [rows, H] x [H, 2I] and [rows, I] x [I, H], no routing, activation, quantisation or sum. Same
 threads, same tokens for each expert. Every call draws new tokens, so that weights come from memory, not from the
-cache; layer and products take turns; median of all calls. A CPU without bfloat16 instructions is slow at the bare
-products, but not at the layer, which multiplies in float32 there.
+cache; layer and products take turns; median of all calls. A CPU without bfloat16 instructions is slow at these
+products, but not at the layer, which multiplies in float32 there: so the same products in float32 stand beside them.
 
     python benchmarks/bench_layer.py
     python benchmarks/bench_layer.py --layer mixtral-8x7b --tokens 1 64 --json benchmarks/results/layer.json
@@ -33,34 +33,40 @@ from expertd_server.weights import ExpertWeights
 
 
 class BareProducts:
-    """Every expert's weights in bfloat16, multiplied by the plain torch operator."""
+    """Every expert's weights in one type, multiplied by the plain torch operator."""
 
-    def __init__(self, weights: ExpertWeights) -> None:
-        self.gemm1_weights = [from_fp8(w, torch.bfloat16).t() for w in weights.gemm1_weights]
-        self.gemm2_weights = [from_fp8(w, torch.bfloat16).t() for w in weights.gemm2_weights]
-        self.x = torch.randn(8192, self.gemm1_weights[0].shape[0], dtype=torch.bfloat16)
-        self.inter = torch.randn(8192, self.gemm2_weights[0].shape[0], dtype=torch.bfloat16)
+    def __init__(self, weights: ExpertWeights, dtype: torch.dtype) -> None:
+        self.gemm1_weights = [from_fp8(w, dtype).t() for w in weights.gemm1_weights]
+        self.gemm2_weights = [from_fp8(w, dtype).t() for w in weights.gemm2_weights]
+        self.x = torch.randn(8192, self.gemm1_weights[0].shape[0], dtype=dtype)
+        self.inter = torch.randn(8192, self.gemm2_weights[0].shape[0], dtype=dtype)
 
-    def __call__(self, rows_by_expert: list[int]) -> None:
+    def seconds(self, rows_by_expert: list[int]) -> float:
+        """What they take for so many rows of each expert."""
+        start = time.perf_counter()
         for expert, rows in enumerate(rows_by_expert):
             if rows:
                 torch.mm(self.x[:rows], self.gemm1_weights[expert])
                 torch.mm(self.inter[:rows], self.gemm2_weights[expert])
+        return time.perf_counter() - start
 
 
 def measure(spec: LayerSpec, weights: ExpertWeights, token_counts: list[int], seconds: float) -> list[dict[str, Any]]:
     """One row of the table for each number of tokens."""
     backend = TorchBackend()
-    layer, products = backend.prepare(spec, weights), BareProducts(weights)
+    layer = backend.prepare(spec, weights)
+    bfloat16, float32 = BareProducts(weights, torch.bfloat16), BareProducts(weights, torch.float32)
     print(f"weights take {layer.nbytes / 2**20:.0f} MiB prepared, {weights.nbytes / 2**20:.0f} MiB in FP8")
-    print(f"{'T':>6} {'experts':>8} {'rows':>6} {'layer ms':>10} {'products ms':>12} {'ratio':>6} {'calls':>6}")
+    columns = f"{'T':>6} {'experts':>8} {'rows':>6} {'layer ms':>10} {'bfloat16 ms':>12} {'ratio':>6}"
+    print(f"{columns} {'float32 ms':>12} {'ratio':>6} {'calls':>6}")
     table = []
     generator = torch.Generator().manual_seed(0)
     nothing = torch.empty(0, spec.hidden_size, dtype=torch.float8_e4m3fn)
     backend.forward(layer, nothing, routing_logits=torch.empty(0, spec.num_experts))  # the first call probes products
     for num_tokens in token_counts:
         layer_s: list[float] = []
-        products_s: list[float] = []
+        bfloat16_s: list[float] = []
+        float32_s: list[float] = []
         experts: list[int] = []
         stop = time.monotonic() + seconds
         while len(layer_s) < 4 or time.monotonic() < stop:
@@ -68,28 +74,34 @@ def measure(spec: LayerSpec, weights: ExpertWeights, token_counts: list[int], se
             logits = torch.randn(num_tokens, spec.num_experts, generator=generator)
             start = time.perf_counter()
             result = backend.forward(layer, hidden_states, routing_logits=logits)
-            middle = time.perf_counter()
+            layer_s.append(time.perf_counter() - start)
             rows_by_expert = torch.bincount(result.topk_ids.flatten(), minlength=spec.num_experts).tolist()
-            resumed = time.perf_counter()
-            products(rows_by_expert)
-            layer_s.append(middle - start)
-            products_s.append(time.perf_counter() - resumed)
+            bfloat16_s.append(bfloat16.seconds(rows_by_expert))
+            float32_s.append(float32.seconds(rows_by_expert))
             experts.append(sum(1 for rows in rows_by_expert if rows))
         row = {
             "num_tokens": num_tokens,
             "experts_touched": statistics.median(experts),
             "layer_ms": statistics.median(layer_s) * 1e3,
-            "products_ms": statistics.median(products_s) * 1e3,
+            "products_ms": statistics.median(bfloat16_s) * 1e3,
+            "float32_products_ms": statistics.median(float32_s) * 1e3,
             "calls": len(layer_s),
+            "ratio": median_ratio(layer_s, bfloat16_s),
+            "float32_ratio": median_ratio(layer_s, float32_s),
         }
-        row["ratio"] = statistics.median(one / other for one, other in zip(layer_s, products_s, strict=True))
         table.append(row)
         print(
             f"{num_tokens:6d} {row['experts_touched']:8.0f} {num_tokens * spec.top_k:6d} {row['layer_ms']:10.2f} "
-            f"{row['products_ms']:12.2f} {row['ratio']:6.2f} {row['calls']:6d}",
+            f"{row['products_ms']:12.2f} {row['ratio']:6.2f} {row['float32_products_ms']:12.2f} "
+            f"{row['float32_ratio']:6.2f} {row['calls']:6d}",
             flush=True,
         )
     return table
+
+
+def median_ratio(ones: list[float], others: list[float]) -> float:
+    """Median over the turns."""
+    return statistics.median(one / other for one, other in zip(ones, others, strict=True))
 
 
 def main() -> None:
