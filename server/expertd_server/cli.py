@@ -8,13 +8,14 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from expertd_server import __version__
 from expertd_server.admin_cli import add_admin_parser
 from expertd_server.cluster_cli import add_cluster_command
-from expertd_server.config import add_flags, config_from
+from expertd_server.config import Config, add_flags, config_from
 from expertd_server.errors import ConfigError
-from expertd_server.exits import EXIT_CUT_OFF, end_hung, exit_code_of
+from expertd_server.exits import EXIT_CUT_OFF, end_hung, end_with, exit_code_of
 from expertd_server.logs import configure_logging
 from expertd_server.malloc import reexec_with_settings
 from expertd_server.plan_cli import add_plan_command
@@ -60,25 +61,33 @@ def _serve(options: argparse.Namespace) -> int:
         from expertd_server.supervisor import Supervisor  # noqa: PLC0415
 
         return Supervisor(config).run()
+    return _serve_in_this_process(config)
+
+
+def _serve_in_this_process(config: Config) -> NoReturn:
     configure_logging(config.log_level, config.log_format)
     from expertd_server.server import Server, stop_on_signals  # noqa: PLC0415 (torch: --help should not wait for it)
 
     gc.freeze()  # what was imported stays: looking through torch for garbage takes tens of milliseconds
     server = Server(config)
     stop_on_signals(server)
-    try:
-        if server.startup():
-            print(json.dumps(server.ready_facts()), flush=True)
-            server.serve()
-    except BaseException:
-        server.shutdown()
-        raise
-    if server.has_hung:
-        end_hung(server.shutdown)
-    is_drained = server.shutdown()
-    if server.has_hung:  # found out meanwhile
-        end_hung(lambda: None)
-    return 0 if is_drained else EXIT_CUT_OFF
+
+    def run() -> int:
+        try:
+            if server.startup():
+                print(json.dumps(server.ready_facts()), flush=True)
+                server.serve()
+        except BaseException:
+            server.shutdown()
+            raise
+        if server.has_hung:
+            end_hung(server.shutdown)
+        is_drained = server.shutdown()
+        if server.has_hung:  # found out meanwhile
+            end_hung(lambda: None)
+        return 0 if is_drained else EXIT_CUT_OFF
+
+    end_with(run)  # a batch that was cut off, or an order to load a layer, may still have hours to go
 
 
 def _inspect(options: argparse.Namespace) -> int:
