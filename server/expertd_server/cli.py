@@ -15,7 +15,7 @@ from expertd_server.admin_cli import add_admin_parser
 from expertd_server.cluster_cli import add_cluster_command
 from expertd_server.config import Config, add_flags, config_from
 from expertd_server.errors import ConfigError
-from expertd_server.exits import EXIT_CUT_OFF, end_hung, end_with, exit_code_of
+from expertd_server.exits import EXIT_CUT_OFF, EXIT_FAILED, end_hung, end_with, exit_code_of
 from expertd_server.logs import configure_logging
 from expertd_server.malloc import reexec_with_settings
 from expertd_server.plan_cli import add_plan_command
@@ -93,8 +93,7 @@ def _serve_in_this_process(config: Config) -> NoReturn:
 def _inspect(options: argparse.Namespace) -> int:
     from expertd_server.audit import print_audit  # noqa: PLC0415
 
-    print_audit(options.checkpoint)
-    return 0
+    return 0 if print_audit(options.checkpoint) else EXIT_FAILED
 
 
 def _demo(_options: argparse.Namespace) -> int:
@@ -148,7 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         help="say what a checkpoint holds and what a server would make of it",
-        description="Read the headers and scales of a checkpoint, and say which of its layers can be served.",
+        description="Read the headers and scales of a checkpoint, and say which of its layers can be served. Exit code "
+        "0: every layer; 1: one or more cannot be loaded; 2: the checkpoint as a whole cannot be read.",
     )
     inspect.add_argument("checkpoint", type=Path, metavar="PATH", help="a directory or one .safetensors file")
     inspect.set_defaults(run=_inspect)

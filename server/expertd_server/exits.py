@@ -1,7 +1,8 @@
 """What a process of this server says when it ends, and how it ends whatever its threads are doing.
 
-Exit codes: 0 done; 1 it failed on the way, or hangs, the last lines of standard error say why; 2 the command line, an
-option or the checkpoint cannot be used; 3 stopped with something still in flight after shutdown_grace_s.
+Exit codes: 0 done; 1 it failed on the way, or hangs, the last lines of standard error say why, or what was asked about
+is not as it should be; 2 the command line, an option or the checkpoint cannot be used; 3 stopped with something still
+in flight after shutdown_grace_s.
 """
 
 from __future__ import annotations
