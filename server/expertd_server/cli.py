@@ -45,6 +45,22 @@ examples:
 Every option is also an environment variable, in brackets below the flag; flags win.
 """
 
+_INSPECT_EXAMPLES = """\
+examples:
+  Before a server is started with it:
+    expertd-server inspect ./ckpt
+  One file, with config.json beside it, in a script that goes on only with what can be served:
+    expertd-server inspect ./ckpt/model.safetensors && expertd-server serve --checkpoint ./ckpt/model.safetensors
+"""
+
+_DEMO_EXAMPLES = """\
+examples:
+  See what is built and asked, how soon it is answered, and whether every answer is right:
+    expertd-server demo
+  In a script: exit code 0 when every answer was right, and something to read when one was not:
+    expertd-server demo > demo.txt || cat demo.txt
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the process' exit code."""
@@ -147,8 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         help="say what a checkpoint holds and what a server would make of it",
-        description="Read the headers and scales of a checkpoint, and say which of its layers can be served. Exit code "
-        "0: every layer; 1: one or more cannot be loaded; 2: the checkpoint as a whole cannot be read.",
+        description="Read the headers and scales of a checkpoint, and say which of its layers can be served.\n"
+        "Exit code 0: every layer; 1: one or more cannot be loaded; 2: the checkpoint as a whole cannot be read.",
+        epilog=_INSPECT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     inspect.add_argument("checkpoint", type=Path, metavar="PATH", help="a directory or one .safetensors file")
     inspect.set_defaults(run=_inspect)
@@ -170,8 +188,10 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="build a small model, serve it, talk to it, check the answers",
-        description="Build a small MoE checkpoint, serve it in a process of its own, send it hidden states of real "
+        description="Build a small MoE checkpoint, serve it in a process of its own, send it hidden states of real\n"
         "text from several clients, and check every answer. Takes less than two minutes, needs no network.",
+        epilog=_DEMO_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     demo.set_defaults(run=_demo)
     return parser
