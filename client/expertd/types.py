@@ -74,7 +74,7 @@ class ServerInfo:
 
     server_version: str
     backend: str
-    """"cpu", "torch" (any CUDA device) or "cuda" (Hopper kernels)."""
+    """"cpu", "torch" (any CUDA device), "cuda" (Hopper kernels) or "noop" (computes nothing)."""
     device: str
     """Device name as the driver or the operating system gives it."""
     max_batch_tokens: int

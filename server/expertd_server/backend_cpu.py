@@ -14,7 +14,7 @@ import torch
 
 from expertd_server.backend import MoEOutput, PreparedLayer
 from expertd_server.fp8 import from_fp8, quantize_fp8, round_to_fp8
-from expertd_server.products import MAX_ROWS, ON_CUDA, pack, probe
+from expertd_server.products import MAX_ROWS, ON_CUDA, Freedom, pack, probe
 from expertd_server.routing import route
 from expertd_server.types import Activation, LayerSpec
 from expertd_server.weights import ExpertWeights
@@ -36,13 +36,15 @@ class TorchBackend:
     def prepare(self, spec: LayerSpec, weights: ExpertWeights, *, max_num_tokens: int = 8192) -> PreparedLayer:
         """Convert every expert once: two bytes a weight on the CPU; elsewhere the FP8 weights stay as they are.
 
-        Any hidden_size and intermediate_size will do; max_num_tokens has no effect.
+        Any hidden_size and intermediate_size will do; max_num_tokens has no effect. On the CPU, products of a size that
+        is new to this process are probed, which takes a while for large ones: here, so that no request waits for it.
         """
         weights.check(spec)
         if self.device.type != "cpu":
             return self.wrap(spec, weights.to(self.device))
         experts = [pack(*pair) for pair in zip(weights.gemm1_weights, weights.gemm2_weights, strict=True)]
         none = torch.empty(0, dtype=torch.float8_e4m3fn)  # the FP8 weights are not read again
+        _cpu_freedom(spec)
         kept = replace(weights, gemm1_weights=none, gemm2_weights=none)
         return PreparedLayer(spec, kept, kept.nbytes + sum(expert.nbytes for expert in experts), experts)
 
@@ -128,10 +130,7 @@ class TorchBackend:
         up_scales = weights.output1_scales_scalar.tolist()
         gate_scales = weights.output1_scales_gate_scalar.tolist()
         output2_scales = weights.output2_scales_scalar.tolist()
-        if is_cpu:
-            freedom = probe(spec.gemm1_rows, spec.hidden_size, spec.intermediate_size, torch.get_num_threads())
-        else:
-            freedom = ON_CUDA
+        freedom = _cpu_freedom(spec) if is_cpu else ON_CUDA
 
         def run(piece: _Piece) -> None:
             if layer.state is not None:
@@ -153,6 +152,10 @@ class TorchBackend:
         # Fewer pieces than threads: let each product have all threads, where that cannot change its bits.
         by_workers = len(plan.pieces) >= torch.get_num_threads() or not freedom.any_threads
         run_all(run, plan.pieces, by_workers=is_cpu and by_workers)
+
+
+def _cpu_freedom(spec: LayerSpec) -> Freedom:
+    return probe(spec.gemm1_rows, spec.hidden_size, spec.intermediate_size, torch.get_num_threads())
 
 
 @dataclass(frozen=True)

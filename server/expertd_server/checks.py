@@ -54,6 +54,7 @@ def check_forward_args(
     if output_dtype not in _OUTPUT_DTYPES:
         raise TypeError(f"output_dtype is {output_dtype}, expected {_either(_OUTPUT_DTYPES)}")
     if out is not None:
+        _check_rank(out, "out", 2)
         if not do_finalize:
             raise ValueError(f"out has shape {tuple(out.shape)}, expected None with do_finalize=False")
         _check(out, "out", (num_tokens, spec.hidden_size), (output_dtype,), device)

@@ -14,12 +14,11 @@ import socket
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from expertd_server.control import Collect, Collected, Control, Draining, Hangs, Serving, Start, Stop
-from expertd_server.exits import EXIT_FAILED, exit_code_of
+from expertd_server.exits import end_with
 from expertd_server.logs import configure_logging
 
 __all__ = ["ENGINE", "Child", "start_child"]
@@ -111,26 +110,14 @@ def _main() -> int:
     mailbox.settimeout(_MAILBOX_TIMEOUT_S)
     start = control.receive()
     configure_logging(start.config.log_level, start.config.log_format, name)
-
-    def run() -> int:
-        role: _Role
-        if name == ENGINE:
-            from expertd_server.engine_process import run_engine as role  # noqa: PLC0415
-        else:
-            from expertd_server.frontend import run_frontend as role  # noqa: PLC0415
-        gc.freeze()  # what was imported stays: looking through torch for garbage takes tens of milliseconds
-        return role(Child(name, control, mailbox, start))
-
-    return exit_code_of(run)
+    role: _Role
+    if name == ENGINE:
+        from expertd_server.engine_process import run_engine as role  # noqa: PLC0415
+    else:
+        from expertd_server.frontend import run_frontend as role  # noqa: PLC0415
+    gc.freeze()  # what was imported stays: looking through torch for garbage takes tens of milliseconds
+    return role(Child(name, control, mailbox, start))
 
 
 if __name__ == "__main__":
-    try:
-        code = _main()
-    except BaseException:
-        traceback.print_exc()
-        code = EXIT_FAILED
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Whatever thread of a library still runs must not hold up the end: all that matters was closed before.
-    os._exit(code)
+    end_with(_main)

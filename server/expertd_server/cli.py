@@ -8,13 +8,14 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from expertd_server import __version__
 from expertd_server.admin_cli import add_admin_parser
 from expertd_server.cluster_cli import add_cluster_command
-from expertd_server.config import add_flags, config_from
+from expertd_server.config import Config, add_flags, config_from
 from expertd_server.errors import ConfigError
-from expertd_server.exits import EXIT_CUT_OFF, end_hung, exit_code_of
+from expertd_server.exits import EXIT_CUT_OFF, EXIT_FAILED, end_hung, end_with, exit_code_of
 from expertd_server.logs import configure_logging
 from expertd_server.malloc import reexec_with_settings
 from expertd_server.plan_cli import add_plan_command
@@ -44,6 +45,22 @@ examples:
 Every option is also an environment variable, in brackets below the flag; flags win.
 """
 
+_INSPECT_EXAMPLES = """\
+examples:
+  Before a server is started with it:
+    expertd-server inspect ./ckpt
+  One file, with config.json beside it, in a script that goes on only with what can be served:
+    expertd-server inspect ./ckpt/model.safetensors && expertd-server serve --checkpoint ./ckpt/model.safetensors
+"""
+
+_DEMO_EXAMPLES = """\
+examples:
+  See what is built and asked, how soon it is answered, and whether every answer is right:
+    expertd-server demo
+  In a script: exit code 0 when every answer was right, and something to read when one was not:
+    expertd-server demo > demo.txt || cat demo.txt
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the process' exit code."""
@@ -60,32 +77,39 @@ def _serve(options: argparse.Namespace) -> int:
         from expertd_server.supervisor import Supervisor  # noqa: PLC0415
 
         return Supervisor(config).run()
+    return _serve_in_this_process(config)
+
+
+def _serve_in_this_process(config: Config) -> NoReturn:
     configure_logging(config.log_level, config.log_format)
     from expertd_server.server import Server, stop_on_signals  # noqa: PLC0415 (torch: --help should not wait for it)
 
     gc.freeze()  # what was imported stays: looking through torch for garbage takes tens of milliseconds
     server = Server(config)
     stop_on_signals(server)
-    try:
-        if server.startup():
-            print(json.dumps(server.ready_facts()), flush=True)
-            server.serve()
-    except BaseException:
-        server.shutdown()
-        raise
-    if server.has_hung:
-        end_hung(server.shutdown)
-    is_drained = server.shutdown()
-    if server.has_hung:  # found out meanwhile
-        end_hung(lambda: None)
-    return 0 if is_drained else EXIT_CUT_OFF
+
+    def run() -> int:
+        try:
+            if server.startup():
+                print(json.dumps(server.ready_facts()), flush=True)
+                server.serve()
+        except BaseException:
+            server.shutdown()
+            raise
+        if server.has_hung:
+            end_hung(server.shutdown)
+        is_drained = server.shutdown()
+        if server.has_hung:  # found out meanwhile
+            end_hung(lambda: None)
+        return 0 if is_drained else EXIT_CUT_OFF
+
+    end_with(run)  # a batch that was cut off, or an order to load a layer, may still have hours to go
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from expertd_server.audit import print_audit  # noqa: PLC0415
 
-    print_audit(options.checkpoint)
-    return 0
+    return 0 if print_audit(options.checkpoint) else EXIT_FAILED
 
 
 def _demo(_options: argparse.Namespace) -> int:
@@ -139,7 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         help="say what a checkpoint holds and what a server would make of it",
-        description="Read the headers and scales of a checkpoint, and say which of its layers can be served.",
+        description="Read the headers and scales of a checkpoint, and say which of its layers can be served.\n"
+        "Exit code 0: every layer; 1: one or more cannot be loaded; 2: the checkpoint as a whole cannot be read.",
+        epilog=_INSPECT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     inspect.add_argument("checkpoint", type=Path, metavar="PATH", help="a directory or one .safetensors file")
     inspect.set_defaults(run=_inspect)
@@ -161,8 +188,10 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="build a small model, serve it, talk to it, check the answers",
-        description="Build a small MoE checkpoint, serve it in a process of its own, send it hidden states of real "
+        description="Build a small MoE checkpoint, serve it in a process of its own, send it hidden states of real\n"
         "text from several clients, and check every answer. Takes less than two minutes, needs no network.",
+        epilog=_DEMO_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     demo.set_defaults(run=_demo)
     return parser

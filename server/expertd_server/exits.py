@@ -1,7 +1,8 @@
-"""What a process of this server says when it ends.
+"""What a process of this server says when it ends, and how it ends whatever its threads are doing.
 
-Exit codes: 0 done; 1 it failed on the way, or hangs, the last lines of standard error say why; 2 the command line, an
-option or the checkpoint cannot be used; 3 stopped with requests still in flight after shutdown_grace_s.
+Exit codes: 0 done; 1 it failed on the way, or hangs, the last lines of standard error say why, or what was asked about
+is not as it should be; 2 the command line, an option or the checkpoint cannot be used; 3 stopped with something still
+in flight after shutdown_grace_s.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Final, NoReturn
 
 from expertd_server.errors import CheckpointError, ConfigError, ExpertdServerError
 
-__all__ = ["EXIT_CUT_OFF", "EXIT_FAILED", "EXIT_UNUSABLE", "end_hung", "exit_code_of"]
+__all__ = ["EXIT_CUT_OFF", "EXIT_FAILED", "EXIT_UNUSABLE", "end_after", "end_hung", "end_with", "exit_code_of"]
 
 EXIT_FAILED: Final = 1
 EXIT_UNUSABLE: Final = 2
@@ -38,23 +39,47 @@ def exit_code_of(run: Callable[[], int]) -> int:
         return 130
 
 
+def end_with(run: Callable[[], int]) -> NoReturn:
+    """End this process with the exit code of what is run, see `exit_code_of`, whatever its threads are still doing.
+
+    All that matters has to be closed by then: what is registered for Python's exit is not called.
+    """
+    code = EXIT_FAILED
+    try:
+        code = exit_code_of(run)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        _end(code)
+
+
+def end_after(timeout_s: float, code: int) -> None:
+    """End this process after that time, unless it has ended before: it has no more."""
+    impatience = threading.Timer(timeout_s, os._exit, (code,))
+    impatience.daemon = True
+    impatience.start()
+
+
 def end_hung(close: Callable[[], object], close_timeout_s: float = _CLOSE_S) -> NoReturn:
     """End this process, in which something hangs: close what can be closed, then leave without Python's own goodbyes.
 
     NOTE: those of the CUDA driver would wait for what hangs; and so may `close`, if that holds a lock.
     """
-    impatience = threading.Timer(close_timeout_s, os._exit, (EXIT_FAILED,))
-    impatience.daemon = True
-    impatience.start()
+    end_after(close_timeout_s, EXIT_FAILED)
     try:
         close()
     except Exception:
         traceback.print_exc()
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # whoever read it has gone
-                stream.flush()
-        os._exit(EXIT_FAILED)
+        _end(EXIT_FAILED)
+
+
+def _end(code: int) -> NoReturn:
+    """NOTE: not sys.exit, which waits for every thread of every pool and for all that such a pool has queued."""
+    for stream in (sys.stdout, sys.stderr):  # the log is written to the latter
+        with contextlib.suppress(OSError, ValueError):  # whoever read it has gone
+            stream.flush()
+    os._exit(code)
 
 
 def _complain(error: Exception, code: int) -> int:

@@ -30,6 +30,7 @@ from expertd_server.result_blocks import write_result
 from expertd_server.ring import Channel
 from expertd_server.status import status_of
 from expertd_server.store import LayerStore
+from expertd_server.threads import ended
 from expertd_server.wire import call_of
 
 __all__ = ["EngineGate"]
@@ -118,7 +119,8 @@ class EngineGate:
         """Leave every front-end."""
         self._is_closed = True
         os.eventfd_write(self._wake_fd, 1)
-        self._thread.join()
+        if not ended(self._thread):
+            return  # it has the files that are closed below
         for peer in set(self._peers.values()):
             self._drop(peer)
         self._epoll.close()

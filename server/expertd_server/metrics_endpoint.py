@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 from prometheus_client import CollectorRegistry, start_http_server
 
 from expertd_server.errors import ConfigError
+from expertd_server.threads import ended
 
 __all__ = ["MetricsEndpoint"]
 
@@ -21,6 +24,11 @@ class MetricsEndpoint:
 
     def close(self) -> None:
         """Stop answering."""
-        self._server.shutdown()
+        closer = threading.Thread(target=self._close, name="expertd-metrics-close", daemon=True)
+        closer.start()
+        ended(closer)
+
+    def _close(self) -> None:
+        self._server.shutdown()  # waits without a limit for the thread that listens
         self._server.server_close()
         self._thread.join()

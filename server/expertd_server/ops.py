@@ -7,6 +7,7 @@ themselves: they check every argument, on CPU tensors convert only the experts t
 from __future__ import annotations
 
 import functools
+from numbers import Real
 
 import torch
 
@@ -228,8 +229,8 @@ def _layer(
     integers = {
         "num_experts": num_experts,
         "top_k": top_k,
-        "n_group": n_group or 0,
-        "topk_group": topk_group or 0,
+        "n_group": 0 if n_group is None else n_group,
+        "topk_group": 0 if topk_group is None else topk_group,
         "intermediate_size": intermediate_size,
         "local_expert_offset": local_expert_offset,
         "local_num_experts": local_num_experts,
@@ -238,8 +239,14 @@ def _layer(
         "activation_type": activation_type,
     }
     for name, value in integers.items():
-        if not isinstance(value, int):
+        if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} is {value!r}, expected an int")
+    numbers = {"routed_scaling_factor": routed_scaling_factor, "hidden_states_scale": hidden_states_scale}
+    for name, number in numbers.items():
+        if number is not None and (not isinstance(number, Real) or isinstance(number, bool)):
+            raise TypeError(f"{name} is {number!r}, expected a number or None")
+    _check_bool("use_routing_scales_on_input", use_routing_scales_on_input)
+    _check_bool("norm_topk_prob", norm_topk_prob)
     if tune_max_num_tokens < 1:
         raise ValueError(f"tune_max_num_tokens is {tune_max_num_tokens}, expected at least 1")
     if _tensor("hidden_states", hidden_states).dim() != 2:
@@ -288,6 +295,9 @@ def _run(
     num_valid_tokens: torch.Tensor | None,
     tune_max_num_tokens: int,
 ) -> list[torch.Tensor] | torch.Tensor:
+    _check_bool("do_finalize", do_finalize)
+    if enable_pdl is not None:
+        _check_bool("enable_pdl", enable_pdl, "True, False or None")
     check_forward_args(
         spec,
         weights,
@@ -341,3 +351,8 @@ def _tensor(name: str, value: torch.Tensor) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is {type(value).__name__}, expected a torch.Tensor")
     return value
+
+
+def _check_bool(name: str, value: bool, expected: str = "True or False") -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, expected {expected}")

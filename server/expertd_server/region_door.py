@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from expertd_server.errors import ConfigError
+from expertd_server.threads import ended
 
 __all__ = ["PROOF_BYTES", "RegionDoor", "RegionRefusedError", "map_memory"]
 
@@ -127,15 +128,20 @@ class RegionDoor:
                 return
             self._is_closed = True
             os.eventfd_write(self._wake_fd, 1)
-        self._thread.join()
-        for visitor in self._visitors:
-            visitor.close()
-        self._socket.close()
         if self._path is not None:
             self._path.unlink(missing_ok=True)
-        os.close(self._wake_fd)
+        ended(self._thread)
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            for visitor in self._visitors:
+                visitor.close()
+            self._socket.close()
+            os.close(self._wake_fd)
+
+    def _serve(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._socket, selectors.EVENT_READ)
             selector.register(self._wake_fd, selectors.EVENT_READ)

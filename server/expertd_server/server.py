@@ -9,12 +9,14 @@ import threading
 import uuid
 from collections.abc import Iterable
 from types import FrameType
+from typing import Final
 
 from expertd_server import __version__, codec
 from expertd_server.admin_endpoint import AdminEndpoint
 from expertd_server.backend import Backend
 from expertd_server.config import Config
 from expertd_server.engine_host import EngineHost
+from expertd_server.exits import EXIT_CUT_OFF, end_after
 from expertd_server.layer import MoELayer
 from expertd_server.listener import Listener
 from expertd_server.metrics_endpoint import MetricsEndpoint
@@ -25,6 +27,9 @@ from expertd_server.service import ServerFacts
 __all__ = ["Server", "stop_on_signals"]
 
 log = logging.getLogger(__name__)
+
+# What this process may take to close down beyond the grace that it gives to requests.
+_CLOSE_S: Final = 5.0
 
 
 class Server:
@@ -153,13 +158,17 @@ class Server:
 
 
 def stop_on_signals(server: Server) -> None:
-    """SIGTERM and SIGINT stop the server gracefully; a second one ends the process at once."""
+    """SIGTERM and SIGINT stop the server gracefully; a second one ends the process at once.
+
+    Whatever it is doing then, loading included, the process does not outlast shutdown_grace_s by more than _CLOSE_S.
+    """
     received: list[int] = []
 
     def on_signal(signum: int, _frame: FrameType | None) -> None:
         if received:
             os._exit(128 + signum)
         received.append(signum)
+        end_after(server.config.shutdown_grace_s + _CLOSE_S, EXIT_CUT_OFF)
         server.stop()
 
     signal.signal(signal.SIGTERM, on_signal)

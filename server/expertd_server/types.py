@@ -102,10 +102,13 @@ class LayerSpec:
         self._check_groups()
 
     def _check_groups(self) -> None:
+        for name in ("n_group", "topk_group"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0, or None")
         if not self.is_grouped:
             return
         n_group, topk_group = self.n_group or 0, self.topk_group
-        if n_group < 0 or self.num_experts % n_group or self.num_experts // n_group < 2:
+        if self.num_experts % n_group or self.num_experts // n_group < 2:
             raise ValueError(
                 f"n_group is {n_group}, expected a divisor of num_experts {self.num_experts} that leaves at least 2 "
                 f"experts a group"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from checkpoints import draft
 from serving import LAYER, running
 
 from expertd_server.cli import main
@@ -32,6 +33,17 @@ def test_inspecting_what_is_not_there_is_one_clear_line(capsys: pytest.CaptureFi
     assert error.startswith("expertd-server: ")
     assert "/no/such" in error
     assert error.count("\n") == 1
+
+
+def test_inspecting_says_by_its_exit_code_whether_every_layer_can_be_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = draft()
+    assert main(["inspect", str(made.write(tmp_path / "good"))]) == 0
+    assert "2 layers can be loaded" in capsys.readouterr().out
+    del made.tensors[made.name(1, 2, "down")]
+    assert main(["inspect", str(made.write(tmp_path / "broken"))]) == 1
+    assert "cannot be loaded" in capsys.readouterr().out
 
 
 class TestHealth:

@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from serving import LAYER, OTHER_LAYER, PATIENCE_S, failure_of, insecure_channel, request, tiny_layers
+from serving import LAYER, OTHER_LAYER, PATIENCE_S, failure_of, insecure_channel, request, running, tiny_layers
 
 import expertd
 from expertd.v1 import expertd_pb2 as pb
@@ -22,6 +22,7 @@ from expertd_server.backend_cpu import TorchBackend
 from expertd_server.config import Config
 from expertd_server.engine_process import EngineProcess
 from expertd_server.frontend import Frontend
+from expertd_server.products import probe
 from expertd_server.server import Server
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -112,3 +113,13 @@ def test_layers_are_loading_until_all_are_there(kind: Any) -> None:
         finally:
             go_on.set()
             loader.join(PATIENCE_S)
+
+
+def test_no_request_waits_for_products_to_be_probed() -> None:
+    """Which takes seconds for layers of real sizes."""
+    probe.cache_clear()
+    with running() as live:
+        num_probed = probe.cache_info().misses
+        live.stub.Forward(request(np.random.default_rng(SEED), 3), timeout=PATIENCE_S)
+        assert num_probed > 0
+        assert probe.cache_info().misses == num_probed

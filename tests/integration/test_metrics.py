@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import time
 import urllib.request
 
 import grpc
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving import LAYER, NUM_EXPERTS, OTHER_LAYER, TOP_K, Running, SteeredBackend, request, running
+from serving import (
+    LAYER,
+    NUM_EXPERTS,
+    OTHER_LAYER,
+    PATIENCE_S,
+    TOP_K,
+    Running,
+    SteeredBackend,
+    request,
+    running,
+)
 
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server.metrics import ExpertLoad
@@ -82,8 +93,10 @@ def test_the_queue_is_seen_while_it_waits() -> None:
         backend.wait_started()
         messages = [pb.ForwardStreamRequest(id=n, request=request(chance, 5)) for n in range(2)]
         answers = live.stub.ForwardStream(iter(messages))
+        until_s = time.monotonic() + PATIENCE_S
         while live.server.engine.batcher.queue_requests < 2:
-            pass
+            assert time.monotonic() < until_s, "the two never waited"
+            time.sleep(0.01)
         samples = scrape(live)
         backend.gate.set()
         assert len(list(answers)) == 2

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from serving import (
     tiny_layers,
 )
 
+import expertd
 from expertd.v1 import expertd_pb2 as pb
 from expertd.v1 import expertd_pb2_grpc
 from expertd_server.config import Config
@@ -191,6 +193,50 @@ class TestProcess:
             assert "stopped" in process.errors()
             assert "Traceback" not in process.errors()
 
+    def test_a_long_batch_does_not_outlast_the_grace(self, tmp_path: Path) -> None:
+        """Its pieces are queued in a pool whose threads Python would wait for."""
+        slow = "TorchBackend.forward = lambda *_, **__: run_all(begin, [0.5] * 1000, by_workers=True)"
+        with slow_process(tmp_path, slow, "--shutdown-grace-s", "0.5") as process:
+            facts = process.wait_ready()
+            with insecure_channel(facts["port"]) as channel:
+                stub = expertd_pb2_grpc.ExpertServiceStub(channel)
+                future = stub.Forward.future(request(np.random.default_rng(SEED), 1))
+                poll(lambda: "begun" in process.output())
+                process.popen.send_signal(signal.SIGTERM)
+                assert process.popen.wait(PATIENCE_S) == 3, process.errors()
+                with pytest.raises(grpc.RpcError) as caught:
+                    future.result(PATIENCE_S)
+                assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+            assert "stopped after 0.5 s, with requests still in flight" in process.errors()
+            assert not process.ready_file.exists()
+
+    def test_an_order_to_load_does_not_hold_up_the_end(self, tmp_path: Path) -> None:
+        slow = """
+prepare = TorchBackend.prepare
+
+def slow_prepare(*given, **options):
+    if threading.current_thread().name.startswith("expertd-admin"):
+        begin()
+    return prepare(*given, **options)
+
+TorchBackend.prepare = slow_prepare
+"""
+        with slow_process(tmp_path, slow, "--admin", "--admin-port", "0") as process:
+            facts = process.wait_ready()
+            with expertd.AdminClient(f"127.0.0.1:{facts['admin_port']}") as admin, ThreadPoolExecutor(1) as pool:
+                order = pool.submit(admin.load_layer, LAYER, 2, synthetic="tiny", timeout_s=PATIENCE_S)
+                poll(lambda: "begun" in process.output())
+                process.popen.send_signal(signal.SIGTERM)
+                assert process.popen.wait(PATIENCE_S) == 0, process.errors()
+                assert isinstance(order.exception(PATIENCE_S), expertd.ExpertdError)
+
+    def test_loading_does_not_outlast_the_grace(self, tmp_path: Path) -> None:
+        slow = "TorchBackend.prepare = lambda *_, **__: begin()"
+        with slow_process(tmp_path, slow, "--shutdown-grace-s", "0.5") as process:
+            poll(lambda: "begun" in process.output())
+            process.popen.send_signal(signal.SIGTERM)
+            assert process.popen.wait(PATIENCE_S) == 3, process.errors()
+
     def test_a_second_signal_ends_it_at_once(self, tmp_path: Path) -> None:
         """Where one signal alone ends it with exit code 0."""
         with Process(tmp_path, "--shutdown-grace-s", "600") as process:
@@ -251,12 +297,12 @@ class TestProcess:
 class Process:
     """A server process, killed at the end if it still lives."""
 
-    def __init__(self, directory: Path, *arguments: str) -> None:
+    def __init__(self, directory: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
         self.ready_file = directory / "ready.json"
         self._stdout, self._stderr = directory / "stdout", directory / "stderr"
         command = [*SERVE, "--synthetic", "tiny", "--port", "0", "--ready-file", str(self.ready_file), *arguments]
         with self._stdout.open("w") as out, self._stderr.open("w") as err:
-            self.popen = subprocess.Popen(command, stdout=out, stderr=err)
+            self.popen = subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | (environment or {}))
 
     def __enter__(self) -> Process:
         return self
@@ -277,6 +323,25 @@ class Process:
 
     def errors(self) -> str:
         return self._stderr.read_text()
+
+
+# Imported by every Python process that finds it. What is begun says so, and takes longer than anybody here waits.
+SLOW_BACKEND = """
+import threading, time
+from expertd_server.backend_cpu import TorchBackend
+from expertd_server.workers import run_all
+
+def begin(seconds=600):
+    print("begun", flush=True)
+    time.sleep(seconds)
+"""
+
+
+def slow_process(directory: Path, slow: str, *arguments: str) -> Process:
+    """A server of which something is slow. slow: lines of Python that see to it."""
+    (directory / "sitecustomize.py").write_text(SLOW_BACKEND + slow)
+    environment = {"PYTHONPATH": str(directory), "OMP_NUM_THREADS": "2"}
+    return Process(directory, *arguments, environment=environment)
 
 
 def iter_forever() -> Iterator[pb.ForwardStreamRequest]:

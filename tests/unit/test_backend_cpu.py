@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 
 import pytest
@@ -50,7 +51,8 @@ EVERY_EXPERT_TYPE = [
 def use(monkeypatch: pytest.MonkeyPatch, expert_type: type) -> None:
     """Multiply as on a CPU with these products."""
     monkeypatch.setattr(products, "cpu_expert_type", lambda: expert_type)
-    monkeypatch.setattr(backend_cpu, "probe", products.probe.__wrapped__)  # its cache does not know the type
+    # A cache of its own: the usual one does not know the type.
+    monkeypatch.setattr(backend_cpu, "probe", functools.cache(products.probe.__wrapped__))
 
 
 def run(case: Case, **options: object) -> MoEOutput:

@@ -1,4 +1,4 @@
-"""How a process ends in which something hangs."""
+"""How a process ends in which something hangs, or goes on for long."""
 
 from __future__ import annotations
 
@@ -32,3 +32,38 @@ def test_it_ends_whatever_waits_for_what_hangs(close: str) -> None:
     if "wait" not in close:
         assert done.stdout == "last words"
     assert ("ZeroDivisionError" in done.stderr) == ("1 / 0" in close)
+
+
+LONG = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from expertd_server.errors import ConfigError
+from expertd_server.exits import end_with
+
+pool = ThreadPoolExecutor(1)
+pool.submit(threading.Event().wait)  # Python waits for it
+
+def run():
+    print("last words", end="")
+    {run}
+
+end_with(run)
+"""
+
+
+@pytest.mark.parametrize(
+    ("run", "code", "says"),
+    [
+        ("return 3", 3, ""),
+        ("raise ConfigError('no such thing')", 2, "expertd-server: no such thing\n"),
+        ("raise KeyboardInterrupt", 130, ""),
+        ("1 / 0", 1, "ZeroDivisionError"),
+    ],
+)
+def test_it_ends_with_the_code_whatever_its_threads_do(run: str, code: int, says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LONG.format(run=run)], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    assert (done.returncode, done.stdout) == (code, "last words")
+    assert says in done.stderr
+    assert ("Traceback" in done.stderr) == (code == 1)

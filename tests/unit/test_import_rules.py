@@ -35,6 +35,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "region_door",
             "ring",
             "server_metrics",
+            "threads",
             "timing",
             "types",
             "watchdog",
