@@ -545,3 +545,21 @@ def test_why_a_cuda_device_gets_the_torch_backend(
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object() if has_kernels else None)
     reason = backend._why_no_kernels(torch.device("cuda", 0))
     assert reason is None if expected is None else expected in str(reason)
+
+
+def test_the_log_says_why_a_cuda_device_is_served_by_the_torch_backend(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    with caplog.at_level(logging.WARNING):
+        chosen = select_backend("auto")
+    assert (chosen.name, chosen.device) == ("torch", torch.device("cuda", 1))
+    (line,) = caplog.records
+    assert (line.name, line.levelno) == ("expertd_server.backend", logging.WARNING)
+    assert line.getMessage() == (
+        "backend 'torch' (plain torch, not the Hopper kernels) on cuda:1: "
+        "some GPU has compute capability 8.0, the kernels need 9.0"
+    )
