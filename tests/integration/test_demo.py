@@ -15,8 +15,8 @@ import pytest
 
 from expertd_server import demo
 
-pytestmark = pytest.mark.timeout(400)
-TIMEOUT_S = 300  # a quarter of a minute on two idle cores
+pytestmark = pytest.mark.timeout(180)
+TIMEOUT_S = 120  # more than anybody should wait for a demo; a quarter of a minute on two idle cores
 COMMAND = [sys.executable, "-m", "expertd_server", "demo"]
 
 

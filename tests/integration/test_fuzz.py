@@ -1,24 +1,28 @@
-"""Malformed requests while good ones run: each is refused by name, and nobody else notices."""
+"""Malformed requests while good ones run: each is refused by name, and nobody else notices.
+
+The servers are processes of their own, so that their lives and their memory can be watched from outside.
+"""
 
 from __future__ import annotations
 
-import gc
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import grpc
 import numpy as np
 import psutil
 import pytest
+from google.protobuf.message import DecodeError
 from serving import (
     HIDDEN_SIZE,
     LAYER,
     NUM_EXPERTS,
+    OTHER_LAYER,
     PATIENCE_S,
     TOP_K,
-    Running,
+    Failure,
     answer_of,
     any_request,
     bfloat16,
@@ -29,16 +33,17 @@ from serving import (
     stream_failure_of,
     tensor,
 )
+from test_processes import Processes, wait_for
 
 from expertd.v1 import expertd_pb2 as pb
 from expertd.v1 import expertd_pb2_grpc
 
 SEED = 20261123
-NUM_BAD = 2000
+NUM_BAD = 600
 
-# Between two rounds of NUM_BAD each, the resident set may grow by this much; a round carries several times as much. The
-# first round is the warm-up: connections, threads, arenas and caches have their size after it.
-RSS_SLACK_BYTES = 8 * 2**20
+# Between two rounds of NUM_BAD each, the resident set of a process of the server may grow by this much; a round carries
+# several times as much. The first round is the warm-up: connections, threads, arenas and caches have their size then.
+RSS_SLACK_BYTES = 2 * 2**20
 
 Random = np.random.Generator
 Vandal = Callable[[Random, pb.ForwardRequest], str]
@@ -154,6 +159,11 @@ def layer_name(chance: Random, asked: pb.ForwardRequest) -> str:
     return "layer"
 
 
+def weights_version(chance: Random, asked: pb.ForwardRequest) -> str:
+    asked.weights_version = int(chance.choice([2, 7, 2**63 - 1]))
+    return "weights_version"
+
+
 VANDALS: tuple[Vandal, ...] = (
     rank,
     columns,
@@ -168,6 +178,7 @@ VANDALS: tuple[Vandal, ...] = (
     no_hidden_states,
     output_type,
     layer_name,
+    weights_version,
 )
 
 
@@ -195,7 +206,26 @@ def random_bytes(chance: Random) -> bytes:
             return b"".join(bytes([field << 3, int(chance.integers(128))]) for field in range(1, 8))
 
 
-def check_spoiled(chance: Random, stub: expertd_pb2_grpc.ExpertServiceStub, number: int) -> None:
+def check_refusal(failure: Failure, asked: pb.ForwardRequest, what: str) -> None:
+    """The status codes that there are for a request that cannot be answered, and only where they are due."""
+    match failure.code:
+        case grpc.StatusCode.INVALID_ARGUMENT:
+            assert failure.fields, f"{what}: {failure}"
+            assert all(named in failure.message for named in failure.fields), f"{what}: {failure}"
+        case grpc.StatusCode.NOT_FOUND:
+            assert failure.reason == "LAYER_NOT_FOUND", f"{what}: {failure}"
+            assert asked.layer not in (LAYER, OTHER_LAYER), f"{what}: {failure}"
+        case grpc.StatusCode.FAILED_PRECONDITION:
+            # The request itself may be in order: the server holds no such version now, but may tomorrow.
+            assert failure.reason == "WEIGHTS_VERSION_NOT_HELD", f"{what}: {failure}"
+            assert asked.weights_version not in (0, 1), f"{what}: {failure}"
+        case _:
+            pytest.fail(f"{what}: {failure}")
+
+
+def check_spoiled(chance: Random, channel: grpc.Channel, number: int) -> None:
+    """A spoiled request, unary or on a stream, is refused, and the refusal names what was spoiled."""
+    stub = expertd_pb2_grpc.ExpertServiceStub(channel)
     asked, vandal, field = spoiled_request(chance)
     what = f"seed {SEED} request {number} spoiled by {vandal}, shape {list(asked.hidden_states.shape)}"
     if chance.integers(2):
@@ -203,17 +233,19 @@ def check_spoiled(chance: Random, stub: expertd_pb2_grpc.ExpertServiceStub, numb
             stub.Forward(asked, timeout=PATIENCE_S)
         failure = failure_of(caught.value)
     else:
-        answers = list(stub.ForwardStream(iter([pb.ForwardStreamRequest(id=number, request=asked)])))
+        messages = iter([pb.ForwardStreamRequest(id=number, request=asked)])
+        answers = list(stub.ForwardStream(messages, timeout=PATIENCE_S))
         assert [answer.id for answer in answers] == [number], what
         assert answers[0].HasField("error"), what
         failure = stream_failure_of(answers[0].error)
+    check_refusal(failure, asked, what)
     if failure.code == grpc.StatusCode.NOT_FOUND:
         assert field == "layer", what
         assert asked.layer in failure.message, what
+    elif failure.code == grpc.StatusCode.FAILED_PRECONDITION:
+        assert field == "weights_version", what
     else:
-        assert failure.code == grpc.StatusCode.INVALID_ARGUMENT, f"{what}: {failure}"
         assert any(named == field or named.startswith(f"{field}.") for named in failure.fields), f"{what}: {failure}"
-        assert all(named in failure.message for named in failure.fields), what
 
 
 def check_random_bytes(chance: Random, channel: grpc.Channel, number: int) -> None:
@@ -224,29 +256,89 @@ def check_random_bytes(chance: Random, channel: grpc.Channel, number: int) -> No
         answer = channel.unary_unary("/expertd.v1.ExpertService/Forward")(data, timeout=PATIENCE_S)
     except grpc.RpcError as error:
         failure = failure_of(error)
-        assert failure.code.name in ("INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION"), f"{what}: {failure}"
-        assert failure.fields or failure.code.name != "INVALID_ARGUMENT", what
+        try:
+            asked = pb.ForwardRequest.FromString(data)
+        except DecodeError:
+            assert failure.code == grpc.StatusCode.INVALID_ARGUMENT, f"{what}: {failure}"
+        else:
+            check_refusal(failure, asked, what)
     else:
-        assert (
-            pb.ForwardRequest.FromString(data).hidden_states.shape == pb.ForwardResponse.FromString(answer).output.shape
-        ), what
+        asked = pb.ForwardRequest.FromString(data)
+        assert pb.ForwardResponse.FromString(answer).output.shape == asked.hidden_states.shape, what
 
 
-@pytest.fixture(scope="module")
-def live() -> Any:
-    with running() as server:
-        yield server
+def stream_bytes(chance: Random) -> bytes:
+    """Bytes that are no message of a stream, or are one and hold bytes that are no request."""
+    match chance.integers(4):
+        case 0:
+            return chance.bytes(int(chance.integers(1, 2000)))
+        case 1:
+            good = pb.ForwardStreamRequest(id=1, request=request(chance, 2)).SerializeToString()
+            return good[: chance.integers(1, len(good))]
+        case _:
+            inner = random_bytes(chance)
+            length, more = bytearray(), len(inner)
+            while more > 0x7F:
+                length.append(more & 0x7F | 0x80)
+                more >>= 7
+            length.append(more)
+            return b"\x08\x01\x12" + length + inner  # as the field `request`, after the id 1
 
 
-def test_malformed_requests_are_refused_by_name_while_good_ones_run(live: Running) -> None:
+def check_random_bytes_on_a_stream(chance: Random, channel: grpc.Channel, number: int) -> None:
+    """One message between two good ones: it fails alone where it is a message at all, and else ends the stream."""
+    data = stream_bytes(chance)
+    what = f"seed {SEED} stream bytes {number}"
+    before, after = 2**60, 2**60 + 1  # ids that no such bytes have
+    good = request(chance, 1)
+    messages = [pb.ForwardStreamRequest(id=one, request=good).SerializeToString() for one in (before, after)]
+    messages.insert(1, data)
+    answers: dict[int, pb.ForwardStreamResponse] = {}
+    ended = None
+    try:
+        for raw in channel.stream_stream("/expertd.v1.ExpertService/ForwardStream")(iter(messages), timeout=PATIENCE_S):
+            answer = pb.ForwardStreamResponse.FromString(raw)
+            answers[answer.id] = answer
+    except grpc.RpcError as error:
+        ended = failure_of(error)
+    assert answers[before].HasField("response"), f"{what}: {answers}"
+    try:
+        message = pb.ForwardStreamRequest.FromString(data)
+    except DecodeError:
+        assert ended is not None, f"{what}: {answers}"
+        assert ended.code == grpc.StatusCode.INVALID_ARGUMENT, f"{what}: {ended}"
+        assert set(answers) == {before}, f"{what}: {answers}"
+        return
+    assert ended is None, f"{what}: {ended}"
+    assert set(answers) == {before, message.id, after}, f"{what}: {answers}"
+    assert answer_of(answers[after].response) == answer_of(answers[before].response), what
+    of_bytes = answers[message.id]
+    if of_bytes.HasField("error"):
+        check_refusal(stream_failure_of(of_bytes.error), message.request, what)
+    else:
+        assert of_bytes.response.output.shape == message.request.hidden_states.shape, what
+
+
+@pytest.fixture(scope="module", params=["0", "1"], ids=["one process", "a front-end"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    with Processes(tmp_path_factory.mktemp("server"), "--frontends", request.param) as processes:
+        processes.facts()
+        yield processes
+
+
+def test_malformed_requests_are_refused_by_name_while_good_ones_run(server: Processes) -> None:
     chance = np.random.default_rng(SEED)
     good = [any_request(chance, int(chance.integers(0, 40))) for _ in range(12)]
-    lone = [answer_of(live.stub.Forward(one)) for one in good]
+    with running() as one:
+        lone = [answer_of(one.stub.Forward(asked)) for asked in good]
+    port = server.facts()["port"]
+    main = psutil.Process(server.popen.pid)
+    processes = [main, *main.children(recursive=True)]
     is_over = threading.Event()
 
     def good_client(number: int) -> int:
         checked = 0
-        with insecure_channel(live.server.port) as channel:
+        with insecure_channel(port) as channel:
             stub = expertd_pb2_grpc.ExpertServiceStub(channel)
             while not is_over.is_set():
                 n = (number + checked) % len(good)
@@ -257,36 +349,45 @@ def test_malformed_requests_are_refused_by_name_while_good_ones_run(live: Runnin
 
     def bad_client(client: int) -> None:
         mine = np.random.default_rng([SEED, client])
-        with insecure_channel(live.server.port) as channel:
-            stub = expertd_pb2_grpc.ExpertServiceStub(channel)
+        checks = (check_random_bytes, check_random_bytes_on_a_stream, check_spoiled, check_spoiled, check_spoiled)
+        with insecure_channel(port) as channel:
             for number in range(NUM_BAD // 2):
-                if mine.integers(5) == 0:
-                    check_random_bytes(mine, channel, number)
-                else:
-                    check_spoiled(mine, stub, number)
+                checks[mine.integers(len(checks))](mine, channel, number)
 
-    process = psutil.Process()
-    rss: list[int] = []
+    rss: list[list[int]] = []
     with ThreadPoolExecutor(4) as pool:
         good_clients = [pool.submit(good_client, number) for number in range(2)]
         try:
             for clients in ((1, 2), (3, 4)):
                 list(pool.map(bad_client, clients))
-                gc.collect()
-                rss.append(process.memory_info().rss)
+                rss.append([process.memory_info().rss for process in processes])
         finally:
             is_over.set()
         checked = [client.result(PATIENCE_S) for client in good_clients]
     assert min(checked) > 10, f"the good clients hardly ran: {checked}"
-    assert rss[1] - rss[0] < RSS_SLACK_BYTES, f"seed {SEED}: the resident set went from {rss[0]} to {rss[1]} bytes"
-    assert [answer_of(live.stub.Forward(one)) for one in good] == lone
-    assert live.server.engine.batcher.queue_requests == 0
+    for process, before, after in zip(processes, *rss, strict=True):
+        assert after - before < RSS_SLACK_BYTES, f"seed {SEED}: {process.cmdline()[3:5]}: {before} -> {after} bytes"
+    with insecure_channel(port) as channel:
+        stub = expertd_pb2_grpc.ExpertServiceStub(channel)
+        assert [answer_of(stub.Forward(asked, timeout=PATIENCE_S)) for asked in good] == lone
+    nobody = frozenset[tuple[str, str]]()
+    wait_for(lambda: server.scrape()["expertd_in_flight_requests", nobody] == 0)
+    assert server.scrape()["expertd_queue_requests", nobody] == 0
+    assert [main, *main.children(recursive=True)] == processes, "a process of the server was started again"
 
 
-def test_the_largest_tensor_a_message_can_claim_costs_nothing(live: Running) -> None:
+def test_the_largest_tensor_a_message_can_claim_costs_nothing(server: Processes) -> None:
     """The shape is checked before anything of its size is made."""
     asked = request(np.random.default_rng(SEED), 1)
     asked.hidden_states.shape[:] = [2**32 - 1, HIDDEN_SIZE]
-    with pytest.raises(grpc.RpcError) as caught:
-        live.stub.Forward(asked)
-    assert set(failure_of(caught.value).fields) >= {"hidden_states.data"}
+    with insecure_channel(server.facts()["port"]) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            expertd_pb2_grpc.ExpertServiceStub(channel).Forward(asked, timeout=PATIENCE_S)
+        assert set(failure_of(caught.value).fields) >= {"hidden_states.data"}
+
+
+def test_a_server_that_was_sent_all_of_this_ends_as_any_other(server: Processes) -> None:
+    """The last of each server."""
+    server.popen.send_signal(signal.SIGTERM)
+    assert server.popen.wait(PATIENCE_S) == 0, server.errors()
+    assert "Traceback" not in server.errors()

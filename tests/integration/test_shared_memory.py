@@ -425,16 +425,22 @@ def test_a_killed_client_leaves_nothing(tmp_path: Path) -> None:
         eventually(mapped_regions, before)  # those of tests before may be on their way out
         fds, shm = shared_fds(), sorted(path.name for path in Path("/dev/shm").glob("*expertd*"))
         program = f"""
-            import numpy as np, ml_dtypes, threading, expertd
+            import numpy as np, ml_dtypes, sys, threading, expertd
             client = expertd.Client(expertd.ClientConfig("127.0.0.1:{server.server.port}", transport="shm"))
             hidden = np.ones((4, {HIDDEN_SIZE}), ml_dtypes.float8_e4m3fn)
             logits = np.ones((4, {NUM_EXPERTS}), np.float32)
             forward = lambda: client.forward("{LAYER}", hidden, routing_logits=logits)
-            for _ in range(2):
-                threading.Thread(target=forward).start()
+            threading.Thread(target=forward).start()
+            sys.stdin.readline()
+            threading.Thread(target=forward).start()
         """
-        with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)]) as client:
+        with subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(program)], stdin=subprocess.PIPE, text=True
+        ) as client:
             backend.wait_started()
+            assert client.stdin is not None
+            client.stdin.write("the first one runs: no batch takes both\n")
+            client.stdin.flush()
             eventually(lambda: server.server.engine.batcher.queue_requests, 1)
             assert mapped_regions() == before + 1
             client.send_signal(signal.SIGKILL)

@@ -19,6 +19,7 @@ from expertd_server.workers import run_all
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 WHOLE_OUTPUT_BOUND = 4e-3
+WITHOUT_ROUNDINGS_BOUND = 3e-2
 
 
 def has_packed_bfloat16() -> bool:
@@ -137,6 +138,45 @@ def test_agrees_with_the_reference_on_adversarial_logits(logits: str) -> None:
 def test_agrees_with_the_reference_on_the_shape_of_a_real_layer() -> None:
     spec = make_spec(hidden_size=2048, intermediate_size=768, num_experts=4, top_k=2)
     check_against_reference(make_case(spec, 12, seed=1))
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(make_spec(hidden_size=512, intermediate_size=256, activation=activation) for activation in Activation),
+        make_spec(hidden_size=1024, intermediate_size=512, num_experts=8, top_k=2),
+        make_spec(hidden_size=2048, intermediate_size=768, num_experts=4, top_k=2),
+        make_spec(
+            hidden_size=512,
+            intermediate_size=256,
+            num_experts=32,
+            top_k=8,
+            routing_method=RoutingMethod.DEEPSEEK_V3,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=2.5,
+        ),
+        make_spec(
+            hidden_size=512,
+            intermediate_size=512,
+            num_experts=8,
+            top_k=1,
+            routing_method=RoutingMethod.LLAMA4,
+            use_routing_scales_on_input=True,
+        ),
+    ],
+    ids=spec_id,
+)
+def test_all_roundings_together_cost_at_most_three_percent(spec: LayerSpec, seed: int) -> None:
+    """Against exact arithmetic without any rounding: nearly all of it is that of `inter` to fp8."""
+    case = make_case(spec, 24, seed)  # so many that no single token decides
+    if spec.activation == Activation.RELU2:
+        # Squares reach far: scaled as the others are, the greatest would lie beyond the range of fp8.
+        scales = case.weights.output1_scales_scalar / 16.0
+        case = dataclasses.replace(case, weights=dataclasses.replace(case.weights, output1_scales_scalar=scales))
+    error = relative_error(output(case), expect(case).output_without_roundings)
+    assert error <= WITHOUT_ROUNDINGS_BOUND, f"{case.name}: output off by {error}"
 
 
 def test_inter_saturates() -> None:
@@ -507,3 +547,21 @@ def test_why_a_cuda_device_gets_the_torch_backend(
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object() if has_kernels else None)
     reason = backend._why_no_kernels(torch.device("cuda", 0))
     assert reason is None if expected is None else expected in str(reason)
+
+
+def test_the_log_says_why_a_cuda_device_is_served_by_the_torch_backend(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    with caplog.at_level(logging.WARNING):
+        chosen = select_backend("auto")
+    assert (chosen.name, chosen.device) == ("torch", torch.device("cuda", 1))
+    (line,) = caplog.records
+    assert (line.name, line.levelno) == ("expertd_server.backend", logging.WARNING)
+    assert line.getMessage() == (
+        "backend 'torch' (plain torch, not the Hopper kernels) on cuda:1: "
+        "some GPU has compute capability 8.0, the kernels need 9.0"
+    )

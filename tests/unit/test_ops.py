@@ -101,6 +101,43 @@ def test_gives_the_bits_of_the_backend(activation: Activation) -> None:
 
 
 @pytest.mark.parametrize("is_routed", [False, True])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        make_spec(),
+        make_spec(hidden_size=37, intermediate_size=21, num_experts=5, top_k=3, activation=Activation.GEGLU),
+        make_spec(routing_method=RoutingMethod.DEEPSEEK_V3, n_group=4, topk_group=2, local_num_experts=9),
+        make_spec(routing_method=RoutingMethod.LLAMA4, top_k=1, use_routing_scales_on_input=True),
+        make_spec(hidden_size=512, intermediate_size=256, num_experts=4, top_k=2),
+    ],
+    ids=spec_id,
+)
+def test_a_token_alone_and_in_batches_of_2_to_1000(spec: LayerSpec, is_routed: bool) -> None:
+    """What stands in a call beside a token, and how much of it, changes no bit of the token's output."""
+    pool = dataclasses.replace(spec, local_num_experts=spec.num_experts)
+    case = make_case(pool, 1000, seed=28).slice(0, spec.num_local)
+    values = routed_arguments(case) if is_routed else arguments(case)
+    of_tokens = [name for name in ("routing_logits", "topk_ids", "topk_weights") if name in values]
+
+    def output_of(rows: torch.Tensor) -> torch.Tensor:
+        """float32: it shows differences that rounding to bfloat16 would hide."""
+        hidden_states = case.hidden_states.view(torch.uint8)[rows].view(torch.float8_e4m3fn)
+        of_rows = {name: values[name][rows] for name in of_tokens}
+        operator = trtllm_fp8_per_tensor_scale_routed_moe if is_routed else trtllm_fp8_per_tensor_scale_moe
+        got = operator(**{**values, **of_rows, "hidden_states": hidden_states}, output_dtype=torch.float32)
+        assert isinstance(got, torch.Tensor)
+        return got
+
+    together = output_of(torch.arange(1000))
+    generator = torch.Generator().manual_seed(28)
+    for size in (*[1] * 16, 2, 3, 5, 8, 16, 33, 64, 100, 127, 500, 1000):
+        company = torch.randperm(1000, generator=generator)[:size]
+        got = output_of(company)
+        differ = (got != together[company]).any(dim=1)
+        assert not differ.any(), f"tokens {company[differ][:8].tolist()} of {size}, {case.name}"
+
+
+@pytest.mark.parametrize("is_routed", [False, True])
 def test_do_finalize_false_returns_three_tensors(is_routed: bool) -> None:
     case = make_case(make_spec(), 6, seed=23)
     if is_routed:

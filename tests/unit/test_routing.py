@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from cases import LOGIT_PATTERNS, every_method, make_logits, make_spec, make_weights, spec_id
@@ -49,6 +52,77 @@ def _check_ids(spec: LayerSpec, ids: torch.Tensor, case: str) -> None:
     assert int(ids.max()) < spec.num_experts, case
     for row in ids.tolist():
         assert len(set(row)) == spec.top_k, f"{case}: {row} are not distinct"
+
+
+LEVELS = (-1.0, 0.0, 2.0)
+EXACT_LEVELS = (-200.0, 0.0, 100.0)
+"""Their sigmoids are 0, 0.5 and 1: sums with a bias, and of two experts of a group, are exact and often equal."""
+BIASES = (-2.0, 0.0, 0.5)
+
+
+def tied_inputs(spec: LayerSpec, pattern: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits [64, E] float32 of three values, so that experts tie, and a bias [E] for the methods that read one."""
+    generator = torch.Generator().manual_seed(64)
+
+    def chosen_from(values: tuple[float, ...], *shape: int) -> torch.Tensor:
+        return torch.tensor(values)[torch.randint(len(values), shape, generator=generator)]
+
+    num_groups = spec.n_group or 1
+    group_size = spec.num_experts // num_groups
+    logits = chosen_from(LEVELS, 64, spec.num_experts)
+    bias = torch.full((spec.num_experts,), 0.5)
+    match pattern:
+        case "equal logits and bias":
+            logits = torch.full_like(logits, 2.0)
+        case "equal logits, some bias":
+            logits, bias = torch.full_like(logits, 2.0), chosen_from(BIASES, spec.num_experts)
+        case "some bias":
+            levels = EXACT_LEVELS if spec.routing_method.reads_bias else LEVELS
+            logits, bias = chosen_from(levels, 64, spec.num_experts), chosen_from(BIASES, spec.num_experts)
+        case "equal groups":
+            logits, bias = logits[:, :group_size].repeat(1, num_groups), bias * -4.0  # every selection score below zero
+    return logits, bias if spec.routing_method.reads_bias else None
+
+
+def ids_by_exact_scores(spec: LayerSpec, logits: list[float], bias: list[float] | None) -> list[int]:
+    """What the table of methods says in float64: of equal scores the smaller id."""
+    scores = logits  # softmax and sigmoid keep their order as far as they do not saturate
+    if bias is not None:
+        scores = [1 / (1 + math.exp(-x)) + b for x, b in zip(logits, bias, strict=True)]
+    candidates = list(range(spec.num_experts))
+    if spec.is_grouped:
+        assert spec.n_group is not None
+        size = spec.num_experts // spec.n_group
+        of_group = [sum(sorted(scores[g * size : (g + 1) * size])[:-3:-1]) for g in range(spec.n_group)]
+        kept = sorted(range(spec.n_group), key=lambda g: (-of_group[g], g))[: spec.topk_group]
+        candidates = [e for e in candidates if e // size in kept]
+    return sorted(candidates, key=lambda e: (-scores[e], e))[: spec.top_k]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["equal logits and bias", "equal logits, some bias", "equal bias", "some bias", "equal groups"]
+)
+@pytest.mark.parametrize("choose", [route, reference.route], ids=["torch", "reference"])
+@pytest.mark.parametrize("spec", every_method(), ids=spec_id)
+def test_of_equal_scores_the_smaller_id_wins(
+    spec: LayerSpec, choose: Callable[..., tuple[torch.Tensor, torch.Tensor]], pattern: str
+) -> None:
+    logits, bias = tied_inputs(spec, pattern)
+    ids, _ = choose(spec, logits, bias)
+    of_experts = None if bias is None else bias.tolist()
+    for t, row in enumerate(logits.tolist()):
+        assert ids[t].tolist() == ids_by_exact_scores(spec, row, of_experts), f"row {t}: {row}, bias {of_experts}"
+
+
+@pytest.mark.parametrize("method", [RoutingMethod.DEEPSEEK_V3, RoutingMethod.MINIMAX2])
+def test_sums_of_different_scores_and_biases_tie(method: RoutingMethod) -> None:
+    spec = make_spec(routing_method=method, num_experts=6, top_k=4)
+    logits = torch.tensor([[0.0, 100.0, -200.0, 100.0, 0.0, -200.0]])  # sigmoids 0.5, 1 and 0
+    bias = torch.tensor([0.25, -0.25, 0.75, -0.5, 0.0, 0.5])  # sums 0.75 thrice, then 0.5 thrice
+    for choose in (route, reference.route):
+        ids, weights = choose(spec, logits, bias)
+        assert ids.tolist() == [[0, 1, 2, 3]]
+        assert torch.equal(weights, (torch.tensor([[0.5, 1.0, 0.0, 1.0]]) / 2.5).bfloat16())
 
 
 @pytest.mark.parametrize("method", [RoutingMethod.SIGMOID, RoutingMethod.SIGMOID_RENORM])
