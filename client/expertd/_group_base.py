@@ -81,6 +81,8 @@ class GroupBase:
         """Layers whose servers do not agree on what they are."""
         self._is_ready = False
         """Whether the members have once covered every layer."""
+        self._is_partly_ready = False
+        """Whether they have once held any layer, which is enough for a call that takes partial answers."""
 
     def metrics_text(self) -> str:
         """Counters and the state of each server, in Prometheus' text format, named expertd_client_…."""
@@ -194,8 +196,15 @@ class GroupBase:
                 placements[name] = placement
         self._placements = placements
 
-    def _check_ready(self) -> None:
-        """Raise unless the members cover every layer, as they must have done once before the first call."""
+    def _is_ready_for(self, *, allow_partial: bool) -> bool:
+        """Whether such calls need not ask first what the servers hold."""
+        return self._is_ready or (allow_partial and self._is_partly_ready)
+
+    def _check_ready(self, *, allow_partial: bool) -> None:
+        """Raise unless the members cover every layer, as they must have done once before the first call.
+
+        allow_partial: any layer, and any experts of it, are enough.
+        """
         with self._lock:
             if self._refresh_error is not None:
                 raise copy.copy(self._refresh_error)
@@ -203,11 +212,13 @@ class GroupBase:
             if not self._placements:
                 # They listen before they have loaded anything.
                 problems.append(f"no layer is held by {', '.join(sorted(self._members))} yet")
-            if not self.config.allow_partial:
-                problems += [each.describe_missing() for each in self._placements.values() if each.missing]
+            missing = [each.describe_missing() for each in self._placements.values() if each.missing]
+            if not allow_partial:
+                problems += missing
             if problems:
                 raise TopologyError("; ".join(problems))
-            self._is_ready = True
+            self._is_partly_ready = True
+            self._is_ready = self._is_ready or not missing
 
     def _placement(self, layer: str) -> LayerPlacement:
         placement = self._placements.get(layer)

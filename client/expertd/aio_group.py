@@ -78,13 +78,13 @@ class AsyncExpertGroup(GroupBase):
 
     async def layers(self, *, timeout_s: float | None = None) -> list[LayerInfo]:
         """Every layer, as one server that held all of it would describe it, sorted by name."""
-        await self._ensure_ready(self._deadline(timeout_s))
+        await self._ensure_ready(self._deadline(timeout_s), allow_partial=self.config.allow_partial)
         with self._lock:
             return [self._merged_info(placement) for placement in self._placements.values()]
 
     async def layer(self, name: str, *, timeout_s: float | None = None) -> LayerInfo:
         """One layer by name. Raises LayerNotFoundError when no server of the group holds it."""
-        await self._ensure_ready(self._deadline(timeout_s))
+        await self._ensure_ready(self._deadline(timeout_s), allow_partial=self.config.allow_partial)
         with self._lock:
             return self._merged_info(self._placement(name))
 
@@ -97,7 +97,7 @@ class AsyncExpertGroup(GroupBase):
         last = "no answer"
         while True:
             try:
-                await self._ensure_ready(deadline)
+                await self._ensure_ready(deadline, allow_partial=self.config.allow_partial)
                 return
             except TimeoutError as error:
                 raise TimeoutError(f"the group was not ready in time; last seen: {last}") from error
@@ -133,7 +133,7 @@ class AsyncExpertGroup(GroupBase):
     async def _forward(self, request: ForwardRequest[ArrayT], allow_partial: bool) -> GroupResult[ArrayT]:
         deadline = self._deadline(request.timeout_s)
         patience = min(deadline, _now() + self.config.no_replica_timeout_s)
-        await self._ensure_ready(deadline)
+        await self._ensure_ready(deadline, allow_partial=allow_partial)
         sent_bytes = 0
         num_looks = 0
         while True:
@@ -205,10 +205,10 @@ class AsyncExpertGroup(GroupBase):
             outcome = error.with_traceback(None)  # which knows this frame: leave no cycle
         settled.put_nowait((attempt, outcome))
 
-    async def _ensure_ready(self, deadline: float) -> None:
-        if not self._is_ready:
+    async def _ensure_ready(self, deadline: float, *, allow_partial: bool) -> None:
+        if not self._is_ready_for(allow_partial=allow_partial):
             await self._await_refresh(deadline)
-            self._check_ready()
+            self._check_ready(allow_partial=allow_partial)
 
     async def _await_refresh(self, deadline: float) -> None:
         """Wait for a refresh. Raises TimeoutError when none has ended by the deadline, ClosedError after close()."""

@@ -92,13 +92,13 @@ class ExpertGroup(GroupBase):
 
     def layers(self, *, timeout_s: float | None = None) -> list[LayerInfo]:
         """Every layer, as one server that held all of it would describe it, sorted by name."""
-        self._ensure_ready(self._deadline(timeout_s))
+        self._ensure_ready(self._deadline(timeout_s), allow_partial=self.config.allow_partial)
         with self._lock:
             return [self._merged_info(placement) for placement in self._placements.values()]
 
     def layer(self, name: str, *, timeout_s: float | None = None) -> LayerInfo:
         """One layer by name. Raises LayerNotFoundError when no server of the group holds it."""
-        self._ensure_ready(self._deadline(timeout_s))
+        self._ensure_ready(self._deadline(timeout_s), allow_partial=self.config.allow_partial)
         with self._lock:
             return self._merged_info(self._placement(name))
 
@@ -111,7 +111,7 @@ class ExpertGroup(GroupBase):
         last = "no answer"
         while True:
             try:
-                self._ensure_ready(deadline)
+                self._ensure_ready(deadline, allow_partial=self.config.allow_partial)
                 return
             except TimeoutError as error:
                 raise TimeoutError(f"the group was not ready in time; last seen: {last}") from error
@@ -149,7 +149,7 @@ class ExpertGroup(GroupBase):
     def _forward(self, request: ForwardRequest[ArrayT], allow_partial: bool) -> GroupResult[ArrayT]:
         deadline = self._deadline(request.timeout_s)
         patience = min(deadline, time.monotonic() + self.config.no_replica_timeout_s)
-        self._ensure_ready(deadline)
+        self._ensure_ready(deadline, allow_partial=allow_partial)
         sent_bytes = 0
         num_looks = 0
         while True:
@@ -215,10 +215,10 @@ class ExpertGroup(GroupBase):
         except ExpertdError as error:
             settled.put((attempt, error.with_traceback(None)))  # which knows this frame: leave no cycle
 
-    def _ensure_ready(self, deadline: float) -> None:
-        if not self._is_ready:
+    def _ensure_ready(self, deadline: float, *, allow_partial: bool) -> None:
+        if not self._is_ready_for(allow_partial=allow_partial):
             self._await_refresh(deadline)
-            self._check_ready()
+            self._check_ready(allow_partial=allow_partial)
 
     def _await_refresh(self, deadline: float) -> None:
         """Wait for a refresh. Raises TimeoutError when none has ended by the deadline, ClosedError after close()."""

@@ -268,6 +268,40 @@ def test_uncovered_experts_are_an_error_before_the_first_answer(tier: list[Serve
             group.wait_ready(timeout_s=0.3)
 
 
+def _call(flavour: str, servers: list[Server], *calls: dict[str, Any]) -> list[Any]:
+    """What one group answers to calls of forward, or raises, one after the other."""
+    hidden, logits = inputs(CASE)
+    results: list[Any] = []
+    if flavour == "sync":
+        with group_of(*servers) as group:
+            for options in calls:
+                try:
+                    results.append(group.forward(LAYER, hidden, routing_logits=logits, **options))
+                except expertd.ExpertdError as error:
+                    results.append(error)
+        return results
+
+    async def run() -> None:
+        async with AsyncExpertGroup([address(server) for server in servers]) as group:
+            for options in calls:
+                try:
+                    results.append(await group.forward(LAYER, hidden, routing_logits=logits, **options))
+                except expertd.ExpertdError as error:
+                    results.append(error)
+
+    asyncio.run(run())
+    return results
+
+
+@pytest.mark.parametrize("flavour", ["sync", "async"])
+def test_a_call_may_take_a_partial_answer_of_a_group_that_was_never_complete(flavour: str, tier: list[Server]) -> None:
+    partial, again, whole = _call(flavour, tier[:3], {"allow_partial": True}, {"allow_partial": True}, {})
+    assert partial.is_partial
+    assert all(12 <= experts.start < experts.stop <= 16 for experts in partial.missing_experts)
+    assert bits(again.output) == bits(partial.output)
+    assert isinstance(whole, TopologyError), "a call that takes only whole answers gets none"
+
+
 def test_wait_ready_waits_for_the_last_shard(tier: list[Server], tmp_path: Path) -> None:
     hidden, logits = inputs(CASE)
     path = tmp_path / "tier.json"
