@@ -46,6 +46,7 @@ from expertd.errors import (
     InvalidRequestError,
     LayerNotFoundError,
     NoReplicaError,
+    ServerError,
     TimeoutError,
     TopologyError,
     VersionNotHeldError,
@@ -432,6 +433,42 @@ def test_a_version_that_vanishes_between_look_and_use_is_replaced_by_a_common_on
         assert (before.weights_version, after.weights_version) == (1, 2)
         assert bits(before.output) != bits(after.output)
         assert group.stats.value("version_restarts") == 1
+
+
+@pytest.mark.parametrize("flavour", ["sync", "async"])
+def test_poisoned_requests_fail_alone_and_take_no_server_out_of_use(flavour: str) -> None:
+    hidden, logits = inputs(CASE)
+    poison = np.full_like(hidden, 448.0)
+
+    def before(_: object, rows: torch.Tensor) -> None:
+        if (rows.float() == 448.0).all(dim=1).any():
+            raise RuntimeError("poisoned")
+
+    servers = [start(ONE, share, of=2, backend=GatedBackend(before)) for _ in range(2) for share in shares(2)]
+    names = [address(server) for server in servers]
+
+    async def poison_async(count: int) -> str:
+        async with AsyncExpertGroup(names, GroupConfig(hedge_percentile=None)) as group:
+            for _ in range(count):
+                with pytest.raises(ServerError):
+                    await group.forward(LAYER, poison, routing_logits=logits, timeout_s=PATIENCE_S)
+            assert group.stats.value("attempts") <= 4 * count
+            return group.metrics_text()
+
+    with stopping(*servers), group_of(*servers, hedge_percentile=None) as group:
+        good = bits(group.forward(LAYER, hidden, routing_logits=logits).output)
+        attempts = group.stats.value("attempts")
+        if flavour == "async":
+            text = asyncio.run(poison_async(6))
+        else:
+            for _ in range(6):
+                with pytest.raises(ServerError):
+                    group.forward(LAYER, poison, routing_logits=logits, timeout_s=PATIENCE_S)
+            assert group.stats.value("attempts") - attempts <= 4 * 6
+            text = group.metrics_text()
+        for name in names:
+            assert f'expertd_client_replica_up{{replica="{name}"}} 1' in text
+        assert bits(group.forward(LAYER, hidden, routing_logits=logits).output) == good
 
 
 def test_an_overloaded_replica_is_passed_over() -> None:
