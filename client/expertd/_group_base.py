@@ -15,6 +15,7 @@ from expertd import _fast
 from expertd._base import Outcome
 from expertd._call import Call
 from expertd._dispatch import Attempt, Dispatch, Job, Shared
+from expertd._lookup import Lookup
 from expertd._plan import PreparedRequest, prepare
 from expertd._replicas import BreakerState, HedgeBudget, Latencies, Replica
 from expertd._stats import GroupStats
@@ -58,7 +59,9 @@ class GroupBase:
         _fast.warm_up()
         self.config = config or GroupConfig()
         self.stats = GroupStats()
-        self._resolver = resolver_for(targets)
+        self._lookup = Lookup(
+            resolver_for(targets), first_patience_s=self.config.timeout_s, patience_s=self.config.probe_timeout_s
+        )
         percentile = self.config.hedge_percentile
         self._shared = Shared(
             config=self.config,
@@ -120,7 +123,7 @@ class GroupBase:
         """
         with self._lock:
             members = {address: self._members[address] for address in addresses if address in self._members}
-            errors: list[str] = []
+            errors = [f"the targets cannot be resolved: {self._lookup.trouble}"] if self._lookup.trouble else []
             for probe in probes:
                 if probe.member is None:
                     errors.append(f"{probe.address}: {probe.error}")
@@ -139,7 +142,7 @@ class GroupBase:
                 self._refresh_error = UnavailableError(f"no server of the group answered: {tried}")
 
     def _refresh_failed(self, error: Exception) -> None:
-        """The targets could not be resolved, or the look failed: go on with the members that there are."""
+        """The targets stand for nothing, or the look failed: go on with the members that there are."""
         if not isinstance(error, OSError | TopologyError):
             # A resolver of the caller's own, or a mistake of ours: the group must go on looking.
             logger.error("refresh failed: %s", error, exc_info=error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -248,7 +249,7 @@ class AsyncExpertGroup(GroupBase):
         gone: list[tuple[Replica | None, AsyncClient]] = []
         self._begin_refresh()
         try:
-            addresses = list(await asyncio.to_thread(self._resolver.resolve))
+            addresses = await self._resolved()
             for address in addresses:
                 if address not in self._clients:
                     self._clients[address] = AsyncClient(self._client_config(address))
@@ -260,6 +261,16 @@ class AsyncExpertGroup(GroupBase):
         self._refreshed.set()
         self._refreshed = asyncio.Event()
         return gone
+
+    async def _resolved(self) -> Sequence[str]:
+        asked, patience_s = self._lookup.ask(), self._lookup.patience_s
+        if patience_s:
+            waiting = asyncio.wrap_future(asked)
+            try:
+                await asyncio.wait((waiting,), timeout=patience_s)
+            finally:
+                waiting.cancel()
+        return self._lookup.take()
 
     async def _ask(self, address: str) -> Probe:
         client = self._clients[address]

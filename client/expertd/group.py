@@ -6,7 +6,7 @@ import functools
 import queue
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any
 
@@ -48,6 +48,8 @@ class ExpertGroup(GroupBase):
         self._wanted = threading.Event()
         """Set to make the refresher look at once."""
         self._closed = threading.Event()
+        self._end: Future[None] = Future()
+        """Done after close(), for whoever waits for a future as well."""
         self._refresher: threading.Thread | None = None
 
     def forward(
@@ -127,6 +129,8 @@ class ExpertGroup(GroupBase):
         self._closed.set()
         self._wanted.set()
         with self._refreshed:
+            if not self._end.done():
+                self._end.set_result(None)
             refresher = self._refresher
             clients, self._clients = list(self._clients.values()), {}
             self._refreshed.notify_all()
@@ -254,7 +258,8 @@ class ExpertGroup(GroupBase):
         gone: list[tuple[Replica | None, Client]] = []
         self._begin_refresh()
         try:
-            addresses = list(self._resolver.resolve())
+            wait((self._lookup.ask(), self._end), self._lookup.patience_s, FIRST_COMPLETED)
+            addresses = self._lookup.take()
             with self._lock:
                 for address in addresses:
                     if address not in self._clients and not self._closed.is_set():

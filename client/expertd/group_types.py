@@ -52,7 +52,8 @@ class GroupConfig:
     refresh_interval_s: float = 1.0
     """How often the targets are resolved and every server is asked how it is and what it holds."""
     probe_timeout_s: float = 1.0
-    """How long a server may take to say so before that counts as a failure."""
+    """How long a server may take to say so before that counts as a failure; and how long targets may take to be
+    resolved, before the group goes on with the addresses that it knows."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -42,8 +42,8 @@ class Resolver(Protocol):
     def resolve(self) -> Sequence[str]:
         """Addresses such as "10.0.0.7:50051", asked for again and again while the group lives.
 
-        May block for a few seconds: it is never called from an event loop's thread. Raises TopologyError, or OSError;
-        a group that is running then keeps the addresses that it has.
+        May block: it is called in a thread of its own, once at a time. Raises TopologyError, or OSError. A group that
+        is running keeps the addresses that it has when this raises, and while it blocks.
         """
 
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -379,6 +380,76 @@ def test_a_replica_goes_and_another_comes_under_load_without_a_failure(stop: Any
                 assert set(group._members) == {address(servers[1]), address(servers[3]), address(replacement)}
             load.stop()
         assert not load.failures
+
+
+def _stand_for(monkeypatch: pytest.MonkeyPatch, name: str, hosts: list[str]) -> None:
+    """Have a host name stand for these addresses, whatever they are at the moment."""
+    found = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, port: Any, *arguments: Any, **options: Any) -> Any:
+        asked = list(hosts) if host == name else [host]
+        return [each for one in asked for each in found(one, port, *arguments, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+@pytest.mark.parametrize("flavour", ["sync", "async"])
+def test_a_name_that_stands_for_other_servers_takes_the_load_there_without_a_failure(
+    flavour: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = [f"127.0.0.{number}" for number in (2, 3, 4, 5)]
+    servers = [start(ONE, range(1), of=2, host=hosts[0])]
+    port = servers[0].port
+    servers += [start(ONE, range(n % 2, n % 2 + 1), of=2, host=hosts[n], port=port) for n in (1, 2, 3)]
+    names = [f"{host}:{port}" for host in hosts]
+    now = hosts[:2]
+    _stand_for(monkeypatch, "experts.test", now)
+
+    def change() -> None:
+        now[:] = hosts[2:]
+
+    with stopping(*servers):
+        run = _move_async if flavour == "async" else _move
+        replicas, members = run(f"experts.test:{port}", change, names[2:])
+    assert replicas <= set(names)
+    assert replicas >= set(names[2:])
+    assert members == set(names[2:]), "the servers of the old addresses are left"
+
+
+def _move(target: str, change: Any, after: list[str]) -> tuple[set[str], set[str]]:
+    with group_of(target) as group, Load(group, LAYER, CASE) as load:
+        load.wait(20)
+        change()
+        _wait_until(lambda: set(group._clients) == set(after) == set(group._members))
+        load.wait(20)
+        load.stop()
+        assert not load.failures
+        assert len(load.outputs) == 1
+        result = group.forward(LAYER, inputs(CASE)[0], routing_logits=inputs(CASE)[1])
+        return {str(part.replica) for part in result.parts}, set(group._members)
+
+
+def _move_async(target: str, change: Any, after: list[str]) -> tuple[set[str], set[str]]:
+    hidden, logits = inputs(CASE)
+
+    async def run() -> tuple[set[str], set[str]]:
+        config = GroupConfig(refresh_interval_s=0.2, hedge_percentile=None)
+        async with AsyncExpertGroup(target, config) as group:
+            replicas: set[str] = set()
+            answers, deadline = set(), time.monotonic() + PATIENCE_S
+            for number in itertools.count():
+                results = await asyncio.gather(*(group.forward(LAYER, hidden, routing_logits=logits) for _ in range(4)))
+                answers |= {bits(result.output) for result in results}
+                replicas |= {str(part.replica) for result in results for part in result.parts}
+                if number == 5:
+                    change()
+                if number > 5 and replicas >= set(after) and set(group._members) == set(after):
+                    break
+                assert time.monotonic() < deadline, f"still asks {set(group._members)}"
+            assert len(answers) == 1
+            return replicas, set(group._members)
+
+    return asyncio.run(run())
 
 
 def _wait_for_use(group: ExpertGroup, server: Server) -> None:
