@@ -31,7 +31,16 @@ from expertd.errors import (
     VersionNotHeldError,
 )
 from expertd.group_types import GroupConfig, GroupResult
-from expertd.topology import LayerPlacement, Member, Targets, distinct, place_layer, resolver_for, still_held
+from expertd.topology import (
+    LayerPlacement,
+    Member,
+    NamedAddress,
+    Targets,
+    distinct,
+    place_layer,
+    resolver_for,
+    still_held,
+)
 from expertd.types import ForwardRequest, LayerInfo, LayerState, RoutingMethod
 
 __all__ = ["GroupBase", "Prepared", "Probe", "is_worth_a_look"]
@@ -112,6 +121,8 @@ class GroupBase:
             # A group tries another server instead of the same one again.
             no_retries = RetryPolicy(max_attempts=1)
             config = dataclasses.replace(self.config.client(address), target=address, retry=no_retries)
+            if config.uses_tls and config.server_name is None and isinstance(address, NamedAddress):
+                config = dataclasses.replace(config, server_name=address.server_name)
             self._configs[address] = config
         return config
 

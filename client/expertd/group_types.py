@@ -22,8 +22,9 @@ class GroupConfig:
 
     client: Callable[[str], ClientConfig] = ClientConfig
     """Makes the configuration of the connection to one address, for instance
-    functools.partial(ClientConfig, ca_file="ca.pem", server_name="experts.internal"). Its retries are not used: a group
-    tries another server instead."""
+    functools.partial(ClientConfig, ca_file="ca.pem"). Where it gives no server_name, an address that was found under a
+    host name is expected to have a certificate of that name. Its retries are not used: a group tries another server
+    instead."""
     timeout_s: float = 30.0
     """Deadline of a call that gives none."""
     mode: Literal["routed", "broadcast"] = "routed"

@@ -6,6 +6,7 @@ Addresses come from targets: "host:port", a DNS name that stands for many hosts,
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ __all__ = [
     "DnsName",
     "LayerPlacement",
     "Member",
+    "NamedAddress",
     "Resolver",
     "Shard",
     "Targets",
@@ -51,6 +53,19 @@ Targets: TypeAlias = "str | os.PathLike[str] | Resolver | Sequence[str | os.Path
 """What a group takes as its targets: see `resolver_for`."""
 
 
+class NamedAddress(str):
+    """An address that a host name stands for, and that name: certificates tell it, addresses they rarely do."""
+
+    server_name: str
+
+    @classmethod
+    def of(cls, address: str, server_name: str) -> NamedAddress:
+        """address, found under server_name."""
+        named = cls(address)
+        named.server_name = server_name
+        return named
+
+
 @dataclass(frozen=True)
 class DnsName:
     """All addresses that a host name stands for, such as a headless Kubernetes service or a Compose service."""
@@ -59,13 +74,27 @@ class DnsName:
     port: int
 
     def resolve(self) -> Sequence[str]:
-        """See Resolver. Raises TopologyError for a name that no host can have, OSError for one that none has."""
+        """See Resolver; of a name that is no address itself, NamedAddress each.
+
+        Raises TopologyError for a name that no host can have, OSError for one that none has.
+        """
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except UnicodeError as error:
             raise TopologyError(f"{self.host!r} is no host name: {error}") from error
         hosts = {str(address[0]) for *_, address in found}
-        return sorted(f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}" for host in hosts)
+        addresses = sorted(f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}" for host in hosts)
+        if _is_ip_address(self.host):
+            return addresses
+        return [NamedAddress.of(address, self.host.removesuffix(".")) for address in addresses]
+
+
+def _is_ip_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

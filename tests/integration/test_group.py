@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -35,6 +34,7 @@ from tier import (
     other_weights,
     shares,
     slice_of,
+    stand_for,
     start,
     stopping,
     sum_of_slices,
@@ -382,17 +382,6 @@ def test_a_replica_goes_and_another_comes_under_load_without_a_failure(stop: Any
         assert not load.failures
 
 
-def _stand_for(monkeypatch: pytest.MonkeyPatch, name: str, hosts: list[str]) -> None:
-    """Have a host name stand for these addresses, whatever they are at the moment."""
-    found = socket.getaddrinfo
-
-    def getaddrinfo(host: Any, port: Any, *arguments: Any, **options: Any) -> Any:
-        asked = list(hosts) if host == name else [host]
-        return [each for one in asked for each in found(one, port, *arguments, **options)]
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-
-
 @pytest.mark.parametrize("flavour", ["sync", "async"])
 def test_a_name_that_stands_for_other_servers_takes_the_load_there_without_a_failure(
     flavour: str, monkeypatch: pytest.MonkeyPatch
@@ -403,7 +392,7 @@ def test_a_name_that_stands_for_other_servers_takes_the_load_there_without_a_fai
     servers += [start(ONE, range(n % 2, n % 2 + 1), of=2, host=hosts[n], port=port) for n in (1, 2, 3)]
     names = [f"{host}:{port}" for host in hosts]
     now = hosts[:2]
-    _stand_for(monkeypatch, "experts.test", now)
+    stand_for(monkeypatch, "experts.test", now)
 
     def change() -> None:
         now[:] = hosts[2:]

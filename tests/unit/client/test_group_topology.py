@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from expertd.errors import ConfigError, TopologyError
-from expertd.topology import LayerPlacement, Member, TopologyFile, distinct, place_layer, resolver_for
+from expertd.topology import LayerPlacement, Member, NamedAddress, TopologyFile, distinct, place_layer, resolver_for
 from expertd.types import Activation, LayerInfo, LayerState, RoutingMethod, ServerInfo
 
 E = 12
@@ -183,6 +183,20 @@ def test_a_name_stands_for_all_its_addresses(monkeypatch: pytest.MonkeyPatch) ->
     expected = ["10.0.0.1:50051", "10.0.0.2:50051", "[fd00::1]:50051"]
     assert sorted(resolver_for("experts.internal:50051").resolve()) == expected
     assert sorted(resolver_for("dns:///experts.internal:50051").resolve()) == expected
+
+
+def test_an_address_knows_the_name_it_was_found_under(monkeypatch: pytest.MonkeyPatch) -> None:
+    def addresses(host: str, port: int, **_: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", addresses)
+    for target in ("experts.internal:1", "experts.internal.:1", ["experts.internal:1", "10.0.0.1:1"]):
+        (address,) = resolver_for(target).resolve()
+        assert isinstance(address, NamedAddress)
+        assert (address, address.server_name) == ("10.0.0.1:1", "experts.internal")
+    for target in ("10.0.0.1:1", "[fd00::1]:1"):
+        (address,) = resolver_for(target).resolve()
+        assert not isinstance(address, NamedAddress)
 
 
 @pytest.mark.parametrize("host", ["a..b", "x" * 64])
