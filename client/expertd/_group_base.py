@@ -19,6 +19,7 @@ from expertd._lookup import Lookup
 from expertd._plan import PreparedRequest, prepare
 from expertd._replicas import BreakerState, HedgeBudget, Latencies, Replica
 from expertd._stats import GroupStats
+from expertd._wire_read import nbytes_of
 from expertd.config import ClientConfig, RetryPolicy
 from expertd.errors import (
     ExpertdError,
@@ -114,6 +115,10 @@ class GroupBase:
         """Which servers hold which experts of a layer, as of the last refresh. Raises LayerNotFoundError."""
         with self._lock:
             return self._placement(layer)
+
+    def _count_unwanted(self, nbytes: int) -> None:
+        """An answer came that nobody waited for any more, as the slower one of a hedged part does."""
+        self.stats.count("received_bytes", nbytes)
 
     def _client_config(self, address: str) -> ClientConfig:
         config = self._configs.get(address)
@@ -341,6 +346,9 @@ class GroupBase:
     def _settle(self, prepared: Prepared, attempt: Attempt, outcome: Outcome, now: float) -> None:
         """Take what came back for an attempt."""
         if not isinstance(outcome, ExpertdError):
+            nbytes = nbytes_of(outcome)
+            prepared.call.received_bytes += nbytes
+            self.stats.count("received_bytes", nbytes)
             try:
                 prepared.call.accept(attempt.job.index, outcome)
             except ProtocolError as error:
@@ -356,7 +364,6 @@ class GroupBase:
         result = prepared.call.result(prepared.dispatch)
         self.stats.count("requests", outcome="partial" if result.is_partial else "ok")
         self.stats.count("tokens", prepared.call.request.num_tokens)
-        self.stats.count("received_bytes", result.received_bytes)
         return result
 
     def _timeout_s(self, timeout_s: float | None) -> float:

@@ -135,7 +135,7 @@ class AsyncExpertGroup(GroupBase):
         deadline = self._deadline(request.timeout_s)
         patience = min(deadline, _now() + self.config.no_replica_timeout_s)
         await self._ensure_ready(deadline, allow_partial=allow_partial)
-        sent_bytes = 0
+        sent_bytes = received_bytes = 0
         num_looks = 0
         while True:
             try:
@@ -146,7 +146,7 @@ class AsyncExpertGroup(GroupBase):
                     raise
                 await self._await_refresh(deadline)
                 continue
-            prepared.call.sent_bytes = sent_bytes
+            prepared.call.sent_bytes, prepared.call.received_bytes = sent_bytes, received_bytes
             await self._drive(prepared)
             failure = prepared.dispatch.failure
             if failure is not None:
@@ -157,7 +157,7 @@ class AsyncExpertGroup(GroupBase):
             if not prepared.dispatch.is_stale:
                 return self._finish(prepared)
             self.stats.count("version_restarts")
-            sent_bytes = prepared.call.sent_bytes
+            sent_bytes, received_bytes = prepared.call.sent_bytes, prepared.call.received_bytes
             await self._await_refresh(deadline)
 
     async def _drive(self, prepared: Prepared) -> None:
@@ -253,6 +253,7 @@ class AsyncExpertGroup(GroupBase):
             for address in addresses:
                 if address not in self._clients:
                     self._clients[address] = AsyncClient(self._client_config(address))
+                    self._clients[address].on_unwanted = self._count_unwanted
             left = [address for address in self._clients if address not in addresses]
             gone = [(self._replicas.get(address), self._clients.pop(address)) for address in left]
             self._take_members(addresses, await asyncio.gather(*map(self._ask, addresses)))

@@ -154,7 +154,7 @@ class ExpertGroup(GroupBase):
         deadline = self._deadline(request.timeout_s)
         patience = min(deadline, time.monotonic() + self.config.no_replica_timeout_s)
         self._ensure_ready(deadline, allow_partial=allow_partial)
-        sent_bytes = 0
+        sent_bytes = received_bytes = 0
         num_looks = 0
         while True:
             try:
@@ -165,7 +165,7 @@ class ExpertGroup(GroupBase):
                     raise
                 self._await_refresh(deadline)
                 continue
-            prepared.call.sent_bytes = sent_bytes
+            prepared.call.sent_bytes, prepared.call.received_bytes = sent_bytes, received_bytes
             self._drive(prepared)
             failure = prepared.dispatch.failure
             if failure is not None:
@@ -176,7 +176,7 @@ class ExpertGroup(GroupBase):
             if not prepared.dispatch.is_stale:
                 return self._finish(prepared)
             self.stats.count("version_restarts")
-            sent_bytes = prepared.call.sent_bytes
+            sent_bytes, received_bytes = prepared.call.sent_bytes, prepared.call.received_bytes
             self._await_refresh(deadline)
 
     def _drive(self, prepared: Prepared) -> None:
@@ -264,6 +264,7 @@ class ExpertGroup(GroupBase):
                 for address in addresses:
                     if address not in self._clients and not self._closed.is_set():
                         self._clients[address] = Client(self._client_config(address))
+                        self._clients[address].on_unwanted = self._count_unwanted
                 clients = [(address, self._clients[address]) for address in addresses if address in self._clients]
                 left = [address for address in self._clients if address not in addresses]
                 gone = [(self._replicas.get(address), self._clients.pop(address)) for address in left]

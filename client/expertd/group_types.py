@@ -113,7 +113,8 @@ class GroupResult(ForwardResult[ArrayT], Generic[ArrayT]):
     sent_bytes: int
     """Bytes of the request messages, hedges and failovers included, gRPC's framing (a few bytes each) not."""
     received_bytes: int
-    """Bytes of the tensors in the answers that were used."""
+    """Bytes of the response messages that came, failovers' and hedges' included, until the last one that was needed.
+    In both, tensors that went through shared memory count as if they had been in the messages."""
     parts: tuple[PartReport, ...]
     missing_experts: tuple[range, ...]
     """Slices of global expert ids that were chosen but not answered for; empty unless allow_partial was set."""

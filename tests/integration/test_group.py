@@ -173,6 +173,7 @@ def test_no_more_bytes_are_sent_than_the_tokens_need(tier: list[Server]) -> None
         result = group.forward(LAYER, hidden, routing_logits=logits, return_routing=True)
         everything = broadcast.forward(LAYER, hidden, routing_logits=logits)
         assert group.stats.value("sent_bytes") == result.sent_bytes
+        assert group.stats.value("received_bytes") == result.received_bytes
     assert result.topk_ids is not None
     top_k = CASE.spec.top_k
     rows_needed = sum(len(set(row)) for row in (result.topk_ids // 4).tolist())
@@ -180,7 +181,53 @@ def test_no_more_bytes_are_sent_than_the_tokens_need(tier: list[Server]) -> None
     assert result.sent_bytes <= 1.05 * rows_needed * row_bytes
     assert sum(part.num_tokens for part in result.parts) == rows_needed
     assert everything.sent_bytes > result.sent_bytes
-    assert result.received_bytes == rows_needed * CASE.spec.hidden_size * 2
+    row_bytes = CASE.spec.hidden_size * 2
+    assert rows_needed * row_bytes < result.received_bytes <= rows_needed * row_bytes + 100 * len(result.parts)
+
+
+@pytest.mark.parametrize("flavour", ["sync", "async"])
+def test_every_answer_counts_as_received_also_one_that_comes_too_late(flavour: str) -> None:
+    hidden, logits = inputs(CASE)
+    output_bytes = 2 * hidden.size
+    gate = threading.Event()
+
+    def before(*_: object) -> None:
+        assert gate.wait(PATIENCE_S)
+
+    slow, fast = start(ONE, backend=GatedBackend(before)), start(ONE)
+    names = [address(slow), address(fast)]
+    options: dict[str, Any] = {"hedge_percentile": 0.5, "hedge_burst": 100, "probe_timeout_s": PATIENCE_S}
+
+    def check(group: Any, results: list[Any]) -> None:
+        assert group.stats.value("hedge_wins") >= 1
+        used = sum(result.received_bytes for result in results)
+        assert group.stats.value("received_bytes") == used
+        assert all(0 < result.received_bytes - output_bytes < 100 for result in results), "one answer each"
+        gate.set()
+        num_late = group.stats.value("hedges")
+        _wait_until(lambda: 0 < group.stats.value("received_bytes") - used - num_late * output_bytes < 100 * num_late)
+
+    def fill(group: Any) -> None:
+        """Enough answers to know when to hedge."""
+        for _ in range(16):
+            group._shared.latencies.add(NUM_TOKENS, 0.01)
+
+    async def run() -> None:
+        async with AsyncExpertGroup(names, GroupConfig(**options)) as group:
+            fill(group)
+            results = [await group.forward(LAYER, hidden, routing_logits=logits) for _ in range(4)]
+            await asyncio.to_thread(check, group, results)
+
+    with stopping(slow, fast):
+        try:
+            if flavour == "async":
+                asyncio.run(run())
+                return
+            with group_of(*names, **options) as group:
+                fill(group)
+                check(group, [group.forward(LAYER, hidden, routing_logits=logits) for _ in range(4)])
+        finally:
+            gate.set()
 
 
 def test_separate_expert_rows_come_as_from_one_server(whole: Server, tier: list[Server]) -> None:
