@@ -181,6 +181,7 @@ def layer_info(message: pb.LayerInfo) -> LayerInfo:
         weights_version=message.weights_version,
         weights_versions=tuple(message.weights_versions),
         weights_bytes=message.weights_bytes,
+        weights_fingerprint=message.weights_fingerprint,
         state=state,
     )
 

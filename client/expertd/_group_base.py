@@ -263,6 +263,7 @@ class GroupBase:
             weights_version=version,
             weights_versions=tuple(sorted(versions)),
             weights_bytes=total,
+            weights_fingerprint=0,  # of a slice, and they have one each
             state=LayerState.LOADING if placement.missing else LayerState.READY,
         )
 

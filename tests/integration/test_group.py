@@ -52,6 +52,7 @@ from expertd.errors import (
     TopologyError,
     VersionNotHeldError,
 )
+from expertd_server.config import Config
 from expertd_server.server import Server
 from expertd_server.types import RoutingMethod
 
@@ -540,6 +541,33 @@ def test_a_version_that_vanishes_between_look_and_use_is_replaced_by_a_common_on
         assert (before.weights_version, after.weights_version) == (1, 2)
         assert bits(before.output) != bits(after.output)
         assert group.stats.value("version_restarts") == 1
+
+
+def test_replicas_of_other_weights_with_the_same_version_are_refused_and_another_version_is_not() -> None:
+    def serve(seed: int, version: int = 1) -> Server:
+        server = Server(
+            Config(
+                port=0, device="cpu", synthetic="tiny", synthetic_layers=1, synthetic_seed=seed, weights_version=version
+            )
+        )
+        assert server.startup()
+        return server
+
+    name = "synthetic.tiny.0"
+    servers = [serve(1), serve(1), serve(2), serve(2, version=2)]
+    with stopping(*servers):
+        one, same, other, other_version = servers
+        with group_of(one, same, other_version, probe_timeout_s=PATIENCE_S) as group:
+            group.wait_ready(timeout_s=PATIENCE_S)
+            group.refresh(timeout_s=PATIENCE_S)
+            assert len(group.placement(name).shards[0].versions) == 3
+        with (
+            group_of(one, same, other, probe_timeout_s=PATIENCE_S) as group,
+            pytest.raises(TopologyError, match=f"'{name}': weights of experts 0-.*--weights-version"),
+        ):
+            group.layer(name, timeout_s=PATIENCE_S)
+        with Client(address(one)) as client, Client(address(same)) as twin:
+            assert client.layer(name).weights_fingerprint == twin.layer(name).weights_fingerprint != 0
 
 
 @pytest.mark.parametrize("flavour", ["sync", "async"])

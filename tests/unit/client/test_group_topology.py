@@ -110,6 +110,21 @@ def test_servers_that_disagree_on_the_layer_are_an_error_that_names_both() -> No
         place([member("a", 0, 6), member("b", 6, 12, hidden_states_scale=2.0)])
 
 
+def test_replicas_with_other_weights_of_the_same_version_are_an_error_that_says_what_to_do() -> None:
+    expected = (
+        r"weights of experts 0-5 differ on a and c \(weights_fingerprint is 0{15}7 and 0{15}8\), expected the same, as "
+        r"both call them version 1; start servers of another checkpoint with another --weights-version"
+    )
+    first = [member("a", 0, 6, weights_fingerprint=7), member("b", 6, 12, weights_fingerprint=9)]
+    with pytest.raises(TopologyError, match=expected):
+        place([*first, member("c", 0, 6, weights_fingerprint=8)])
+    # Of another slice, of another version, or not told: nothing to compare.
+    assert place(first).shards[0].fingerprints == {1: 7}
+    new = member("c", 0, 6, weights_fingerprint=8, weights_version=2, weights_versions=(2,))
+    assert sorted(place([*first, new]).shards[0].versions) == ["a", "c"]
+    assert sorted(place([*first, member("c", 0, 6)]).shards[0].versions) == ["a", "c"]
+
+
 def test_versions_may_differ_in_what_belongs_to_the_weights() -> None:
     new = {"weights_version": 2, "weights_versions": (1, 2), "routing_bias": np.ones(E, np.float32)}
     placement = place([member("a", 0, 6, **new), member("b", 6, 12)])
