@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from expertd._plan import Plan, PreparedRequest
 from expertd._retry import Retries
 from expertd._shm import WantedMemory
-from expertd._wire_read import Response, read_answer, read_stream_answer
+from expertd._wire_read import Response, nbytes_of, read_answer, read_stream_answer
 from expertd.config import ClientConfig
 from expertd.errors import (
     ExpertdError,
@@ -80,11 +80,16 @@ class BaseClient:
         self._rng = random.Random()
         self._known_server: ServerInfo | None = None
         self._known_layers: dict[str, LayerInfo] = {}
+        self.on_unwanted: Callable[[int], None] = _ignore
+        """Told, from any thread, the bytes of each answer that comes when nobody waits for it any more."""
         self._wanted_memory: WantedMemory | None = None
         if self.config.transport in ("auto", "shm"):
             self._wanted_memory = WantedMemory(
                 self.config.target, self.config.shared_memory_bytes, is_required=self.config.transport == "shm"
             )
+
+    def _unwanted(self, response: Response) -> None:
+        self.on_unwanted(nbytes_of(response))
 
     def _metadata(self) -> tuple[Metadata, str | None]:
         """Metadata of one call or stream, and the request id in it."""
@@ -139,6 +144,10 @@ class BaseClient:
         return Plan(request, request.max_rows(layer, server.max_batch_tokens, min(limits)))
 
 
+def _ignore(_: int) -> None:
+    pass
+
+
 def layer_info(message: pb.LayerInfo) -> LayerInfo:
     """A LayerInfo message as the caller sees it. Raises ProtocolError when it holds an enum value that is not known."""
     try:
@@ -172,6 +181,7 @@ def layer_info(message: pb.LayerInfo) -> LayerInfo:
         weights_version=message.weights_version,
         weights_versions=tuple(message.weights_versions),
         weights_bytes=message.weights_bytes,
+        weights_fingerprint=message.weights_fingerprint,
         state=state,
     )
 

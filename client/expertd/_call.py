@@ -65,6 +65,7 @@ class Call:
         self._answers: list[Response | None] = [None] * len(self.parts)
         self._arrays: list[tuple[AnyArray, ...]] = [()] * len(self.parts)
         self.sent_bytes = 0
+        self.received_bytes = 0
 
     def encode(self, index: int) -> Encoded:
         """Part number `index` as a ForwardRequest; its bytes are counted as sent."""
@@ -130,7 +131,7 @@ class Call:
             weights_version=self.weights_version,
             timings=tuple(timing_of(answer.timing) for answer in self._answers if answer is not None),
             sent_bytes=self.sent_bytes,
-            received_bytes=sum(array.nbytes for arrays in self._arrays for array in arrays),
+            received_bytes=self.received_bytes,
             parts=tuple(self._report(job) for job in dispatch.jobs),
             missing_experts=self._missing_experts(missing_slots),
             missing_slots=missing_slots if missing_slots.any() else None,

@@ -21,6 +21,8 @@ from expertd.errors import (
     MessageTooLargeError,
     NoReplicaError,
     OverloadedError,
+    ProtocolError,
+    ServerError,
     TimeoutError,
     UnavailableError,
     VersionNotHeldError,
@@ -31,6 +33,7 @@ __all__ = ["Attempt", "Dispatch", "Job", "Shared", "Ticket"]
 
 _ROOM_POLL_S = 0.002  # how soon to look again when every server of a slice has all it may have on the wire
 _FATAL = (InvalidRequestError, MessageTooLargeError, AccessDeniedError)
+_MAX_BROKEN_ANSWERS = 2  # servers that may fail on one part before the call does: the request may be to blame
 
 
 class Ticket(Protocol):
@@ -82,6 +85,8 @@ class Job:
     """Asked in this round; when all were, the next round begins after a pause."""
     unfit: set[Replica] = field(default_factory=set)
     """Turned out not to hold the layer, or not in this version."""
+    failed_on: dict[Replica, ExpertdError] = field(default_factory=dict)
+    """Servers that failed on this part while they were there: they do not get it again."""
     num_rounds: int = 0
     num_attempts: int = 0
     not_before: float = float("-inf")
@@ -98,7 +103,16 @@ class Job:
     @property
     def untried(self) -> list[Replica]:
         """Servers that may be asked in this round."""
-        return [replica for replica in self.replicas if replica not in self.tried and replica not in self.unfit]
+        return [replica for replica in self.replicas if replica not in self.tried and not self.is_out(replica)]
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether no server is left that may ever be asked."""
+        return all(map(self.is_out, self.replicas))
+
+    def is_out(self, replica: Replica) -> bool:
+        """Whether a server does not get this part again."""
+        return replica in self.unfit or replica in self.failed_on
 
     @property
     def is_open(self) -> bool:
@@ -181,6 +195,8 @@ class Dispatch:
                 # Asked first and still not there: once is chance, several times in a row is a server that hangs.
                 slower.replica.breaker.failed()
             self._take_back(slower)
+        for broken in job.failed_on:
+            broken.breaker.failed()  # the request was good after all
         job.answered_by = attempt.replica.address
         return True
 
@@ -193,12 +209,14 @@ class Dispatch:
         self._judge(attempt.replica, job, error, now)
         if job.attempts:
             # Another server has the part still. Should it be slow, this one may be asked again, after a pause.
-            if attempt.replica not in job.unfit and not job.untried:
+            if not job.is_out(attempt.replica) and not job.untried:
                 self._next_round(job, now)
             delay = self._hedge_delay_s(job)
             job.hedge_at = None if delay is None else max(now + delay, job.not_before)
         if isinstance(error, _FATAL):
             self.failure = error
+        elif len(job.failed_on) >= _MAX_BROKEN_ANSWERS or (job.failed_on and not job.attempts and job.is_hopeless):
+            self._give_up(job, self._broken(job))
         elif not job.attempts and job.unfit.issuperset(job.replicas):
             self.is_stale = True
             job.last_error = error
@@ -222,6 +240,9 @@ class Dispatch:
                 job.retry_after_s = max(job.retry_after_s, error.retry_after_s or 0.0)
             case UnavailableError() | ClosedError():
                 replica.breaker.trip()
+            case ServerError() | ProtocolError():
+                # NOTE: no word to the breaker yet, or one poisoned request would take all servers of a slice away.
+                job.failed_on[replica] = error
             case _ if not isinstance(error, _FATAL):
                 replica.breaker.failed()
 
@@ -259,9 +280,7 @@ class Dispatch:
             if replica is not None:
                 return self._send(job, replica, now)
             job.not_before = now + _ROOM_POLL_S
-        elif job.unfit.issuperset(job.replicas) or (
-            job.failing_since is not None and now - job.failing_since >= patience_s
-        ):
+        elif job.is_hopeless or (job.failing_since is not None and now - job.failing_since >= patience_s):
             self._give_up(job, self._no_replica(job))
         else:
             self._next_round(job, now)
@@ -314,10 +333,18 @@ class Dispatch:
     def _no_replica(self, job: Job) -> ExpertdError:
         if isinstance(job.last_error, OverloadedError):
             return job.last_error  # they are there, they are only busy
+        if job.failed_on:
+            return self._broken(job)
         reason = "nobody holds them" if job.last_error is None else f"last error: {job.last_error}"
         error = NoReplicaError(f"no server left for {_describe(self._layer, job)}: {reason}")
         error.layer, error.experts = self._layer, (job.experts,)
         error.__cause__ = job.last_error
+        return error
+
+    def _broken(self, job: Job) -> ExpertdError:
+        """What the last server said that failed on a part."""
+        error = list(job.failed_on.values())[-1]
+        error.add_note(f"{' and '.join(r.address for r in job.failed_on)} failed on {_describe(self._layer, job)}")
         return error
 
     def _give_up(self, job: Job, error: ExpertdError) -> None:

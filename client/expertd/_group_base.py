@@ -15,9 +15,11 @@ from expertd import _fast
 from expertd._base import Outcome
 from expertd._call import Call
 from expertd._dispatch import Attempt, Dispatch, Job, Shared
+from expertd._lookup import Lookup
 from expertd._plan import PreparedRequest, prepare
 from expertd._replicas import BreakerState, HedgeBudget, Latencies, Replica
 from expertd._stats import GroupStats
+from expertd._wire_read import nbytes_of
 from expertd.config import ClientConfig, RetryPolicy
 from expertd.errors import (
     ExpertdError,
@@ -30,7 +32,16 @@ from expertd.errors import (
     VersionNotHeldError,
 )
 from expertd.group_types import GroupConfig, GroupResult
-from expertd.topology import LayerPlacement, Member, Targets, distinct, place_layer, resolver_for, still_held
+from expertd.topology import (
+    LayerPlacement,
+    Member,
+    NamedAddress,
+    Targets,
+    distinct,
+    place_layer,
+    resolver_for,
+    still_held,
+)
 from expertd.types import ForwardRequest, LayerInfo, LayerState, RoutingMethod
 
 __all__ = ["GroupBase", "Prepared", "Probe", "is_worth_a_look"]
@@ -58,7 +69,9 @@ class GroupBase:
         _fast.warm_up()
         self.config = config or GroupConfig()
         self.stats = GroupStats()
-        self._resolver = resolver_for(targets)
+        self._lookup = Lookup(
+            resolver_for(targets), first_patience_s=self.config.timeout_s, patience_s=self.config.probe_timeout_s
+        )
         percentile = self.config.hedge_percentile
         self._shared = Shared(
             config=self.config,
@@ -81,6 +94,8 @@ class GroupBase:
         """Layers whose servers do not agree on what they are."""
         self._is_ready = False
         """Whether the members have once covered every layer."""
+        self._is_partly_ready = False
+        """Whether they have once held any layer, which is enough for a call that takes partial answers."""
 
     def metrics_text(self) -> str:
         """Counters and the state of each server, in Prometheus' text format, named expertd_client_…."""
@@ -101,12 +116,18 @@ class GroupBase:
         with self._lock:
             return self._placement(layer)
 
+    def _count_unwanted(self, nbytes: int) -> None:
+        """An answer came that nobody waited for any more, as the slower one of a hedged part does."""
+        self.stats.count("received_bytes", nbytes)
+
     def _client_config(self, address: str) -> ClientConfig:
         config = self._configs.get(address)
         if config is None:
             # A group tries another server instead of the same one again.
             no_retries = RetryPolicy(max_attempts=1)
             config = dataclasses.replace(self.config.client(address), target=address, retry=no_retries)
+            if config.uses_tls and config.server_name is None and isinstance(address, NamedAddress):
+                config = dataclasses.replace(config, server_name=address.server_name)
             self._configs[address] = config
         return config
 
@@ -118,7 +139,7 @@ class GroupBase:
         """
         with self._lock:
             members = {address: self._members[address] for address in addresses if address in self._members}
-            errors: list[str] = []
+            errors = [f"the targets cannot be resolved: {self._lookup.trouble}"] if self._lookup.trouble else []
             for probe in probes:
                 if probe.member is None:
                     errors.append(f"{probe.address}: {probe.error}")
@@ -137,7 +158,7 @@ class GroupBase:
                 self._refresh_error = UnavailableError(f"no server of the group answered: {tried}")
 
     def _refresh_failed(self, error: Exception) -> None:
-        """The targets could not be resolved, or the look failed: go on with the members that there are."""
+        """The targets stand for nothing, or the look failed: go on with the members that there are."""
         if not isinstance(error, OSError | TopologyError):
             # A resolver of the caller's own, or a mistake of ours: the group must go on looking.
             logger.error("refresh failed: %s", error, exc_info=error)
@@ -194,8 +215,15 @@ class GroupBase:
                 placements[name] = placement
         self._placements = placements
 
-    def _check_ready(self) -> None:
-        """Raise unless the members cover every layer, as they must have done once before the first call."""
+    def _is_ready_for(self, *, allow_partial: bool) -> bool:
+        """Whether such calls need not ask first what the servers hold."""
+        return self._is_ready or (allow_partial and self._is_partly_ready)
+
+    def _check_ready(self, *, allow_partial: bool) -> None:
+        """Raise unless the members cover every layer, as they must have done once before the first call.
+
+        allow_partial: any layer, and any experts of it, are enough.
+        """
         with self._lock:
             if self._refresh_error is not None:
                 raise copy.copy(self._refresh_error)
@@ -203,11 +231,13 @@ class GroupBase:
             if not self._placements:
                 # They listen before they have loaded anything.
                 problems.append(f"no layer is held by {', '.join(sorted(self._members))} yet")
-            if not self.config.allow_partial:
-                problems += [each.describe_missing() for each in self._placements.values() if each.missing]
+            missing = [each.describe_missing() for each in self._placements.values() if each.missing]
+            if not allow_partial:
+                problems += missing
             if problems:
                 raise TopologyError("; ".join(problems))
-            self._is_ready = True
+            self._is_partly_ready = True
+            self._is_ready = self._is_ready or not missing
 
     def _placement(self, layer: str) -> LayerPlacement:
         placement = self._placements.get(layer)
@@ -233,6 +263,7 @@ class GroupBase:
             weights_version=version,
             weights_versions=tuple(sorted(versions)),
             weights_bytes=total,
+            weights_fingerprint=0,  # of a slice, and they have one each
             state=LayerState.LOADING if placement.missing else LayerState.READY,
         )
 
@@ -316,6 +347,9 @@ class GroupBase:
     def _settle(self, prepared: Prepared, attempt: Attempt, outcome: Outcome, now: float) -> None:
         """Take what came back for an attempt."""
         if not isinstance(outcome, ExpertdError):
+            nbytes = nbytes_of(outcome)
+            prepared.call.received_bytes += nbytes
+            self.stats.count("received_bytes", nbytes)
             try:
                 prepared.call.accept(attempt.job.index, outcome)
             except ProtocolError as error:
@@ -331,7 +365,6 @@ class GroupBase:
         result = prepared.call.result(prepared.dispatch)
         self.stats.count("requests", outcome="partial" if result.is_partial else "ok")
         self.stats.count("tokens", prepared.call.request.num_tokens)
-        self.stats.count("received_bytes", result.received_bytes)
         return result
 
     def _timeout_s(self, timeout_s: float | None) -> float:

@@ -18,7 +18,7 @@ import numpy as np
 
 from expertd._arena import MIN_ARENA_BYTES, Arena, Piece, aligned
 from expertd._wire import Encoded, encode_placed_request
-from expertd._wire_read import Answer, AnswerTensor, Response
+from expertd._wire_read import TENSOR_FIELDS, Answer, AnswerTensor, Response, nbytes_of
 from expertd.errors import ExpertdError, ProtocolError, SharedMemoryError
 from expertd.v1 import expertd_pb2 as pb
 
@@ -31,7 +31,6 @@ _PROOF_BYTES: Final = 16
 _HAND_IN_S: Final = 5.0
 _MAX_REASON_BYTES: Final = 1024
 _SOCKET_PREFIX: Final = "expertd-regions-"
-_TENSORS: Final = ("output", "gemm2_output", "expert_weights", "topk_ids", "expanded_idx_to_permuted_idx")
 
 
 @dataclass(slots=True)
@@ -143,8 +142,8 @@ class StreamMemory:
         Its tensors stay where they are while there is plenty of room, else they are copied: answers that are kept for
         long never leave the next requests without.
         """
-        answer = Answer(timing=message.timing, weights_version=message.weights_version)
-        for name in _TENSORS:
+        answer = Answer(timing=message.timing, weights_version=message.weights_version, nbytes=nbytes_of(message))
+        for name in TENSOR_FIELDS:
             tensor: pb.Tensor = getattr(message, name)
             if not tensor.HasField("slice"):
                 setattr(answer, name, AnswerTensor(tensor.dtype, tuple(tensor.shape), tensor.data))

@@ -18,7 +18,7 @@ _HELP = {
     "expertd_client_hedge_wins_total": "Hedges that were answered first.",
     "expertd_client_version_restarts_total": "Calls started over because servers no longer held a common version.",
     "expertd_client_sent_bytes_total": "Bytes of request messages, hedges and failovers included.",
-    "expertd_client_received_bytes_total": "Bytes of the tensors in answers that were used.",
+    "expertd_client_received_bytes_total": "Bytes of response messages, those that came too late included.",
     "expertd_client_replica_up": "1 when the server gets requests, 0 when it drains or its circuit breaker is open.",
     "expertd_client_replica_in_flight_tokens": "Tokens on the wire to the server.",
     "expertd_client_hedge_delay_seconds": "When a second server is asked, for parts of up to max_tokens tokens.",

@@ -30,6 +30,7 @@ from expertd._base import (
 )
 from expertd._shm import StreamMemory, WantedMemory
 from expertd._wire import Encoded, encode_stream_request
+from expertd._wire_read import Response
 from expertd.errors import (
     ClosedError,
     ExpertdError,
@@ -105,7 +106,7 @@ class Slots:
 class StreamTransport:
     """One ForwardStream on each channel, opened when needed and again when it broke.
 
-    wanted_memory: to share on each stream; None: none.
+    on_unwanted: takes answers to requests that were abandoned. wanted_memory: to share on each stream; None: none.
     """
 
     def __init__(
@@ -113,11 +114,13 @@ class StreamTransport:
         channels: list[grpc.Channel],
         slots: Slots,
         new_metadata: NewMetadata,
+        on_unwanted: Callable[[Response], None],
         wanted_memory: WantedMemory | None = None,
     ) -> None:
         self._methods = [channel.stream_stream(FORWARD_STREAM, None, None) for channel in channels]
         self._slots = slots
         self._new_metadata = new_metadata
+        self._on_unwanted = on_unwanted
         self._wanted_memory = wanted_memory
         self._lock = threading.Lock()
         self._streams: list[_Stream | None] = [None] * len(channels)
@@ -163,7 +166,11 @@ class StreamTransport:
                 # A retiring stream still has answers to deliver; a finished one may be forgotten.
                 self._retiring = [old for old in (*self._retiring, stream) if old is not None and old.is_alive]
                 stream = self._streams[index] = _Stream(
-                    self._methods[index], self._slots.release, self._new_metadata(), self._wanted_memory
+                    self._methods[index],
+                    self._slots.release,
+                    self._new_metadata(),
+                    self._on_unwanted,
+                    self._wanted_memory,
                 )
             return stream
 
@@ -176,10 +183,12 @@ class _Stream:
         method: grpc.StreamStreamMultiCallable[bytes, bytes],
         release: Callable[[], None],
         metadata: tuple[Metadata, str | None],
+        on_unwanted: Callable[[Response], None],
         wanted_memory: WantedMemory | None,
     ) -> None:
         self._release = release
         headers, self._request_id = metadata
+        self._on_unwanted = on_unwanted
         self._lock = threading.Lock()
         self._sendable = threading.Condition(self._lock)
         self._to_send: dict[int, bytes] = {}
@@ -337,6 +346,8 @@ class _Stream:
                 outcome = memory.response(outcome, piece)
             self._release()
             on_done(outcome)
+        elif not isinstance(outcome, ExpertdError):
+            self._on_unwanted(outcome)
 
     def _share(self, memory: StreamMemory, answer: Outcome | pb.RegionTicket) -> None:
         memory.take(answer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import grpc
@@ -25,6 +25,7 @@ from expertd._base import (
 )
 from expertd._shm import StreamMemory, WantedMemory
 from expertd._wire import Encoded, encode_stream_request
+from expertd._wire_read import Response
 from expertd.errors import (
     ClosedError,
     ExpertdError,
@@ -52,17 +53,19 @@ class AsyncTransport(Protocol):
 class AsyncStreamTransport:
     """One ForwardStream on each channel, opened when needed and again when it broke.
 
-    wanted_memory: to share on each stream; None: none.
+    on_unwanted: takes answers to requests that were abandoned. wanted_memory: to share on each stream; None: none.
     """
 
     def __init__(
         self,
         channels: Sequence[grpc.aio.Channel],
         new_metadata: NewMetadata,
+        on_unwanted: Callable[[Response], None],
         wanted_memory: WantedMemory | None = None,
     ) -> None:
         self._methods = [channel.stream_stream(FORWARD_STREAM, None, None) for channel in channels]
         self._new_metadata = new_metadata
+        self._on_unwanted = on_unwanted
         self._wanted_memory = wanted_memory
         self._streams: list[_Stream | None] = [None] * len(channels)
         self._retiring: list[_Stream] = []
@@ -78,7 +81,9 @@ class AsyncStreamTransport:
         if stream is None or not stream.is_open:
             # A retiring stream still has answers to deliver; a finished one may be forgotten.
             self._retiring = [old for old in (*self._retiring, stream) if old is not None and old.is_alive]
-            stream = self._streams[index] = _Stream(self._methods[index], self._new_metadata(), self._wanted_memory)
+            stream = self._streams[index] = _Stream(
+                self._methods[index], self._new_metadata(), self._on_unwanted, self._wanted_memory
+            )
         return await stream.forward(body, deadline)
 
     async def close(self) -> None:
@@ -95,8 +100,15 @@ class _Stream:
     Sending has its own task because gRPC cancels the whole stream when a task is cancelled inside write().
     """
 
-    def __init__(self, method: Any, metadata: tuple[Metadata, str | None], wanted_memory: WantedMemory | None) -> None:
+    def __init__(
+        self,
+        method: Any,
+        metadata: tuple[Metadata, str | None],
+        on_unwanted: Callable[[Response], None],
+        wanted_memory: WantedMemory | None,
+    ) -> None:
         headers, self._request_id = metadata
+        self._on_unwanted = on_unwanted
         self._to_send: dict[int, bytes] = {}
         self._wake_sender = asyncio.Event()
         self._pending: dict[int, asyncio.Future[Outcome]] = {}
@@ -231,6 +243,8 @@ class _Stream:
             if memory is not None and piece is not None and isinstance(outcome, pb.ForwardResponse):
                 outcome = memory.response(outcome, piece)
             answer.set_result(outcome)
+        elif not isinstance(outcome, ExpertdError):
+            self._on_unwanted(outcome)
 
     async def _share(self, memory: StreamMemory, answer: Outcome | pb.RegionTicket) -> None:
         await asyncio.to_thread(memory.take, answer)

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from expertd.v1 import expertd_pb2 as pb
 
-__all__ = ["Answer", "AnswerTensor", "Response", "read_answer", "read_stream_answer"]
+__all__ = ["TENSOR_FIELDS", "Answer", "AnswerTensor", "Response", "nbytes_of", "read_answer", "read_stream_answer"]
 
 
 @dataclass(slots=True, eq=False)
@@ -42,10 +42,20 @@ class Answer:
     expanded_idx_to_permuted_idx: AnswerTensor = _NONE
     timing: pb.Timing = field(default_factory=pb.Timing)
     weights_version: int = 0
+    nbytes: int = 0
+    """Of the message, and of its tensors that lie in shared memory."""
 
 
 Response: TypeAlias = pb.ForwardResponse | Answer
 """A ForwardResponse, as it was read."""
+
+
+def nbytes_of(response: Response) -> int:
+    """Bytes of a ForwardResponse; its tensors that lie in shared memory count as if they were in the message."""
+    if isinstance(response, Answer):
+        return response.nbytes
+    placed = sum(int(getattr(response, name).slice.nbytes) for name in TENSOR_FIELDS)
+    return response.ByteSize() + placed
 
 
 def read_answer(data: bytes) -> Answer | None:
@@ -81,6 +91,7 @@ _TENSORS: Final = {
     0x22: "topk_ids",
     0x2A: "expanded_idx_to_permuted_idx",
 }
+TENSOR_FIELDS: Final = tuple(_TENSORS.values())
 _TIMING, _VERSION = 0x32, 0x38
 _DTYPE, _SHAPE, _DATA = 0x08, 0x12, 0x1A
 _MAX_LENGTH_BYTES: Final = 5
@@ -88,7 +99,7 @@ _MAX_LENGTH_BYTES: Final = 5
 
 
 def _answer(data: bytes, view: memoryview, pos: int, end: int) -> Answer:
-    result = Answer()
+    result = Answer(nbytes=end - pos)
     last = 0
     while pos < end:
         key = data[pos]

@@ -315,7 +315,7 @@ class AsyncClient(BaseClient):
             self._transport = (
                 AsyncUnaryTransport(self._channels, self._metadata)
                 if config.transport == "unary"
-                else AsyncStreamTransport(self._channels, self._metadata, self._wanted_memory)
+                else AsyncStreamTransport(self._channels, self._metadata, self._unwanted, self._wanted_memory)
             )
         return self._transport
 

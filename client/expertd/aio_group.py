@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -78,13 +79,13 @@ class AsyncExpertGroup(GroupBase):
 
     async def layers(self, *, timeout_s: float | None = None) -> list[LayerInfo]:
         """Every layer, as one server that held all of it would describe it, sorted by name."""
-        await self._ensure_ready(self._deadline(timeout_s))
+        await self._ensure_ready(self._deadline(timeout_s), allow_partial=self.config.allow_partial)
         with self._lock:
             return [self._merged_info(placement) for placement in self._placements.values()]
 
     async def layer(self, name: str, *, timeout_s: float | None = None) -> LayerInfo:
         """One layer by name. Raises LayerNotFoundError when no server of the group holds it."""
-        await self._ensure_ready(self._deadline(timeout_s))
+        await self._ensure_ready(self._deadline(timeout_s), allow_partial=self.config.allow_partial)
         with self._lock:
             return self._merged_info(self._placement(name))
 
@@ -97,7 +98,7 @@ class AsyncExpertGroup(GroupBase):
         last = "no answer"
         while True:
             try:
-                await self._ensure_ready(deadline)
+                await self._ensure_ready(deadline, allow_partial=self.config.allow_partial)
                 return
             except TimeoutError as error:
                 raise TimeoutError(f"the group was not ready in time; last seen: {last}") from error
@@ -133,8 +134,8 @@ class AsyncExpertGroup(GroupBase):
     async def _forward(self, request: ForwardRequest[ArrayT], allow_partial: bool) -> GroupResult[ArrayT]:
         deadline = self._deadline(request.timeout_s)
         patience = min(deadline, _now() + self.config.no_replica_timeout_s)
-        await self._ensure_ready(deadline)
-        sent_bytes = 0
+        await self._ensure_ready(deadline, allow_partial=allow_partial)
+        sent_bytes = received_bytes = 0
         num_looks = 0
         while True:
             try:
@@ -145,7 +146,7 @@ class AsyncExpertGroup(GroupBase):
                     raise
                 await self._await_refresh(deadline)
                 continue
-            prepared.call.sent_bytes = sent_bytes
+            prepared.call.sent_bytes, prepared.call.received_bytes = sent_bytes, received_bytes
             await self._drive(prepared)
             failure = prepared.dispatch.failure
             if failure is not None:
@@ -156,7 +157,7 @@ class AsyncExpertGroup(GroupBase):
             if not prepared.dispatch.is_stale:
                 return self._finish(prepared)
             self.stats.count("version_restarts")
-            sent_bytes = prepared.call.sent_bytes
+            sent_bytes, received_bytes = prepared.call.sent_bytes, prepared.call.received_bytes
             await self._await_refresh(deadline)
 
     async def _drive(self, prepared: Prepared) -> None:
@@ -205,10 +206,10 @@ class AsyncExpertGroup(GroupBase):
             outcome = error.with_traceback(None)  # which knows this frame: leave no cycle
         settled.put_nowait((attempt, outcome))
 
-    async def _ensure_ready(self, deadline: float) -> None:
-        if not self._is_ready:
+    async def _ensure_ready(self, deadline: float, *, allow_partial: bool) -> None:
+        if not self._is_ready_for(allow_partial=allow_partial):
             await self._await_refresh(deadline)
-            self._check_ready()
+            self._check_ready(allow_partial=allow_partial)
 
     async def _await_refresh(self, deadline: float) -> None:
         """Wait for a refresh. Raises TimeoutError when none has ended by the deadline, ClosedError after close()."""
@@ -248,10 +249,11 @@ class AsyncExpertGroup(GroupBase):
         gone: list[tuple[Replica | None, AsyncClient]] = []
         self._begin_refresh()
         try:
-            addresses = list(await asyncio.to_thread(self._resolver.resolve))
+            addresses = await self._resolved()
             for address in addresses:
                 if address not in self._clients:
                     self._clients[address] = AsyncClient(self._client_config(address))
+                    self._clients[address].on_unwanted = self._count_unwanted
             left = [address for address in self._clients if address not in addresses]
             gone = [(self._replicas.get(address), self._clients.pop(address)) for address in left]
             self._take_members(addresses, await asyncio.gather(*map(self._ask, addresses)))
@@ -260,6 +262,16 @@ class AsyncExpertGroup(GroupBase):
         self._refreshed.set()
         self._refreshed = asyncio.Event()
         return gone
+
+    async def _resolved(self) -> Sequence[str]:
+        asked, patience_s = self._lookup.ask(), self._lookup.patience_s
+        if patience_s:
+            waiting = asyncio.wrap_future(asked)
+            try:
+                await asyncio.wait((waiting,), timeout=patience_s)
+            finally:
+                waiting.cancel()
+        return self._lookup.take()
 
     async def _ask(self, address: str) -> Probe:
         client = self._clients[address]

@@ -78,7 +78,7 @@ class Client(BaseClient):
         self._transport: Transport = (
             UnaryTransport(self._channels, self._slots, self._metadata)
             if self.config.transport == "unary"
-            else StreamTransport(self._channels, self._slots, self._metadata, self._wanted_memory)
+            else StreamTransport(self._channels, self._slots, self._metadata, self._unwanted, self._wanted_memory)
         )
         self._closed = threading.Event()
         self._lock = threading.Lock()

@@ -6,7 +6,7 @@ import functools
 import queue
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any
 
@@ -48,6 +48,8 @@ class ExpertGroup(GroupBase):
         self._wanted = threading.Event()
         """Set to make the refresher look at once."""
         self._closed = threading.Event()
+        self._end: Future[None] = Future()
+        """Done after close(), for whoever waits for a future as well."""
         self._refresher: threading.Thread | None = None
 
     def forward(
@@ -92,13 +94,13 @@ class ExpertGroup(GroupBase):
 
     def layers(self, *, timeout_s: float | None = None) -> list[LayerInfo]:
         """Every layer, as one server that held all of it would describe it, sorted by name."""
-        self._ensure_ready(self._deadline(timeout_s))
+        self._ensure_ready(self._deadline(timeout_s), allow_partial=self.config.allow_partial)
         with self._lock:
             return [self._merged_info(placement) for placement in self._placements.values()]
 
     def layer(self, name: str, *, timeout_s: float | None = None) -> LayerInfo:
         """One layer by name. Raises LayerNotFoundError when no server of the group holds it."""
-        self._ensure_ready(self._deadline(timeout_s))
+        self._ensure_ready(self._deadline(timeout_s), allow_partial=self.config.allow_partial)
         with self._lock:
             return self._merged_info(self._placement(name))
 
@@ -111,7 +113,7 @@ class ExpertGroup(GroupBase):
         last = "no answer"
         while True:
             try:
-                self._ensure_ready(deadline)
+                self._ensure_ready(deadline, allow_partial=self.config.allow_partial)
                 return
             except TimeoutError as error:
                 raise TimeoutError(f"the group was not ready in time; last seen: {last}") from error
@@ -127,6 +129,8 @@ class ExpertGroup(GroupBase):
         self._closed.set()
         self._wanted.set()
         with self._refreshed:
+            if not self._end.done():
+                self._end.set_result(None)
             refresher = self._refresher
             clients, self._clients = list(self._clients.values()), {}
             self._refreshed.notify_all()
@@ -149,8 +153,8 @@ class ExpertGroup(GroupBase):
     def _forward(self, request: ForwardRequest[ArrayT], allow_partial: bool) -> GroupResult[ArrayT]:
         deadline = self._deadline(request.timeout_s)
         patience = min(deadline, time.monotonic() + self.config.no_replica_timeout_s)
-        self._ensure_ready(deadline)
-        sent_bytes = 0
+        self._ensure_ready(deadline, allow_partial=allow_partial)
+        sent_bytes = received_bytes = 0
         num_looks = 0
         while True:
             try:
@@ -161,7 +165,7 @@ class ExpertGroup(GroupBase):
                     raise
                 self._await_refresh(deadline)
                 continue
-            prepared.call.sent_bytes = sent_bytes
+            prepared.call.sent_bytes, prepared.call.received_bytes = sent_bytes, received_bytes
             self._drive(prepared)
             failure = prepared.dispatch.failure
             if failure is not None:
@@ -172,7 +176,7 @@ class ExpertGroup(GroupBase):
             if not prepared.dispatch.is_stale:
                 return self._finish(prepared)
             self.stats.count("version_restarts")
-            sent_bytes = prepared.call.sent_bytes
+            sent_bytes, received_bytes = prepared.call.sent_bytes, prepared.call.received_bytes
             self._await_refresh(deadline)
 
     def _drive(self, prepared: Prepared) -> None:
@@ -215,10 +219,10 @@ class ExpertGroup(GroupBase):
         except ExpertdError as error:
             settled.put((attempt, error.with_traceback(None)))  # which knows this frame: leave no cycle
 
-    def _ensure_ready(self, deadline: float) -> None:
-        if not self._is_ready:
+    def _ensure_ready(self, deadline: float, *, allow_partial: bool) -> None:
+        if not self._is_ready_for(allow_partial=allow_partial):
             self._await_refresh(deadline)
-            self._check_ready()
+            self._check_ready(allow_partial=allow_partial)
 
     def _await_refresh(self, deadline: float) -> None:
         """Wait for a refresh. Raises TimeoutError when none has ended by the deadline, ClosedError after close()."""
@@ -254,11 +258,13 @@ class ExpertGroup(GroupBase):
         gone: list[tuple[Replica | None, Client]] = []
         self._begin_refresh()
         try:
-            addresses = list(self._resolver.resolve())
+            wait((self._lookup.ask(), self._end), self._lookup.patience_s, FIRST_COMPLETED)
+            addresses = self._lookup.take()
             with self._lock:
                 for address in addresses:
                     if address not in self._clients and not self._closed.is_set():
                         self._clients[address] = Client(self._client_config(address))
+                        self._clients[address].on_unwanted = self._count_unwanted
                 clients = [(address, self._clients[address]) for address in addresses if address in self._clients]
                 left = [address for address in self._clients if address not in addresses]
                 gone = [(self._replicas.get(address), self._clients.pop(address)) for address in left]

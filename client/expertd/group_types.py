@@ -22,8 +22,9 @@ class GroupConfig:
 
     client: Callable[[str], ClientConfig] = ClientConfig
     """Makes the configuration of the connection to one address, for instance
-    functools.partial(ClientConfig, ca_file="ca.pem", server_name="experts.internal"). Its retries are not used: a group
-    tries another server instead."""
+    functools.partial(ClientConfig, ca_file="ca.pem"). Where it gives no server_name, an address that was found under a
+    host name is expected to have a certificate of that name. Its retries are not used: a group tries another server
+    instead."""
     timeout_s: float = 30.0
     """Deadline of a call that gives none."""
     mode: Literal["routed", "broadcast"] = "routed"
@@ -52,7 +53,8 @@ class GroupConfig:
     refresh_interval_s: float = 1.0
     """How often the targets are resolved and every server is asked how it is and what it holds."""
     probe_timeout_s: float = 1.0
-    """How long a server may take to say so before that counts as a failure."""
+    """How long a server may take to say so before that counts as a failure; and how long targets may take to be
+    resolved, before the group goes on with the addresses that it knows."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -111,7 +113,8 @@ class GroupResult(ForwardResult[ArrayT], Generic[ArrayT]):
     sent_bytes: int
     """Bytes of the request messages, hedges and failovers included, gRPC's framing (a few bytes each) not."""
     received_bytes: int
-    """Bytes of the tensors in the answers that were used."""
+    """Bytes of the response messages that came, failovers' and hedges' included, until the last one that was needed.
+    In both, tensors that went through shared memory count as if they had been in the messages."""
     parts: tuple[PartReport, ...]
     missing_experts: tuple[range, ...]
     """Slices of global expert ids that were chosen but not answered for; empty unless allow_partial was set."""

@@ -6,6 +6,7 @@ Addresses come from targets: "host:port", a DNS name that stands for many hosts,
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ __all__ = [
     "DnsName",
     "LayerPlacement",
     "Member",
+    "NamedAddress",
     "Resolver",
     "Shard",
     "Targets",
@@ -42,13 +44,26 @@ class Resolver(Protocol):
     def resolve(self) -> Sequence[str]:
         """Addresses such as "10.0.0.7:50051", asked for again and again while the group lives.
 
-        May block for a few seconds: it is never called from an event loop's thread. Raises TopologyError, or OSError;
-        a group that is running then keeps the addresses that it has.
+        May block: it is called in a thread of its own, once at a time. Raises TopologyError, or OSError. A group that
+        is running keeps the addresses that it has when this raises, and while it blocks.
         """
 
 
 Targets: TypeAlias = "str | os.PathLike[str] | Resolver | Sequence[str | os.PathLike[str] | Resolver]"
 """What a group takes as its targets: see `resolver_for`."""
+
+
+class NamedAddress(str):
+    """An address that a host name stands for, and that name: certificates tell it, addresses they rarely do."""
+
+    server_name: str
+
+    @classmethod
+    def of(cls, address: str, server_name: str) -> NamedAddress:
+        """address, found under server_name."""
+        named = cls(address)
+        named.server_name = server_name
+        return named
 
 
 @dataclass(frozen=True)
@@ -59,13 +74,27 @@ class DnsName:
     port: int
 
     def resolve(self) -> Sequence[str]:
-        """See Resolver. Raises TopologyError for a name that no host can have, OSError for one that none has."""
+        """See Resolver; of a name that is no address itself, NamedAddress each.
+
+        Raises TopologyError for a name that no host can have, OSError for one that none has.
+        """
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except UnicodeError as error:
             raise TopologyError(f"{self.host!r} is no host name: {error}") from error
         hosts = {str(address[0]) for *_, address in found}
-        return sorted(f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}" for host in hosts)
+        addresses = sorted(f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}" for host in hosts)
+        if _is_ip_address(self.host):
+            return addresses
+        return [NamedAddress.of(address, self.host.removesuffix(".")) for address in addresses]
+
+
+def _is_ip_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -182,6 +211,8 @@ class Shard:
     experts: range
     versions: Mapping[str, frozenset[int]]
     """By address, the versions of the layer's weights that it holds. Its keys are the replicas."""
+    fingerprints: Mapping[int, int] = field(default_factory=dict)
+    """By version, LayerInfo.weights_fingerprint of this slice, where it is known."""
 
 
 @dataclass(frozen=True)
@@ -230,12 +261,16 @@ def place_layer(name: str, members: Iterable[Member], previous: LayerPlacement |
         return None
     _check_agreement(holders)
     replicas: dict[tuple[int, int], dict[str, frozenset[int]]] = {}
+    fingerprints: dict[tuple[int, int], dict[int, int]] = {}
     infos: dict[int, LayerInfo] = {}
     num_current: dict[int, int] = {}
     for address, layer in holders:
         held = frozenset(layer.weights_versions) | {layer.weights_version}
         start = layer.local_expert_offset
-        replicas.setdefault((start, start + layer.local_num_experts), {})[address] = held
+        bounds = (start, start + layer.local_num_experts)
+        replicas.setdefault(bounds, {})[address] = held
+        if layer.weights_fingerprint:
+            fingerprints.setdefault(bounds, {})[layer.weights_version] = layer.weights_fingerprint
         infos.setdefault(layer.weights_version, layer)
         num_current[layer.weights_version] = num_current.get(layer.weights_version, 0) + 1
     if previous is not None:
@@ -247,7 +282,7 @@ def place_layer(name: str, members: Iterable[Member], previous: LayerPlacement |
     return LayerPlacement(
         name=name,
         num_experts=num_experts,
-        shards=tuple(Shard(range(*bounds), replicas[bounds]) for bounds in slices),
+        shards=tuple(Shard(range(*bounds), replicas[bounds], fingerprints.get(bounds, {})) for bounds in slices),
         infos=infos,
         num_current=num_current,
         unused=tuple(sorted(a for bounds, held in replicas.items() if bounds not in slices for a in held)),
@@ -256,14 +291,14 @@ def place_layer(name: str, members: Iterable[Member], previous: LayerPlacement |
 
 def still_held(placement: LayerPlacement, members: Mapping[str, Member]) -> LayerPlacement:
     """What is left of a placement: each shard with those of its servers that are members, by address, and still hold
-    exactly this slice; a shard without any is missing."""
+    exactly this slice, with the same weights; a shard without any is missing."""
     shards = []
     for shard in placement.shards:
         versions = {
             a: held for a, held in shard.versions.items() if a in members and _holds(members[a], placement, shard)
         }
         if versions:
-            shards.append(Shard(shard.experts, versions))
+            shards.append(replace(shard, versions=versions))
     unused = tuple(address for address in placement.unused if address in members)
     return replace(placement, shards=tuple(shards), unused=unused)
 
@@ -273,7 +308,9 @@ def _holds(member: Member, placement: LayerPlacement, shard: Shard) -> bool:
     if layer is None or layer.state is not LayerState.READY:
         return False
     start = layer.local_expert_offset
-    return range(start, start + layer.local_num_experts) == shard.experts
+    known = shard.fingerprints.get(layer.weights_version, 0)
+    is_other = known and layer.weights_fingerprint and known != layer.weights_fingerprint
+    return not is_other and range(start, start + layer.local_num_experts) == shard.experts
 
 
 def _kept(slices: Iterable[tuple[int, int]], previous: LayerPlacement | None) -> list[tuple[int, int]] | None:
@@ -320,12 +357,16 @@ _SPEC_FIELDS = (
 def _check_agreement(holders: Sequence[tuple[str, LayerInfo]]) -> None:
     first_address, first = holders[0]
     by_version: dict[int, tuple[str, LayerInfo]] = {}
+    by_slice: dict[tuple[int, int, int], tuple[str, LayerInfo]] = {}
     for address, layer in holders:
         for name in _SPEC_FIELDS:
             _same(name, (first_address, first), (address, layer), getattr(first, name), getattr(layer, name))
         other = by_version.setdefault(layer.weights_version, (address, layer))
         _same("hidden_states_scale", other, (address, layer), other[1].hidden_states_scale, layer.hidden_states_scale)
         _same("routing_bias", other, (address, layer), _bias_bytes(other[1]), _bias_bytes(layer))
+        if layer.weights_fingerprint:
+            key = (layer.local_expert_offset, layer.local_num_experts, layer.weights_version)
+            _same_weights(by_slice.setdefault(key, (address, layer)), (address, layer))
 
 
 def _same(field: str, one: tuple[str, LayerInfo], other: tuple[str, LayerInfo], a: Any, b: Any) -> None:
@@ -334,6 +375,18 @@ def _same(field: str, one: tuple[str, LayerInfo], other: tuple[str, LayerInfo], 
         raise TopologyError(
             f"layer {one[1].name!r}: {field} {values} on {one[0]} and {other[0]}, expected the same; serve one "
             f"checkpoint from all servers of a group"
+        )
+
+
+def _same_weights(one: tuple[str, LayerInfo], other: tuple[str, LayerInfo]) -> None:
+    a, b = one[1].weights_fingerprint, other[1].weights_fingerprint
+    if a != b:
+        layer = one[1]
+        stop = layer.local_expert_offset + layer.local_num_experts
+        raise TopologyError(
+            f"layer {layer.name!r}: weights of experts {layer.local_expert_offset}-{stop - 1} differ on {one[0]} and "
+            f"{other[0]} (weights_fingerprint is {a:016x} and {b:016x}), expected the same, as both call them version "
+            f"{layer.weights_version}; start servers of another checkpoint with another --weights-version"
         )
 
 

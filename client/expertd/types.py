@@ -121,6 +121,8 @@ class LayerInfo:
     """Every version held, ascending."""
     weights_bytes: int
     state: LayerState
+    weights_fingerprint: int = 0
+    """Hash of weights_version's weights of these experts, the same on servers that loaded the same; 0: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)

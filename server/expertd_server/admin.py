@@ -169,7 +169,7 @@ class AdminService:
                 needed_bytes=source.spec.weights_nbytes,
                 free_bytes=memory.free_bytes(backend.device) or 0,
             ) from error
-        return MoELayer(name, prepared, backend, version)
+        return MoELayer(name, prepared, backend, version, weights.fingerprint())
 
     def _check_room(self, name: str, spec: LayerSpec) -> None:
         """Raise InsufficientMemoryError unless a layer of this shape will fit, as far as can be known before."""

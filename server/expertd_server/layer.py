@@ -22,6 +22,8 @@ class MoELayer:
     backend: Backend
     weights_version: int = 1
     """At least 1: a request's weights_version 0 means the current one."""
+    weights_fingerprint: int = 0
+    """ExpertWeights.fingerprint() of the weights as they were loaded; 0: not known."""
 
     def __post_init__(self) -> None:
         if not self.name:

@@ -46,7 +46,7 @@ def load_layers(config: Config, backend: Backend) -> Iterator[MoELayer]:
             ) from error
         if config.tune_kernels:
             log.info("tuning %s: %s", name, backend.tune(prepared, config.max_batch_tokens) or "nothing to choose")
-        yield MoELayer(name, prepared, backend, config.weights_version)
+        yield MoELayer(name, prepared, backend, config.weights_version, weights.fingerprint())
 
 
 def _sources(config: Config) -> Iterator[tuple[str, LayerSpec, ExpertWeights]]:

@@ -18,6 +18,7 @@ class RemoteLayer:
     """Never given to another layer or version, by no engine process."""
     name: str
     weights_version: int
+    weights_fingerprint: int
     is_current: bool
     """Whether requests that ask for no version get this one."""
     spec: LayerSpec
@@ -34,6 +35,7 @@ class RemoteLayer:
             layer_id=layer_id,
             name=layer.name,
             weights_version=layer.weights_version,
+            weights_fingerprint=layer.weights_fingerprint,
             is_current=is_current,
             spec=layer.spec,
             nbytes=layer.nbytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from expertd_server.types import LayerSpec
 
 __all__ = ["ExpertWeights", "pad_intermediate"]
+
+_SAMPLE_BYTES = 4096  # of each expert's weights, in a fingerprint
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,20 @@ class ExpertWeights:
         """The same weights on another device."""
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors().items()}
         return dataclasses.replace(self, **moved)
+
+    def fingerprint(self) -> int:
+        """64 bits, never 0, that differ where weights do, but for a chance of 2**-64 and changes of few bytes.
+
+        Of the shapes, all scales, the bias, and some bytes from all over the weights of each expert.
+        """
+        digest = hashlib.blake2b(repr(self.hidden_states_scale).encode(), digest_size=8)
+        for name, tensor in self._tensors().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            rows = tensor.view(torch.uint8).reshape(tensor.shape[0], -1)
+            # Odd, so that it meets every column of a matrix whose rows are a power of two.
+            stride = rows.shape[1] // _SAMPLE_BYTES | 1
+            digest.update(rows[:, ::stride].cpu().numpy().tobytes())
+        return int.from_bytes(digest.digest(), "little") or 1
 
     def check(self, spec: LayerSpec) -> None:
         """Raise TypeError or ValueError, naming the tensor, unless every tensor is what `spec` needs."""

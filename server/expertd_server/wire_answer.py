@@ -87,6 +87,7 @@ def layer_info(layer: HeldLayer, versions: Iterable[int], *, is_loading: bool = 
         weights_bytes=layer.nbytes,
         state=pb.LAYER_STATE_LOADING if is_loading else pb.LAYER_STATE_READY,
         weights_versions=versions,
+        weights_fingerprint=layer.weights_fingerprint,
     )
     bias = layer.bias_values()
     if bias is not None:

@@ -33,7 +33,9 @@ def test_a_version_is_loaded_beside_swapped_and_unloaded() -> None:
         assert live.server.store.nbytes == nbytes + done.weights_bytes
         assert (ask(), ask(1), ask(2)) == ((1, old), (1, old), (2, new))
 
+        before = client.layer(LAYER).weights_fingerprint
         swap = admin.swap_weights(LAYER, 2)
+        assert swap.layer.weights_fingerprint not in (0, before)
         assert (swap.previous_weights_version, swap.layer.weights_version) == (1, 2)
         assert (ask(), ask(1), ask(2)) == ((2, new), (1, old), (2, new))
         assert admin.swap_weights(LAYER, 2).previous_weights_version == 2, "nothing to do is no error"

@@ -34,6 +34,7 @@ from tier import (
     other_weights,
     shares,
     slice_of,
+    stand_for,
     start,
     stopping,
     sum_of_slices,
@@ -46,10 +47,12 @@ from expertd.errors import (
     InvalidRequestError,
     LayerNotFoundError,
     NoReplicaError,
+    ServerError,
     TimeoutError,
     TopologyError,
     VersionNotHeldError,
 )
+from expertd_server.config import Config
 from expertd_server.server import Server
 from expertd_server.types import RoutingMethod
 
@@ -171,6 +174,7 @@ def test_no_more_bytes_are_sent_than_the_tokens_need(tier: list[Server]) -> None
         result = group.forward(LAYER, hidden, routing_logits=logits, return_routing=True)
         everything = broadcast.forward(LAYER, hidden, routing_logits=logits)
         assert group.stats.value("sent_bytes") == result.sent_bytes
+        assert group.stats.value("received_bytes") == result.received_bytes
     assert result.topk_ids is not None
     top_k = CASE.spec.top_k
     rows_needed = sum(len(set(row)) for row in (result.topk_ids // 4).tolist())
@@ -178,7 +182,53 @@ def test_no_more_bytes_are_sent_than_the_tokens_need(tier: list[Server]) -> None
     assert result.sent_bytes <= 1.05 * rows_needed * row_bytes
     assert sum(part.num_tokens for part in result.parts) == rows_needed
     assert everything.sent_bytes > result.sent_bytes
-    assert result.received_bytes == rows_needed * CASE.spec.hidden_size * 2
+    row_bytes = CASE.spec.hidden_size * 2
+    assert rows_needed * row_bytes < result.received_bytes <= rows_needed * row_bytes + 100 * len(result.parts)
+
+
+@pytest.mark.parametrize("flavour", ["sync", "async"])
+def test_every_answer_counts_as_received_also_one_that_comes_too_late(flavour: str) -> None:
+    hidden, logits = inputs(CASE)
+    output_bytes = 2 * hidden.size
+    gate = threading.Event()
+
+    def before(*_: object) -> None:
+        assert gate.wait(PATIENCE_S)
+
+    slow, fast = start(ONE, backend=GatedBackend(before)), start(ONE)
+    names = [address(slow), address(fast)]
+    options: dict[str, Any] = {"hedge_percentile": 0.5, "hedge_burst": 100, "probe_timeout_s": PATIENCE_S}
+
+    def check(group: Any, results: list[Any]) -> None:
+        assert group.stats.value("hedge_wins") >= 1
+        used = sum(result.received_bytes for result in results)
+        assert group.stats.value("received_bytes") == used
+        assert all(0 < result.received_bytes - output_bytes < 100 for result in results), "one answer each"
+        gate.set()
+        num_late = group.stats.value("hedges")
+        _wait_until(lambda: 0 < group.stats.value("received_bytes") - used - num_late * output_bytes < 100 * num_late)
+
+    def fill(group: Any) -> None:
+        """Enough answers to know when to hedge."""
+        for _ in range(16):
+            group._shared.latencies.add(NUM_TOKENS, 0.01)
+
+    async def run() -> None:
+        async with AsyncExpertGroup(names, GroupConfig(**options)) as group:
+            fill(group)
+            results = [await group.forward(LAYER, hidden, routing_logits=logits) for _ in range(4)]
+            await asyncio.to_thread(check, group, results)
+
+    with stopping(slow, fast):
+        try:
+            if flavour == "async":
+                asyncio.run(run())
+                return
+            with group_of(*names, **options) as group:
+                fill(group)
+                check(group, [group.forward(LAYER, hidden, routing_logits=logits) for _ in range(4)])
+        finally:
+            gate.set()
 
 
 def test_separate_expert_rows_come_as_from_one_server(whole: Server, tier: list[Server]) -> None:
@@ -268,6 +318,40 @@ def test_uncovered_experts_are_an_error_before_the_first_answer(tier: list[Serve
             group.wait_ready(timeout_s=0.3)
 
 
+def _call(flavour: str, servers: list[Server], *calls: dict[str, Any]) -> list[Any]:
+    """What one group answers to calls of forward, or raises, one after the other."""
+    hidden, logits = inputs(CASE)
+    results: list[Any] = []
+    if flavour == "sync":
+        with group_of(*servers) as group:
+            for options in calls:
+                try:
+                    results.append(group.forward(LAYER, hidden, routing_logits=logits, **options))
+                except expertd.ExpertdError as error:
+                    results.append(error)
+        return results
+
+    async def run() -> None:
+        async with AsyncExpertGroup([address(server) for server in servers]) as group:
+            for options in calls:
+                try:
+                    results.append(await group.forward(LAYER, hidden, routing_logits=logits, **options))
+                except expertd.ExpertdError as error:
+                    results.append(error)
+
+    asyncio.run(run())
+    return results
+
+
+@pytest.mark.parametrize("flavour", ["sync", "async"])
+def test_a_call_may_take_a_partial_answer_of_a_group_that_was_never_complete(flavour: str, tier: list[Server]) -> None:
+    partial, again, whole = _call(flavour, tier[:3], {"allow_partial": True}, {"allow_partial": True}, {})
+    assert partial.is_partial
+    assert all(12 <= experts.start < experts.stop <= 16 for experts in partial.missing_experts)
+    assert bits(again.output) == bits(partial.output)
+    assert isinstance(whole, TopologyError), "a call that takes only whole answers gets none"
+
+
 def test_wait_ready_waits_for_the_last_shard(tier: list[Server], tmp_path: Path) -> None:
     hidden, logits = inputs(CASE)
     path = tmp_path / "tier.json"
@@ -346,6 +430,65 @@ def test_a_replica_goes_and_another_comes_under_load_without_a_failure(stop: Any
         assert not load.failures
 
 
+@pytest.mark.parametrize("flavour", ["sync", "async"])
+def test_a_name_that_stands_for_other_servers_takes_the_load_there_without_a_failure(
+    flavour: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = [f"127.0.0.{number}" for number in (2, 3, 4, 5)]
+    servers = [start(ONE, range(1), of=2, host=hosts[0])]
+    port = servers[0].port
+    servers += [start(ONE, range(n % 2, n % 2 + 1), of=2, host=hosts[n], port=port) for n in (1, 2, 3)]
+    names = [f"{host}:{port}" for host in hosts]
+    now = hosts[:2]
+    stand_for(monkeypatch, "experts.test", now)
+
+    def change() -> None:
+        now[:] = hosts[2:]
+
+    with stopping(*servers):
+        run = _move_async if flavour == "async" else _move
+        replicas, members = run(f"experts.test:{port}", change, names[2:])
+    assert replicas <= set(names)
+    assert replicas >= set(names[2:])
+    assert members == set(names[2:]), "the servers of the old addresses are left"
+
+
+def _move(target: str, change: Any, after: list[str]) -> tuple[set[str], set[str]]:
+    with group_of(target) as group, Load(group, LAYER, CASE) as load:
+        load.wait(20)
+        change()
+        _wait_until(lambda: set(group._clients) == set(after) == set(group._members))
+        load.wait(20)
+        load.stop()
+        assert not load.failures
+        assert len(load.outputs) == 1
+        result = group.forward(LAYER, inputs(CASE)[0], routing_logits=inputs(CASE)[1])
+        return {str(part.replica) for part in result.parts}, set(group._members)
+
+
+def _move_async(target: str, change: Any, after: list[str]) -> tuple[set[str], set[str]]:
+    hidden, logits = inputs(CASE)
+
+    async def run() -> tuple[set[str], set[str]]:
+        config = GroupConfig(refresh_interval_s=0.2, hedge_percentile=None)
+        async with AsyncExpertGroup(target, config) as group:
+            replicas: set[str] = set()
+            answers, deadline = set(), time.monotonic() + PATIENCE_S
+            for number in itertools.count():
+                results = await asyncio.gather(*(group.forward(LAYER, hidden, routing_logits=logits) for _ in range(4)))
+                answers |= {bits(result.output) for result in results}
+                replicas |= {str(part.replica) for result in results for part in result.parts}
+                if number == 5:
+                    change()
+                if number > 5 and replicas >= set(after) and set(group._members) == set(after):
+                    break
+                assert time.monotonic() < deadline, f"still asks {set(group._members)}"
+            assert len(answers) == 1
+            return replicas, set(group._members)
+
+    return asyncio.run(run())
+
+
 def _wait_for_use(group: ExpertGroup, server: Server) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
@@ -398,6 +541,69 @@ def test_a_version_that_vanishes_between_look_and_use_is_replaced_by_a_common_on
         assert (before.weights_version, after.weights_version) == (1, 2)
         assert bits(before.output) != bits(after.output)
         assert group.stats.value("version_restarts") == 1
+
+
+def test_replicas_of_other_weights_with_the_same_version_are_refused_and_another_version_is_not() -> None:
+    def serve(seed: int, version: int = 1) -> Server:
+        server = Server(
+            Config(
+                port=0, device="cpu", synthetic="tiny", synthetic_layers=1, synthetic_seed=seed, weights_version=version
+            )
+        )
+        assert server.startup()
+        return server
+
+    name = "synthetic.tiny.0"
+    servers = [serve(1), serve(1), serve(2), serve(2, version=2)]
+    with stopping(*servers):
+        one, same, other, other_version = servers
+        with group_of(one, same, other_version, probe_timeout_s=PATIENCE_S) as group:
+            group.wait_ready(timeout_s=PATIENCE_S)
+            group.refresh(timeout_s=PATIENCE_S)
+            assert len(group.placement(name).shards[0].versions) == 3
+        with (
+            group_of(one, same, other, probe_timeout_s=PATIENCE_S) as group,
+            pytest.raises(TopologyError, match=f"'{name}': weights of experts 0-.*--weights-version"),
+        ):
+            group.layer(name, timeout_s=PATIENCE_S)
+        with Client(address(one)) as client, Client(address(same)) as twin:
+            assert client.layer(name).weights_fingerprint == twin.layer(name).weights_fingerprint != 0
+
+
+@pytest.mark.parametrize("flavour", ["sync", "async"])
+def test_poisoned_requests_fail_alone_and_take_no_server_out_of_use(flavour: str) -> None:
+    hidden, logits = inputs(CASE)
+    poison = np.full_like(hidden, 448.0)
+
+    def before(_: object, rows: torch.Tensor) -> None:
+        if (rows.float() == 448.0).all(dim=1).any():
+            raise RuntimeError("poisoned")
+
+    servers = [start(ONE, share, of=2, backend=GatedBackend(before)) for _ in range(2) for share in shares(2)]
+    names = [address(server) for server in servers]
+
+    async def poison_async(count: int) -> str:
+        async with AsyncExpertGroup(names, GroupConfig(hedge_percentile=None)) as group:
+            for _ in range(count):
+                with pytest.raises(ServerError):
+                    await group.forward(LAYER, poison, routing_logits=logits, timeout_s=PATIENCE_S)
+            assert group.stats.value("attempts") <= 4 * count
+            return group.metrics_text()
+
+    with stopping(*servers), group_of(*servers, hedge_percentile=None) as group:
+        good = bits(group.forward(LAYER, hidden, routing_logits=logits).output)
+        attempts = group.stats.value("attempts")
+        if flavour == "async":
+            text = asyncio.run(poison_async(6))
+        else:
+            for _ in range(6):
+                with pytest.raises(ServerError):
+                    group.forward(LAYER, poison, routing_logits=logits, timeout_s=PATIENCE_S)
+            assert group.stats.value("attempts") - attempts <= 4 * 6
+            text = group.metrics_text()
+        for name in names:
+            assert f'expertd_client_replica_up{{replica="{name}"}} 1' in text
+        assert bits(group.forward(LAYER, hidden, routing_logits=logits).output) == good
 
 
 def test_an_overloaded_replica_is_passed_over() -> None:

@@ -54,13 +54,21 @@ MODELS: dict[str, Callable[[], Any]] = {
 class InProcess:
     """The same FP8 experts on a backend here, with the methods of a Client."""
 
-    def __init__(self, checkpoint: Path, calibration: Path, infos: list[expertd.LayerInfo]) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        calibration: Path,
+        infos: list[expertd.LayerInfo],
+        slices: tuple[range | None, ...] = (None,),
+    ) -> None:
+        """slices: of the experts, whose sums are rounded one by one before they are added up, as a group's are."""
         self._backend = TorchBackend("cpu")
         self._infos = {info.name: info for info in infos}
         files, scales = open_checkpoint(checkpoint), read_calibration(calibration)
-        self._layers = {
-            name: self._backend.prepare(*files.load(name, calibration=scales)) for name in files.layer_names
-        }
+        self._slices = [
+            {name: self._backend.prepare(*files.load(name, experts, scales)) for name in files.layer_names}
+            for experts in slices
+        ]
 
     def layers(self) -> list[expertd.LayerInfo]:
         return list(self._infos.values())
@@ -69,7 +77,12 @@ class InProcess:
         return self._infos[name]
 
     def forward(self, layer: str, hidden_states: torch.Tensor, *, weights_version: int | None, **arguments: Any) -> Any:
-        return self._backend.forward(self._layers[layer], hidden_states, **arguments)
+        outputs = [self._backend.forward(layers[layer], hidden_states, **arguments) for layers in self._slices]
+        if len(outputs) == 1:
+            return outputs[0]
+        total = sum(each.output.float() for each in outputs if each.output is not None)
+        assert isinstance(total, torch.Tensor)
+        return dataclasses.replace(outputs[0], output=total.to(hidden_states.dtype))
 
 
 @dataclasses.dataclass
@@ -79,6 +92,9 @@ class Case:
     model: Any
     group: expertd.ExpertGroup
     local: InProcess
+    sliced: InProcess
+    """The same in the slices of the servers."""
+    targets: list[str]
 
     @property
     def names(self) -> list[str]:
@@ -109,7 +125,11 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with contextlib.ExitStack() as stack:
         targets = [stack.enter_context(served(root, experts)) for experts in ("0-3", "4-7")]
         group = stack.enter_context(expertd.ExpertGroup(targets))
-        yield Case(model, group, InProcess(root, root / "scales.json", group.layers()))
+        local, sliced = (
+            InProcess(root, root / "scales.json", group.layers(), slices)
+            for slices in ((None,), (range(4), range(4, 8)))
+        )
+        yield Case(model, group, local, sliced, targets)
 
 
 def calibrate(model: Any, root: Path, prompt: torch.Tensor) -> None:
@@ -153,6 +173,19 @@ def test_generates_the_tokens_of_the_same_experts_in_process(case: Case, wire_dt
     expected = case.generate(case.local)
     assert len(set(expected)) > 3, f"seed {SEED}: a text that says nothing: {expected}"
     assert case.generate(case.group, wire_dtype=wire_dtype) == expected, f"seed {SEED}"
+
+
+@pytest.mark.parametrize("wire_dtype", [None, torch.float8_e4m3fn], ids=["as it is", "fp8"])
+def test_a_bfloat16_model_generates_the_tokens_of_the_same_experts_in_process(
+    case: Case, wire_dtype: torch.dtype | None
+) -> None:
+    case = dataclasses.replace(case, model=copy.deepcopy(case.model).bfloat16())
+    expected = case.generate(case.sliced)
+    assert len(set(expected)) > 3, f"seed {SEED}: a text that says nothing: {expected}"
+    assert case.generate(case.group, wire_dtype=wire_dtype) == expected, f"seed {SEED}"
+    # Two experts in float32 add up to the same in any order, so that nothing tells the slices from the whole.
+    with expertd.ExpertGroup(case.targets, expertd.GroupConfig(partial_dtype="float32")) as exact:
+        assert case.generate(exact, wire_dtype=wire_dtype) == case.generate(case.local), f"seed {SEED}"
 
 
 def test_the_text_depends_on_the_experts(case: Case) -> None:

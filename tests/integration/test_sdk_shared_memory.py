@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import signal
@@ -138,6 +139,22 @@ def test_bits_are_those_of_grpc(server: Running, spy: Spy, flavour: str, dtype: 
                             assert bits(mine) == bits(theirs), f"{name} of {num_tokens} tokens, {options}"
     assert spy.placed >= 4 * 9
     assert not spy.refused
+
+
+def test_a_group_counts_the_same_bytes_through_memory_as_through_grpc(server: Running, spy: Spy) -> None:
+    hidden, logits = inputs(40)
+    target = f"127.0.0.1:{server.server.port}"
+    counted = {}
+    for transport in ("shm", "grpc"):
+        client = functools.partial(expertd.ClientConfig, transport=transport)
+        with expertd.ExpertGroup(target, expertd.GroupConfig(client=client, hedge_percentile=None)) as group:
+            result = group.forward(LAYER, hidden, routing_logits=logits)
+            counted[transport] = (result.sent_bytes, result.received_bytes)
+    assert spy.placed
+    assert counted["shm"][0] == counted["grpc"][0] > hidden.nbytes
+    # But for the times in the answer, and where in the memory it lies.
+    assert counted["shm"][1] == pytest.approx(counted["grpc"][1], abs=100)
+    assert min(counted["shm"][1], counted["grpc"][1]) > 2 * hidden.size
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

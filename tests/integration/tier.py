@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 import torch
 from cases import Case, make_case
 
@@ -73,6 +75,17 @@ def slice_of(case: Case, share: range | None, of: int) -> range:
     """The experts of some of the `of` equal slices."""
     size = case.spec.num_experts // of
     return range(case.spec.num_experts) if share is None else range(share.start * size, share.stop * size)
+
+
+def stand_for(monkeypatch: pytest.MonkeyPatch, name: str, hosts: list[str]) -> None:
+    """Have a host name stand for these addresses, whatever they are at the moment."""
+    found = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, port: Any, *arguments: Any, **options: Any) -> Any:
+        asked = list(hosts) if host == name else [host]
+        return [each for one in asked for each in found(one, port, *arguments, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
 
 def kill(server: Server) -> None:

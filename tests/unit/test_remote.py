@@ -47,7 +47,7 @@ from expertd_server.types import LayerSpec
 from expertd_server.weights import ExpertWeights
 from expertd_server.wire import TORCH_DTYPES
 from expertd_server.wire import call_of as engine_call_of
-from expertd_server.wire_answer import AnswerTensor
+from expertd_server.wire_answer import AnswerTensor, layer_info
 
 PATIENCE_S = 30.0
 ARENA_BYTES = 64 * ALIGNMENT_BYTES
@@ -60,7 +60,14 @@ def a_layer(name: str = "a", version: int = 1) -> MoELayer:
     spec = LayerSpec(hidden_size=HIDDEN_SIZE, intermediate_size=32, num_experts=NUM_EXPERTS, top_k=TOP_K)
     nothing = torch.empty(0)
     weights = ExpertWeights(nothing, nothing, nothing, nothing, nothing, hidden_states_scale=2.0)
-    return MoELayer(name, PreparedLayer(spec, weights, 1000, None), NoopBackend(), version)
+    return MoELayer(name, PreparedLayer(spec, weights, 1000, None), NoopBackend(), version, weights_fingerprint=7)
+
+
+def test_a_front_end_describes_a_layer_as_the_engine_would() -> None:
+    layer = a_layer()
+    remote = pickle.loads(pickle.dumps(RemoteLayer.of(layer, 1, is_current=True)))
+    assert layer_info(remote, [1]) == layer_info(layer, [1])
+    assert layer_info(remote, [1]).weights_fingerprint == 7
 
 
 class Answering(Future[Any]):

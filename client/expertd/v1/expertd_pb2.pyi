@@ -222,7 +222,7 @@ class ForwardStreamResponse(_message.Message):
     def __init__(self, id: _Optional[int] = ..., response: _Optional[_Union[ForwardResponse, _Mapping]] = ..., error: _Optional[_Union[StreamError, _Mapping]] = ..., region_ticket: _Optional[_Union[RegionTicket, _Mapping]] = ..., region_unregistered: _Optional[_Union[RegionUnregistered, _Mapping]] = ...) -> None: ...
 
 class LayerInfo(_message.Message):
-    __slots__ = ("name", "hidden_size", "intermediate_size", "num_experts", "local_expert_offset", "local_num_experts", "top_k", "routing_method", "activation", "n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob", "use_routing_scales_on_input", "hidden_states_scale", "routing_bias", "weights_version", "weights_bytes", "state", "weights_versions")
+    __slots__ = ("name", "hidden_size", "intermediate_size", "num_experts", "local_expert_offset", "local_num_experts", "top_k", "routing_method", "activation", "n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob", "use_routing_scales_on_input", "hidden_states_scale", "routing_bias", "weights_version", "weights_bytes", "state", "weights_versions", "weights_fingerprint")
     NAME_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     INTERMEDIATE_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -243,6 +243,7 @@ class LayerInfo(_message.Message):
     WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     name: str
     hidden_size: int
     intermediate_size: int
@@ -263,7 +264,8 @@ class LayerInfo(_message.Message):
     weights_bytes: int
     state: LayerState
     weights_versions: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., hidden_size: _Optional[int] = ..., intermediate_size: _Optional[int] = ..., num_experts: _Optional[int] = ..., local_expert_offset: _Optional[int] = ..., local_num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., routing_method: _Optional[_Union[RoutingMethod, str]] = ..., activation: _Optional[_Union[Activation, str]] = ..., n_group: _Optional[int] = ..., topk_group: _Optional[int] = ..., routed_scaling_factor: _Optional[float] = ..., norm_topk_prob: bool = ..., use_routing_scales_on_input: bool = ..., hidden_states_scale: _Optional[float] = ..., routing_bias: _Optional[_Union[Tensor, _Mapping]] = ..., weights_version: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., state: _Optional[_Union[LayerState, str]] = ..., weights_versions: _Optional[_Iterable[int]] = ...) -> None: ...
+    weights_fingerprint: int
+    def __init__(self, name: _Optional[str] = ..., hidden_size: _Optional[int] = ..., intermediate_size: _Optional[int] = ..., num_experts: _Optional[int] = ..., local_expert_offset: _Optional[int] = ..., local_num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., routing_method: _Optional[_Union[RoutingMethod, str]] = ..., activation: _Optional[_Union[Activation, str]] = ..., n_group: _Optional[int] = ..., topk_group: _Optional[int] = ..., routed_scaling_factor: _Optional[float] = ..., norm_topk_prob: bool = ..., use_routing_scales_on_input: bool = ..., hidden_states_scale: _Optional[float] = ..., routing_bias: _Optional[_Union[Tensor, _Mapping]] = ..., weights_version: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., state: _Optional[_Union[LayerState, str]] = ..., weights_versions: _Optional[_Iterable[int]] = ..., weights_fingerprint: _Optional[int] = ...) -> None: ...
 
 class ListLayersRequest(_message.Message):
     __slots__ = ()

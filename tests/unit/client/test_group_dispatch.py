@@ -16,6 +16,7 @@ from expertd.errors import (
     LayerNotFoundError,
     NoReplicaError,
     OverloadedError,
+    ProtocolError,
     ServerError,
     TimeoutError,
     UnavailableError,
@@ -157,7 +158,7 @@ def test_all_replicas_are_tried_again_after_a_pause_that_grows() -> None:
     pauses = []
     for _ in range(4):
         for _ in range(2):
-            rig.fail(rig.poll_one(), ServerError("broke"))
+            rig.fail(rig.poll_one(), UnavailableError("gone"))
         assert rig.poll() == []
         before = rig.now
         pauses.append(rig.sleep() - before)
@@ -275,6 +276,108 @@ def test_a_replica_that_lost_the_version_is_passed_over_and_the_last_one_makes_t
     assert rig.poll() == []
     assert rig.dispatch.failure is None, "a call to start over must not fail meanwhile"
     assert rig.replicas["b"].breaker.state is BreakerState.CLOSED
+    rig.assert_idle()
+
+
+BROKEN = [ServerError("broke"), ProtocolError("no message")]
+
+
+@pytest.mark.parametrize("error", BROKEN, ids=lambda error: type(error).__name__)
+def test_a_poisoned_request_is_sent_to_two_servers_and_opens_no_breaker(error: ExpertdError) -> None:
+    rig = Rig([["a", "b", "c"], ["d"]])
+    tried = []
+    for _ in range(6):
+        call = rig.another_call()
+        first, other = rig.poll(call)
+        call.failed(first, error, rig.now)
+        second = rig.poll_one(call)
+        assert second.replica is not first.replica
+        call.failed(second, type(error)("broke again"), rig.now)
+        tried += addresses([first, second])
+        assert type(call.failure) is type(error)
+        assert "broke again" in str(call.failure)
+        (note,) = call.failure.__notes__
+        assert note == f"{tried[-2]} and {tried[-1]} failed on experts 0-3 of layer 'layer' (100 tokens)"
+        assert other.replica.in_flight_requests == 0
+    assert set(tried) == {"a", "b", "c"}
+    assert all(replica.breaker.state is BreakerState.CLOSED for replica in rig.replicas.values())
+    assert rig.now == 0, "nothing to wait for"
+    rig.assert_idle()
+
+
+def test_a_slice_of_one_server_fails_a_poisoned_request_at_once() -> None:
+    rig = Rig([["a"]])
+    rig.fail(rig.poll_one(), ServerError("broke"))
+    assert isinstance(rig.dispatch.failure, ServerError)
+    assert rig.replicas["a"].breaker.state is BreakerState.CLOSED
+
+
+def test_a_partial_answer_goes_without_a_poisoned_part() -> None:
+    rig = Rig([["a"], ["b"]], allow_partial=True)
+    poisoned, good = rig.poll()
+    rig.fail(poisoned, ServerError("broke"))
+    assert rig.answer(good)
+    assert rig.dispatch.is_done
+    assert rig.dispatch.failure is None
+    assert [job.is_missing for job in rig.dispatch.jobs] == [True, False]
+
+
+def test_a_server_that_fails_on_what_others_answer_opens_its_breaker() -> None:
+    rig = Rig([["a", "b"]])
+    rig.replicas["b"].sent(10_000)  # so that everybody asks a first
+    for _ in range(3):
+        assert rig.replicas["a"].breaker.state is BreakerState.CLOSED
+        call = rig.another_call()
+        call.failed(rig.poll_one(call), ServerError("broke"), rig.now)
+        assert call.answered(rig.poll_one(call), 0, rig.now)
+    assert rig.replicas["a"].breaker.state is BreakerState.OPEN
+    assert rig.replicas["b"].breaker.state is BreakerState.CLOSED
+
+
+def test_a_server_that_failed_on_a_part_does_not_get_it_again_while_another_is_busy() -> None:
+    rig = Rig([["a", "b"]], initial_backoff_s=0.1)
+    rig.fail(rig.poll_one(), ServerError("broke"))
+    for _ in range(3):
+        attempt = rig.poll_one()
+        assert attempt.replica.address == "b"
+        rig.fail(attempt, OverloadedError("full"))
+        assert rig.poll() == []
+        rig.sleep()
+    assert rig.answer(rig.poll_one())
+    assert rig.dispatch.failure is None
+
+
+def test_when_nobody_else_comes_back_the_error_of_the_server_that_answered_is_told() -> None:
+    rig = Rig([["a", "b"]], no_replica_timeout_s=1.0)
+    rig.fail(rig.poll_one(), ServerError("broke"))
+    while not rig.dispatch.is_done:
+        for attempt in rig.poll():
+            assert attempt.replica.address == "b"
+            rig.fail(attempt, UnavailableError("gone"))
+        rig.sleep()
+    assert isinstance(rig.dispatch.failure, ServerError)
+    assert rig.now >= 1.0
+
+
+def test_a_hedge_answers_for_a_server_that_fails_and_two_that_fail_end_the_call() -> None:
+    rig = Rig([["a", "b"]], hedge_delay_s=0.25)
+    rig.replicas["a"].breaker.failed()
+    rig.replicas["a"].breaker.failed()
+    first = rig.poll_one()
+    rig.sleep()
+    hedge = rig.poll_one()
+    rig.fail(first, ServerError("broke"))
+    assert rig.poll() == []
+    assert rig.replicas["a"].breaker.state is BreakerState.CLOSED
+    assert rig.answer(hedge)
+    assert rig.replicas["a"].breaker.state is BreakerState.OPEN
+    rig = Rig([["a", "b"]], hedge_delay_s=0.25)
+    first = rig.poll_one()
+    rig.sleep()
+    hedge = rig.poll_one()
+    rig.fail(first, ServerError("broke"))
+    rig.fail(hedge, ServerError("broke"))
+    assert isinstance(rig.dispatch.failure, ServerError)
     rig.assert_idle()
 
 

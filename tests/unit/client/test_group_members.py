@@ -49,6 +49,18 @@ def test_a_slice_that_only_servers_that_disagree_are_left_for_is_missing() -> No
         group._begin(REQUEST, deadline=1.0, allow_partial=False)
 
 
+def test_a_server_that_comes_back_with_other_weights_of_the_same_version_is_not_asked() -> None:
+    group = GroupBase("unused:1")
+    old = {"weights_fingerprint": 7}
+    take(group, [member("a", 0, E, **old), member("b", 0, E, **old)])
+    take(group, [member("a", 0, E, **old), member("b", 0, E, weights_fingerprint=8)])
+    (shard,) = group.placement("layer").shards
+    assert sorted(shard.versions) == ["a"], "b started again from another checkpoint, at the same address"
+    take(group, [member("a", 0, E, weights_fingerprint=8), member("b", 0, E, weights_fingerprint=8)])
+    (shard,) = group.placement("layer").shards
+    assert sorted(shard.versions) == ["a", "b"], "now they agree again"
+
+
 @pytest.mark.parametrize("change", ["another slice", "unloaded"])
 def test_a_server_that_holds_something_else_now_is_not_asked_for_what_it_held(change: str) -> None:
     group = GroupBase("unused:1")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from expertd.errors import ConfigError, TopologyError
-from expertd.topology import LayerPlacement, Member, TopologyFile, distinct, place_layer, resolver_for
+from expertd.topology import LayerPlacement, Member, NamedAddress, TopologyFile, distinct, place_layer, resolver_for
 from expertd.types import Activation, LayerInfo, LayerState, RoutingMethod, ServerInfo
 
 E = 12
@@ -110,6 +110,21 @@ def test_servers_that_disagree_on_the_layer_are_an_error_that_names_both() -> No
         place([member("a", 0, 6), member("b", 6, 12, hidden_states_scale=2.0)])
 
 
+def test_replicas_with_other_weights_of_the_same_version_are_an_error_that_says_what_to_do() -> None:
+    expected = (
+        r"weights of experts 0-5 differ on a and c \(weights_fingerprint is 0{15}7 and 0{15}8\), expected the same, as "
+        r"both call them version 1; start servers of another checkpoint with another --weights-version"
+    )
+    first = [member("a", 0, 6, weights_fingerprint=7), member("b", 6, 12, weights_fingerprint=9)]
+    with pytest.raises(TopologyError, match=expected):
+        place([*first, member("c", 0, 6, weights_fingerprint=8)])
+    # Of another slice, of another version, or not told: nothing to compare.
+    assert place(first).shards[0].fingerprints == {1: 7}
+    new = member("c", 0, 6, weights_fingerprint=8, weights_version=2, weights_versions=(2,))
+    assert sorted(place([*first, new]).shards[0].versions) == ["a", "c"]
+    assert sorted(place([*first, member("c", 0, 6)]).shards[0].versions) == ["a", "c"]
+
+
 def test_versions_may_differ_in_what_belongs_to_the_weights() -> None:
     new = {"weights_version": 2, "weights_versions": (1, 2), "routing_bias": np.ones(E, np.float32)}
     placement = place([member("a", 0, 6, **new), member("b", 6, 12)])
@@ -183,6 +198,20 @@ def test_a_name_stands_for_all_its_addresses(monkeypatch: pytest.MonkeyPatch) ->
     expected = ["10.0.0.1:50051", "10.0.0.2:50051", "[fd00::1]:50051"]
     assert sorted(resolver_for("experts.internal:50051").resolve()) == expected
     assert sorted(resolver_for("dns:///experts.internal:50051").resolve()) == expected
+
+
+def test_an_address_knows_the_name_it_was_found_under(monkeypatch: pytest.MonkeyPatch) -> None:
+    def addresses(host: str, port: int, **_: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", addresses)
+    for target in ("experts.internal:1", "experts.internal.:1", ["experts.internal:1", "10.0.0.1:1"]):
+        (address,) = resolver_for(target).resolve()
+        assert isinstance(address, NamedAddress)
+        assert (address, address.server_name) == ("10.0.0.1:1", "experts.internal")
+    for target in ("10.0.0.1:1", "[fd00::1]:1"):
+        (address,) = resolver_for(target).resolve()
+        assert not isinstance(address, NamedAddress)
 
 
 @pytest.mark.parametrize("host", ["a..b", "x" * 64])

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from expertd._base import stream_outcome, unary_outcome
-from expertd._wire_read import Answer, read_answer, read_stream_answer
+from expertd._wire_read import Answer, nbytes_of, read_answer, read_stream_answer
 from expertd.errors import ProtocolError, UnavailableError
 from expertd.tensors import from_message
 from expertd.v1 import expertd_pb2 as pb
@@ -47,6 +47,7 @@ def same(answer: Answer, response: pb.ForwardResponse) -> None:
         assert not theirs.HasField("slice"), name
     assert answer.timing == response.timing
     assert answer.weights_version == response.weights_version
+    assert nbytes_of(answer) >= nbytes_of(response) == response.ByteSize()  # more where the sender was verbose
 
 
 def check(data: bytes) -> None:
