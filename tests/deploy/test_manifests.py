@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from expertd_server.config import ENV_PREFIX, Config
+from expertd_server.listener import LIVENESS_SERVICE
 from expertd_server.metrics import LayerFacts, Metrics
 from expertd_server.server_metrics import engine_hangs
 
@@ -55,6 +56,18 @@ def test_service_and_monitor_select_every_pod() -> None:
         assert service["spec"]["selector"].items() <= labels.items()
         assert shard["spec"]["selector"]["matchLabels"].items() <= labels.items()
         assert shard["spec"]["serviceName"] == service["metadata"]["name"]
+
+
+def test_pods_are_asked_how_they_are_in_ways_that_the_server_answers() -> None:
+    """Liveness by what a server that loads or drains still says, and a frozen one does not."""
+    for shard in (d for path in KUBERNETES for d in documents(path) if d["kind"] == "StatefulSet"):
+        (container,) = shard["spec"]["template"]["spec"]["containers"]
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert container["livenessProbe"]["grpc"] == {"port": ports["grpc"], "service": LIVENESS_SERVICE}
+        # The default of one second is less than a busy host may need.
+        assert container["livenessProbe"]["timeoutSeconds"] >= 5
+        for probe in ("startupProbe", "readinessProbe"):
+            assert container[probe]["grpc"] == {"port": ports["grpc"]}, "the whole server"
 
 
 def test_pods_are_given_time_to_drain() -> None:
