@@ -44,6 +44,8 @@ class ClusterSpec:
     """Of each shard, at the start."""
     min_replicas: int
     """Fewest replicas that rebalancing leaves a shard."""
+    max_replicas: int
+    """Most replicas that rebalancing gives a shard in places that are free."""
     cpus_per_shard: float
     """CPUs that Ray sets aside for each server."""
     gpus_per_shard: float
@@ -53,7 +55,7 @@ class ClusterSpec:
     prometheus_file: Path | None
     """Where it writes the addresses of the metrics, for Prometheus' file_sd_configs."""
     rebalance: bool
-    """Whether a replica moves from an idle shard to a busy one."""
+    """Whether a busy shard gets one more replica, in a free place or in one of an idle shard's."""
     serve_flags: tuple[str, ...]
     """Options of `expertd-server serve`, without those in SET_BY_THE_CLUSTER."""
     max_queue_tokens: int
@@ -74,6 +76,8 @@ class ClusterSpec:
             raise ConfigError(f"replicas is {self.replicas}, expected at least 1")
         if self.min_replicas < 1:
             raise ConfigError(f"min_replicas is {self.min_replicas}, expected at least 1")
+        if self.max_replicas < 1:
+            raise ConfigError(f"max_replicas is {self.max_replicas}, expected at least 1")
         for field in ("cpus_per_shard", "gpus_per_shard"):
             if not 0 <= getattr(self, field) < float("inf"):
                 raise ConfigError(f"{field} is {getattr(self, field)}, expected 0 or more")
