@@ -38,11 +38,17 @@ _MAX_NOTES = 20
 class ServerActor:
     """Keeps one server process running on whatever node Ray puts it."""
 
-    def __init__(self, flags: Sequence[str], shutdown_grace_s: float, is_tls: bool) -> None:
+    def __init__(self, spec: ClusterSpec, shard: int) -> None:
         configure_logging("info", "text")
         self._node = ray.get_runtime_context().get_node_id()
         self._ip: str = get_node_ip_address()  # type: ignore[no-untyped-call]
-        self._process = ServerProcess(flags, self._ip, shutdown_grace_s=shutdown_grace_s, is_tls=is_tls)
+        self._process = ServerProcess(
+            spec.server_flags(shard),
+            self._ip,
+            shutdown_grace_s=spec.shutdown_grace_s,
+            start_timeout_s=spec.start_timeout_s,
+            is_tls=spec.is_tls,
+        )
 
     def status(self) -> tuple[str, str, ServerStatus]:
         """The node's id, its address, and how the server is."""
@@ -315,7 +321,7 @@ class Controller:
                 num_gpus=spec.gpus_per_shard,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(get_placement_group(group), index),
             )
-            .remote(spec.server_flags(shard), spec.shutdown_grace_s, spec.is_tls)
+            .remote(spec, shard)
         )
         with self._lock:
             self._replicas[name] = Replica(name, handle, shard, place)

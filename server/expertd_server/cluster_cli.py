@@ -76,6 +76,13 @@ def add_cluster_command(commands: Any) -> None:
         default=True,
         help="give a busy shard one more replica, in a free place or an idle one's (docs/operations.md); default: on",
     )
+    up.add_argument(
+        "--start-timeout-s",
+        type=float,
+        default=3600,
+        metavar="SECONDS",
+        help="a server that is not ready so long after its start is killed and started again; default: 3600",
+    )
     _add_timeout(up)
     add_flags(up)
     status = _add(actions, "status", "show every server: exit code 0 when all serve, else 1")

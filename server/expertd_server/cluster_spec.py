@@ -62,6 +62,8 @@ class ClusterSpec:
     """Of each server."""
     shutdown_grace_s: float
     """Of each server."""
+    start_timeout_s: float = 3600.0
+    """A server that is not ready so long after its start is killed and started again."""
     interval_s: float = 1.0
     """Between two looks of the controller at all servers."""
     replace_after_s: float = 60.0
@@ -81,7 +83,7 @@ class ClusterSpec:
         for field in ("cpus_per_shard", "gpus_per_shard"):
             if not 0 <= getattr(self, field) < float("inf"):
                 raise ConfigError(f"{field} is {getattr(self, field)}, expected 0 or more")
-        for field in ("interval_s", "replace_after_s"):
+        for field in ("start_timeout_s", "interval_s", "replace_after_s"):
             if not 0 < getattr(self, field) < float("inf"):
                 raise ConfigError(f"{field} is {getattr(self, field)}, expected a positive number of seconds")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -144,6 +145,23 @@ def test_the_controller_outlives_a_down_that_did_not_end(monkeypatch: pytest.Mon
     assert killed == []
     cluster._take_down(controller, spec)
     assert killed == [controller]
+
+
+def test_an_order_that_is_not_done_in_time_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller that hangs holds up no command for ever."""
+    timeouts: list[float] = []
+
+    def get(_reference: object, timeout: float) -> None:
+        timeouts.append(timeout)
+        raise GetTimeoutError("timed out")
+
+    monkeypatch.setattr(cluster.ray, "get", get)
+    scale = SimpleNamespace(remote=lambda *_arguments: None)
+    for until_s in (time.monotonic() + 600, time.monotonic() - 1):
+        with pytest.raises(ClusterError, match="not done it within --timeout-s, and may still: see cluster status"):
+            cluster._change(scale, 3, None, until_s=until_s)
+    assert 0 < timeouts[0] <= 600
+    assert timeouts[1] == 0
 
 
 def test_status_shows_the_port_for_orders(capsys: pytest.CaptureFixture[str]) -> None:

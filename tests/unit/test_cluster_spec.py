@@ -57,6 +57,7 @@ def test_shards_cover_the_experts_once() -> None:
         {"cpus_per_shard": -1},
         {"gpus_per_shard": float("nan")},
         {"interval_s": 0},
+        {"start_timeout_s": 0},
     ],
 )
 def test_values_that_cannot_be_used_are_named(fields: dict[str, Any]) -> None:
