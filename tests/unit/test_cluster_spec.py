@@ -183,8 +183,11 @@ class TestRates:
         pair = [status(0.0), status(1.0, busy_s=0.5, queue_tokens=3, expert_tokens={0: 30, 1: 10})]
         silent = replica(0, *pair)
         silent.is_reachable = False
-        loads = shard_loads(dataclasses.replace(SPEC, shards=2), [replica(0, *pair), replica(0, *pair), silent])
-        assert loads[0].num_replicas == 2
+        leaving = replica(0, *pair)
+        leaving.is_retiring = True
+        replicas = [replica(0, *pair), replica(0, *pair), silent, leaving]
+        loads = shard_loads(dataclasses.replace(SPEC, shards=2), replicas)
+        assert (loads[0].num_replicas, loads[0].num_starting) == (2, 1)
         assert loads[0].busy_servers == 1.0
         assert loads[0].queue_tokens == 6
         assert (loads[0].hottest_expert, loads[0].hottest_share) == (0, 0.75)
