@@ -4,8 +4,8 @@
 
 Reads the newest benchmarks/results/kernels-*.json of each GPU (even routing), the newest group-*.json, a run of the
 whole service with the no-op backend (SERVICE) and transport.json; writes server/expertd_server/plan_figures.json. The
-transport is that of the service with one process. With several only an echo of the same bytes was timed: their rates
-are the service's times the growth of the echo's. The time of a layer is fitted as
+transport is that of the service with as many processes as that run had, one and four; nothing is derived for other
+numbers. The time of a layer is fitted as
 
     launch + ((read * r)^blend + (math * m)^blend)^(1 / blend) + rows * w
 
@@ -140,27 +140,33 @@ def fit_client(path: Path) -> dict[str, Any]:
 
 def fit_transport() -> dict[str, Any]:
     """Straight lines through the measured points: the exchange of the whole service, copies of pinned memory."""
-    measured = json.loads((HERE / "transport.json").read_text())
+    little, much = json.loads((HERE / "transport.json").read_text())["pinned_copy"]
+    times = [point["in_us"] + point["out_us"] for point in (little, much)]
+    copy_byte_us = (times[1] - times[0]) / (much["bytes"] - little["bytes"]) / 2
     points = json.loads(SERVICE.read_text())["points"]
-    points = [point for point in points if point["frontends"] == 0]
+    return {
+        "source": f"benchmarks/results/{SERVICE.name}, the service without a backend, over loopback",
+        # Without front-ends the one process of the server serves, too.
+        "servings": [
+            fit_serving(max(1, frontends), [point for point in points if point["frontends"] == frontends])
+            for frontends in sorted({point["frontends"] for point in points})
+        ],
+        "copies_us": round(times[0] - 2 * copy_byte_us * little["bytes"], 1),
+        "copies_byte_ns": round(1e3 * copy_byte_us, 5),
+    }
+
+
+def fit_serving(processes: int, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a server with so many serving processes; points: a lone stream and saturated, two sizes each."""
     small, large = (point for point in points if point["load"] == "lone stream")
     bytes_of = [point["request_bytes"] + point["answer_bytes"] for point in (small, large)]
     small_us, large_us = (point["expertd"]["latency_us"]["p50"] for point in (small, large))
     byte_us = (large_us - small_us) / (bytes_of[1] - bytes_of[0])
-    # Saturated, and of the size that the echo's rates are of.
-    service_gbs = max(point["bytes_per_s"] for point in points if point["load"] == "saturated stream") / 1e9
-    echo_gbs = measured["server_gbs"]
-    little, much = measured["pinned_copy"]
-    times = [point["in_us"] + point["out_us"] for point in (little, much)]
-    copy_byte_us = (times[1] - times[0]) / (much["bytes"] - little["bytes"]) / 2
     return {
-        "source": f"one process: benchmarks/results/{SERVICE.name}, the service without a backend, over loopback; more "
-        f"processes: not measured, its rate times the growth of an echo's in benchmarks/transport.json",
+        "processes": processes,
+        "server_gbs": round(max(p["bytes_per_s"] for p in points if p["load"] == "saturated stream") / 1e9, 2),
         "exchange_us": round(small_us - byte_us * bytes_of[0], 1),
         "exchange_byte_ns": round(1e3 * byte_us, 4),
-        "server_gbs": {count: round(service_gbs * gbs / echo_gbs["1"], 2) for count, gbs in echo_gbs.items()},
-        "copies_us": round(times[0] - 2 * copy_byte_us * little["bytes"], 1),
-        "copies_byte_ns": round(1e3 * copy_byte_us, 5),
     }
 
 

@@ -1,8 +1,9 @@
-"""Two rules for all tests.
+"""Three rules for all tests.
 
 A test marked `gpu` is skipped, with its reason, where no GPU can run it. And torch uses one thread, here and in every
 process that a test starts: the shapes of tests are so small that two threads which wait for one another cost three
 times the processor time. Tests of what more threads do to the CPU backend ask for `two_threads`, which wait asleep.
+And a run ends with what it left out, by reason: where Docker or Ray is missing it must not look as if all had passed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -49,3 +51,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was not run, by reason, most first; a whole file where not even its tests are known."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if not skipped:
+        return
+    groups: dict[str, Counter[str]] = {}
+    for report in skipped:
+        _path, _line, reason = report.longrepr
+        kind = "files" if isinstance(report, pytest.CollectReport) else "tests"
+        groups.setdefault(reason.removeprefix("Skipped: "), Counter())[kind] += 1
+    terminalreporter.section(f"NOT RUN HERE: {len(skipped)} skipped", sep="!", red=True, bold=True)
+    for reason, counts in sorted(groups.items(), key=lambda group: -group[1].total()):
+        terminalreporter.line(f"{' and '.join(f'{n} {kind}' for kind, n in counts.items()):>10}: {reason}")

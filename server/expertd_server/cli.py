@@ -176,7 +176,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Ask grpc.health.v1 of a running server once. Exit code 0: SERVING; 1: anything else.",
     )
     health.add_argument("--target", metavar="HOST:PORT", help="default: this machine, with EXPERTD_HOST, EXPERTD_PORT")
-    health.add_argument("--service", default="", metavar="NAME", help="a layer's name; default: the whole server")
+    health.add_argument(
+        "--service",
+        default="",
+        metavar="NAME",
+        help="a layer's name, or live: whether it answers at all; default: the whole server",
+    )
     health.add_argument("--timeout-s", type=float, default=2.0, metavar="SECONDS", help="default: 2")
     health.add_argument("--ca-file", type=Path, metavar="FILE", help="ask over TLS, trusting this authority, PEM")
     health.add_argument("--cert-file", type=Path, metavar="FILE", help="the client's certificate, PEM, for mutual TLS")

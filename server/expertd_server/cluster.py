@@ -17,7 +17,7 @@ from typing import Any
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray warns of deprecations in its own imports
     import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.table import Table
@@ -59,9 +59,10 @@ def up(options: argparse.Namespace) -> int:
             )
             .remote(spec)
         )
+        until_s = time.monotonic() + options.timeout_s
         try:
-            _change(controller.start)
-            report = _wait_ready(spec.name, options.timeout_s)
+            _change(controller.start, until_s=until_s)
+            report = _wait_ready(spec.name, until_s)
         except BaseException as error:
             try:
                 _take_down(controller, spec)
@@ -91,8 +92,9 @@ def scale(options: argparse.Namespace) -> int:
         raise ConfigError(f"replicas is {options.replicas}, expected at least 1; to stop everything: cluster down")
     with _connected(options.address):
         _check_shards(options.name, shard=options.shard)
-        _change(_controller(options.name).scale, options.replicas, options.shard)
-        _print(_wait_ready(options.name, options.timeout_s))
+        until_s = time.monotonic() + options.timeout_s
+        _change(_controller(options.name).scale, options.replicas, options.shard, until_s=until_s)
+        _print(_wait_ready(options.name, until_s))
     return 0
 
 
@@ -102,8 +104,9 @@ def move(options: argparse.Namespace) -> int:
         raise ConfigError(f"source and target are both {options.source}, expected two shards")
     with _connected(options.address):
         _check_shards(options.name, source=options.source, target=options.target)
-        _change(_controller(options.name).move, options.source, options.target)
-        _print(_wait_ready(options.name, options.timeout_s))
+        until_s = time.monotonic() + options.timeout_s
+        _change(_controller(options.name).move, options.source, options.target, until_s=until_s)
+        _print(_wait_ready(options.name, until_s))
     return 0
 
 
@@ -130,13 +133,15 @@ def _spec(options: argparse.Namespace) -> ClusterSpec:
         num_experts=_num_experts(config),
         shards=options.shards,
         replicas=options.replicas,
-        min_replicas=min(2, options.replicas) if options.min_replicas is None else options.min_replicas,
+        min_replicas=options.min_replicas,
+        max_replicas=2 * options.replicas if options.max_replicas is None else options.max_replicas,
         cpus_per_shard=options.cpus_per_shard,
         gpus_per_shard=options.gpus_per_shard,
         topology_file=options.topology_file and options.topology_file.absolute(),
         prometheus_file=options.prometheus_file and options.prometheus_file.absolute(),
         rebalance=options.rebalance,
         serve_flags=tuple(command_line(config)),
+        start_timeout_s=options.start_timeout_s,
         max_queue_tokens=config.max_queue_tokens,
         shutdown_grace_s=config.shutdown_grace_s,
     )
@@ -209,10 +214,15 @@ def _report(tier: str) -> TierReport:
             raise ClusterError(f"the controller does not answer: {_first_line(error)}") from error
 
 
-def _change(method: Any, *arguments: object) -> None:
+def _change(method: Any, *arguments: object, until_s: float) -> None:
     """Have the controller do something, once: what it had done of it when it died, only a report can tell."""
     try:
-        ray.get(method.remote(*arguments))
+        ray.get(method.remote(*arguments), timeout=max(0.0, until_s - time.monotonic()))
+    except GetTimeoutError as error:
+        raise ClusterError(
+            "the controller has not done it within --timeout-s, and may still: see cluster status, then ask again, "
+            "with a longer --timeout-s"
+        ) from error
     except RayActorError as error:
         raise ClusterError(
             f"the controller died at it: {_first_line(error)}; see cluster status, then ask again"
@@ -223,8 +233,7 @@ def _first_line(error: RayError) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _wait_ready(tier: str, timeout_s: float) -> TierReport:
-    until_s = time.monotonic() + timeout_s
+def _wait_ready(tier: str, until_s: float) -> TierReport:
     while True:
         report = _report(tier)
         for replica in report.replicas:
@@ -235,7 +244,7 @@ def _wait_ready(tier: str, timeout_s: float) -> TierReport:
             return report
         if time.monotonic() > until_s:
             _print(report)
-            raise ClusterError(f"{', '.join(waiting)} did not serve within {timeout_s:g} s")
+            raise ClusterError(f"{', '.join(waiting)} did not serve within --timeout-s: see their logs (ray logs)")
         time.sleep(0.2)
 
 

@@ -20,7 +20,7 @@ from ray.util.placement_group import get_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from expertd_server.cluster_places import ClusterError, Places, number_of
-from expertd_server.cluster_policy import Balancer, Move, PolicyConfig
+from expertd_server.cluster_policy import Balancer, PolicyConfig
 from expertd_server.cluster_replica import Replica, TierReport, shard_loads
 from expertd_server.cluster_server import ServerProcess, ServerStatus
 from expertd_server.cluster_spec import NAMESPACE, ClusterSpec, write_prometheus_targets, write_topology
@@ -38,11 +38,17 @@ _MAX_NOTES = 20
 class ServerActor:
     """Keeps one server process running on whatever node Ray puts it."""
 
-    def __init__(self, flags: Sequence[str], shutdown_grace_s: float, is_tls: bool) -> None:
+    def __init__(self, spec: ClusterSpec, shard: int) -> None:
         configure_logging("info", "text")
         self._node = ray.get_runtime_context().get_node_id()
         self._ip: str = get_node_ip_address()  # type: ignore[no-untyped-call]
-        self._process = ServerProcess(flags, self._ip, shutdown_grace_s=shutdown_grace_s, is_tls=is_tls)
+        self._process = ServerProcess(
+            spec.server_flags(shard),
+            self._ip,
+            shutdown_grace_s=spec.shutdown_grace_s,
+            start_timeout_s=spec.start_timeout_s,
+            is_tls=spec.is_tls,
+        )
 
     def status(self) -> tuple[str, str, ServerStatus]:
         """The node's id, its address, and how the server is."""
@@ -69,7 +75,13 @@ class Controller:
         self._publishing = threading.Lock()
         """Held while files are written."""
         self._published: object = None
-        self._balancer = Balancer(PolicyConfig(min_replicas=spec.min_replicas, full_queue_tokens=spec.max_queue_tokens))
+        self._balancer = Balancer(
+            PolicyConfig(
+                min_replicas=spec.min_replicas,
+                max_replicas=spec.max_replicas,
+                full_queue_tokens=spec.max_queue_tokens,
+            )
+        )
         self._stopping = threading.Event()
         self._find_replicas()
         self._goal = Counter(replica.shard for replica in self._replicas.values())
@@ -139,7 +151,7 @@ class Controller:
         with self._changing:
             if len(self._of(source)) < 2:
                 raise ClusterError(f"shard {source} has one replica: without it, its experts would be missing")
-            self._move(Move(source=source, target=target, reason="asked for"))
+            self._move(source, target, "asked for")
 
     def down(self) -> None:
         """Drain and stop every server, free what was reserved, remove what was published."""
@@ -242,19 +254,30 @@ class Controller:
         if not self._spec.rebalance:
             return
         move = self._balancer.look(shard_loads(self._spec, self._all()))
-        if move is not None:
-            self._move(move)
+        if move is None:
+            return
+        if move.source is not None:
+            self._move(move.source, move.target, move.reason)
+            return
+        try:
+            self._add_replica(move.target)
+        except ClusterError as error:
+            log.info("%s; a shard with less to do is asked for one", error)
+            self._balancer.no_room()
+        else:
+            self._goal[move.target] += 1
+            self._note(f"one more replica of shard {move.target}, in a free place: {move.reason}")
 
-    def _move(self, move: Move) -> None:
+    def _move(self, source: int, target: int, reason: str) -> None:
         """Hand a place of one shard over to another. Holds _changing."""
-        self._note(f"moving a replica of shard {move.source} to shard {move.target}: {move.reason}")
-        hosts = {replica.node_id for replica in self._of(move.target)}
+        self._note(f"moving a replica of shard {source} to shard {target}: {reason}")
+        hosts = {replica.node_id for replica in self._of(target)}
         # A host that has no replica of the target yet is best.
-        leaving = min(self._of(move.source), key=lambda each: (each.node_id in hosts, each.name))
-        self._goal[move.source] -= 1
-        self._goal[move.target] += 1
+        leaving = min(self._of(source), key=lambda each: (each.node_id in hosts, each.name))
+        self._goal[source] -= 1
+        self._goal[target] += 1
         self._retire([leaving], keep_place=True)
-        self._start_server(move.target, leaving.place)
+        self._start_server(target, leaving.place)
 
     # ---- replicas and places
 
@@ -298,7 +321,7 @@ class Controller:
                 num_gpus=spec.gpus_per_shard,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(get_placement_group(group), index),
             )
-            .remote(spec.server_flags(shard), spec.shutdown_grace_s, spec.is_tls)
+            .remote(spec, shard)
         )
         with self._lock:
             self._replicas[name] = Replica(name, handle, shard, place)

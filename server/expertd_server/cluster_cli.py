@@ -48,8 +48,16 @@ def add_cluster_command(commands: Any) -> None:
     up.add_argument(
         "--min-replicas",
         type=int,
+        default=1,
         metavar="N",
-        help="fewest that rebalancing leaves a shard; default: 2, or --replicas if that is fewer",
+        help="fewest that rebalancing leaves a shard; default: 1, so that --replicas 2 can help a busy shard; but when "
+        "that one fails, its experts are missing until it is started again",
+    )
+    up.add_argument(
+        "--max-replicas",
+        type=int,
+        metavar="N",
+        help="most that rebalancing gives a shard where the Ray cluster has room; default: twice --replicas",
     )
     up.add_argument("--cpus-per-shard", type=float, default=1, metavar="N", help="for each server; default: 1")
     up.add_argument("--gpus-per-shard", type=float, default=0, metavar="N", help="for each server; default: 0")
@@ -66,7 +74,14 @@ def add_cluster_command(commands: Any) -> None:
         "--rebalance",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="move a replica from an idle shard to a busy one, see docs/operations.md; default: on",
+        help="give a busy shard one more replica, in a free place or an idle one's (docs/operations.md); default: on",
+    )
+    up.add_argument(
+        "--start-timeout-s",
+        type=float,
+        default=3600,
+        metavar="SECONDS",
+        help="a server that is not ready so long after its start is killed and started again; default: 3600",
     )
     _add_timeout(up)
     add_flags(up)

@@ -116,11 +116,16 @@ class Replica:
 
 
 def shard_loads(spec: ClusterSpec, replicas: Iterable[Replica]) -> list[ShardLoad]:
-    """The statistics of every shard's serving replicas."""
+    """The statistics of every shard's serving replicas, and how many others it has."""
     by_shard: dict[int, list[ServerStats]] = {shard: [] for shard in range(spec.shards)}
+    starting: Counter[int] = Counter()
     for replica in replicas:
-        if replica.is_reachable and not replica.is_retiring and replica.status.state == "serving":
+        if replica.is_retiring:
+            continue
+        if replica.is_reachable and replica.status.state == "serving":
             by_shard[replica.shard].append(replica.rates())
+        else:
+            starting[replica.shard] += 1
     loads = []
     for shard, rates in by_shard.items():
         experts: Counter[int] = Counter()  # of rates
@@ -132,6 +137,7 @@ def shard_loads(spec: ClusterSpec, replicas: Iterable[Replica]) -> list[ShardLoa
             ShardLoad(
                 shard=shard,
                 num_replicas=len(rates),
+                num_starting=starting[shard],
                 busy_servers=sum(each.busy_s for each in rates),
                 queue_tokens=sum(each.queue_tokens for each in rates),
                 hottest_expert=hottest,

@@ -119,13 +119,23 @@ class Silence:
 class ServerProcess:
     """Keeps one server running until `drain`. Thread-safe."""
 
-    def __init__(self, flags: Sequence[str], host: str, *, shutdown_grace_s: float, is_tls: bool = False) -> None:
+    def __init__(
+        self,
+        flags: Sequence[str],
+        host: str,
+        *,
+        shutdown_grace_s: float,
+        start_timeout_s: float,
+        is_tls: bool = False,
+    ) -> None:
         """flags: of `serve`, without host, ports and ready file. host: where it listens and is reached.
 
+        start_timeout_s: a process that is not ready so long after its start is killed, and started again.
         is_tls: what the server says of its health is then read from its metrics alone, for want of a certificate that
         it would trust.
         """
         self._flags, self._host, self._grace_s, self._is_tls = list(flags), host, shutdown_grace_s, is_tls
+        self._start_timeout_s = start_timeout_s
         self._directory = tempfile.TemporaryDirectory(prefix="expertd-server-", ignore_cleanup_errors=True)
         self._ready_file = Path(self._directory.name) / "ready.json"
         self._lock = threading.Lock()
@@ -134,6 +144,7 @@ class ServerProcess:
         self._facts: dict[str, object] = {}
         self._channel: grpc.Channel | None = None
         self._num_starts = 0
+        self._started_s = 0.0
         self._exit_code: int | None = None
         self._last_words = ""
         self._silence = Silence()
@@ -146,13 +157,16 @@ class ServerProcess:
         with self._lock:
             process = self._process
             facts = self._read_facts() if process is not None else {}
-            channel, silence = self._channel, self._silence
+            channel, silence, started_s = self._channel, self._silence, self._started_s
         state, stats = self._probe(process, facts, channel)
         now_s = time.monotonic()
         # A server that answers NOT_SERVING does as it was told, as after `admin drain`: it is left alone.
         silent_s = silence.after(stats is not None, now_s)
         if process is not None and silent_s > _SILENCE_LIMIT_S:
             log.error("pid %d has not answered for %.0f s: killed", process.pid, silent_s)
+            process.kill()
+        elif process is not None and state == "starting" and now_s - started_s > self._start_timeout_s:
+            log.error("pid %d is not ready after start_timeout_s, %.0f s: killed", process.pid, self._start_timeout_s)
             process.kill()
         return ServerStatus(
             state=state,
@@ -223,6 +237,7 @@ class ServerProcess:
             self._ready_file.unlink(missing_ok=True)
             self._silence = Silence()
             self._num_starts += 1
+            self._started_s = time.monotonic()
             self._process = subprocess.Popen(
                 tethered(command),
                 stdin=subprocess.DEVNULL,

@@ -44,6 +44,8 @@ class ClusterSpec:
     """Of each shard, at the start."""
     min_replicas: int
     """Fewest replicas that rebalancing leaves a shard."""
+    max_replicas: int
+    """Most replicas that rebalancing gives a shard in places that are free."""
     cpus_per_shard: float
     """CPUs that Ray sets aside for each server."""
     gpus_per_shard: float
@@ -53,13 +55,15 @@ class ClusterSpec:
     prometheus_file: Path | None
     """Where it writes the addresses of the metrics, for Prometheus' file_sd_configs."""
     rebalance: bool
-    """Whether a replica moves from an idle shard to a busy one."""
+    """Whether a busy shard gets one more replica, in a free place or in one of an idle shard's."""
     serve_flags: tuple[str, ...]
     """Options of `expertd-server serve`, without those in SET_BY_THE_CLUSTER."""
     max_queue_tokens: int
     """Of each server."""
     shutdown_grace_s: float
     """Of each server."""
+    start_timeout_s: float = 3600.0
+    """A server that is not ready so long after its start is killed and started again."""
     interval_s: float = 1.0
     """Between two looks of the controller at all servers."""
     replace_after_s: float = 60.0
@@ -74,10 +78,12 @@ class ClusterSpec:
             raise ConfigError(f"replicas is {self.replicas}, expected at least 1")
         if self.min_replicas < 1:
             raise ConfigError(f"min_replicas is {self.min_replicas}, expected at least 1")
+        if self.max_replicas < 1:
+            raise ConfigError(f"max_replicas is {self.max_replicas}, expected at least 1")
         for field in ("cpus_per_shard", "gpus_per_shard"):
             if not 0 <= getattr(self, field) < float("inf"):
                 raise ConfigError(f"{field} is {getattr(self, field)}, expected 0 or more")
-        for field in ("interval_s", "replace_after_s"):
+        for field in ("start_timeout_s", "interval_s", "replace_after_s"):
             if not 0 < getattr(self, field) < float("inf"):
                 raise ConfigError(f"{field} is {getattr(self, field)}, expected a positive number of seconds")
 

@@ -24,9 +24,12 @@ from expertd_server.region_door import RegionDoor
 from expertd_server.service import SERVICE_NAME, ExpertService, ServerFacts
 from expertd_server.store import LayerStore
 
-__all__ = ["Listener"]
+__all__ = ["LIVENESS_SERVICE", "Listener"]
 
 log = logging.getLogger(__name__)
+
+LIVENESS_SERVICE = "live"
+"""A name that health says SERVING of for as long as it answers, while the server loads or drains, too."""
 
 # Calls of everything but Forward and ForwardStream, so that a full server still answers health checks.
 _SPARE_CALLS = 16
@@ -46,6 +49,17 @@ class Drainable(Protocol):
     def stop(self, timeout_s: float) -> bool:
         """Fail what is left and end; False when it has not after timeout_s."""
         ...
+
+
+class _Health(health.aio.HealthServicer):  # type: ignore[misc, name-defined]
+    """Health of the server and its layers, and of LIVENESS_SERVICE, which nothing but silence denies."""
+
+    async def Check(  # noqa: N802 (the name of the method in the proto)
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> health_pb2.HealthCheckResponse:
+        if request.service == LIVENESS_SERVICE:
+            return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+        return await super().Check(request, context)
 
 
 class Listener:
@@ -91,7 +105,7 @@ class Listener:
             region_door=self._region_door,
             max_region_bytes=config.max_region_bytes,
         )
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._health = _Health()
         self._serving: dict[str, bool] = {}
         self._grpc: grpc.aio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from expertd_server.errors import ConfigError
-from expertd_server.plan_figures import Figures, Gpu, KernelWork, weight_bytes_per_expert
+from expertd_server.plan_figures import Figures, Gpu, KernelWork, Serving, weight_bytes_per_expert
 from expertd_server.routing import route
 from expertd_server.types import LayerSpec
 
@@ -45,14 +45,14 @@ class Question:
     workers: int = 1
     """Attention hosts, each with a link of its own and one process that calls the tier."""
     frontends: int = 1
-    """Processes on each server that serve the network."""
+    """Processes on each server that serve the network; numbers that were not measured count as the next fewer one."""
     wire: Literal["fp8", "bf16"] = "fp8"
     """What hidden states are sent as; answers are bfloat16."""
     max_batch_tokens: int = 4096
     """Of each server; its workspace is sized for it."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "tokens", "replicas", "workers", "max_batch_tokens"):
+        for name in ("num_layers", "tokens", "replicas", "workers", "frontends", "max_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 < self.network_gbps < math.inf:
@@ -75,6 +75,10 @@ class Plan:
 
     question: Question
     gpu: Gpu
+    serving: Serving
+    """Of a server, as measured."""
+    more_frontends_measured: bool
+    """Whether a server with more processes than these was measured."""
     shards: int
     min_shards: int
     """Fewest that fit into memory."""
@@ -159,8 +163,14 @@ class Plan:
                 f"The network carries {network:,.0f} tokens/s, the GPUs could compute {kernels:,.0f}: they are idle at "
                 f"least {1 - network / kernels:.0%} of the time. It would take {self.gbps_for_the_gpus:,.0f} Gb/s."
             )
+        serving = self.serving
+        if self.question.frontends != serving.processes:
+            found.append(
+                f"{self.question.frontends} serving processes were not measured: each server counts as one with "
+                f"{serving.processes}, which takes {serving.server_gbs:g} GB/s in and out together."
+            )
         remedies = {
-            "transport": "more front-end processes or replicas",
+            "transport": "more front-end processes or replicas" if self.more_frontends_measured else "more replicas",
             "client": "more worker processes",
         }
         for name, remedy in remedies.items():
@@ -208,11 +218,9 @@ def touched_experts(spec: LayerSpec, experts: int, tokens: float) -> float:
 
 
 def make_plan(question: Question, figures: Figures) -> Plan:
-    """Answer a question. Raises ConfigError for a GPU, or a number of front-ends, without figures."""
+    """Answer a question. Raises ConfigError for a GPU without figures."""
     spec, gpu, transport = question.spec, figures.gpu(question.gpu), figures.transport
-    if question.frontends not in transport.server_gbs:
-        known = ", ".join(map(str, transport.server_gbs))
-        raise ConfigError(f"frontends is {question.frontends}, expected one of {known}")
+    serving = transport.serving(question.frontends)
     budget = _USABLE_MEMORY * gpu.memory_bytes
     min_shards = next(
         (n for n in range(1, spec.num_experts + 1) if _memory_bytes(question, n) <= budget), spec.num_experts + 1
@@ -246,9 +254,9 @@ def make_plan(question: Question, figures: Figures) -> Plan:
     worker_tokens = question.tokens / question.workers
     both_bytes = sent_bytes + received_bytes
     client_us = figures.client.call_us + figures.client.value_ns * worker_tokens * spread * spec.hidden_size / 1e3
-    server_bytes_per_us = transport.server_gbs[question.frontends] * 1e3
+    server_bytes_per_us = serving.server_gbs * 1e3
     exchange_us = max(
-        transport.exchange_us + transport.exchange_byte_ns * worker_tokens * both_bytes / shards / 1e3,
+        serving.exchange_us + serving.exchange_byte_ns * worker_tokens * both_bytes / shards / 1e3,
         question.tokens * both_bytes / servers / server_bytes_per_us,  # a server takes all workers' requests at once
     )
     copies_us = transport.copies_us + transport.copies_byte_ns * question.tokens * both_bytes / servers / 1e3
@@ -262,6 +270,8 @@ def make_plan(question: Question, figures: Figures) -> Plan:
     return Plan(
         question=question,
         gpu=gpu,
+        serving=serving,
+        more_frontends_measured=serving is not transport.servings[-1],
         shards=shards,
         min_shards=min_shards,
         memory_bytes=_memory_bytes(question, shards),

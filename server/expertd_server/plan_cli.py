@@ -27,7 +27,11 @@ def add_plan_command(commands: Any) -> None:
     plan.add_argument("--replicas", type=int, default=1, metavar="N", help="of each shard; default: 1")
     plan.add_argument("--workers", type=int, default=1, metavar="N", help="attention hosts; default: 1")
     plan.add_argument(
-        "--frontends", type=int, default=1, metavar="N", help="serving processes of each server; default: 1"
+        "--frontends",
+        type=int,
+        default=1,
+        metavar="N",
+        help="serving processes of each server; 1 and 4 were measured, others count as the next fewer; default: 1",
     )
     plan.add_argument("--wire", choices=("fp8", "bf16"), default="fp8", help="type of hidden states sent; default: fp8")
     plan.add_argument("--json", action="store_true", help="for programs")

@@ -13,7 +13,17 @@ from typing import Any
 from expertd_server.errors import ConfigError
 from expertd_server.types import LayerSpec
 
-__all__ = ["Client", "Figures", "Gpu", "KernelWork", "Kernels", "Transport", "load_figures", "weight_bytes_per_expert"]
+__all__ = [
+    "Client",
+    "Figures",
+    "Gpu",
+    "KernelWork",
+    "Kernels",
+    "Serving",
+    "Transport",
+    "load_figures",
+    "weight_bytes_per_expert",
+]
 
 
 def weight_bytes_per_expert(spec: LayerSpec) -> int:
@@ -96,20 +106,32 @@ class Client:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transport:
-    """gRPC without a network, and copies to and from the GPU."""
+class Serving:
+    """gRPC of a server with a number of serving processes that was measured, without a network."""
 
-    source: str
+    processes: int
+    server_gbs: float
+    """Most GB/s of requests and answers together."""
     exchange_us: float
     """One request in flight on an open stream, whatever its size."""
     exchange_byte_ns: float
     """For each byte of request and answer."""
-    server_gbs: dict[int, float]
-    """Most GB/s of requests and answers together, by number of serving processes on a server. One was measured; more
-    are scaled as an echo of the same bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transport:
+    """gRPC without a network, and copies to and from the GPU."""
+
+    source: str
+    servings: tuple[Serving, ...]
+    """Ascending in processes, from 1."""
     copies_us: float
     copies_byte_ns: float
     """For each byte in or out."""
+
+    def serving(self, processes: int) -> Serving:
+        """The measured one with the most processes up to so many: nothing is promised that was not seen."""
+        return [serving for serving in self.servings if serving.processes <= processes][-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +154,9 @@ def load_figures() -> Figures:
     text = resources.files("expertd_server").joinpath("plan_figures.json").read_text(encoding="utf-8")
     document: dict[str, Any] = json.loads(text)
     transport = document["transport"]
-    by_processes = {int(count): gbs for count, gbs in transport["server_gbs"].items()}
+    servings = tuple(Serving(**serving) for serving in transport["servings"])
     return Figures(
         gpus={name: Gpu(**(gpu | {"kernels": Kernels(**gpu["kernels"])})) for name, gpu in document["gpus"].items()},
         client=Client(**document["client"]),
-        transport=Transport(**(transport | {"server_gbs": by_processes})),
+        transport=Transport(**(transport | {"servings": servings})),
     )

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import shutil
+import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import numpy as np
 import pytest
 import yaml
 
 from expertd_server.config import ENV_PREFIX, Config
+from expertd_server.listener import LIVENESS_SERVICE
 from expertd_server.metrics import LayerFacts, Metrics
 from expertd_server.server_metrics import engine_hangs
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 KUBERNETES = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
-# Kinds that Kubernetes' own schemas do not hold: checked by the tests below instead.
-FOREIGN_KINDS = {"Kustomization", "ServiceMonitor"}
+# Of kinds that Kubernetes' own schemas do not hold.
+SCHEMAS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "schemas").glob("*.json")}
 OPTIONS = {ENV_PREFIX + field.name.upper() for field in dataclasses.fields(Config)}
 # Read by the image's build and by the Compose file itself, not by the server.
 COMPOSE_VARIABLES = {"EXPERTD_CUDA", "EXPERTD_SHARD_0", "EXPERTD_SHARD_1"}
@@ -31,11 +37,41 @@ def documents(path: Path) -> Iterator[dict[str, Any]]:
     yield from yaml.safe_load_all(path.read_text())
 
 
+def validate(document: dict[str, Any]) -> None:
+    """Raises the validator's error, naming the field."""
+    schema = SCHEMAS.get(document["kind"])
+    if schema is None:
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+    else:
+        jsonschema.validate(document, schema, jsonschema.Draft202012Validator)
+
+
 @pytest.mark.parametrize("path", KUBERNETES, ids=lambda path: path.name)
 def test_kubernetes_manifest_matches_its_schema(path: Path) -> None:
     for document in documents(path):
-        if document["kind"] not in FOREIGN_KINDS:
-            kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+        validate(document)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "typo"),
+    [
+        ("shard-0.yaml", "replicas: 2", "replica: 2"),
+        ("servicemonitor.yaml", "selector:", "selectors:"),
+        ("servicemonitor.yaml", "matchLabels:", "matchLabel:"),
+        ("servicemonitor.yaml", "interval: 15s", "intervall: 15s"),
+        ("servicemonitor.yaml", "interval: 15s", "interval: 15"),
+        ("servicemonitor.yaml", "coreos.com/v1", "coreos.com/v2"),
+        ("kustomization.yaml", "resources:", "resource:"),
+        ("kustomization.yaml", "namespace:", "namespaces:"),
+        ("kustomization.yaml", "v1beta1", "v1"),
+    ],
+)
+def test_a_typo_does_not_match(name: str, line: str, typo: str) -> None:
+    text = (DEPLOY / "kubernetes" / name).read_text()
+    assert line in text
+    wrong, *_ = yaml.safe_load_all(text.replace(line, typo, 1))
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        validate(wrong)
 
 
 def test_kustomization_lists_every_manifest() -> None:
@@ -57,6 +93,18 @@ def test_service_and_monitor_select_every_pod() -> None:
         assert shard["spec"]["serviceName"] == service["metadata"]["name"]
 
 
+def test_pods_are_asked_how_they_are_in_ways_that_the_server_answers() -> None:
+    """Liveness by what a server that loads or drains still says, and a frozen one does not."""
+    for shard in (d for path in KUBERNETES for d in documents(path) if d["kind"] == "StatefulSet"):
+        (container,) = shard["spec"]["template"]["spec"]["containers"]
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert container["livenessProbe"]["grpc"] == {"port": ports["grpc"], "service": LIVENESS_SERVICE}
+        # The default of one second is less than a busy host may need.
+        assert container["livenessProbe"]["timeoutSeconds"] >= 5
+        for probe in ("startupProbe", "readinessProbe"):
+            assert container[probe]["grpc"] == {"port": ports["grpc"]}, "the whole server"
+
+
 def test_pods_are_given_time_to_drain() -> None:
     grace_s = {f.name: f.default for f in dataclasses.fields(Config)}["shutdown_grace_s"]
     for shard in (d for path in KUBERNETES for d in documents(path) if d["kind"] == "StatefulSet"):
@@ -75,6 +123,68 @@ def test_environment_names_are_options_of_the_server(path: Path) -> None:
     named = set(re.findall(r"\bEXPERTD_[A-Z0-9_]+", path.read_text()))
     # A comment of the StatefulSets quotes what Kubernetes would set, which is an option's name as well.
     assert named - COMPOSE_VARIABLES <= OPTIONS
+
+
+@pytest.fixture(scope="module")
+def gpu_services() -> dict[str, dict[str, Any]]:
+    """What Compose makes of the stack and the override for GPUs. It needs no engine."""
+    if shutil.which("docker") is None:
+        pytest.skip("needs Docker: no docker command")
+    if subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=60, check=False).returncode:
+        pytest.skip("needs Docker Compose: `docker compose version` fails")
+    files = [part for name in ("docker-compose.yml", "docker-compose.gpu.yml") for part in ("-f", str(DEPLOY / name))]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    done = subprocess.run(
+        ["docker", "compose", *files, "config", "--format", "json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    services: dict[str, dict[str, Any]] = json.loads(done.stdout)["services"]
+    return services
+
+
+def test_the_override_gives_every_server_a_gpu(gpu_services: dict[str, dict[str, Any]]) -> None:
+    experts = Counter(each["environment"].get("EXPERTD_EXPERTS") for each in gpu_services.values())
+    assert experts == {"0-3": 2, "4-7": 2, None: 1}, "the servers of before, and the worker"
+    for name, service in gpu_services.items():
+        is_server = "EXPERTD_EXPERTS" in service["environment"]
+        assert (service["environment"].get("EXPERTD_DEVICE") == "cuda") == is_server, name
+        devices = service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
+        assert [device["capabilities"] for device in devices] == [["gpu"]] * is_server, name
+
+
+def test_whoever_builds_the_image_for_gpus_builds_the_same(gpu_services: dict[str, dict[str, Any]]) -> None:
+    """All services share its name: one that is built otherwise would replace it."""
+    builds = {name: service["build"]["args"] for name, service in gpu_services.items()}
+    assert all(build == {"EXPERTD_CUDA": "on"} for build in builds.values()), builds
+
+
+@pytest.mark.parametrize(
+    ("cuda", "wheel", "builds"),
+    [
+        ("on", "torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl", False),
+        ("on", "torch-2.13.0-cp311-cp311-linux_x86_64.whl", True),
+        ("on", None, True),
+        ("off", "torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl", True),
+    ],
+)
+def test_an_image_for_gpus_takes_no_torch_for_cpus(tmp_path: Path, cuda: str, wheel: str | None, builds: bool) -> None:
+    """The step of the build that looks, run as the build does."""
+    instructions = (DEPLOY / "Dockerfile").read_text().replace("\\\n", "").splitlines()
+    (guard,) = (line.removeprefix("RUN ") for line in instructions if line.startswith("RUN ") and "+cpu" in line)
+    (tmp_path / "wheels").mkdir()
+    if wheel is not None:
+        (tmp_path / "wheels" / wheel).touch()
+    environment = {**os.environ, "EXPERTD_CUDA": cuda}
+    done = subprocess.run(
+        ["sh", "-c", guard], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode == 0) == builds, done.stderr
+    assert builds or f"deploy/wheels holds {wheel}" in done.stderr
 
 
 def exported_metric_names() -> set[str]:

@@ -35,7 +35,7 @@ def wait_for(process: ServerProcess, condition: Callable[[ServerStatus], bool]) 
 def test_a_killed_server_comes_back_and_a_drained_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXPERTD_PORT", "1")  # the flags alone count
     flags = ["--synthetic", "tiny", "--device", "cpu", "--expert-token-metrics", "--admin"]
-    process = ServerProcess(flags, "127.0.0.1", shutdown_grace_s=30)
+    process = ServerProcess(flags, "127.0.0.1", shutdown_grace_s=30, start_timeout_s=PATIENCE_S)
     first = wait_for(process, lambda status: status.state == "serving")
     assert first.pid is not None
     assert first.admin_port, "the cluster's servers may share a host: each takes a free port"
@@ -56,7 +56,7 @@ def test_of_a_server_with_tls_the_metrics_tell_how_it_is(tmp_path: Path) -> None
     flags = ["--synthetic", "tiny", "--device", "cpu", "--admin"]
     flags += ["--tls-cert-file", str(CERTS / "server.pem"), "--tls-key-file", str(CERTS / "server.key")]
     trusted = functools.partial(ClientConfig, ca_file=CERTS / "authority.pem", server_name="localhost")
-    process = ServerProcess(flags, "127.0.0.1", shutdown_grace_s=30, is_tls=True)
+    process = ServerProcess(flags, "127.0.0.1", shutdown_grace_s=30, start_timeout_s=PATIENCE_S, is_tls=True)
     try:
         serving = wait_for(process, lambda status: status.state == "serving")
         assert serving.address is not None
@@ -75,11 +75,24 @@ def test_of_a_server_with_tls_the_metrics_tell_how_it_is(tmp_path: Path) -> None
 
 
 def test_a_server_that_cannot_start_says_why() -> None:
-    process = ServerProcess(["--synthetic", "tiny", "--experts", "9-12"], "127.0.0.1", shutdown_grace_s=1)
+    process = ServerProcess(
+        ["--synthetic", "tiny", "--experts", "9-12"], "127.0.0.1", shutdown_grace_s=1, start_timeout_s=PATIENCE_S
+    )
     status = wait_for(process, lambda status: status.exit_code is not None)
     assert status.exit_code == 2
     assert "expertd-server: " in status.last_words
     process.drain()
+
+
+def test_a_server_that_never_gets_ready_is_started_again() -> None:
+    # Less than it takes Python to start: to this process, every server hangs.
+    flags = ["--synthetic", "tiny", "--device", "cpu"]
+    process = ServerProcess(flags, "127.0.0.1", shutdown_grace_s=1, start_timeout_s=0.01)
+    try:
+        status = wait_for(process, lambda status: status.num_starts >= 2)
+        assert status.exit_code == -signal.SIGKILL
+    finally:
+        process.drain()
 
 
 _PARENT = """

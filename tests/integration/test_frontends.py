@@ -320,6 +320,8 @@ class TestLeaving:
             assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
             wait_for(lambda: server.stubs[0].GetServerInfo(pb.GetServerInfoRequest()).draining)
             assert failure_of(error_of(server.stubs[0], request(chance, 1))).reason == "NOT_SERVING"
+            live = health_pb2_grpc.HealthStub(server.channels[0]).Check(health_pb2.HealthCheckRequest(service="live"))
+            assert live.status == health_pb2.HealthCheckResponse.SERVING
             assert not server.stubs[1].GetServerInfo(pb.GetServerInfoRequest()).draining
             backend.gate.set()
             for future in asked:

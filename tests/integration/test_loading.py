@@ -91,6 +91,7 @@ def test_layers_are_loading_until_all_are_there(kind: Any) -> None:
                 assert states() == {LAYER: pb.LAYER_STATE_LOADING}
                 assert stub.GetLayer(pb.GetLayerRequest(layer=LAYER)).layer.state == pb.LAYER_STATE_LOADING
                 assert {status(service) for service in ("", "expertd.v1.ExpertService", LAYER)} == {NOT_SERVING}
+                assert status("live") == SERVING
                 asked = request(np.random.default_rng(SEED), 3)
                 for layer in (LAYER, OTHER_LAYER):
                     with pytest.raises(grpc.RpcError) as caught:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -33,6 +34,7 @@ from serving import (
 import expertd
 from expertd.v1 import expertd_pb2 as pb
 from expertd.v1 import expertd_pb2_grpc
+from expertd_server.cli import main
 from expertd_server.config import Config
 from expertd_server.server import Server
 
@@ -67,6 +69,9 @@ class TestDrain:
             poll(lambda: live.stub.GetServerInfo(pb.GetServerInfoRequest()).draining)
             poll(lambda: refused(live, asked[0]))
             assert stopper.is_alive(), "it waits for what is in flight"
+            live_check = health_pb2.HealthCheckRequest(service="live")
+            status = health_pb2_grpc.HealthStub(live.channel).Check(live_check, timeout=PATIENCE_S).status
+            assert status == health_pb2.HealthCheckResponse.SERVING, "a server that drains is not to be killed"
 
             backend.gate.set()
             assert [future.result(PATIENCE_S).output.shape[0] for future in unary] == [2, 3]
@@ -236,6 +241,19 @@ TorchBackend.prepare = slow_prepare
             poll(lambda: "begun" in process.output())
             process.popen.send_signal(signal.SIGTERM)
             assert process.popen.wait(PATIENCE_S) == 3, process.errors()
+
+    def test_a_frozen_one_accepts_connections_and_is_not_live(self, tmp_path: Path) -> None:
+        with Process(tmp_path) as process:
+            port = process.wait_ready()["port"]
+            health = ["health", "--target", f"127.0.0.1:{port}", "--service", "live", "--timeout-s"]
+            assert main([*health, str(PATIENCE_S)]) == 0
+            os.kill(process.popen.pid, signal.SIGSTOP)
+            try:
+                with socket.create_connection(("127.0.0.1", port), PATIENCE_S):
+                    assert main([*health, "1"]) == 1
+            finally:
+                os.kill(process.popen.pid, signal.SIGCONT)
+            assert main([*health, str(PATIENCE_S)]) == 0
 
     def test_a_second_signal_ends_it_at_once(self, tmp_path: Path) -> None:
         """Where one signal alone ends it with exit code 0."""

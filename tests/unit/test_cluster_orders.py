@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from ray.exceptions import GetTimeoutError
 from expertd_server import cluster
 from expertd_server.cluster_actors import Controller
 from expertd_server.cluster_places import ClusterError
-from expertd_server.cluster_policy import Balancer, Move, PolicyConfig
+from expertd_server.cluster_policy import Balancer, PolicyConfig
 from expertd_server.cluster_replica import Replica, ReplicaReport, TierReport
 from expertd_server.cluster_server import ServerStats, ServerStatus
 
@@ -64,8 +65,13 @@ def test_a_scaling_that_works_sets_the_goal(replicas: int) -> None:
 class Tended(Controller):
     """A controller of two shards with three replicas each, whose servers say what the test lets them say."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = 0) -> None:
+        """room: replicas that Ray's cluster can take beside those that are there."""
         self._spec: Any = SimpleNamespace(shards=2, rebalance=True)
+        self._goal = Counter({0: 3, 1: 3})
+        self._notes: list[str] = []
+        self.room = room
+        self.added: list[int] = []
         self._lock = threading.RLock()
         self._balancer = Balancer(PolicyConfig(patience=3))
         self._replicas = {
@@ -74,10 +80,15 @@ class Tended(Controller):
             for index in range(3)
             for name in [f"t.s{shard}.g{shard}.{index}"]
         }
-        self.moves: list[Move] = []
+        self.moves: list[tuple[int, int, str]] = []
 
-    def _move(self, move: Move) -> None:
-        self.moves.append(move)
+    def _move(self, source: int, target: int, reason: str) -> None:
+        self.moves.append((source, target, reason))
+
+    def _add_replica(self, shard: int) -> None:
+        if len(self.added) == self.room:
+            raise ClusterError("no room")
+        self.added.append(shard)
 
     def look(self, second: int, busy: tuple[float, float]) -> None:
         """Every server has been this busy, shard by shard, for so many seconds; expert 6 is the hot one of shard 1."""
@@ -93,9 +104,20 @@ def test_what_servers_report_of_late_moves_a_replica_to_the_shard_of_the_hot_exp
     controller = Tended()
     for second in range(1, 20):
         controller.look(second, busy=(0.1, 0.9))
-    (move,) = controller.moves
-    assert (move.source, move.target) == (0, 1)
-    assert "expert 6 gets 90% of it" in move.reason
+    ((source, target, reason),) = controller.moves
+    assert (source, target) == (0, 1)
+    assert "expert 6 gets 90% of it" in reason
+    assert controller._goal == {0: 3, 1: 3}, "what found no room is no goal"
+
+
+def test_where_there_is_room_nobody_has_to_give() -> None:
+    controller = Tended(room=1)
+    for second in range(1, 20):
+        controller.look(second, busy=(0.1, 0.9))
+    assert (controller.added, controller.moves) == ([1], [])
+    assert controller._goal == {0: 3, 1: 4}
+    (note,) = controller._notes
+    assert note.startswith("one more replica of shard 1, in a free place: shard 1 carries a load of ")
 
 
 def test_even_loads_move_nothing() -> None:
@@ -123,6 +145,23 @@ def test_the_controller_outlives_a_down_that_did_not_end(monkeypatch: pytest.Mon
     assert killed == []
     cluster._take_down(controller, spec)
     assert killed == [controller]
+
+
+def test_an_order_that_is_not_done_in_time_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller that hangs holds up no command for ever."""
+    timeouts: list[float] = []
+
+    def get(_reference: object, timeout: float) -> None:
+        timeouts.append(timeout)
+        raise GetTimeoutError("timed out")
+
+    monkeypatch.setattr(cluster.ray, "get", get)
+    scale = SimpleNamespace(remote=lambda *_arguments: None)
+    for until_s in (time.monotonic() + 600, time.monotonic() - 1):
+        with pytest.raises(ClusterError, match="not done it within --timeout-s, and may still: see cluster status"):
+            cluster._change(scale, 3, None, until_s=until_s)
+    assert 0 < timeouts[0] <= 600
+    assert timeouts[1] == 0
 
 
 def test_status_shows_the_port_for_orders(capsys: pytest.CaptureFixture[str]) -> None:

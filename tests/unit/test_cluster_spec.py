@@ -27,7 +27,8 @@ SPEC = ClusterSpec(
     num_experts=10,
     shards=4,
     replicas=2,
-    min_replicas=2,
+    min_replicas=1,
+    max_replicas=4,
     cpus_per_shard=1,
     gpus_per_shard=0,
     topology_file=None,
@@ -52,9 +53,11 @@ def test_shards_cover_the_experts_once() -> None:
         {"shards": 0},
         {"replicas": 0},
         {"min_replicas": 0},
+        {"max_replicas": 0},
         {"cpus_per_shard": -1},
         {"gpus_per_shard": float("nan")},
         {"interval_s": 0},
+        {"start_timeout_s": 0},
     ],
 )
 def test_values_that_cannot_be_used_are_named(fields: dict[str, Any]) -> None:
@@ -180,8 +183,11 @@ class TestRates:
         pair = [status(0.0), status(1.0, busy_s=0.5, queue_tokens=3, expert_tokens={0: 30, 1: 10})]
         silent = replica(0, *pair)
         silent.is_reachable = False
-        loads = shard_loads(dataclasses.replace(SPEC, shards=2), [replica(0, *pair), replica(0, *pair), silent])
-        assert loads[0].num_replicas == 2
+        leaving = replica(0, *pair)
+        leaving.is_retiring = True
+        replicas = [replica(0, *pair), replica(0, *pair), silent, leaving]
+        loads = shard_loads(dataclasses.replace(SPEC, shards=2), replicas)
+        assert (loads[0].num_replicas, loads[0].num_starting) == (2, 1)
         assert loads[0].busy_servers == 1.0
         assert loads[0].queue_tokens == 6
         assert (loads[0].hottest_expert, loads[0].hottest_share) == (0, 0.75)

@@ -15,7 +15,7 @@ import torch
 from expertd_server.cli import main
 from expertd_server.errors import ConfigError
 from expertd_server.plan import Plan, Question, make_plan, shards_per_token, touched_experts
-from expertd_server.plan_figures import Client, Figures, Gpu, Kernels, KernelWork, Transport, load_figures
+from expertd_server.plan_figures import Client, Figures, Gpu, Kernels, KernelWork, Serving, Transport, load_figures
 from expertd_server.routing import route
 from expertd_server.synthetic import PRESETS
 from expertd_server.types import Activation, LayerSpec, RoutingMethod
@@ -46,9 +46,10 @@ FIGURES = Figures(
     client=Client(source="by hand", call_us=50, value_ns=0.5, worst_error=0),
     transport=Transport(
         source="by hand",
-        exchange_us=200,
-        exchange_byte_ns=1,
-        server_gbs={1: 4, 2: 8},
+        servings=(
+            Serving(processes=1, server_gbs=4, exchange_us=200, exchange_byte_ns=1),
+            Serving(processes=4, server_gbs=8, exchange_us=300, exchange_byte_ns=2),
+        ),
         copies_us=20,
         copies_byte_ns=0.1,
     ),
@@ -149,6 +150,36 @@ class TestPlan:
         assert plan(workers=9).tokens_per_s("network") == pytest.approx(2 * one)
         assert plan(workers=9, replicas=3).tokens_per_s("network") == pytest.approx(6 * one)
 
+    def test_front_ends_are_those_that_were_measured(self) -> None:
+        four = plan(frontends=4)
+        assert four.tokens_per_s("transport") == pytest.approx(2 * plan().tokens_per_s("transport"))
+        assert four.exchange_us == pytest.approx(300 + 2 * 100 * 3006 / 2 / 1e3)
+        assert not any("not measured" in reason for reason in four.reasons())
+
+    @pytest.mark.parametrize(("frontends", "counted"), [(2, 1), (3, 1), (5, 4), (64, 4)])
+    def test_others_promise_no_more_than_the_next_fewer_ones_and_say_so(self, frontends: int, counted: int) -> None:
+        p = plan(frontends=frontends)
+        assert (p.exchange_us, p.bounds) == (plan(frontends=counted).exchange_us, plan(frontends=counted).bounds)
+        assert any(f"{frontends} serving processes were not measured" in reason for reason in p.reasons())
+
+    def test_more_front_ends_are_advised_up_to_the_most_that_were_measured(self) -> None:
+        slow = {"network_gbps": 1000.0, "workers": 100, "replicas": 50, "shards": 4}
+        figures = dataclasses.replace(
+            FIGURES,
+            transport=dataclasses.replace(
+                FIGURES.transport,
+                servings=tuple(
+                    dataclasses.replace(s, server_gbs=s.server_gbs / 1e6) for s in FIGURES.transport.servings
+                ),
+            ),
+        )
+        for frontends, advice in {
+            1: ": more front-end processes or replicas would help",
+            4: ": more replicas would",
+        }.items():
+            p = make_plan(dataclasses.replace(QUESTION, frontends=frontends, **slow), figures)
+            assert any(advice in reason for reason in p.reasons()), p.reasons()
+
     def test_replicas_share_the_tokens(self) -> None:
         assert plan(replicas=2).server_tokens == 25
         assert plan(replicas=2).kernel_us == pytest.approx(10 + 300)
@@ -207,7 +238,7 @@ class TestVerdict:
         ({"shards": 5}, "shards is 5, expected 1 to the 4"),
         ({"network_gbps": -1.0}, "network_gbps is -1"),
         ({"gpu": "abacus"}, "gpu is 'abacus', expected one of toy"),
-        ({"frontends": 3}, "frontends is 3, expected one of 1, 2"),
+        ({"frontends": 0}, "frontends is 0, expected at least 1"),
     ],
 )
 def test_what_cannot_be_used_is_named(changes: dict[str, Any], message: str) -> None:
@@ -215,11 +246,12 @@ def test_what_cannot_be_used_is_named(changes: dict[str, Any], message: str) -> 
         plan(**changes)
 
 
-def flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(document: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     """Values by dotted key."""
     values: dict[str, Any] = {}
     for key, value in document.items():
-        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        nested = dict(enumerate(value)) if isinstance(value, list) else value
+        values |= flat(nested, f"{prefix}{key}.") if isinstance(nested, dict) else {f"{prefix}{key}": value}
     return values
 
 
@@ -251,14 +283,17 @@ class TestFigures:
         transport = load_figures().transport
         points = json.loads(fitting.SERVICE.read_text())["points"]
         for point in points:
-            if point["frontends"]:  # the plan reckons with one process
-                continue
+            serving = transport.serving(max(1, point["frontends"]))
+            assert serving.processes == max(1, point["frontends"])
             num_bytes = point["request_bytes"] + point["answer_bytes"]
             if point["load"] == "lone stream":
-                predicted_us = transport.exchange_us + transport.exchange_byte_ns * num_bytes / 1e3
+                predicted_us = serving.exchange_us + serving.exchange_byte_ns * num_bytes / 1e3
                 assert predicted_us == pytest.approx(point["expertd"]["latency_us"]["p50"], rel=0.01), point["tokens"]
             else:
-                assert point["bytes_per_s"] <= 1.01e9 * transport.server_gbs[1], point["tokens"]
+                assert point["bytes_per_s"] <= 1.01e9 * serving.server_gbs, point["tokens"]
+        for serving in transport.servings:
+            rates = [each["bytes_per_s"] for each in points if max(1, each["frontends"]) == serving.processes]
+            assert max(rates) == pytest.approx(1e9 * serving.server_gbs, rel=0.01), serving
 
     def test_predict_every_measured_cell(self, fitting: Any) -> None:
         figures = load_figures()
