@@ -7,7 +7,18 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Request", "between", "longest_gap_s", "outcomes", "parse", "percentile", "rate", "recovery_s", "timeline"]
+__all__ = [
+    "Request",
+    "begun_between",
+    "between",
+    "longest_gap_s",
+    "outcomes",
+    "parse",
+    "percentile",
+    "rate",
+    "recovery_s",
+    "timeline",
+]
 
 
 @dataclass(frozen=True)
@@ -19,6 +30,11 @@ class Request:
     outcome: str
     version: int = 0
     """Of the weights; 0: there was no answer."""
+
+    @property
+    def start_s(self) -> float:
+        """When it was sent, since the epoch."""
+        return self.end_s - self.latency_s
 
 
 def parse(trace: str) -> list[Request]:
@@ -34,6 +50,11 @@ def parse(trace: str) -> list[Request]:
 def between(requests: Iterable[Request], start_s: float, stop_s: float) -> list[Request]:
     """Those that ended from `start_s` on and before `stop_s`."""
     return [request for request in requests if start_s <= request.end_s < stop_s]
+
+
+def begun_between(requests: Iterable[Request], start_s: float, stop_s: float) -> list[Request]:
+    """Those that were sent from `start_s` on and before `stop_s`, whenever they ended."""
+    return [request for request in requests if start_s <= request.start_s < stop_s]
 
 
 def outcomes(requests: Iterable[Request]) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 One at a time: kill -9 of a replica, a replica that freezes without a word, a rolling restart of all four, and new
 weights for every layer, there and back. Prints what became of the requests, and a timeline of answers per 100 ms around
-the fault. Exits with 1 when a request failed or an answer had other bits than all before of its version of the weights.
+the fault. What counts are the requests that were sent from the fault until the tier is whole again, however late they
+end. Exits with 1 when one failed or an answer had other bits than all before of its version of the weights.
 Times are measured and judged, not enforced.
 
 The servers are processes of this machine, or, with --compose, the containers of the running stack (make up with
@@ -20,11 +21,23 @@ from pathlib import Path
 from typing import Any
 
 from _common import header, write_json
-from _faults import Request, between, longest_gap_s, outcomes, parse, percentile, rate, recovery_s, timeline
+from _faults import (
+    Request,
+    begun_between,
+    between,
+    longest_gap_s,
+    outcomes,
+    parse,
+    percentile,
+    rate,
+    recovery_s,
+    timeline,
+)
 from _tier import LAYERS, NUM_LAYERS, PRESET, ROOT, SERVERS, ComposeTier, ProcessTier, Tier, gauge, wait_until_used
 
 COMPOSE = ("docker", "compose", "-f", str(ROOT / "deploy" / "docker-compose.yml"))
 WARM_UP_S = 5.0
+REQUEST_TIMEOUT_S = 20.0  # of deploy/worker.py
 SETTLED_S = 3.0  # after which what is left of the tier is taken to run evenly
 RECOVERY_SHARE = 0.95
 RECOVERY_LIMIT_S = 2.0
@@ -67,13 +80,13 @@ def killed(tier: Tier, seconds: float) -> dict[str, Any]:
     fault_s = time.time()
     tier.kill("shard-0-a")
     time.sleep(max(seconds, 2 * SETTLED_S))
-    stop_s = time.time()
-    requests = parse(tier.trace())
-    result = report("kill -9 of one replica", requests, normal, fault_s, stop_s)
-    result |= recovery(requests, normal_rate, fault_s, stop_s)
+    healed_s = time.time()
     tier.start("shard-0-a")
     wait_until_used(tier)
-    return result
+    stop_s = time.time()
+    requests = requests_until(tier, stop_s)
+    result = report("kill -9 of one replica", requests, normal, fault_s, stop_s)
+    return result | recovery(requests, normal_rate, fault_s, healed_s)
 
 
 def paused(tier: Tier, seconds: float) -> dict[str, Any]:
@@ -87,21 +100,22 @@ def paused(tier: Tier, seconds: float) -> dict[str, Any]:
     tier.pause("shard-1-b")
     try:
         time.sleep(max(seconds, 2 * SETTLED_S))
-        stop_s = time.time()
+        healed_s = time.time()
     finally:
         tier.unpause("shard-1-b")
-    requests = parse(tier.trace())
-    during = between(requests, fault_s, stop_s)
+    wait_until_used(tier)
+    stop_s = time.time()
+    requests = requests_until(tier, stop_s)
+    during = begun_between(requests, fault_s, healed_s)
     limit_s = max(delays_s.values()) + 2 * percentile(normal, 0.99)
     result = report("freeze of one replica", requests, normal, fault_s, stop_s)
-    result |= recovery(requests, normal_rate, fault_s, stop_s)
+    result |= recovery(requests, normal_rate, fault_s, healed_s)
     result |= {
         "hedge_delays_s": delays_s,
         "p99_limit_s": limit_s,
         "is_p99_met": percentile(during, 0.99) <= limit_s,
     }
     print(f"  p99 at most hedge delay + 2 x normal p99 = {limit_s * 1e3:.1f} ms: {verdict(result['is_p99_met'])}")
-    wait_until_used(tier)
     return result
 
 
@@ -114,7 +128,7 @@ def rolled(tier: Tier, seconds: float) -> dict[str, Any]:
         tier.start(server)
         wait_until_used(tier)
     stop_s = time.time()
-    return report("rolling restart of all four", parse(tier.trace()), normal, fault_s, stop_s)
+    return report("rolling restart of all four", requests_until(tier, stop_s), normal, fault_s, stop_s)
 
 
 def swapped(tier: Tier, seconds: float) -> dict[str, Any]:
@@ -132,9 +146,9 @@ def swapped(tier: Tier, seconds: float) -> dict[str, Any]:
         _order(tier, "unload", *LAYERS, "--version", str(before))
         time.sleep(SETTLED_S)
     stop_s = time.time()
-    requests = parse(tier.trace())
+    requests = requests_until(tier, stop_s)
     result = report("new weights, there and back", requests, normal, fault_s, stop_s)
-    answers = Counter(request.version for request in between(requests, fault_s, stop_s))
+    answers = Counter(request.version for request in begun_between(requests, fault_s, stop_s))
     result["answers_by_version"] = dict(sorted(answers.items()))
     print(f"  answers by version of the weights: {result['answers_by_version']}")
     if set(answers) != {1, 2}:
@@ -145,6 +159,12 @@ def swapped(tier: Tier, seconds: float) -> dict[str, Any]:
 def _order(tier: Tier, *order: str) -> None:
     for server in SERVERS:
         tier.admin(server, *order)
+
+
+def requests_until(tier: Tier, stop_s: float) -> list[Request]:
+    """All requests, read when even one that was sent at stop_s and hangs has ended."""
+    time.sleep(max(0.0, stop_s + REQUEST_TIMEOUT_S + 1.0 - time.time()))
+    return parse(tier.trace())
 
 
 def baseline(tier: Tier, seconds: float) -> tuple[list[Request], float]:
@@ -159,7 +179,7 @@ def baseline(tier: Tier, seconds: float) -> tuple[list[Request], float]:
 
 def report(name: str, requests: list[Request], normal: list[Request], fault_s: float, stop_s: float) -> dict[str, Any]:
     """What is of interest about every fault, printed."""
-    during = between(requests, fault_s, stop_s)
+    during = begun_between(requests, fault_s, stop_s)
     ended = outcomes(during)
     shown = timeline(requests, fault_s - SHOWN_BEFORE_S, fault_s + SHOWN_AFTER_S)
     result = {

@@ -18,6 +18,8 @@ from stack import ROOT, SHARDS, Stack
 
 pytestmark = pytest.mark.timeout(900)  # the first test builds the image
 
+REQUEST_TIMEOUT_S = 20  # of deploy/worker.py
+
 
 def run_load(stack: Stack, seconds: float) -> dict[str, int]:
     """Outcomes that were added while the load ran on for some seconds."""
@@ -163,3 +165,9 @@ def test_stop_drains_and_exits_with_0(stack: Stack) -> None:
     assert state["ExitCode"] == 0, stack.compose("logs", "--tail", "30", "shard-0-b")
     gained = run_load(stack, 3)
     assert set(gained) == {"ok"}, (gained, stack.errors())
+
+
+def test_no_request_failed_in_all_this_time(stack: Stack) -> None:
+    """Between the tests above neither: while a container that was killed joins again, or is let go on."""
+    time.sleep(REQUEST_TIMEOUT_S + 1)  # one that hangs is counted when the worker gives it up
+    assert set(stack.outcomes()) == {"ok"}, (stack.outcomes(), stack.errors())

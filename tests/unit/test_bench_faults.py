@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from _faults import Request, longest_gap_s, outcomes, parse, percentile, rate, recovery_s, timeline
+from _faults import (
+    Request,
+    begun_between,
+    between,
+    longest_gap_s,
+    outcomes,
+    parse,
+    percentile,
+    rate,
+    recovery_s,
+    timeline,
+)
 
 
 def steady(start_s: float, stop_s: float, per_second: int) -> list[Request]:
@@ -29,6 +40,13 @@ def test_only_good_answers_count_as_throughput() -> None:
     assert outcomes(requests) == {"ok": 20, "wrong_bits": 1}
     assert rate(requests, 0, 2) == 10
     assert timeline(requests, 0, 2, 0.5) == [5, 5, 5, 5]
+
+
+def test_a_request_that_hangs_over_the_end_belongs_to_the_fault_it_was_sent_in() -> None:
+    before, hanging, after = Request(5.5, 1.0, "ok"), Request(25.0, 19.5, "TimeoutError"), Request(8.5, 0.25, "ok")
+    requests = [before, after, hanging]
+    assert begun_between(requests, 5, 8) == [hanging]
+    assert between(requests, 5, 8) == [before]
 
 
 def test_recovery_is_the_first_window_at_the_wanted_rate() -> None:
