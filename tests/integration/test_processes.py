@@ -321,10 +321,13 @@ def test_a_drain_outlives_every_process_that_was_told(tmp_path: Path) -> None:
         wait_for(lambda: info().draining, START_S)
         wait_for(lambda: info().backend == "cpu", START_S)  # the engine is there as well
         assert info().draining
-        with insecure_channel(facts["port"]) as channel:
-            with pytest.raises(grpc.RpcError) as caught:
+
+        def refusal() -> str:
+            with insecure_channel(facts["port"]) as channel, pytest.raises(grpc.RpcError) as caught:
                 expertd_pb2_grpc.ExpertServiceStub(channel).Forward(requests()[0], timeout=PATIENCE_S)
-            assert "draining" in failure_of(caught.value).message
+            return failure_of(caught.value).message
+
+        wait_for(lambda: "draining" in refusal(), START_S)  # before, its layers are not loaded yet
         assert not server.ready_file.exists()
         children = psutil.Process(server.popen.pid).children()
         (engine,) = [child for child in children if "engine" in child.cmdline()]
