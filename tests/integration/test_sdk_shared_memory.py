@@ -325,9 +325,13 @@ def test_a_socket_in_a_directory(spy: Spy) -> None:
 def test_no_server_is_unavailable_also_where_memory_is_required(flavour: str) -> None:
     hidden, logits = inputs(5)
     with running() as one:
-        driver = Driver(flavour, one.server.port, timeout_s=2.0)
+        port = one.server.port
+        driver = Driver(flavour, port, timeout_s=2.0)
         driver.forward(LAYER, hidden, routing_logits=logits)
-    with driver:
+    with driver, socket.socket() as nobody:
+        # Bound and not listening: connections are refused, and no other test's server comes to this port.
+        nobody.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        nobody.bind(("127.0.0.1", port))
         for _ in range(3):
             with pytest.raises(expertd.UnavailableError):
                 driver.forward(LAYER, hidden, routing_logits=logits)
