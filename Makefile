@@ -22,8 +22,8 @@ $(VENV)/.installed: pyproject.toml client/pyproject.toml constraints.txt $(wildc
 demo: install  ## build a small checkpoint, serve it, check every answer
 	$(BIN)/expertd-server demo
 
-test: install  ## run every test that this machine can run, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: install  ## run every test that this machine can run, two files at a time, those that take long first
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install proto-check  ## ruff, mypy --strict, clang-format, buf, generated files up to date
 	$(BIN)/ruff check .
