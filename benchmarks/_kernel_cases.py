@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,8 @@ import torch
 from expertd_server.backend import PreparedLayer
 from expertd_server.cuda_call import Call
 from expertd_server.routing import route
-from expertd_server.types import Activation, LayerSpec, RoutingMethod
+from expertd_server.synthetic import PRESETS
+from expertd_server.types import LayerSpec
 from expertd_server.weights import ExpertWeights
 
 if TYPE_CHECKING:
@@ -19,44 +21,11 @@ __all__ = ["CASES", "make_call", "make_layer", "relative_error", "work"]
 
 FP8 = torch.float8_e4m3fn
 CASES = {
-    "mixtral": LayerSpec(
-        hidden_size=4096, intermediate_size=14336, num_experts=8, top_k=2, routing_method=RoutingMethod.RENORMALIZE
-    ),
-    "qwen3": LayerSpec(
-        hidden_size=2048,
-        intermediate_size=768,
-        num_experts=128,
-        top_k=8,
-        routing_method=RoutingMethod.RENORMALIZE_NAIVE,
-    ),
-    "deepseek": LayerSpec(
-        hidden_size=7168,
-        intermediate_size=2048,
-        num_experts=256,
-        top_k=8,
-        local_num_experts=32,
-        routing_method=RoutingMethod.DEEPSEEK_V3,
-        n_group=8,
-        topk_group=4,
-        routed_scaling_factor=2.5,
-    ),
-    "scout": LayerSpec(
-        hidden_size=5120,
-        intermediate_size=8192,
-        num_experts=16,
-        top_k=1,
-        routing_method=RoutingMethod.LLAMA4,
-        use_routing_scales_on_input=True,
-    ),
-    "nemotron": LayerSpec(
-        hidden_size=4096,
-        intermediate_size=2688,
-        num_experts=512,
-        top_k=22,
-        routing_method=RoutingMethod.DEEPSEEK_V3,
-        activation=Activation.RELU2,
-        routed_scaling_factor=5.0,
-    ),
+    "mixtral": PRESETS["mixtral-8x7b"],
+    "qwen3": PRESETS["qwen3-30b-a3b"],
+    "deepseek": replace(PRESETS["deepseek-v3"], local_num_experts=32),
+    "scout": PRESETS["llama4-scout"],
+    "nemotron": replace(PRESETS["nemotron-3-super"], n_group=None, topk_group=None),
 }
 
 

@@ -40,9 +40,9 @@ def write_stream_answer(
     request_id: int, result: ForwardResult, queue_depth_tokens: int, place: AnswerPlace | None = None
 ) -> bytes:
     """A serialised ForwardStreamResponse that holds an answer. place: where its tensors go as far as they fit."""
-    if CODEC is None or place is not None or not is_one_matrix(result):
+    if CODEC is None or not is_one_matrix(result):
         return encode_stream_response(request_id, result, queue_depth_tokens, place)
-    return _write(True, request_id, result, queue_depth_tokens)
+    return _write(True, request_id, result, queue_depth_tokens, place)
 
 
 def is_one_matrix(result: ForwardResult) -> bool:
@@ -85,7 +85,7 @@ def _write(
         queue_depth_tokens,
         result.weights_version,
         copies,
-        place.take(output.nbytes) if place is not None and num_tokens else None,
+        place.take(output.nbytes) if place is not None and output.nbytes else None,
     )
     if result.copies is None:
         copies.run()

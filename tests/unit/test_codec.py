@@ -327,6 +327,15 @@ def test_an_answer_goes_where_it_was_asked_to_and_nowhere_else(
     assert all(byte == 0xA5 for byte, is_taken in zip(memory, taken, strict=True) if not is_taken)
 
 
+def test_an_answer_in_shared_memory_is_written_by_the_compiled_codec(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = ForwardResult(3, ForwardTiming(1, 2, 3, 4, 5, 6), output=torch.ones(3, 4))
+    expected = encode_stream_response(1, result, 7, AnswerPlace(7, 64, memoryview(bytearray(64))))
+    monkeypatch.setattr(codec, "encode_stream_response", None)
+    memory = bytearray(64)
+    assert codec.write_stream_answer(1, result, 7, AnswerPlace(7, 64, memoryview(memory))) == expected
+    assert memory[:48] == np.ones(12, np.float32).tobytes()
+
+
 def test_where_it_was_not_built_python_does_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
     request = a_request(random.Random(1))
     data = pb.ForwardStreamRequest(id=5, request=request, timeout_ms=6).SerializeToString()
