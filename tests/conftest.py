@@ -1,8 +1,9 @@
-"""Three rules for all tests.
+"""Four rules for all tests.
 
 A test marked `gpu` is skipped, with its reason, where no GPU can run it. And torch uses one thread, here and in every
 process that a test starts: the shapes of tests are so small that two threads which wait for one another cost three
 times the processor time. Tests of what more threads do to the CPU backend ask for `two_threads`, which wait asleep.
+What a test does to the root logger, as a server does that runs in this process, ends with the test.
 And a run ends with what it left out, by reason: where Docker or Ray is missing it must not look as if all had passed.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -30,6 +32,17 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """The root logger's level and handlers as they were: a server in this process sets them for its life."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
+    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
+        root.removeHandler(handler)
 
 
 @functools.cache
