@@ -6,9 +6,12 @@ installed or does not work, numpy does the same, to the bit.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
+import os
 import threading
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -38,9 +41,29 @@ class _Loader:
 
     def _load(self) -> None:
         try:
-            self.kernels = importlib.import_module("expertd._kernels")
+            with _uncoloured_messages():
+                self.kernels = importlib.import_module("expertd._kernels")
         except Exception as error:  # numba, what it builds on and the compiler fail in many ways
             logger.debug("groups compute with numpy alone: %s: %s", type(error).__name__, error)
+
+
+@contextlib.contextmanager
+def _uncoloured_messages() -> Iterator[None]:
+    """Have numba, if it is first imported inside, leave sys.stdout alone.
+
+    Where colorama is installed, numba puts another stream in place of sys.stdout and of sys.stderr whenever it words a
+    message, and the compiler words many that nobody sees. In a thread of its own that undoes what others redirect.
+    """
+    name = "NUMBA_DISABLE_ERROR_MESSAGE_HIGHLIGHTING"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 _loader = _Loader()

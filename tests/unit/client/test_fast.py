@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -107,3 +110,30 @@ def test_without_numba_there_is_one_line_for_the_debugger(
     (record,) = [record for record in caplog.records if "numpy alone" in record.message]
     assert record.levelno == logging.DEBUG
     assert "numba" in record.message
+
+
+COLORAMA = """
+import sys
+__version__ = "0.4.6"
+class Any:
+    def __getattr__(self, name): return ""
+Fore = Back = Style = Any()
+def init(): sys.exit("sys.stdout is replaced")
+reinit = deinit = init
+"""
+LOAD = """
+import os, expertd._fast
+assert expertd._fast.warm_up(60)
+assert "NUMBA_DISABLE_ERROR_MESSAGE_HIGHLIGHTING" not in os.environ
+"""
+
+
+def test_numba_leaves_the_output_of_others_alone(tmp_path: Path) -> None:
+    """With colorama it would put a stream of its own in place of sys.stdout now and then, in our thread."""
+    pytest.importorskip("numba", reason="needs numba: pip install 'expertd[fast]'")
+    (tmp_path / "colorama.py").write_text(COLORAMA)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True, timeout=WAIT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
