@@ -139,7 +139,9 @@ class RegionDoor:
             for visitor in self._visitors:
                 visitor.close()
             self._socket.close()
-            os.close(self._wake_fd)
+            with self._lock:  # who closes the door may have said so and not rung yet
+                self._is_closed = True
+                os.close(self._wake_fd)
 
     def _serve(self) -> None:
         with selectors.DefaultSelector() as selector:

@@ -215,6 +215,24 @@ def test_who_says_nothing_holds_nobody_up_and_is_sent_away(door: RegionDoor, mon
         assert silent.recv(100) == b""  # closed
 
 
+def test_a_door_that_looks_up_while_it_is_being_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread sees the end before it is rung for it, and must not close the bell first."""
+    monkeypatch.setattr(region_door, "_LOOK_UP_S", 0.02)
+    ring = os.eventfd_write
+
+    def ring_late(fd: int, value: int) -> None:
+        door._thread.join(0.3)
+        ring(fd, value)
+
+    door = RegionDoor()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
+        silent.connect("\0" + door.address[1:])
+        assert visit(door, door.expect(NBYTES, Taken()), [memfd()])[:1] == b"\0"  # it has seen both
+        monkeypatch.setattr(os, "eventfd_write", ring_late)
+        door.close()
+    assert not door._thread.is_alive()
+
+
 def test_many_at_a_time_are_all_served(door: RegionDoor) -> None:
     said: list[bytes] = []
     threads = [
