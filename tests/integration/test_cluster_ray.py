@@ -399,7 +399,7 @@ def test_a_hot_expert_gets_a_replica_of_an_idle_shard(tmp_path: Path, capsys: py
         wait_for(lambda: report(capsys)["notes"] or callers.failures, "a move")
         callers.pause_s = Callers.pause_s
         old = {each["pid"] for each in before["replicas"]}
-        wait_for(lambda: all_serve(capsys, 4) and pids(capsys) != old, "the replica that was moved")
+        wait_for(lambda: all_serve(capsys, 4, shards=[0, 0, 0, 1]), "the replica that was moved")
         after = report(capsys)
         wait_for(lambda: addresses(topology) == {each["address"] for each in after["replicas"]}, "the topology file")
         callers.check()
@@ -413,12 +413,15 @@ def test_a_hot_expert_gets_a_replica_of_an_idle_shard(tmp_path: Path, capsys: py
     cli("down")
 
 
-def all_serve(capsys: pytest.CaptureFixture[str], count: int, without: list[int] | None = None) -> bool:
+def all_serve(
+    capsys: pytest.CaptureFixture[str], count: int, without: list[int] | None = None, shards: list[int] | None = None
+) -> bool:
     replicas = report(capsys)["replicas"]
     return (
         len(replicas) == count
         and all(each["state"] == "serving" for each in replicas)
         and not {each["pid"] for each in replicas} & set(without or [])
+        and shards in (None, [each["shard"] for each in replicas])
     )
 
 
@@ -430,10 +433,6 @@ def process_of_controller() -> psutil.Process:
 
 def published(capsys: pytest.CaptureFixture[str]) -> set[str]:
     return {each["address"] for each in report(capsys)["replicas"]}
-
-
-def pids(capsys: pytest.CaptureFixture[str]) -> set[int]:
-    return {each["pid"] for each in report(capsys)["replicas"]}
 
 
 def addresses(topology: Path) -> set[str]:
