@@ -6,9 +6,7 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import subprocess
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,44 +121,6 @@ def test_environment_names_are_options_of_the_server(path: Path) -> None:
     named = set(re.findall(r"\bEXPERTD_[A-Z0-9_]+", path.read_text()))
     # A comment of the StatefulSets quotes what Kubernetes would set, which is an option's name as well.
     assert named - COMPOSE_VARIABLES <= OPTIONS
-
-
-@pytest.fixture(scope="module")
-def gpu_services() -> dict[str, dict[str, Any]]:
-    """What Compose makes of the stack and the override for GPUs. It needs no engine."""
-    if shutil.which("docker") is None:
-        pytest.skip("needs Docker: no docker command")
-    if subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=60, check=False).returncode:
-        pytest.skip("needs Docker Compose: `docker compose version` fails")
-    files = [part for name in ("docker-compose.yml", "docker-compose.gpu.yml") for part in ("-f", str(DEPLOY / name))]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
-    done = subprocess.run(
-        ["docker", "compose", *files, "config", "--format", "json"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    services: dict[str, dict[str, Any]] = json.loads(done.stdout)["services"]
-    return services
-
-
-def test_the_override_gives_every_server_a_gpu(gpu_services: dict[str, dict[str, Any]]) -> None:
-    experts = Counter(each["environment"].get("EXPERTD_EXPERTS") for each in gpu_services.values())
-    assert experts == {"0-3": 2, "4-7": 2, None: 1}, "the servers of before, and the worker"
-    for name, service in gpu_services.items():
-        is_server = "EXPERTD_EXPERTS" in service["environment"]
-        assert (service["environment"].get("EXPERTD_DEVICE") == "cuda") == is_server, name
-        devices = service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
-        assert [device["capabilities"] for device in devices] == [["gpu"]] * is_server, name
-
-
-def test_whoever_builds_the_image_for_gpus_builds_the_same(gpu_services: dict[str, dict[str, Any]]) -> None:
-    """All services share its name: one that is built otherwise would replace it."""
-    builds = {name: service["build"]["args"] for name, service in gpu_services.items()}
-    assert all(build == {"EXPERTD_CUDA": "on"} for build in builds.values()), builds
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -16,9 +18,38 @@ import pytest
 import yaml
 from stack import ROOT, SHARDS, Stack
 
+from expertd_server.config import ENV_PREFIX
+
 pytestmark = pytest.mark.timeout(900)  # the first test builds the image
 
 REQUEST_TIMEOUT_S = 20  # of deploy/worker.py
+GPU_FILES = ("docker-compose.yml", "docker-compose.gpu.yml")
+
+
+@pytest.fixture(scope="module")
+def gpu_services(docker_environment: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What Compose makes of the stack and the override for GPUs; nothing of it runs."""
+    files = [part for name in GPU_FILES for part in ("-f", str(ROOT / "deploy" / name))]
+    environment = {name: value for name, value in docker_environment.items() if not name.startswith(ENV_PREFIX)}
+    resolved = Stack(environment).docker("compose", *files, "config", "--format", "json")
+    services: dict[str, dict[str, Any]] = json.loads(resolved)["services"]
+    return services
+
+
+def test_the_override_gives_every_server_a_gpu(gpu_services: dict[str, dict[str, Any]]) -> None:
+    experts = Counter(each["environment"].get("EXPERTD_EXPERTS") for each in gpu_services.values())
+    assert experts == {"0-3": 2, "4-7": 2, None: 1}, "the servers of before, and the worker"
+    for name, service in gpu_services.items():
+        is_server = "EXPERTD_EXPERTS" in service["environment"]
+        assert (service["environment"].get("EXPERTD_DEVICE") == "cuda") == is_server, name
+        devices = service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
+        assert [device["capabilities"] for device in devices] == [["gpu"]] * is_server, name
+
+
+def test_whoever_builds_the_image_for_gpus_builds_the_same(gpu_services: dict[str, dict[str, Any]]) -> None:
+    """All services share its name: one that is built otherwise would replace it."""
+    builds = {name: service["build"]["args"] for name, service in gpu_services.items()}
+    assert all(build == {"EXPERTD_CUDA": "on"} for build in builds.values()), builds
 
 
 def run_load(stack: Stack, seconds: float) -> dict[str, int]:
