@@ -34,272 +34,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import socket
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 from _common import header, write_json
 from _peers import PeerMissingError, compared, facts_of, peer_option, running_peer
 from _requests import RequestShape
-from _server_metrics import Batches, between, scraped
+from _service_measure import Load, Point, Target, measure, median_of
+from _service_servers import free_port, running_echo, running_expertd
+from _service_tables import add_row, new_table, peer_table, plot
 from rich.console import Console
 from rich.table import Table
 
-from expertd_server.malloc import SETTINGS as MALLOC_SETTINGS
-
-HERE = Path(__file__).resolve().parent
-PERCENTILES = (50, 90, 99, 99.9)
-WARMUP_S = 0.7
-START_S = 0.1  # what client processes need to read when to begin
-PRESETS = {"qwen3-30b-a3b": (2048, 128), "mixtral-8x7b": (4096, 8), "tiny": (256, 8)}
-"""hidden_size and num_experts of the synthetic layers that can be asked for."""
-
-
-@dataclass
-class Usage:
-    """Of processes of one role: CPU seconds of all, and MiB in memory of the largest, shared pages included."""
-
-    cpu_s: float
-    rss_mib: float
-
-
-@dataclass(frozen=True)
-class Target:
-    """A running server and how to call it."""
-
-    name: str
-    address: str
-    service: str
-    stream: str
-    unary: str
-    process: psutil.Process
-    metrics_port: int | None = None
-    """Of expertd; the others have none."""
-
-    def batches(self) -> Batches | None:
-        """The batches that the server has made so far."""
-        return None if self.metrics_port is None else scraped(self.metrics_port)
-
-    def usage(self) -> dict[str, Usage]:
-        """What the server's processes have used so far, by role: server, supervisor, front-ends together, engine."""
-        roles: dict[str, Usage] = {}
-        for process in (self.process, *self.process.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times, role = process.cpu_times(), role_of(process.cmdline())
-                used = roles.setdefault(role, Usage(0.0, 0.0))
-                used.cpu_s += times.user + times.system
-                used.rss_mib = max(used.rss_mib, process.memory_info().rss / 2**20)
-        return roles
-
-    def method(self, transport: str) -> str:
-        """Full name of the method that a transport calls."""
-        return f"/{self.service}/{self.unary if transport == 'unary' else self.stream}"
-
-
-@dataclass(frozen=True)
-class Load:
-    """How much, from how many. rate: requests per second over all clients; None: closed loop."""
-
-    transport: str
-    clients: int
-    streams: int
-    in_flight: int
-    rate: float | None = None
-
-
-@dataclass(frozen=True)
-class Point:
-    """What one measurement saw."""
-
-    requests_per_s: float
-    latency_us: dict[str, float]
-    cpu_us_per_request: dict[str, float]
-    """By role of process, and "all"."""
-    rss_mib: dict[str, float]
-    """Of the largest process of each role."""
-    errors: dict[str, int]
-    batches: dict[str, float]
-    """See `_server_metrics.between`; empty where the server tells nothing."""
-
-
-def role_of(command: list[str]) -> str:
-    """What a process of a server is to it, by its command line."""
-    if "expertd_server.child" not in command:
-        return "server"
-    name = command[command.index("expertd_server.child") + 1]
-    return "engine" if name == "engine" else "front-ends"
-
-
-def measure(target: Target, shape: RequestShape, layers: list[str], load: Load, seconds: float) -> Point:
-    """Run the clients against a server for `seconds`, after a warm-up."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = [str(Path(folder) / f"{n}.npy") for n in range(load.clients)]
-        clients = []
-        for n, file in enumerate(files):
-            job = {
-                "target": target.address,
-                "method": target.method(load.transport),
-                "transport": load.transport,
-                "layers": layers,
-                "shape": asdict(shape),
-                "streams": load.streams,
-                "in_flight": load.in_flight,
-                "rate": None if load.rate is None else load.rate / load.clients,
-                "warmup_s": WARMUP_S,
-                "seed": n,
-                "result_file": file,
-            }
-            command = [sys.executable, str(HERE / "_load.py")]
-            clients.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-            tell(clients[-1], job)
-        for client in clients:
-            assert client.stdout is not None
-            if client.stdout.readline() != "ready\n":
-                sys.exit(f"a client of {target.name} did not start")
-        begin_s = time.monotonic() + START_S + WARMUP_S
-        end_s = begin_s + seconds
-        for client in clients:
-            tell(client, {"begin_s": begin_s, "end_s": end_s})
-        time.sleep(max(0.0, begin_s - time.monotonic()))
-        before, batches_before, from_s = target.usage(), target.batches(), time.monotonic()
-        time.sleep(max(0.0, end_s - time.monotonic()))
-        after, batches_after, to_s = target.usage(), target.batches(), time.monotonic()
-        errors: dict[str, int] = {}
-        for client in clients:
-            said, _ = client.communicate(timeout=120)
-            if client.returncode:
-                sys.exit(f"a client of {target.name} failed with exit code {client.returncode}")
-            for what, count in json.loads(said).items():
-                errors[what] = errors.get(what, 0) + count
-        times = np.concatenate([np.load(file) for file in files])
-    due_s, done_s = times[:, 0], times[:, 1]
-    answered = int(((done_s >= begin_s) & (done_s < end_s)).sum())
-    counted = (due_s >= begin_s) & (due_s < end_s)
-    if not answered or not counted.any():
-        sys.exit(
-            f"{target.name} answered no request of {load.transport} within the {seconds} s that count, and "
-            f"{len(times)} before or after; what failed: {errors}"
-        )
-    latencies_us = (done_s - due_s)[counted] * 1e6
-    cpu_us = {role: (used.cpu_s - before[role].cpu_s) * 1e6 / answered for role, used in after.items()}
-    return Point(
-        requests_per_s=answered / seconds,
-        latency_us={f"p{p:g}": float(np.percentile(latencies_us, p)) for p in PERCENTILES},
-        cpu_us_per_request=cpu_us | {"all": sum(cpu_us.values())},
-        rss_mib={role: used.rss_mib for role, used in after.items()},
-        errors=errors,
-        batches=between(batches_before, batches_after, to_s - from_s) if batches_before and batches_after else {},
-    )
-
-
-def tell(client: subprocess.Popen[str], what: dict[str, Any]) -> None:
-    """Write a line to a client's standard input."""
-    assert client.stdin is not None
-    client.stdin.write(json.dumps(what) + "\n")
-    client.stdin.flush()
-
-
-def median_of(points: list[Point]) -> Point:
-    """Median of each figure over the rounds; errors of all."""
-    errors: dict[str, int] = {}
-    for point in points:
-        for what, count in point.errors.items():
-            errors[what] = errors.get(what, 0) + count
-    return Point(
-        requests_per_s=statistics.median(p.requests_per_s for p in points),
-        latency_us=medians([p.latency_us for p in points]),
-        cpu_us_per_request=medians([p.cpu_us_per_request for p in points]),
-        rss_mib=medians([p.rss_mib for p in points]),
-        errors=errors,
-        batches=medians([p.batches for p in points if p.batches]),
-    )
-
-
-def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """Key by key; empty of no rounds."""
-    return {key: statistics.median(one[key] for one in rounds) for key in (rounds[0] if rounds else ())}
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def terminated(process: subprocess.Popen[str]) -> Iterator[psutil.Process]:
-    """Stop a server at the end, and wait for it."""
-    try:
-        yield psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-@contextlib.contextmanager
-def running_echo(processes: int, answer_bytes: int) -> Iterator[Target]:
-    """The echo, in this many processes. Its malloc settings are those of expertd's launcher."""
-    port = free_port()
-    command = [sys.executable, str(HERE / "_echo.py"), f"--port={port}", f"--processes={processes}"]
-    environment = {**os.environ, **MALLOC_SETTINGS}
-    with terminated(
-        subprocess.Popen([*command, f"--answer-bytes={answer_bytes}"], env=environment, text=True)
-    ) as process:
-        wait_for_port(port)
-        yield Target("echo", f"127.0.0.1:{port}", "expertd.benchmark.Echo", "Stream", "Unary", process)
-
-
-@contextlib.contextmanager
-def running_expertd(options: argparse.Namespace, frontends: int, folder: str) -> Iterator[tuple[Target, list[str]]]:
-    """expertd-server, and the names of its layers."""
-    ready = Path(folder) / "ready.json"
-    command = [sys.executable, "-m", "expertd_server", "serve", "--port=0", "--metrics-port=0"]
-    command += [f"--ready-file={ready}"]
-    command += [f"--device={options.device}", f"--synthetic={options.preset}", f"--synthetic-layers={options.layers}"]
-    places = options.clients * options.streams
-    command += [f"--max-streams={max(64, places)}", f"--max-unary-requests={max(64, places * options.in_flight)}"]
-    command.append("--log-level=warning")
-    if options.device == "noop":
-        command.append("--experts=0-0")  # the weights are dropped anyway
-    if frontends:
-        command.append(f"--frontends={frontends}")
-    command += options.server_option
-    with terminated(subprocess.Popen(command, stdout=subprocess.DEVNULL, text=True)) as process:
-        until_s = time.monotonic() + options.start_timeout
-        while not ready.exists():
-            if time.monotonic() > until_s or process.status() == psutil.STATUS_ZOMBIE:
-                sys.exit(f"the server was not ready within {options.start_timeout} s: {' '.join(command)}")
-            time.sleep(0.05)
-        facts = json.loads(ready.read_text())
-        layers = [f"synthetic.{options.preset}.{n}" for n in range(options.layers)]
-        service = "expertd.v1.ExpertService", "ForwardStream", "Forward"
-        yield Target("expertd", facts["address"], *service, process, facts["metrics_port"]), layers
-
-
-def wait_for_port(port: int) -> None:
-    """Return when somebody listens."""
-    until_s = time.monotonic() + 30
-    while time.monotonic() < until_s:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return
-        time.sleep(0.05)
-    sys.exit(f"nobody listens on port {port}")
+from expertd_server.synthetic import PRESETS
 
 
 def main() -> None:
@@ -307,29 +59,7 @@ def main() -> None:
     options = parse_options()
     console = Console(width=215)
     results: list[dict[str, Any]] = []
-    table = Table(title=f"expertd over gRPC, backend {options.device}")
-    for column in (
-        "front-ends",
-        "tokens",
-        "KiB in/out",
-        "load",
-        "p50 µs",
-        "p99 µs",
-        "req/s",
-        "ktok/s",
-        "GB/s",
-        "CPU µs/req",
-        "front-ends",
-        "engine",
-        "echo",
-        "MiB",
-        "tok/batch",
-        "device ktok/s",
-        "of device",
-    ):
-        table.add_column(column, justify="right" if column != "load" else "left")
-    table.add_column("p50 / echo", justify="right")
-    table.add_column("req/s / echo", justify="right")
+    table = new_table(options.device)
     if options.transports:
         for frontends in options.frontends:
             measure_server(options, frontends, results, table)
@@ -346,10 +76,10 @@ def main() -> None:
 
 def measure_server(options: argparse.Namespace, frontends: int, results: list[dict[str, Any]], table: Table) -> None:
     """Every load on one layout of processes, and on as many processes of the echo."""
-    hidden_size, num_experts = PRESETS[options.preset]
+    spec = PRESETS[options.preset]
     with tempfile.TemporaryDirectory() as folder, running_expertd(options, frontends, folder) as (expertd, layers):
         for num_tokens in options.tokens:
-            shape = RequestShape(num_tokens, hidden_size, num_experts)
+            shape = RequestShape(num_tokens, spec.hidden_size, spec.num_experts)
 
             def add(name: str, row: dict[str, Any], shape: RequestShape = shape, **more: Any) -> None:
                 said = {"frontends": frontends, "tokens": shape.num_tokens, "load": name, **more, **row}
@@ -370,7 +100,8 @@ def measure_server(options: argparse.Namespace, frontends: int, results: list[di
 
 def measure_peers(options: argparse.Namespace, num_tokens: int, console: Console) -> dict[str, Any]:
     """Other servers beside expertd and the echo, at one request size; prints a table."""
-    shape = RequestShape(num_tokens, *PRESETS[options.preset])
+    spec = PRESETS[options.preset]
+    shape = RequestShape(num_tokens, spec.hidden_size, spec.num_experts)
     frontends = options.frontends[0]
     facts: dict[str, Any] = {}
     skipped: dict[str, str] = {}
@@ -426,29 +157,6 @@ def measure_peers(options: argparse.Namespace, num_tokens: int, console: Console
     }
 
 
-def peer_table(shape: RequestShape, medians: dict[str, dict[str, Point]], rows: dict[str, dict[str, float]]) -> Table:
-    """A line for each server; one that met errors says so."""
-    table = Table(
-        title=f"{shape.num_tokens} tokens a request, {shape.request_bytes / 1024:.0f} KiB in, "
-        f"{shape.answer_bytes / 1024:.0f} KiB out"
-    )
-    table.add_column("server")
-    for column in ("lone p50 µs", "req/s", "CPU µs/req", "p50 / ours", "ours / req/s", "CPU / ours"):
-        table.add_column(column, justify="right")
-    for name, row in rows.items():
-        errors = medians[name]["lone"].errors | medians[name]["saturated"].errors
-        table.add_row(
-            name + (f" [failed: {', '.join(errors)}]" if errors else ""),
-            f"{row['lone_p50_us']:.0f}",
-            f"{row['saturated_requests_per_s']:.0f}",
-            f"{row['cpu_us_per_request']:.0f}",
-            f"{row['p50_over_ours']:.2f}",
-            f"{row['ours_over_throughput']:.2f}",
-            f"{row['cpu_over_ours']:.2f}",
-        )
-    return table
-
-
 def loads(options: argparse.Namespace) -> Iterator[tuple[str, Load, float]]:
     """The loads of one request size."""
     for transport in options.transports:
@@ -481,63 +189,6 @@ def compare(  # noqa: PLR0917
         "p50_over_echo": ours.latency_us["p50"] / theirs.latency_us["p50"],
         "throughput_over_echo": ours.requests_per_s / theirs.requests_per_s,
     }
-
-
-def add_row(table: Table, shape: RequestShape, row: dict[str, Any]) -> None:
-    """One line of the table; a load that met errors says so."""
-    ours = row["expertd"]
-    failed, cpu_us = sum(ours["errors"].values()), ours["cpu_us_per_request"]
-    table.add_row(
-        str(row["frontends"]),
-        str(shape.num_tokens),
-        f"{shape.request_bytes / 1024:.0f}/{shape.answer_bytes / 1024:.0f}",
-        row["load"] + (f" [{failed} failed: {', '.join(ours['errors'])}]" if failed else ""),
-        f"{ours['latency_us']['p50']:.0f}",
-        f"{ours['latency_us']['p99']:.0f}",
-        f"{ours['requests_per_s']:.0f}",
-        f"{row['tokens_per_s'] / 1e3:.0f}",
-        f"{row['bytes_per_s'] / 1e9:.2f}",
-        f"{cpu_us['all']:.0f}",
-        *(f"{cpu_us[role]:.0f}" if role in cpu_us else "" for role in ("front-ends", "engine")),
-        f"{row['echo']['cpu_us_per_request']['all']:.0f}",
-        f"{ours['rss_mib'].get('front-ends', ours['rss_mib']['server']):.0f}",
-        *device_columns(ours["batches"], row["tokens_per_s"]),
-        f"{row['p50_over_echo']:.2f}",
-        f"{row['throughput_over_echo']:.2f}",
-    )
-
-
-def device_columns(batches: dict[str, float], tokens_per_s: float) -> tuple[str, str, str]:
-    """The mean batch, what the device alone would do with such ones, and how much of that was reached."""
-    if not batches:
-        return "", "", ""
-    alone = batches["device_tokens_per_s"]
-    return f"{batches['mean_batch_tokens']:.0f}", f"{alone / 1e3:.0f}", f"{tokens_per_s / alone:.2f}"
-
-
-def plot(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Latency over throughput of the open loop, one panel for each request size."""
-    import matplotlib as mpl  # noqa: PLC0415 (only where a plot is asked for)
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    _, axes = plt.subplots(1, len(options.tokens), figsize=(4.2 * len(options.tokens), 3.6), squeeze=False)
-    for axis, num_tokens in zip(axes[0], options.tokens, strict=True):
-        layout = options.frontends[-1]
-        rows = [r for r in results if (r["tokens"], r["frontends"]) == (num_tokens, layout) and "share" in r]
-        for who, colour in (("expertd", "tab:blue"), ("echo", "tab:grey")):
-            for percentile, style in (("p50", "-"), ("p99", "--")):
-                x = [row[who]["requests_per_s"] * num_tokens / 1e3 for row in rows]
-                y = [row[who]["latency_us"][percentile] / 1e3 for row in rows]
-                axis.plot(x, y, style, color=colour, marker=".", label=f"{who} {percentile}")
-        axis.set(
-            title=f"{num_tokens} tokens a request", xlabel="thousand tokens / s", ylabel="latency, ms", yscale="log"
-        )
-        axis.grid(alpha=0.3)
-    axes[0][0].legend()
-    plt.tight_layout()
-    plt.savefig(options.plot, dpi=120)
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
