@@ -37,6 +37,7 @@ from _tier import LAYERS, NUM_LAYERS, PRESET, ROOT, SERVERS, ComposeTier, Proces
 
 COMPOSE = ("docker", "compose", "-f", str(ROOT / "deploy" / "docker-compose.yml"))
 WARM_UP_S = 5.0
+POLL_S = 0.1
 REQUEST_TIMEOUT_S = 20.0  # of deploy/worker.py
 SETTLED_S = 3.0  # after which what is left of the tier is taken to run evenly
 RECOVERY_SHARE = 0.95
@@ -162,8 +163,11 @@ def _order(tier: Tier, *order: str) -> None:
 
 
 def requests_until(tier: Tier, stop_s: float) -> list[Request]:
-    """All requests, read when even one that was sent at stop_s and hangs has ended."""
-    time.sleep(max(0.0, stop_s + REQUEST_TIMEOUT_S + 1.0 - time.time()))
+    """All requests, read when all that were sent before stop_s have ended, those too that hung."""
+    while min(gauge(tier, "worker_answered_until_timestamp_seconds").values(), default=0.0) < stop_s:
+        if time.time() > stop_s + REQUEST_TIMEOUT_S + WARM_UP_S:
+            raise TimeoutError(f"the worker has a request that has not ended {REQUEST_TIMEOUT_S + WARM_UP_S} s later")
+        time.sleep(POLL_S)
     return parse(tier.trace())
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 
 import ml_dtypes
 import numpy as np
-from prometheus_client import REGISTRY, Counter, Histogram, Metric, start_http_server
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
@@ -39,6 +39,9 @@ request_seconds = Histogram(
     buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
 )
 tokens_total = Counter("worker_tokens", "Tokens in answered requests.")
+answered_until = Gauge(
+    "worker_answered_until_timestamp_seconds", "Every request that was sent before has ended, well or not; Unix time."
+)
 
 
 class GroupMetrics(Collector):
@@ -71,6 +74,9 @@ class Load:
         self.lock = threading.Lock()
         self.latencies_s: list[float] = []
         self.outcomes: dict[str, int] = {}
+        self.sent_s: dict[int, float] = {}
+        """Unix time at which each thread sent the request that it waits for, if it does."""
+        answered_until.set_function(self.answered_until_s)
         self.expected: dict[int, dict[int, bytes]] = {}
         """By request and version of the weights."""
         rng = np.random.default_rng(seed)
@@ -89,6 +95,8 @@ class Load:
             if self.stopping.is_set():
                 return
             layer, hidden_states, logits = self.requests[index]
+            with self.lock:
+                self.sent_s[first] = time.time()
             start_s = time.monotonic()
             version = 0
             try:
@@ -99,6 +107,13 @@ class Load:
                 outcome = type(error).__name__
                 print(json.dumps({"error": outcome, "message": str(error)}), flush=True)
             self.count(outcome, version, time.monotonic() - start_s, len(hidden_states))
+            with self.lock:
+                del self.sent_s[first]
+
+    def answered_until_s(self) -> float:
+        """Unix time before which no request was sent that has not ended."""
+        with self.lock:
+            return min(self.sent_s.values(), default=time.time())
 
     def await_turn(self) -> None:
         """Wait until the rate allows another request. Turns that were missed are not made up for."""

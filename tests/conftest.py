@@ -4,7 +4,7 @@ A test marked `gpu` is skipped, with its reason, where no GPU can run it. And to
 process that a test starts: the shapes of tests are so small that two threads which wait for one another cost three
 times the processor time. Tests of what more threads do to the CPU backend ask for `two_threads`, which wait asleep.
 What a test does to the root logger, as a server does that runs in this process, ends with the test.
-And a run ends with what it left out, by reason: where Docker or Ray is missing it must not look as if all had passed.
+And a run ends with what it left out, by reason: see skip_summary.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import functools
 import importlib.util
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+from skip_summary import pytest_terminal_summary  # noqa: F401 (a hook: pytest looks for it here)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is first imported
@@ -64,18 +64,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say what was not run, by reason, most first; a whole file where not even its tests are known."""
-    skipped = terminalreporter.stats.get("skipped", [])
-    if not skipped:
-        return
-    groups: dict[str, Counter[str]] = {}
-    for report in skipped:
-        _path, _line, reason = report.longrepr
-        kind = "files" if isinstance(report, pytest.CollectReport) else "tests"
-        groups.setdefault(reason.removeprefix("Skipped: "), Counter())[kind] += 1
-    terminalreporter.section(f"NOT RUN HERE: {len(skipped)} skipped", sep="!", red=True, bold=True)
-    for reason, counts in sorted(groups.items(), key=lambda group: -group[1].total()):
-        terminalreporter.line(f"{' and '.join(f'{n} {kind}' for kind, n in counts.items()):>10}: {reason}")

@@ -100,6 +100,18 @@ class Stack:
             assert time.monotonic() < until_s, f"the worker does not use {num_servers} servers: {up}"
             time.sleep(1)
 
+    def wait_answered(self, timeout_s: float) -> None:
+        """Return when every request that the worker has sent until now has ended, well or not."""
+        now_s, until_s = time.time(), time.monotonic() + timeout_s
+        while True:
+            (text,) = self.get("worker", "http://127.0.0.1:9091/metrics")
+            lines = [line.split() for line in text.splitlines()]
+            (sent_s,) = [float(line[1]) for line in lines if line[0] == "worker_answered_until_timestamp_seconds"]
+            if sent_s >= now_s:
+                return
+            assert time.monotonic() < until_s, f"a request hangs for {time.time() - sent_s:.1f} s"
+            time.sleep(0.1)
+
     def python(self, service: str, code: str) -> str:
         """Run a line of Python inside a service's container."""
         return self.docker("exec", self.container(service), "python3", "-c", code)

@@ -200,5 +200,5 @@ def test_stop_drains_and_exits_with_0(stack: Stack) -> None:
 
 def test_no_request_failed_in_all_this_time(stack: Stack) -> None:
     """Between the tests above neither: while a container that was killed joins again, or is let go on."""
-    time.sleep(REQUEST_TIMEOUT_S + 1)  # one that hangs is counted when the worker gives it up
+    stack.wait_answered(REQUEST_TIMEOUT_S + 1)  # one that hangs is counted when the worker gives it up
     assert set(stack.outcomes()) == {"ok"}, (stack.outcomes(), stack.errors())
