@@ -22,14 +22,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.table import Table
 
-from expertd_server.checkpoint import open_checkpoint
 from expertd_server.cluster_actors import Controller
 from expertd_server.cluster_places import ClusterError
 from expertd_server.cluster_replica import ReplicaReport, TierReport
 from expertd_server.cluster_spec import NAMESPACE, SET_BY_THE_CLUSTER, ClusterSpec, controller_name
 from expertd_server.config import Config, command_line, config_from
 from expertd_server.errors import ConfigError
-from expertd_server.synthetic import synthetic_spec
 
 __all__ = ["down", "move", "scale", "status", "up"]
 
@@ -162,6 +160,10 @@ def _usage(spec: ClusterSpec) -> str:
 
 
 def _num_experts(config: Config) -> int:
+    # Imported for `up` alone: they bring torch, for which `status` and the others need not wait two seconds.
+    from expertd_server.checkpoint import open_checkpoint  # noqa: PLC0415
+    from expertd_server.synthetic import synthetic_spec  # noqa: PLC0415
+
     if config.checkpoint is not None:
         return open_checkpoint(config.checkpoint).architecture.spec.num_experts
     if config.synthetic is None:
