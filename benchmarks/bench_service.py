@@ -133,7 +133,7 @@ def measure_peers(options: argparse.Namespace, num_tokens: int, console: Console
         name: (
             each["lone"].latency_us["p50"],
             each["saturated"].requests_per_s,
-            each["saturated"].cpu_us_per_request,
+            each["saturated"].cpu_us_per_request["all"],
         )
         for name, each in medians.items()
     }

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 __all__ = ["ROOT", "SHARDS", "Stack"]
@@ -71,9 +72,13 @@ class Stack:
         return [line.split() for line in trace.splitlines(keepends=True) if line.endswith("\n")]
 
     def order(self, *order: str) -> None:
-        """Have every server do what `expertd-server admin` says."""
-        for server in SHARDS:
+        """Have every server do what `expertd-server admin` says, all at once."""
+
+        def tell(server: str) -> None:
             self.docker("exec", self.container(server), "expertd-server", "admin", *order)
+
+        with ThreadPoolExecutor(len(SHARDS)) as pool:
+            list(pool.map(tell, SHARDS))
 
     def errors(self) -> list[str]:
         """What the worker printed about requests that failed."""
