@@ -186,7 +186,7 @@ def report(name: str, requests: list[Request], normal: list[Request], fault_s: f
     during = begun_between(requests, fault_s, stop_s)
     ended = outcomes(during)
     shown = timeline(requests, fault_s - SHOWN_BEFORE_S, fault_s + SHOWN_AFTER_S)
-    result = {
+    result: dict[str, Any] = {
         "fault": name,
         "seconds": stop_s - fault_s,
         "outcomes": ended,

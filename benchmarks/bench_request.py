@@ -21,7 +21,7 @@ from typing import Any
 import grpc
 from _requests import RequestShape, stream_message
 
-from expertd_server import codec, gather, messages, native
+from expertd_server import codec, gather, messages, native, running
 
 
 class Context:
@@ -65,7 +65,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.python:
         codec.CODEC = messages.CODEC = None  # type: ignore[assignment]
-        gather.copy_bytes = native._copy_bytes
+        gather.Copies = running.Copies = native._Copies  # type: ignore[misc, assignment]
     with_server(lambda calls, inbox, loop: measure(options, calls, inbox, loop))
 
 
