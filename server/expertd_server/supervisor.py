@@ -7,6 +7,7 @@ front-ends find whichever engine process lives.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -42,6 +43,7 @@ _SOON_S: Final = 60.0
 _CLOSE_S: Final = 5.0
 # The loop looks up this often; nothing else depends on it.
 _LOOK_UP_S: Final = 1.0
+_PORT_ATTEMPTS: Final = 8
 
 
 class _Process:
@@ -342,11 +344,24 @@ def _reserve_port(host: str, port: int) -> socket.socket:
 
     It does not listen itself, so it gets no connection. Raises ConfigError where somebody else listens there.
     """
+    # Of ports that are free for SO_REUSEPORT, the system may give one where a server of the same user listens with it.
+    attempts_left = 1 if port else _PORT_ATTEMPTS
+    while True:
+        attempts_left -= 1
+        try:
+            return _bind_alone(host, port)
+        except OSError as error:
+            if not attempts_left or error.errno != errno.EADDRINUSE:
+                raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; is the port in use?") from error
+
+
+def _bind_alone(host: str, port: int) -> socket.socket:
+    """See `_reserve_port`. Raises OSError."""
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    held = socket.socket(family, kind, protocol)
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        held = socket.socket(family, kind, protocol)
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         held.bind(address)
@@ -354,6 +369,7 @@ def _reserve_port(host: str, port: int) -> socket.socket:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(held.getsockname())
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; is the port in use?") from error
+    except OSError:
+        held.close()
+        raise
     return held

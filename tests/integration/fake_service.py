@@ -219,7 +219,8 @@ class FakeServer:
     def __init__(self, address: str = "localhost:0", credentials: grpc.ServerCredentials | None = None) -> None:
         self.service = FakeService()
         self.health = health.HealthServicer()
-        self._grpc = grpc.server(ThreadPoolExecutor(max_workers=64))
+        # With SO_REUSEPORT, gRPC's default, port 0 may be one where another test's server listens with it.
+        self._grpc = grpc.server(ThreadPoolExecutor(max_workers=64), options=[("grpc.so_reuseport", 0)])
         pb_grpc.add_ExpertServiceServicer_to_server(self.service, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._grpc)
         if credentials is None:

@@ -139,7 +139,7 @@ class SlowToBegin:
 @pytest.fixture
 def slow() -> Iterator[tuple[SlowToBegin, str]]:
     service = SlowToBegin()
-    server = grpc.server(ThreadPoolExecutor(8))
+    server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
     handlers = {
         "Unary": grpc.unary_unary_rpc_method_handler(service.unary),
         "Stream": grpc.stream_stream_rpc_method_handler(service.stream),

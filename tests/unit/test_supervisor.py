@@ -14,6 +14,7 @@ import pytest
 from expertd_server import supervisor as module
 from expertd_server.config import Config
 from expertd_server.control import Control, Hangs
+from expertd_server.errors import ConfigError
 from expertd_server.supervisor import Supervisor
 
 
@@ -145,3 +146,21 @@ def test_a_process_that_talks_nonsense_is_killed_and_started_again(
     assert supervisor._engine.start_at_s is not None
     assert "cannot make sense of engine" in caplog.text
     engine.close()
+
+
+class TestPort:
+    def test_a_free_one_is_looked_for_again_where_somebody_listens(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With SO_REUSEPORT the system gives ports that others of this user listen on; a bound one stands for it."""
+        bind_alone = module._bind_alone
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            taken: int = other.getsockname()[1]
+            given = iter([taken, taken, 0])
+            monkeypatch.setattr(module, "_bind_alone", lambda host, _port: bind_alone(host, next(given)))
+            with module._reserve_port("127.0.0.1", 0) as held:
+                assert held.getsockname()[1] != taken
+
+    def test_one_that_was_asked_for_is_not(self) -> None:
+        with socket.create_server(("127.0.0.1", 0), reuse_port=True) as other:
+            taken: int = other.getsockname()[1]
+            with pytest.raises(ConfigError, match=f"127.0.0.1:{taken}: .*; is the port in use"):
+                module._reserve_port("127.0.0.1", taken)
