@@ -29,6 +29,7 @@ lint: install proto-check  ## ruff, mypy --strict, clang-format, buf, generated 
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy server client
+	MYPYPATH=benchmarks $(BIN)/mypy benchmarks
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cu csrc/*.cuh csrc/*.cpp csrc/*.h)
 	for script in scripts/*.sh; do bash -n $$script || exit 1; done
 

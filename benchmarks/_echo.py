@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--answer-bytes", type=int, required=True)
     parser.add_argument("--threads", action="store_true", help="a thread for each stream in place of an event loop")
     options = parser.parse_args()
-    children = []
+    children: list[int] = []
     # Forked before gRPC is imported: it does not survive a fork.
     for _ in range(options.processes - 1):
         child = os.fork()

@@ -72,7 +72,7 @@ def make_call(layer: PreparedLayer, num_tokens: int, zipf: bool, touched: int | 
             break
         ids, _ = route(spec, logits, layer.weights.routing_bias)
         local = ids[(ids >= spec.local_expert_offset) & (ids < spec.local_expert_offset + spec.num_local)]
-        if int(local.unique().numel()) == touched:
+        if int(local.unique().numel()) == touched:  # type: ignore[no-untyped-call]
             break
     return Call(
         hidden_states=random_fp8(num_tokens, spec.hidden_size, device=device),
@@ -91,7 +91,7 @@ def make_call(layer: PreparedLayer, num_tokens: int, zipf: bool, touched: int | 
 def work(spec: LayerSpec, ids: torch.Tensor) -> dict[str, float]:
     """Bytes and FLOPs that a call cannot do without."""
     local = ids[(ids >= spec.local_expert_offset) & (ids < spec.local_expert_offset + spec.num_local)]
-    touched = int(local.unique().numel())
+    touched = int(local.unique().numel())  # type: ignore[no-untyped-call]
     per_expert = (spec.gemm1_rows + spec.intermediate_size) * spec.hidden_size
     return {
         "rows": int(local.numel()),

@@ -58,7 +58,7 @@ class Timer:
                 before()
             if cold:
                 torch.sum(self._flush, dtype=torch.int64, dim=0, out=self._sink)
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             begin.record()
             graph.replay()
             end.record()
@@ -74,7 +74,7 @@ class Timer:
         replays = max(1, round(CHUNK_S * 1e6 / self.median_us(graph)))
 
         def launch() -> Callable[[], float]:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             begin.record()
             for _ in range(replays):
                 graph.replay()
@@ -108,7 +108,7 @@ def sustained_s(launch: Callable[[], Callable[[], float]], seconds: float, windo
     return statistics.median(took_s for end_s, took_s in ends if end_s > elapsed_s - window_s)
 
 
-def read_rate_gbs(timer: Timer) -> dict[str, float]:
+def read_rate_gbs(timer: Timer) -> dict[str, int]:
     """GB/s of reading buffers of several sizes once, cold; by torch's sum where triton is not installed."""
     rates = {}
     sink = torch.zeros(1, dtype=torch.int32, device="cuda")
@@ -123,7 +123,7 @@ def read_rate_gbs(timer: Timer) -> dict[str, float]:
     return rates
 
 
-def fp8_rate_tflops(timer: Timer) -> dict[str, float]:
+def fp8_rate_tflops(timer: Timer) -> dict[str, int]:
     """TFLOP/s of torch's dense FP8 product with fast accumulation, single products on a rested card."""
     rates = {}
     for m, n, k in ((8192, 8192, 8192), (4096, 8192, 8192), (16384, 8192, 4096), (8192, 16384, 8192)):
@@ -151,7 +151,7 @@ def _dense_product(m: int, n: int, k: int) -> Callable[[], object]:
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit  # type: ignore[untyped-decorator]
     def read_kernel(x, out, n, BLOCK: tl.constexpr, UNROLL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
         """Read x once, 16 bytes a thread."""
         total = tl.zeros((BLOCK,), dtype=tl.int32)

@@ -152,7 +152,7 @@ def run_stream(job: Job, index: int, record: Record, gate: Gate) -> None:
             yield messages[n]
 
     with grpc.insecure_channel(job.target, options=[*_OPTIONS, ("bench.index", index)]) as channel:
-        for answer in channel.stream_stream(job.method)(requests(), timeout=_LONGEST_S):
+        for answer in channel.stream_stream(job.method, None, None)(requests(), timeout=_LONGEST_S):
             done_s = time.monotonic()
             # The echo answers in order and names nobody; expertd says whose answer it is.
             n = order.popleft() if is_echo else stream_id(answer)
@@ -175,7 +175,7 @@ def run_unary(job: Job, index: int, record: Record, gate: Gate) -> None:
         method = V2_METHOD
         message = v2_message(shape, "bytes" if job.transport == "v2-bytes" else "numbers")
     with grpc.insecure_channel(job.target, options=[*_OPTIONS, ("bench.index", index)]) as channel:
-        call = channel.unary_unary(method)
+        call = channel.unary_unary(method, None, None)
 
         def ask() -> None:
             try:
@@ -202,7 +202,8 @@ def run_sdk(job: Job, index: int, record: Record, gate: Gate) -> None:
             except expertd.ExpertdError as error:
                 raise FailedError(type(error).__name__) from error
 
-        asks = [functools.partial(ask, job.layers[n % len(job.layers)]) for n in range(job.in_flight)]
+        layers = [job.layers[n % len(job.layers)] for n in range(job.in_flight)]
+        asks: list[Callable[[], None]] = [functools.partial(ask, layer) for layer in layers]
         ask_in_threads(job, index, record, gate, asks)
 
 

@@ -111,7 +111,7 @@ def _wait_answers(process: subprocess.Popen[str], port: int, message: bytes, tim
     until_s = time.monotonic() + timeout_s
     last = "nobody listens"
     with grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.max_receive_message_length", -1)]) as channel:
-        ask: Any = channel.unary_unary(METHOD)
+        ask: Any = channel.unary_unary(METHOD, None, None)
         while time.monotonic() < until_s:
             if process.poll() is not None:
                 raise PeerMissingError(f"its server ended with exit code {process.returncode}")

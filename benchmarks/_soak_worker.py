@@ -187,7 +187,7 @@ def malformed(worker: Worker) -> None:
 
 def wrong_fields(worker: Worker, channel: grpc.Channel, chance: random.Random) -> None:
     """Unary calls with a field that does not fit."""
-    call = channel.unary_unary(FORWARD)
+    call = channel.unary_unary(FORWARD, None, None)
     for change, code in (
         (lambda r: setattr(r, "layer", "nowhere"), grpc.StatusCode.NOT_FOUND),
         (lambda r: r.hidden_states.shape.append(1), grpc.StatusCode.INVALID_ARGUMENT),
@@ -209,7 +209,7 @@ def wrong_bytes(worker: Worker, channel: grpc.Channel, chance: random.Random) ->
     """A stream of bytes that are no message ends with INVALID_ARGUMENT."""
     garbage = b"\xff" + chance.randbytes(chance.randrange(10_000))
     try:
-        list(channel.stream_stream(FORWARD_STREAM)(iter([garbage]), timeout=TIMEOUT_S))
+        list(channel.stream_stream(FORWARD_STREAM, None, None)(iter([garbage]), timeout=TIMEOUT_S))
     except grpc.RpcError as error:
         is_right = error.code() is grpc.StatusCode.INVALID_ARGUMENT
         worker.count("refused" if is_right else f"wrong_bytes: {error.code().name}")
@@ -220,7 +220,7 @@ def wrong_bytes(worker: Worker, channel: grpc.Channel, chance: random.Random) ->
 def wrong_slices(worker: Worker, channel: grpc.Channel, chance: random.Random) -> None:
     """Pieces of memory out of bounds, of no region, over one another; and memory that changes all the time."""
     to_send: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-    answers: Any = channel.stream_stream(FORWARD_STREAM)(iter(to_send.get, None), timeout=TIMEOUT_S)
+    answers: Any = channel.stream_stream(FORWARD_STREAM, None, None)(iter(to_send.get, None), timeout=TIMEOUT_S)
 
     def ask(number: int, **fields: Any) -> pb.ForwardStreamResponse:
         to_send.put(pb.ForwardStreamRequest(id=number, **fields).SerializeToString())
@@ -281,7 +281,12 @@ def in_threads(worker: Worker, work: Callable[[int], None]) -> None:
 def lines(worker: Worker) -> Iterator[None]:
     """Report until standard input closes."""
     closed = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), closed.set()), daemon=True).start()
+
+    def wait_for_end() -> None:
+        sys.stdin.read()
+        closed.set()
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
     while not closed.wait(REPORT_S):
         worker.report()
         yield

@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from expertd_server.batcher import Limits
 from expertd_server.engine import BatchReport, Engine, ForwardCall, ForwardResult, HostTensor
 from expertd_server.layer import MoELayer
 from expertd_server.layout import BatchKind, input_layout, num_valid_tokens
+from expertd_server.promise import Promise
 from expertd_server.synthetic import synthetic_spec
 from expertd_server.types import LayerSpec
 from expertd_server.weights import ExpertWeights
@@ -137,7 +137,7 @@ def closed_loop(
 
     def ask(thread: int) -> None:
         chance = random.Random(thread)
-        waiting: deque[tuple[float, Future[ForwardResult]]] = deque()
+        waiting: deque[tuple[float, Promise[ForwardResult]]] = deque()
         while not over.is_set() or waiting:
             while not over.is_set() and len(waiting) < in_flight:
                 waiting.append((time.perf_counter(), engine.submit(chance.choice(calls))))

@@ -75,7 +75,7 @@ def run_engine(options: argparse.Namespace) -> None:
     engine = EngineProcess(
         Config(synthetic=PRESET), socket.socket(fileno=options.engine), backend=backend, layers=layers
     )
-    profile = cProfile.Profile() if options.profile_engine else SimpleNamespace(enable=int, disable=int)
+    profile: Any = cProfile.Profile() if options.profile_engine else SimpleNamespace(enable=int, disable=int)
     engine.gate.soon(profile.enable)
     assert engine.startup(lambda: False)
     sys.stdin.read()
@@ -106,7 +106,7 @@ def run_frontend(options: argparse.Namespace, mailbox: socket.socket, engine_pid
             context: Any = Context(message, options.in_flight, options.count)
             bounds: Any = {"regions": StreamRegions(None, 0), "max_requests": 256, "max_tokens": 2**20}
             streams.append(Stream(service._calls, context, service._inbox, **bounds, log_id="-"))
-        profile = cProfile.Profile() if options.profile else SimpleNamespace(enable=int, disable=int)
+        profile: Any = cProfile.Profile() if options.profile else SimpleNamespace(enable=int, disable=int)
         engine_s, thread_s, wall_s = cpu_s(engine_pid), time.thread_time(), time.perf_counter()
         profile.enable()
         await asyncio.gather(*(stream.run() for stream in streams))

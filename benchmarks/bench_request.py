@@ -64,8 +64,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where the time goes")
     options = parser.parse_args()
     if options.python:
-        codec.CODEC = messages.CODEC = None  # type: ignore[assignment]
-        gather.Copies = running.Copies = native._Copies  # type: ignore[misc, assignment]
+        codec.CODEC = messages.CODEC = None  # type: ignore[assignment, attr-defined]
+        gather.Copies = running.Copies = native._Copies  # type: ignore[assignment, attr-defined]
     with_server(lambda calls, inbox, loop: measure(options, calls, inbox, loop))
 
 
@@ -110,7 +110,7 @@ def measure(options: argparse.Namespace, calls: Any, inbox: Any, loop: Any) -> N
             max_answer_bytes=2**30,
             log_id="-",
         )
-        profile = cProfile.Profile() if options.profile else SimpleNamespace(enable=int, disable=int)
+        profile: Any = cProfile.Profile() if options.profile else SimpleNamespace(enable=int, disable=int)
         start_s = time.thread_time()
         profile.enable()
         await stream.run()
@@ -119,7 +119,7 @@ def measure(options: argparse.Namespace, calls: Any, inbox: Any, loop: Any) -> N
             pstats.Stats(profile).sort_stats("tottime").print_stats(30)
         return time.thread_time() - start_s, threading.get_ident()
 
-    how = "Python" if codec.CODEC is None else "the compiled codec"
+    how = "Python" if options.python else "the compiled codec"
     print(f"CPU µs for each request, {options.in_flight} in flight, {how}")
     for num_tokens in options.tokens:
         taken = min(loop.run(run(num_tokens), 300)[0] for _ in range(options.rounds))

@@ -39,7 +39,7 @@ SHAPES = {
     "nemotron": "nemotron-3-super",
 }
 """The presets that the cases of bench_kernels.py have the sizes of."""
-UNMEASURED = {
+UNMEASURED: dict[str, dict[str, Any]] = {
     "h100": {
         "gpu": "NVIDIA H100 80GB HBM3",
         "memory_bytes": 85_000_000_000,

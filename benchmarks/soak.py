@@ -212,7 +212,7 @@ def answers_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     layer = MoELayer(name, backend.prepare(spec, weights), backend, 1)
     shape = (spec.hidden_size, spec.num_experts, spec.top_k)
     answers = {case.name: operator(layer, case) for case in cases(*shape)}
-    np.savez(folder / "answers.npz", **answers)
+    np.savez(folder / "answers.npz", **answers)  # type: ignore[arg-type]
     return {"layer": name, "shape": shape, "answers": str(folder / "answers.npz")}
 
 
@@ -342,7 +342,7 @@ def ask_once(server: Server, job: dict[str, Any], options: argparse.Namespace) -
     answers = np.load(job["answers"])
     for transport in ("shm", "grpc", "unary"):
         for _ in range(2 * options.frontends or 1):
-            config = expertd.ClientConfig(server.target, transport=transport)  # type: ignore[arg-type]
+            config = expertd.ClientConfig(server.target, transport=transport)
             with expertd.Client(config) as client:
                 for case in cases(*job["shape"]):
                     answer = client.forward(job["layer"], **case.arguments())
