@@ -277,11 +277,19 @@ class _Stream:
             self._open = False
             self._closing = True
             self._sendable.notify()
-        self._call.cancel()
+        call = self._call
+        if call is not None:
+            call.cancel()
 
     def join(self) -> None:
-        """Wait for the reader to end."""
+        """Wait for the reader to end, and let go of the call.
+
+        A call that is let go of only when the interpreter ends takes a lock then, which a thread of gRPC's may have
+        held when the interpreter stopped it: the process would never end.
+        """
         self._reader.join(_JOIN_TIMEOUT_S)
+        if not self._reader.is_alive():
+            self._call = None
 
     def _requests(self) -> Iterator[bytes]:
         while True:
@@ -304,8 +312,9 @@ class _Stream:
         try:
             for data in self._call:
                 self._deliver(*stream_outcome(data, self._request_id))
-        except grpc.RpcError:
+        except grpc.RpcError as error:
             end = error_from_rpc(self._call, request_id=self._request_id)
+            error.with_traceback(None)  # it is the call itself, whose frames know it: leave no cycle, see join
         except ProtocolError as error:
             end = error
             self._call.cancel()

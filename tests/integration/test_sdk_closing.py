@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -21,6 +22,17 @@ from expertd.v1 import expertd_pb2 as pb
 def client_threads() -> set[threading.Thread]:
     """All but the executors of the fake server and of the test."""
     return {thread for thread in threading.enumerate() if not thread.name.startswith("ThreadPoolExecutor")}
+
+
+def test_close_lets_go_of_the_call(server: FakeServer) -> None:
+    """Else that is done when the interpreter ends, and may wait forever for a thread of gRPC's that has stopped."""
+    client = expertd.Client(expertd.ClientConfig(server.target, transport="stream"))
+    hidden, logits = tokens(1)
+    client.forward("a", hidden, routing_logits=logits)
+    (stream,) = client._transport._streams  # type: ignore[attr-defined]
+    call = weakref.ref(stream._call)
+    client.close()
+    assert call() is None
 
 
 @pytest.mark.parametrize("transport", ["stream", "unary"])
