@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import grpc
+import psutil
 from _requests import RequestShape
 from _v2 import METHOD, Encoding, v2_message
 
 from expertd_server.malloc import SETTINGS as MALLOC_SETTINGS
 
-__all__ = ["Peer", "PeerMissingError", "compared", "facts_of", "peer_option", "running_peer"]
+__all__ = ["Peer", "PeerMissingError", "compared", "facts_of", "peer_option", "running_peer", "terminated"]
 
 _PROGRAMS: Final = Path(__file__).resolve().parent / "peers"
 _ENCODINGS: Final[dict[str, tuple[Encoding, ...]]] = {
@@ -90,7 +91,7 @@ def running_peer(peer: Peer, port: int, shape: RequestShape, start_timeout_s: fl
     environment = {**os.environ, **MALLOC_SETTINGS}
     with tempfile.TemporaryFile("w+") as said:  # not a pipe, which somebody would have to empty
         process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=said)
-        try:
+        with terminated(process):
             try:
                 _wait_answers(process, port, v2_message(shape, peer.encodings[0]), start_timeout_s)
             except PeerMissingError as error:
@@ -98,13 +99,20 @@ def running_peer(peer: Peer, port: int, shape: RequestShape, start_timeout_s: fl
                 last = next((line for line in reversed(said.read().split("\n")) if line.strip()), "nothing")
                 raise PeerMissingError(f"{error}; it said last: {last}") from error
             yield process
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+
+
+@contextlib.contextmanager
+def terminated(process: subprocess.Popen[str]) -> Iterator[psutil.Process]:
+    """Stop a server at the end, and wait for it."""
+    try:
+        yield psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _wait_answers(process: subprocess.Popen[str], port: int, message: bytes, timeout_s: float) -> None:

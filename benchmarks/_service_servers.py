@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+from _peers import terminated
 from _service_measure import HERE, Target
 
 from expertd_server.malloc import SETTINGS as MALLOC_SETTINGS
@@ -57,20 +58,6 @@ def running_expertd(options: argparse.Namespace, frontends: int, folder: str) ->
         layers = [f"synthetic.{options.preset}.{n}" for n in range(options.layers)]
         service = "expertd.v1.ExpertService", "ForwardStream", "Forward"
         yield Target("expertd", facts["address"], *service, process, facts["metrics_port"]), layers
-
-
-@contextlib.contextmanager
-def terminated(process: subprocess.Popen[str]) -> Iterator[psutil.Process]:
-    """Stop a server at the end, and wait for it."""
-    try:
-        yield psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def free_port() -> int:
