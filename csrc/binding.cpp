@@ -1,11 +1,13 @@
 // The Python module expertd_server._cuda: integers only. Pointers are addresses, dtypes the ids of DType, the stream a
 // handle; ownership, shapes and checks stay in Python. Launches on the current device; never allocates or synchronises.
+// What a batch needs besides kernels is in slot.cpp.
 #include <pybind11/pybind11.h>
 
 #include <cstring>
 
 #include "gemm.h"
 #include "params.h"
+#include "slot.h"
 #include "tensor_map.h"
 
 namespace py = pybind11;
@@ -204,4 +206,5 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("top_k"), py::arg("stream"), py::arg("pdl"), release());
   m.def("quantize", &quantize, py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("scale"), py::arg("num_valid"),
         py::arg("out"), py::arg("num_tokens"), py::arg("hidden_size"), py::arg("stream"), py::arg("pdl"), release());
+  bind_slot(m);
 }

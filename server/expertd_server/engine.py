@@ -20,6 +20,7 @@ import torch
 
 from expertd_server.backend import Backend, MoEOutput
 from expertd_server.batcher import Batch, Batcher, Limits
+from expertd_server.cuda_slot import CudaSlot, CudaStreams
 from expertd_server.errors import ExpertdServerError
 from expertd_server.forward import ForwardCall, ForwardResult, HostTensor
 from expertd_server.gather import gather, kind_of
@@ -28,7 +29,7 @@ from expertd_server.layer import MoELayer
 from expertd_server.layout import BatchKind, InputLayout, input_layout, output_layout, slot_bytes
 from expertd_server.promise import Promise
 from expertd_server.running import BatchReport, RunningBatch, unexpected
-from expertd_server.staging import Slot, SlotPool, make_slots
+from expertd_server.staging import HostSlot, Slot, SlotPool
 from expertd_server.timing import ForwardTiming
 
 __all__ = ["BatchReport", "Engine", "ForwardCall", "ForwardResult", "ForwardTiming", "HostTensor"]
@@ -75,12 +76,15 @@ class Engine:
         self.clock = clock
         self._is_host = backend.device.type == "cpu" if slots is None else slots[0].is_host
         limits = replace(limits, max_in_flight=1 if self._is_host else _IN_FLIGHT_ON_DEVICE)
-        if slots is None:
+        if slots is None and self._is_host:
+            slots = [HostSlot(0, clock)]
+        elif slots is None:
+            streams = CudaStreams(backend.device)
             # Batches in flight, and one whose answers are being handed out.
-            slots = make_slots(backend.device, 1 if self._is_host else _IN_FLIGHT_ON_DEVICE + 1, clock)
+            slots = [CudaSlot(index, streams) for index in range(_IN_FLIGHT_ON_DEVICE + 1)]
+            if capturer is None and backend.name == "cuda" and max_graph_tokens:
+                capturer = CudaCapturer(streams)
         self.slots = SlotPool(slots)
-        if capturer is None and backend.name == "cuda" and max_graph_tokens:
-            capturer = CudaCapturer(backend.device)
         self.graphs: Graphs | None = None
         if capturer is not None:
             self.graphs = Graphs(self.slots, min(max_graph_tokens, limits.max_batch_tokens), capturer)
@@ -199,17 +203,20 @@ class Engine:
             if graph is not None:
                 graph.replay()
                 expert_weights = graph.expert_weights
-            elif slot.is_host or not do_finalize:
-                answer = layer.forward(
-                    **views.arguments(inputs, num_rows),
-                    output_dtype=kind.output_dtype,
-                    do_finalize=do_finalize,
-                )
             else:
-                expert_weights = run_layer(slot, layer, kind, num_rows, is_padded=False).expert_weights
+                with slot.stream():
+                    if slot.is_host or not do_finalize:
+                        answer = layer.forward(
+                            **views.arguments(inputs, num_rows),
+                            output_dtype=kind.output_dtype,
+                            do_finalize=do_finalize,
+                        )
+                    else:
+                        expert_weights = run_layer(slot, layer, kind, num_rows, is_padded=False).expert_weights
             if answer is None and any(call.return_routing for call in calls):
-                copy = outputs.expert_weights.view(slot.device_out, num_tokens)
-                copy.copy_(expert_weights[:num_tokens], non_blocking=True)
+                with slot.stream():
+                    copy = outputs.expert_weights.view(slot.device_out, num_tokens)
+                    copy.copy_(expert_weights[:num_tokens], non_blocking=True)
         slot.fetch(outputs.nbytes(num_tokens) if answer is None else 0)
         if self.graphs is not None and do_finalize and graph is None:
             self.graphs.capture_unforeseen(slot, layer, kind, num_tokens)

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from expertd_server.backend import MoEOutput
+from expertd_server.cuda_slot import CudaStreams
 from expertd_server.errors import BackendError
 from expertd_server.layer import MoELayer
 from expertd_server.layout import NUM_VALID_BYTES, BatchKind, input_layout, num_valid_tokens, output_layout
@@ -69,12 +70,12 @@ class Capturer(Protocol):
 
 
 class CudaCapturer:
-    """Captures on a stream of its own, while other threads replay. One call at a time."""
+    """Captures on a stream of its own, while other threads replay, on the slots' stream. One call at a time."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, streams: CudaStreams) -> None:
+        self._streams = streams
         # The backend's scratch memory belongs to a stream: all graphs share that of this one, which runs nothing else.
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(streams.device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
         # Held while something is started that uses the graphs' scratch memory. A warm-up starts in three steps, and a
         # replay between them would run beside it.
@@ -82,28 +83,29 @@ class CudaCapturer:
 
     def capture(self, run: Callable[[], MoEOutput]) -> tuple[Callable[[], None], MoEOutput]:
         """See `Capturer`."""
-        graph = torch.cuda.CUDAGraph()
+        captured = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.stream(self._stream):
             # NOTE: not torch.cuda.graph, which waits for the whole device and collects garbage before every capture.
             # thread_local: what other threads do meanwhile, which is replaying, neither disturbs nor is disturbed.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            captured.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 answer = run()
             except BaseException:
                 with contextlib.suppress(RuntimeError):  # the first error tells more
-                    graph.capture_end()
+                    captured.capture_end()
                 raise
-            graph.capture_end()
+            captured.capture_end()
+        launch = self._streams.launcher(captured)
 
-        def replay() -> None:
+        def replay(_: torch.cuda.CUDAGraph = captured) -> None:  # it owns the memory that the graph uses
             with self._submitting:
-                graph.replay()
+                launch()
 
         return replay, answer
 
     def warm_up(self, run: Callable[[], MoEOutput]) -> None:
         """See `Capturer`."""
-        current = torch.cuda.current_stream(self._device)
+        current = torch.cuda.current_stream(self._streams.device)
         with self._submitting:
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
@@ -112,7 +114,7 @@ class CudaCapturer:
 
     def free_bytes(self) -> int:
         """See `Capturer`."""
-        return torch.cuda.mem_get_info(self._device)[0]
+        return torch.cuda.mem_get_info(self._streams.device)[0]
 
 
 class Graphs:
@@ -249,7 +251,7 @@ def _no_tokens(slot: Slot) -> Iterator[None]:
     """Inside, what is started computes on nothing but padding; it has run when the block is over."""
     slot.host_in[:NUM_VALID_BYTES] = 0
     slot.send(NUM_VALID_BYTES)
-    with slot.compute():
+    with slot.compute(), slot.stream():
         yield
     slot.fetch(0)
     slot.wait()

@@ -1,17 +1,15 @@
 """Where batches lie while they run: memory on both sides of the bus, and the copies between.
 
-A slot holds one batch at a time. On a GPU it has pinned memory and device memory for both directions; the copy in of
-one slot, the computation of another and the copy out of a third overlap, each kind of work on a stream of its own. On
-the CPU both sides are the same memory and nothing is copied.
+A slot holds one batch at a time. On a GPU, see `cuda_slot`, it has memory on both sides for both directions. On the CPU
+both sides are the same memory and nothing is copied.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
@@ -23,7 +21,10 @@ from expertd_server.errors import BackendError
 from expertd_server.layer import MoELayer
 from expertd_server.layout import BatchKind
 
-__all__ = ["CudaSlot", "CudaStreams", "Graph", "GraphTable", "HostSlot", "Slot", "SlotPool", "SlotTimes", "make_slots"]
+__all__ = ["Graph", "GraphTable", "HostSlot", "Slot", "SlotPool", "SlotTimes"]
+
+
+_NOWHERE_ELSE = contextlib.nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Graph:
 
     num_rows: int
     replay: Callable[[], None]
-    """Start it on the current stream."""
+    """Start it; inside `Slot.compute`."""
     expert_weights: torch.Tensor
     """[num_rows, K] bfloat16 on the device; what a replay leaves there stays until the next replay of any graph."""
     nbytes: int
@@ -81,7 +82,12 @@ class Slot(Protocol):
         ...
 
     def compute(self) -> AbstractContextManager[None]:
-        """Inside, what is started runs on the device after `send` and after every earlier batch."""
+        """Inside, what is started runs on the device after `send` and after every earlier batch: graphs, and what
+        torch starts inside `stream`."""
+        ...
+
+    def stream(self) -> AbstractContextManager[None]:
+        """Inside `compute`: has torch start things where graphs are started."""
         ...
 
     def fetch(self, nbytes: int) -> None:
@@ -139,6 +145,10 @@ class HostSlot:
         """See `Slot`; the computation is over when the block is."""
         return self
 
+    def stream(self) -> AbstractContextManager[None]:
+        """See `Slot`."""
+        return _NOWHERE_ELSE
+
     def __enter__(self) -> None:
         self._start_s = self._clock()
 
@@ -161,98 +171,6 @@ class HostSlot:
 
     def settle(self) -> None:
         """Nothing: nothing runs on."""
-
-
-class CudaStreams:
-    """One stream for each kind of work, shared by the slots of a device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.copy_in = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # One stream for all layers: their graphs share scratch memory, so they run one after the other.
-        self.compute = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.copy_out = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-class CudaSlot:
-    """A slot of a GPU. One thread at a time may use it."""
-
-    is_host = False
-
-    def __init__(self, index: int, streams: CudaStreams) -> None:
-        self.index = index
-        self.graphs: GraphTable = WeakKeyDictionary()
-        self._streams = streams
-        self.host_in = self.host_out = torch.empty(0, dtype=torch.uint8)
-        self.device_in = self.device_out = torch.empty(0, dtype=torch.uint8, device=streams.device)
-        # Waiting for an event spins: a thread that sleeps instead wakes 10 to 30 us later, a fifth of a small batch.
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(5)]  # type: ignore[no-untyped-call]
-        self._begun, self._sent, self._started, self._computed, self._fetched = events
-
-    @property
-    def device_nbytes(self) -> int:
-        """See `Slot`."""
-        return self.device_in.numel() + self.device_out.numel()
-
-    def reserve(self, in_bytes: int, out_bytes: int) -> None:
-        """See `Slot`."""
-        if in_bytes <= self.host_in.numel() and out_bytes <= self.host_out.numel():
-            return
-        self.graphs.clear()
-        in_bytes, out_bytes = max(in_bytes, self.host_in.numel()), max(out_bytes, self.host_out.numel())
-        # Zeros, so that a graph that is warmed up before its first batch reads numbers and no tokens.
-        self.host_in = torch.zeros(in_bytes, dtype=torch.uint8, pin_memory=True)
-        self.host_out = torch.zeros(out_bytes, dtype=torch.uint8, pin_memory=True)
-        self.device_in = torch.zeros(in_bytes, dtype=torch.uint8, device=self._streams.device)
-        self.device_out = torch.zeros(out_bytes, dtype=torch.uint8, device=self._streams.device)
-        # NOTE: the zeros are written on this thread's stream, which the slot's streams do not wait for.
-        torch.cuda.current_stream(self._streams.device).synchronize()
-
-    def send(self, nbytes: int) -> None:
-        """See `Slot`."""
-        streams = self._streams
-        with torch.cuda.stream(streams.copy_in):
-            self._begun.record()
-            self.device_in[:nbytes].copy_(self.host_in[:nbytes], non_blocking=True)
-            self._sent.record()
-        streams.compute.wait_event(self._sent)
-
-    @contextlib.contextmanager
-    def compute(self) -> Iterator[None]:
-        """See `Slot`; returns at once."""
-        with torch.cuda.stream(self._streams.compute):
-            self._started.record()
-            yield
-            self._computed.record()
-
-    def fetch(self, nbytes: int) -> None:
-        """See `Slot`."""
-        streams = self._streams
-        with torch.cuda.stream(streams.copy_out):
-            streams.copy_out.wait_event(self._computed)
-            self.host_out[:nbytes].copy_(self.device_out[:nbytes], non_blocking=True)
-            self._fetched.record()
-
-    def wait(self) -> None:
-        """See `Slot`. The interpreter is free meanwhile."""
-        self._fetched.synchronize()
-
-    def times(self) -> SlotTimes:
-        """See `Slot`."""
-        events = (self._begun, self._sent, self._started, self._computed, self._fetched)
-        return SlotTimes(*(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)))
-
-    def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        """See `Slot`."""
-        with torch.cuda.stream(self._streams.copy_out):  # not the stream of the batches that compute by now
-            return tensor.cpu()
-
-    def settle(self) -> None:
-        """See `Slot`."""
-        streams = self._streams
-        for stream in (streams.copy_in, streams.compute, streams.copy_out):
-            with contextlib.suppress(RuntimeError):  # a device that failed touches nothing any more
-                stream.synchronize()
 
 
 class SlotPool:
@@ -327,11 +245,3 @@ class SlotPool:
             self._free.append(slot)
             if self._num_waiting:
                 self._changed.notify_all()
-
-
-def make_slots(device: torch.device, num_slots: int, clock: Callable[[], float] = time.monotonic) -> list[Slot]:
-    """Slots of the CPU or of a CUDA device, without memory yet."""
-    if device.type == "cpu":
-        return [HostSlot(index, clock) for index in range(num_slots)]
-    streams = CudaStreams(device)
-    return [CudaSlot(index, streams) for index in range(num_slots)]

@@ -16,18 +16,20 @@ gpu_layers = pytest.importorskip("gpu_layers", reason="needs the compiled kernel
 
 from gpu_layers import make_inputs, prepared, same_bits  # noqa: E402
 
+from expertd_server.cuda_slot import CudaSlot, CudaStreams  # noqa: E402
 from expertd_server.graphs import CudaCapturer, Graphs  # noqa: E402
 from expertd_server.layer import MoELayer  # noqa: E402
 from expertd_server.layout import BatchKind, input_layout, num_valid_tokens, output_layout, slot_bytes  # noqa: E402
-from expertd_server.staging import SlotPool, make_slots  # noqa: E402
+from expertd_server.staging import SlotPool  # noqa: E402
 
 KIND = BatchKind(torch.float8_e4m3fn, False, torch.bfloat16)
 
 
 def make(backend: CudaBackend, layer: MoELayer, max_rows: int) -> tuple[Graphs, SlotPool]:
-    pool = SlotPool(make_slots(backend.device, 2))
+    streams = CudaStreams(backend.device)
+    pool = SlotPool([CudaSlot(index, streams) for index in range(2)])
     pool.require(*slot_bytes(layer.spec, max_rows, takes_wide=False))
-    return Graphs(pool, max_rows, CudaCapturer(backend.device)), pool
+    return Graphs(pool, max_rows, CudaCapturer(streams)), pool
 
 
 @pytest.mark.parametrize("rows", [1, 64, 128])

@@ -74,6 +74,9 @@ class FakeSlot:
         self._device.get_done()
         yield
 
+    def stream(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def fetch(self, nbytes: int) -> None:
         self.fetched_bytes.append(nbytes)
         self._device.start(lambda: self._copy(self.host_out, self.device_out, nbytes))

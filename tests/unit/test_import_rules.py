@@ -69,7 +69,7 @@ LEVELS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"layer", "remote_layer", "store"}),
-    frozenset({"batcher", "engine", "forward", "gather", "graphs", "layout", "running", "staging"}),
+    frozenset({"batcher", "cuda_slot", "engine", "forward", "gather", "graphs", "layout", "running", "staging"}),
     frozenset(
         {
             "calls",
@@ -176,7 +176,7 @@ def test_only_the_cuda_backend_knows_the_extension(module: str) -> None:
     """One module imports it, and says what is missing where it was not built; the backend's own take it from there."""
     assert "_cuda" not in own_imports(module) or module == "cuda_extension"
     if "cuda_extension" in own_imports(module):
-        assert module in {"backend_cuda", "cuda_families", "cuda_workspace"}
+        assert module in {"backend_cuda", "cuda_families", "cuda_slot", "cuda_workspace"}
 
 
 @pytest.mark.parametrize("module", MODULES)

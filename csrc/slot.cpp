@@ -1,0 +1,141 @@
+// What a batch asks of CUDA besides kernels: the copies in and out, the launch of its graph, and the order between
+// them. Asking for each event and stream from Python takes longer than a small layer computes.
+#include "slot.h"
+
+#include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <memory>
+
+#include "check.h"
+
+namespace py = pybind11;
+
+namespace expertd {
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+struct DestroyGraph {
+  void operator()(cudaGraphExec_t graph) const { cudaGraphExecDestroy(graph); }
+};
+struct DestroyEvent {
+  void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
+};
+
+// An executable copy of a captured graph, which remains the caller's. What it was captured on must outlive it.
+class Graph {
+ public:
+  explicit Graph(Address captured) {
+    cudaGraphExec_t graph;
+    check_cuda(cudaGraphInstantiate(&graph, pointer<CUgraph_st>(captured), 0), "instantiating a CUDA graph");
+    graph_.reset(graph);
+  }
+
+  void launch(Address stream) const {
+    check_cuda(cudaGraphLaunch(graph_.get(), pointer<CUstream_st>(stream)), "launching a CUDA graph");
+  }
+
+ private:
+  std::unique_ptr<CUgraphExec_st, DestroyGraph> graph_;
+};
+
+// One batch after the other on three streams: send, begin, what computes, end, fetch, wait.
+class SlotWork {
+ public:
+  SlotWork(Address copy_in, Address compute, Address copy_out)
+      : copy_in_(pointer<CUstream_st>(copy_in)),
+        compute_(pointer<CUstream_st>(compute)),
+        copy_out_(pointer<CUstream_st>(copy_out)) {
+    // Waiting for them spins: a thread that sleeps instead wakes 10 to 30 us later, a fifth of a small batch.
+    for (auto& owner : events_) {
+      cudaEvent_t event;
+      check_cuda(cudaEventCreate(&event), "making a CUDA event");
+      owner.reset(event);
+    }
+  }
+
+  // Where batches lie, from the next one on.
+  void place(Address host_in, Address device_in, Address device_out, Address host_out) {
+    host_in_ = host_in, device_in_ = device_in, device_out_ = device_out, host_out_ = host_out;
+  }
+
+  void send(size_t num_bytes) {
+    record(kBegun, copy_in_);
+    copy(device_in_, host_in_, num_bytes, cudaMemcpyHostToDevice, copy_in_);
+    record(kSent, copy_in_);
+    order(kSent, compute_);
+  }
+
+  void begin() { record(kStarted, compute_); }
+
+  void end() { record(kComputed, compute_); }
+
+  void fetch(size_t num_bytes) {
+    order(kComputed, copy_out_);
+    copy(host_out_, device_out_, num_bytes, cudaMemcpyDeviceToHost, copy_out_);
+    record(kFetched, copy_out_);
+  }
+
+  void wait() const { check_cuda(cudaEventSynchronize(events_[kFetched].get()), "waiting for a batch"); }
+
+  // Seconds: copy in, wait, compute, copy out.
+  py::tuple times() const {
+    std::array<double, kNumEvents - 1> seconds;
+    for (int i = 0; i + 1 < kNumEvents; ++i) {
+      float ms = 0.0f;
+      check_cuda(cudaEventElapsedTime(&ms, events_[i].get(), events_[i + 1].get()), "reading a batch's times");
+      seconds[i] = ms / 1e3;
+    }
+    return py::make_tuple(seconds[0], seconds[1], seconds[2], seconds[3]);
+  }
+
+ private:
+  enum Event { kBegun, kSent, kStarted, kComputed, kFetched, kNumEvents };
+
+  void record(Event event, cudaStream_t stream) {
+    check_cuda(cudaEventRecord(events_[event].get(), stream), "recording a CUDA event");
+  }
+
+  void order(Event event, cudaStream_t behind) {
+    check_cuda(cudaStreamWaitEvent(behind, events_[event].get(), 0), "ordering CUDA streams");
+  }
+
+  static void copy(Address to, Address from, size_t num_bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+    if (num_bytes == 0) return;
+    check_cuda(cudaMemcpyAsync(pointer<void>(to), pointer<void>(from), num_bytes, kind, stream),
+               "copying between host and device");
+  }
+
+  cudaStream_t copy_in_, compute_, copy_out_;
+  Address host_in_ = 0, device_in_ = 0, device_out_ = 0, host_out_ = 0;
+  std::array<std::unique_ptr<CUevent_st, DestroyEvent>, kNumEvents> events_;
+};
+
+}  // namespace
+
+void bind_slot(py::module_& m) {
+  // NOTE: but for wait, the interpreter's lock is kept. All of them together take some ten microseconds; a thread that
+  // lets go of the lock may have to wait for it a thousand times as long.
+  py::class_<Graph>(m, "Graph")
+      .def(py::init<Address>(), py::arg("captured"))
+      .def("launch", &Graph::launch, py::arg("stream"));
+  py::class_<SlotWork>(m, "SlotWork")
+      .def(py::init<Address, Address, Address>(), py::arg("copy_in"), py::arg("compute"), py::arg("copy_out"))
+      .def("place", &SlotWork::place, py::arg("host_in"), py::arg("device_in"), py::arg("device_out"),
+           py::arg("host_out"))
+      .def("send", &SlotWork::send, py::arg("num_bytes"))
+      .def("begin", &SlotWork::begin)
+      .def("end", &SlotWork::end)
+      .def("fetch", &SlotWork::fetch, py::arg("num_bytes"))
+      .def("wait", &SlotWork::wait, py::call_guard<py::gil_scoped_release>())
+      .def("times", &SlotWork::times);
+}
+
+}  // namespace expertd

@@ -1,0 +1,162 @@
+"""Slots of a GPU: pinned memory and device memory for both directions, and the copies between.
+
+The copy in of one slot, the computation of another and the copy out of a third overlap, each kind of work on a stream
+of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import torch
+
+from expertd_server.staging import GraphTable, SlotTimes
+
+try:
+    from expertd_server.cuda_extension import _cuda
+except ImportError:  # a GPU without kernels of its own
+    _cuda = None  # type: ignore[assignment]
+
+__all__ = ["CudaSlot", "CudaStreams"]
+
+
+class CudaStreams:
+    """One stream for each kind of work, shared by the slots of a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.copy_in = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # One stream for all layers: their graphs share scratch memory, so they run one after the other.
+        self.compute = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.copy_out = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def launcher(self, captured: torch.cuda.CUDAGraph) -> Callable[[], None]:
+        """What starts a graph that was captured with keep_graph on `compute`. Not without the compiled module."""
+        return partial(_cuda.Graph(captured.raw_cuda_graph()).launch, self.compute.cuda_stream)
+
+
+class CudaSlot:
+    """A slot of a GPU. One thread at a time may use it."""
+
+    is_host = False
+
+    def __init__(self, index: int, streams: CudaStreams) -> None:
+        self.index = index
+        self.graphs: GraphTable = WeakKeyDictionary()
+        self._streams = streams
+        self.host_in = self.host_out = torch.empty(0, dtype=torch.uint8)
+        self.device_in = self.device_out = torch.empty(0, dtype=torch.uint8, device=streams.device)
+        handles = (stream.cuda_stream for stream in (streams.copy_in, streams.compute, streams.copy_out))
+        self._work = _TorchWork(streams) if _cuda is None else _cuda.SlotWork(*handles)
+
+    @property
+    def device_nbytes(self) -> int:
+        """See `Slot`."""
+        return self.device_in.numel() + self.device_out.numel()
+
+    def reserve(self, in_bytes: int, out_bytes: int) -> None:
+        """See `Slot`."""
+        if in_bytes <= self.host_in.numel() and out_bytes <= self.host_out.numel():
+            return
+        self.graphs.clear()
+        in_bytes, out_bytes = max(in_bytes, self.host_in.numel()), max(out_bytes, self.host_out.numel())
+        # Zeros, so that a graph that is warmed up before its first batch reads numbers and no tokens.
+        self.host_in = torch.zeros(in_bytes, dtype=torch.uint8, pin_memory=True)
+        self.host_out = torch.zeros(out_bytes, dtype=torch.uint8, pin_memory=True)
+        self.device_in = torch.zeros(in_bytes, dtype=torch.uint8, device=self._streams.device)
+        self.device_out = torch.zeros(out_bytes, dtype=torch.uint8, device=self._streams.device)
+        # NOTE: the zeros are written on this thread's stream, which the slot's streams do not wait for.
+        torch.cuda.current_stream(self._streams.device).synchronize()
+        memory = self.host_in, self.device_in, self.device_out, self.host_out
+        if isinstance(self._work, _TorchWork):
+            self._work.memory = memory
+        else:
+            self._work.place(*(tensor.data_ptr() for tensor in memory))
+
+    def send(self, nbytes: int) -> None:
+        """See `Slot`."""
+        self._work.send(nbytes)
+
+    def compute(self) -> AbstractContextManager[None]:
+        """See `Slot`; returns at once."""
+        return self
+
+    def __enter__(self) -> None:
+        self._work.begin()
+
+    def __exit__(self, *_: object) -> None:
+        self._work.end()
+
+    def stream(self) -> AbstractContextManager[None]:
+        """See `Slot`."""
+        return torch.cuda.stream(self._streams.compute)
+
+    def fetch(self, nbytes: int) -> None:
+        """See `Slot`."""
+        self._work.fetch(nbytes)
+
+    def wait(self) -> None:
+        """See `Slot`. The interpreter is free meanwhile."""
+        self._work.wait()
+
+    def times(self) -> SlotTimes:
+        """See `Slot`."""
+        return SlotTimes(*self._work.times())
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Slot`."""
+        with torch.cuda.stream(self._streams.copy_out):  # not the stream of the batches that compute by now
+            return tensor.cpu()
+
+    def settle(self) -> None:
+        """See `Slot`."""
+        streams = self._streams
+        for stream in (streams.copy_in, streams.compute, streams.copy_out):
+            with contextlib.suppress(RuntimeError):  # a device that failed touches nothing any more
+                stream.synchronize()
+
+
+class _TorchWork:
+    """What `SlotWork` of the compiled module does, by torch, which takes ten times as long."""
+
+    def __init__(self, streams: CudaStreams) -> None:
+        self._streams = streams
+        self.memory: tuple[torch.Tensor, ...] = ()
+        """host_in, device_in, device_out, host_out."""
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(5)]  # type: ignore[no-untyped-call]
+        self._begun, self._sent, self._started, self._computed, self._fetched = self._events
+
+    def send(self, num_bytes: int) -> None:
+        host_in, device_in, _, _ = self.memory
+        self._begun.record(self._streams.copy_in)
+        with torch.cuda.stream(self._streams.copy_in):
+            device_in[:num_bytes].copy_(host_in[:num_bytes], non_blocking=True)
+        self._sent.record(self._streams.copy_in)
+        self._streams.compute.wait_event(self._sent)
+
+    def begin(self) -> None:
+        self._started.record(self._streams.compute)
+
+    def end(self) -> None:
+        self._computed.record(self._streams.compute)
+
+    def fetch(self, num_bytes: int) -> None:
+        _, _, device_out, host_out = self.memory
+        self._streams.copy_out.wait_event(self._computed)
+        with torch.cuda.stream(self._streams.copy_out):
+            host_out[:num_bytes].copy_(device_out[:num_bytes], non_blocking=True)
+        self._fetched.record(self._streams.copy_out)
+
+    def wait(self) -> None:
+        self._fetched.synchronize()
+
+    def times(self) -> tuple[float, float, float, float]:
+        copy_in_s, wait_s, compute_s, copy_out_s = (
+            float(a.elapsed_time(b)) / 1e3 for a, b in itertools.pairwise(self._events)
+        )
+        return copy_in_s, wait_s, compute_s, copy_out_s
