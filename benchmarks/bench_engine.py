@@ -1,6 +1,6 @@
 """What the engine makes of the GPU, without gRPC: many layers resident, graphs of all, and callers that keep it busy.
 
-Weights, capture time and graph memory of `--layers` layers; then, for each request size, callers in closed loop on one
+Weights, capture time and graph memory of `--layers` layers; then, for each request size, requests in closed loop on one
 layer and on random layers, beside the rate of the bare graphs replayed back to back on the same layers with the mean
 batch that the engine made. Answers are compared with the operator's bytes first.
 
@@ -17,8 +17,8 @@ import statistics
 import sys
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from rich.table import Table
 from expertd_server.backend_cuda import CudaBackend
 from expertd_server.batcher import Limits
 from expertd_server.engine import BatchReport, Engine, ForwardCall, ForwardResult, HostTensor
+from expertd_server.event_loop import EventLoop
 from expertd_server.layer import MoELayer
 from expertd_server.layout import BatchKind, input_layout, num_valid_tokens
 from expertd_server.promise import Promise
@@ -70,6 +71,19 @@ def make_call(layer: MoELayer, num_tokens: int, seed: int) -> ForwardCall:
     hidden_states = torch.randn(num_tokens, layer.spec.hidden_size, generator=g).to(torch.float8_e4m3fn)
     logits = torch.randn(num_tokens, layer.spec.num_experts, generator=g)
     return ForwardCall(layer, host(hidden_states), routing_logits=host(logits))
+
+
+def answering(call: ForwardCall) -> ForwardCall:
+    """The same, whose answer goes where the service would put it: into memory that is ready, beside others' copies."""
+    memory = bytearray(call.num_tokens * call.layer.spec.hidden_size * call.output_dtype.itemsize)
+
+    def encode(result: ForwardResult) -> None:
+        assert result.copies is not None
+        assert result.output is not None
+        result.copies.add(memory, 0, result.output.view(torch.uint8).numpy())
+
+    call.encode = encode
+    return call
 
 
 def host(tensor: torch.Tensor) -> HostTensor:
@@ -129,35 +143,42 @@ class Tally:
 
 
 def closed_loop(
-    engine: Engine, tally: Tally, calls: list[ForwardCall], *, threads: int, in_flight: int, seconds: float
+    engine: Engine, loop: EventLoop, tally: Tally, calls: list[ForwardCall], *, in_flight: int, seconds: float
 ) -> dict[str, Any]:
-    """Callers that each keep in_flight random calls waiting for an answer."""
-    over = threading.Event()
-    latencies_s: list[list[float]] = [[] for _ in range(threads)]
+    """Keeps in_flight random calls waiting, from the loop that the engine runs in, as the service does."""
+    chance = random.Random(0)
+    latencies_s: list[float] = []
+    failures: list[BaseException] = []
+    over, ended = threading.Event(), threading.Semaphore(0)
 
-    def ask(thread: int) -> None:
-        chance = random.Random(thread)
-        waiting: deque[tuple[float, Promise[ForwardResult]]] = deque()
-        while not over.is_set() or waiting:
-            while not over.is_set() and len(waiting) < in_flight:
-                waiting.append((time.perf_counter(), engine.submit(chance.choice(calls))))
-            if waiting:
-                start_s, future = waiting.popleft()
-                future.result(PATIENCE_S)
-                latencies_s[thread].append(time.perf_counter() - start_s)
+    def ask() -> None:
+        done = partial(answered, time.perf_counter())
+        engine.submit(chance.choice(calls)).add_done_callback(done)
 
-    workers = [threading.Thread(target=ask, args=(n,)) for n in range(threads)]
-    for worker in workers:
-        worker.start()
+    def answered(start_s: float, promise: Promise[object]) -> None:
+        latencies_s.append(time.perf_counter() - start_s)
+        error = promise.exception(timeout=0)
+        if error is not None:
+            failures.append(error)
+        if over.is_set() or failures:
+            ended.release()
+        else:
+            ask()
+
+    for _ in range(in_flight):
+        loop.soon(ask)
     time.sleep(0.3)  # to a steady state
     tally.reset()
+    latencies_s.clear()
     cpu_s, start_s = time.process_time(), time.perf_counter()
     time.sleep(seconds)
     count, wall_s, cpu_s = tally.reset(), time.perf_counter() - start_s, time.process_time() - cpu_s
     over.set()
-    for worker in workers:
-        worker.join(PATIENCE_S)
-    merged = sorted(latency for part in latencies_s for latency in part)
+    for _ in range(in_flight):
+        assert ended.acquire(timeout=PATIENCE_S), "a call was not answered"
+    if failures:
+        raise failures[0]
+    merged = sorted(latencies_s)
     return {
         "tokens_per_s": count.tokens / wall_s,
         "requests_per_s": count.requests / wall_s,
@@ -191,7 +212,7 @@ def bare_graphs_us(engine: Engine, layers: list[MoELayer], num_tokens: int, repl
         num_valid_tokens(slot.host_in).fill_(num_tokens)
         slot.send(layout.nbytes(graphs[0].num_rows))
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        with slot.compute():
+        with slot.compute(), slot.stream():
             for turn in range(replays + 20):
                 if turn == 20:  # warm
                     begin.record()
@@ -209,12 +230,24 @@ def bare_graphs_us(engine: Engine, layers: list[MoELayer], num_tokens: int, repl
 def table_of(cells: list[dict[str, Any]], title: str) -> Table:
     """One row a cell."""
     table = Table(title=title)
-    columns = ("tokens", "on", "Mtok/s", "req/batch", "tok/batch", "busy", "graphs", "compute us", "bare us", "of bare")
+    columns = (
+        "tokens",
+        "in flight",
+        "on",
+        "Mtok/s",
+        "req/batch",
+        "tok/batch",
+        "busy",
+        "graphs",
+        "compute us",
+        "bare us",
+        "of bare",
+    )
     for column in (*columns, "of one layer", "p50 us", "p99 us", "CPU us/req", "lone p50 us", "lone compute us"):
         table.add_column(column, justify="right")
     for c in cells:
         values = (
-            c["tokens"], c["on"], f"{c['tokens_per_s'] / 1e6:.3f}", f"{c['mean_batch_requests']:.1f}",
+            c["tokens"], c["in_flight"], c["on"], f"{c['tokens_per_s'] / 1e6:.3f}", f"{c['mean_batch_requests']:.1f}",
             f"{c['mean_batch_tokens']:.0f}", f"{c['busy_ratio']:.2f}", f"{c['replay_ratio']:.2f}",
             f"{c['compute_us']:.0f}", _shown(c["graph_us"], 0), _shown(c.get("of_bare_graphs"), 2),
             _shown(c.get("of_one_layer"), 2), f"{c['p50_us']:.0f}", f"{c['p99_us']:.0f}",
@@ -229,8 +262,9 @@ def main() -> int:
     parser.add_argument("--preset", default="qwen3-30b-a3b", help="shape of the layers")
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 128, 512], help="request sizes")
-    parser.add_argument("--threads", type=int, default=4, help="callers")
-    parser.add_argument("--in-flight", type=int, default=16, help="requests that each caller keeps waiting")
+    parser.add_argument(
+        "--in-flight", nargs="+", type=int, default=[64, 1024], help="requests that callers keep waiting"
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--json", help="write the results here")
     args = parser.parse_args()
@@ -269,31 +303,32 @@ def main() -> int:
         f"staging {memory['staging'] / 1e9:.3f} GB, workspace {memory['workspace'] / 1e9:.3f} GB"
     )
 
-    engine.batcher.start()
+    loop = EventLoop.acquire()
+    sys.setswitchinterval(1e-4)  # as the server does
+    engine.batcher.start(loop.soon)
     gc.freeze()
     checked = check(engine, [layers[0], layers[-1]], [0, 1, 3, 64, 100, 1000, 1024, 1500, 4096])
     console.print(f"{checked} answers equal the operator's, byte for byte")
     cells = []
     for tokens in args.tokens:
-        one = [make_call(layers[0], tokens, seed) for seed in range(32)]
-        any_layer = [make_call(layers[seed % len(layers)], tokens, seed) for seed in range(max(96, len(layers)))]
-        lone = closed_loop(engine, tally, one, threads=1, in_flight=1, seconds=args.seconds / 2)
-        for name, calls, chosen in (("one", one, layers[:1]), ("random", any_layer, layers)):
-            cell = closed_loop(
-                engine, tally, calls, threads=args.threads, in_flight=args.in_flight, seconds=args.seconds
-            )
-            cell |= {"tokens": tokens, "on": name, "lone_p50_us": lone["p50_us"], "lone_compute_us": lone["compute_us"]}
-            cell["graph_us"] = bare_graphs_us(engine, chosen, round(cell["mean_batch_tokens"]))
-            if cell["graph_us"] is not None:
-                cell["of_bare_graphs"] = cell["tokens_per_s"] * cell["graph_us"] / cell["mean_batch_tokens"] / 1e6
-            cells.append(cell)
-        cells[-1]["of_one_layer"] = cells[-1]["tokens_per_s"] / cells[-2]["tokens_per_s"]
+        one = [answering(make_call(layers[0], tokens, seed)) for seed in range(32)]
+        some = [answering(make_call(layers[n % len(layers)], tokens, n)) for n in range(max(96, len(layers)))]
+        lone = closed_loop(engine, loop, tally, one, in_flight=1, seconds=args.seconds / 2)
+        for in_flight in args.in_flight:
+            for name, calls, chosen in (("one", one, layers[:1]), ("random", some, layers)):
+                cell = closed_loop(engine, loop, tally, calls, in_flight=in_flight, seconds=args.seconds)
+                cell |= {"tokens": tokens, "in_flight": in_flight, "on": name}
+                cell |= {"lone_p50_us": lone["p50_us"], "lone_compute_us": lone["compute_us"]}
+                cell["graph_us"] = bare_graphs_us(engine, chosen, round(cell["mean_batch_tokens"]))
+                if cell["graph_us"] is not None:
+                    cell["of_bare_graphs"] = cell["tokens_per_s"] * cell["graph_us"] / cell["mean_batch_tokens"] / 1e6
+                cells.append(cell)
+            cells[-1]["of_one_layer"] = cells[-1]["tokens_per_s"] / cells[-2]["tokens_per_s"]
     leftover = {"slots_in_use": engine.slots.in_use, "queue_tokens": engine.batcher.queue_tokens}
     stopped = engine.batcher.stop(PATIENCE_S)
+    loop.release()
 
-    console.print(
-        table_of(cells, f"{args.threads} callers, {args.in_flight} requests in flight each; lone: one in flight")
-    )
+    console.print(table_of(cells, "closed loop; lone: one request in flight"))
     console.print(f"stopped {stopped}, left over {leftover}")
     if args.json:
         write_json(args.json, {**header(), "arguments": vars(args), "start": start, "cells": cells})

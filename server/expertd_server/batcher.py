@@ -5,6 +5,8 @@ waits is taken: the key whose first request is oldest, in order of arrival, up t
 and a lone request never waits for company unless `max_queue_delay_s` asks for it.
 
 A batch is launched, and finished later: with room for two in flight, one is gathered while another computes.
+
+Who does this: threads of the batcher's own, or the one thread that the requests come from, see `Batcher.start`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, NoReturn, Protocol, TypeVar
 
 from expertd_server.errors import ExpertdServerError, OverloadedError, RequestTimeoutError, UnavailableError
@@ -130,6 +133,14 @@ class _Flight(Generic[P, R]):
     batch: Batch[P, R]
     running: Running[R]
     launched_s: float
+    error: Exception | None = None
+    """What waiting for it raised."""
+
+    def wait(self) -> None:
+        try:
+            self.running.wait()
+        except Exception as error:
+            self.error = error
 
 
 class Batcher(Generic[P, R]):
@@ -176,10 +187,12 @@ class Batcher(Generic[P, R]):
         self._draining = False
         self._stopped = False
         self._abandoned = False
-        self.threads: list[threading.Thread] = []
-        """That launch and finish."""
+        self._threads: list[threading.Thread] = []
         self._soon: Callable[[Callable[[], object]], object] | None = None
         self._is_called = False
+        # Whether `soon` calls what launches and what finishes, and a thread waits in between.
+        self._is_split = False
+        self._caller: threading.Thread | None = None
 
     @property
     def queue_tokens(self) -> int:
@@ -229,21 +242,26 @@ class Batcher(Generic[P, R]):
     def start(self, soon: Callable[[Callable[[], object]], object] | None = None) -> None:
         """Start the threads: one that launches and finishes, or one for each where there is more than one in flight.
 
-        soon: for what computes in no time; instead of a thread, this is asked to call a function that runs what waits,
-        always in the same thread. It must not call it at once. Not together with max_queue_delay_s.
+        soon: instead, this is asked to call functions that launch and finish, always in the same thread; by any thread,
+        and it must not call them at once. Threads that share an interpreter keep each other waiting. With one batch in
+        flight everything is done there, which is for what computes in no time; with more, a thread is left that waits
+        for what was launched. Not together with max_queue_delay_s.
         """
+        several = self._limits.max_in_flight > 1
+        loops: dict[str, Callable[[float], object]]
         if soon is not None:
             if self._limits.max_queue_delay_s:
                 raise ValueError("without a thread nobody can wait for company: max_queue_delay_s must be 0")
-            self._soon = soon
-            return
-        loops = {"expertd-batcher": self.run_once}
-        if self._limits.max_in_flight > 1:
+            self._soon, self._is_split = soon, several
+            loops = {"expertd-waiter": self._await_once} if several else {}
+        elif several:
             loops = {"expertd-launcher": self.launch_once, "expertd-finisher": self.finish_once}
+        else:
+            loops = {"expertd-batcher": self.run_once}
         for name, step in loops.items():
             thread = threading.Thread(target=self._loop, args=(step,), name=name, daemon=True)
             thread.start()
-            self.threads.append(thread)
+            self._threads.append(thread)
 
     def hurry(self) -> None:
         """Run what waits here and now, where no thread does it; for the thread in which `soon` calls."""
@@ -252,11 +270,28 @@ class Batcher(Generic[P, R]):
 
     def _run_due(self) -> None:
         self._is_called = False
-        try:
-            while self._has_work and not self._stopped:
-                self.run_once()
-        except Exception:  # as in _loop
-            log.exception("the batcher caught an unexpected error and goes on")
+        self._caller = self._caller or threading.current_thread()
+        while self._has_work and not self._stopped:
+            self._guarded(self.launch_once if self._is_split else self.run_once, 0.0)
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """That launch and finish, as far as they are known by now."""
+        return self._threads if self._caller is None else [*self._threads, self._caller]
+
+    def _await_once(self, timeout_s: float) -> bool:
+        """Wait for what was launched first, and have it finished where it was launched."""
+        flight = self._next_flight(timeout_s)
+        if flight is None:
+            return False
+        flight.wait()
+        assert self._soon is not None
+        self._soon(partial(self._finish_here, flight))
+        return True
+
+    def _finish_here(self, flight: _Flight[P, R]) -> None:
+        self._hand_out(flight)
+        self._run_due()
 
     def run_once(self, timeout_s: float = 0.0) -> bool:
         """Wait up to timeout_s for a batch to be due, launch it and finish it; False when none was.
@@ -296,22 +331,31 @@ class Batcher(Generic[P, R]):
 
     def finish_once(self, timeout_s: float = 0.0) -> bool:
         """Wait up to timeout_s for a batch to be launched, finish it and serve its waiters; False when none was."""
-        with self._lock:
-            if not self._flights:
-                self._launched.wait_for(lambda: self._flights or self._is_over, timeout_s)
-            if not self._flights:
-                return False
-            flight = self._flights.popleft()
+        flight = self._next_flight(timeout_s)
+        if flight is None:
+            return False
         self._finish(flight)
         return True
 
+    def _next_flight(self, timeout_s: float) -> _Flight[P, R] | None:
+        with self._lock:
+            if not self._flights:
+                self._launched.wait_for(lambda: self._flights or self._is_over, timeout_s)
+            return self._flights.popleft() if self._flights else None
+
     def _finish(self, flight: _Flight[P, R]) -> None:
+        flight.wait()
+        self._hand_out(flight)
+
+    def _hand_out(self, flight: _Flight[P, R]) -> None:
+        """Serve the waiters of a batch that is over; one that waits is launched before, where nothing is in flight."""
         batch, running = flight.batch, flight.running
+        self._leave_flight()
+        if self._is_split and self._has_work and not self._num_in_flight:
+            self._guarded(self.launch_once, 0.0)
         try:
-            try:
-                running.wait()
-            finally:
-                self._leave_flight()
+            if flight.error is not None:
+                raise flight.error
             results = running.results()
             if len(results) != len(batch.entries):
                 raise RuntimeError(f"{len(results)} results came for {len(batch.entries)} requests")
@@ -354,9 +398,9 @@ class Batcher(Generic[P, R]):
         for entry in again + [entry for entry in left if entry.set_running_or_notify_cancel()]:
             _fail(entry, _stopped())
         until_s = time.monotonic() + timeout_s
-        for thread in self.threads:
+        for thread in self._threads:
             thread.join(max(0.0, until_s - time.monotonic()))
-        return not any(thread.is_alive() for thread in self.threads)
+        return not any(thread.is_alive() for thread in self._threads)
 
     def oldest_work(self) -> int | None:
         """Number of the batch that was taken first and is not over; of the next one when none is under way, but
@@ -408,12 +452,16 @@ class Batcher(Generic[P, R]):
         self._launched.notify_all()
         return left, again
 
-    def _loop(self, step: Callable[[float], bool]) -> None:
+    def _loop(self, step: Callable[[float], object]) -> None:
         while not self._is_over:
-            try:
-                step(_IDLE_WAIT_S)
-            except Exception:  # the loop outlives whatever one batch does: every later caller depends on it
-                log.exception("the batch loop caught an unexpected error and goes on")
+            self._guarded(step, _IDLE_WAIT_S)
+
+    @staticmethod
+    def _guarded(step: Callable[[float], object], timeout_s: float) -> None:
+        try:
+            step(timeout_s)
+        except Exception:  # the loop outlives whatever one batch does: every later caller depends on it
+            log.exception("the batch loop caught an unexpected error and goes on")
 
     def _refuse(self, num_tokens: int) -> NoReturn:
         limits = self._limits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from expertd_server.watchdog import Watchdog, stacks_of
 __all__ = ["EngineHost"]
 
 log = logging.getLogger(__name__)
+
+_SWITCH_INTERVAL_S = 1e-4
 
 
 class EngineHost:
@@ -69,15 +72,21 @@ class EngineHost:
     def start(self, soon: Callable[[Callable[[], object]], object]) -> None:
         """Start the batcher and the metrics; there are no layers yet.
 
-        soon: see `Batcher.start`; for a backend that computes in no time.
+        soon: see `Batcher.start`; for a backend that computes in no time, and for one that computes elsewhere.
         """
         self.metrics.set_server(version=__version__, backend=self.backend.name, device=self.device_name)
         batcher = self.engine.batcher
         self.metrics.watch_queue(lambda: batcher.queue_tokens, lambda: batcher.queue_requests)
         self.metrics.watch_layers(lambda: [facts for held in self.store.all_held() for facts in _facts(held)])
         self.metrics.watch_device(lambda: self.engine.slots.in_use, self.engine.device_memory)
-        computes_at_once = self.backend.name == "noop" and not self._config.max_queue_delay_us
-        batcher.start(soon if computes_at_once else None)
+        computes_here = self.backend.device.type == "cpu" and self.backend.name != "noop"
+        if computes_here or self._config.max_queue_delay_us:
+            batcher.start()
+        else:
+            batcher.start(soon)
+            # The thread that waits for the device says that a batch is over. It may have to wait for this long until
+            # the one that serves requests lets it.
+            sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL_S))
         if self._watchdog is not None:
             self._watchdog.start()
 

@@ -68,8 +68,9 @@ class EngineGate:
         """By each of the two files of theirs that are read."""
         self._epoll = select.epoll()
         self._epoll.register(mailbox, select.EPOLLIN)
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self._waking = threading.Lock()  # or its number might be another file's by then
         self._is_draining = False
         self._is_closed = False
         self._due: deque[Callable[[], object]] = deque()
@@ -124,7 +125,9 @@ class EngineGate:
         for peer in set(self._peers.values()):
             self._drop(peer)
         self._epoll.close()
-        os.close(self._wake_fd)
+        with self._waking:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
 
     def leave(self) -> None:
         """Hang up on every front-end, and take none in; from any thread, and waits for no other."""
@@ -134,14 +137,21 @@ class EngineGate:
             peer.control.hang_up()
 
     def soon(self, function: Callable[[], object]) -> None:
-        """Call a function when what front-ends have sent by now is read; for this object's own thread."""
+        """Call a function when what front-ends have sent by now is read; from any thread."""
         self._due.append(function)
+        if threading.get_ident() != self._thread.ident:
+            with self._waking:
+                if self._wake_fd >= 0:
+                    os.eventfd_write(self._wake_fd, 1)
 
     def _run(self) -> None:
         while not self._is_closed:
             while self._due:
                 self._due.popleft()()
             for fd, _ in self._epoll.poll():
+                if fd == self._wake_fd:
+                    os.eventfd_read(fd)
+                    continue
                 if fd == self._mailbox.fileno():
                     self._welcome()
                     continue
