@@ -239,27 +239,25 @@ PyObject* read_call(PyObject*, PyObject* memory) {
 
 // ---- answers ----
 
-PyDoc_STRVAR(write_matrix_doc,
-             "write_matrix(block, dtype, num_tokens, hidden_size, address, queue_us, copy_in_us, compute_us,\n"
-             "copy_out_us, batch_tokens, batch_requests, weights_version, queue_tokens)\n\n"
-             "write_answer of blocks.py for an answer that is the [num_tokens, hidden_size] matrix at the address.");
+PyDoc_STRVAR(
+    write_matrix_head_doc,
+    "write_matrix_head(block, dtype, num_tokens, hidden_size, queue_us, copy_in_us, compute_us, copy_out_us,\n"
+    "batch_tokens, batch_requests, weights_version, queue_tokens)\n\n"
+    "write_answer of blocks.py for an answer that is one [num_tokens, hidden_size] matrix, all but its elements;\n"
+    "where in the block these go.");
 
-PyObject* write_matrix(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
-  unsigned long long n[12];
+PyObject* write_matrix_head(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
+  unsigned long long n[11];
   Block block;
-  if (!has_arguments(given, 13) || !block.take(arguments[0], PyBUF_WRITABLE) || !numbers_of(arguments + 1, 12, 12, n)) {
+  if (!has_arguments(given, 12) || !block.take(arguments[0], PyBUF_WRITABLE) || !numbers_of(arguments + 1, 11, 11, n)) {
     return nullptr;
   }
   const auto num_bytes = static_cast<Py_ssize_t>(n[1] * n[2] * item_bytes(static_cast<uint32_t>(n[0])));
   if (!block.has_room(kDataAt, num_bytes)) return nullptr;
-  block.write(0, AnswerHead{{n[4], n[5], n[6], n[7], n[8], n[9]}, n[10], n[11]});
+  block.write(0, AnswerHead{{n[3], n[4], n[5], n[6], n[7], n[8]}, n[9], n[10]});
   block.write_entry(0, Entry{n[0], 2, n[1], n[2], kDataAt});
   for (int index = 1; index < kMaxTensors; ++index) block.write_entry(index, Entry{});
-  if (num_bytes) {
-    FreeInterpreter freed(num_bytes);
-    std::memcpy(block.at(kDataAt), reinterpret_cast<const void*>(static_cast<uintptr_t>(n[3])), num_bytes);
-  }
-  Py_RETURN_NONE;
+  return PyLong_FromSsize_t(kDataAt);
 }
 
 PyDoc_STRVAR(encode_answer_doc,
@@ -328,7 +326,7 @@ PyMethodDef methods[] = {
     {"block_bytes", fast(block_bytes), METH_FASTCALL, block_bytes_doc},
     {"write_call", fast(write_call), METH_FASTCALL, write_call_doc},
     {"read_call", read_call, METH_O, read_call_doc},
-    {"write_matrix", fast(write_matrix), METH_FASTCALL, write_matrix_doc},
+    {"write_matrix_head", fast(write_matrix_head), METH_FASTCALL, write_matrix_head_doc},
     {"encode_answer", fast(encode_answer), METH_FASTCALL, encode_answer_doc},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -287,6 +287,17 @@ PyObject* encode_response(PyObject*, PyObject* const* arguments, Py_ssize_t give
   return answer;
 }
 
+PyDoc_STRVAR(set_copy_helpers_doc,
+             "set_copy_helpers(count)\n\n"
+             "How many threads help with large copies. By default one for every four cores, and three at most.");
+
+PyObject* set_copy_helpers(PyObject*, PyObject* count) {
+  const unsigned long helpers = PyLong_AsUnsignedLong(count);
+  if (PyErr_Occurred()) return nullptr;
+  expertd::CopyThreads::shared().set_helpers(static_cast<unsigned>(helpers));
+  Py_RETURN_NONE;
+}
+
 PyDoc_STRVAR(copy_doc,
              "copy(destination, offset, source)\n\n"
              "Write a buffer's bytes into a writable one. Raises ValueError where they do not fit.");
@@ -355,6 +366,7 @@ PyMethodDef methods[] = {
      encode_doc},
     {"count_ids", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(count_ids)), METH_FASTCALL, count_ids_doc},
     {"copy", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(copy)), METH_FASTCALL, copy_doc},
+    {"set_copy_helpers", set_copy_helpers, METH_O, set_copy_helpers_doc},
     {nullptr, nullptr, 0, nullptr},
 };
 

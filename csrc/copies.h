@@ -5,6 +5,7 @@
 #include <new>
 #include <vector>
 
+#include "copy_threads.h"
 #include "wire.h"
 
 namespace expertd {
@@ -26,7 +27,7 @@ class CopyList {
   bool note(PyObject* memory, Py_ssize_t start, const uint8_t* from, Py_ssize_t num_bytes) {
     Py_buffer to;
     if (PyObject_GetBuffer(memory, &to, PyBUF_WRITABLE) < 0) return false;
-    if (start < 0 || num_bytes > to.len || start > to.len - num_bytes) {
+    if (start < 0 || num_bytes < 0 || num_bytes > to.len || start > to.len - num_bytes) {
       PyErr_Format(PyExc_ValueError, "%zd bytes at %zd do not fit into %zd", num_bytes, start, to.len);
       PyBuffer_Release(&to);
       return false;
@@ -68,6 +69,13 @@ class CopyList {
   }
 
   void copy_all() const {
+    if (static_cast<size_t>(num_bytes_) >= CopyThreads::kWorthWhile) {
+      std::vector<Span> spans;
+      spans.reserve(copies_.size());
+      for (const Copy& copy : copies_) spans.push_back({copy.to, copy.from, static_cast<size_t>(copy.num_bytes)});
+      CopyThreads::shared().copy(std::move(spans));
+      return;
+    }
     for (const Copy& copy : copies_) {
       if (copy.num_bytes) std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.num_bytes));
     }
@@ -146,6 +154,17 @@ inline PyObject* copies_add(PyObject* self, PyObject* const* arguments, Py_ssize
   Py_RETURN_NONE;
 }
 
+inline PyObject* copies_add_memory(PyObject* self, PyObject* const* arguments, Py_ssize_t given) {
+  if (given != 4) {
+    PyErr_Format(PyExc_TypeError, "%zd arguments are given, expected 4", given);
+    return nullptr;
+  }
+  const Py_ssize_t offset = PyLong_AsSsize_t(arguments[1]), num_bytes = PyLong_AsSsize_t(arguments[3]);
+  const auto* from = static_cast<const uint8_t*>(PyLong_AsVoidPtr(arguments[2]));
+  if (PyErr_Occurred() || !list_of(self).note(arguments[0], offset, from, num_bytes)) return nullptr;
+  Py_RETURN_NONE;
+}
+
 inline PyObject* copies_run(PyObject* self, PyObject*) {
   list_of(self).run();
   Py_RETURN_NONE;
@@ -155,6 +174,9 @@ inline PyMethodDef copies_methods[] = {
     {"add", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(copies_add)), METH_FASTCALL,
      "add(destination, offset, source)\n\n"
      "Note that a buffer's bytes go into a writable one. Raises ValueError where they do not fit."},
+    {"add_memory", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(copies_add_memory)), METH_FASTCALL,
+     "add_memory(destination, offset, address, num_bytes)\n\n"
+     "The same of memory that the caller keeps until it is done."},
     {"run", copies_run, METH_NOARGS, "Do what was noted."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -30,12 +30,11 @@ class Arena:
 def block_bytes(request: CheckedRequest, hidden_size: int, top_k: int, /) -> int: ...
 def write_call(block: memoryview, request: CheckedRequest, layer_id: int, deadline_s: float | None, /) -> None: ...
 def read_call(block: memoryview, /) -> tuple[int, float | None, CheckedRequest]: ...
-def write_matrix(
+def write_matrix_head(
     block: memoryview,
     dtype: int,
     num_tokens: int,
     hidden_size: int,
-    address: int,
     queue_us: int,
     copy_in_us: int,
     compute_us: int,
@@ -45,5 +44,5 @@ def write_matrix(
     weights_version: int,
     queue_tokens: int,
     /,
-) -> None: ...
+) -> int: ...
 def encode_answer(block: memoryview, is_stream: bool, request_id: int, queue_depth_tokens: int, /) -> bytes: ...

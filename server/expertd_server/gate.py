@@ -257,31 +257,28 @@ class EngineGate:
 class _Asked:
     """A request of a front-end. Exactly one answer goes to it, whatever happens."""
 
-    __slots__ = ("block", "engine", "is_answered", "number", "peer")
+    __slots__ = ("block", "engine", "number", "peer")
 
     def __init__(self, engine: CallEngine, peer: _Peer, number: int, block: memoryview) -> None:
         self.engine = engine
         self.peer = peer
         self.number = number
         self.block = block
-        self.is_answered = False
 
     def answer(self, result: ForwardResult) -> None:
         """Write it, where the batch was computed; see `ForwardCall.encode`."""
         if not self.peer.is_gone:
             write_result(self.block, result, self.engine.queue_tokens)
-            self.peer.to_frontend.publish(ANSWERED, self.number)
-        self.is_answered = True
 
     def over(self, promise: Promise[Any]) -> None:
-        """The promise is kept or given up, in any thread."""
+        """The promise is kept, and so the answer is written, or it is given up; in any thread."""
         self.peer.promises.pop(self.number, None)
-        if self.is_answered:
-            return
         # NOTE: nothing is raised here: the error would know this frame, which knows its promise, which knows the error.
         failure = CancelledError() if promise.cancelled() else promise.exception()
         if failure is not None:
             self.fail(failure)
+        else:
+            self.peer.to_frontend.publish(ANSWERED, self.number)  # without effect where the front-end is gone
 
     def fail(self, error: BaseException) -> None:
         """Answer with an error."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from expertd_server.blocks import write_answer
 from expertd_server.codec import is_one_matrix
-from expertd_server.compiled import BLOCKS
+from expertd_server.compiled import BLOCKS, CODEC
 from expertd_server.engine import ForwardResult
 from expertd_server.wire import WIRE_DTYPES, answer_tensors
 
@@ -12,20 +12,22 @@ __all__ = ["write_result"]
 
 
 def write_result(block: memoryview, result: ForwardResult, queue_tokens: int) -> None:
-    """Write a result over its request. Raises ValueError when the block has no room for it."""
+    """Write a result over its request; its tensors at once, or when `result.copies` run.
+
+    Raises ValueError when the block has no room for it.
+    """
     timing, version = result.timing, result.weights_version
-    if BLOCKS is None or not is_one_matrix(result):
+    if BLOCKS is None or CODEC is None or not is_one_matrix(result):
         write_answer(block, answer_tensors(result), timing, version, queue_tokens)
         return
     output = result.output
     assert output is not None
     num_tokens, hidden_size = output.shape
-    BLOCKS.write_matrix(
+    at = BLOCKS.write_matrix_head(
         block,
         WIRE_DTYPES[output.dtype],
         num_tokens,
         hidden_size,
-        output.data_ptr(),
         timing.queue_us,
         timing.copy_in_us,
         timing.compute_us,
@@ -35,3 +37,7 @@ def write_result(block: memoryview, result: ForwardResult, queue_tokens: int) ->
         version,
         queue_tokens,
     )
+    copies = result.copies or CODEC.Copies()
+    copies.add_memory(block, at, output.data_ptr(), output.nbytes)
+    if result.copies is None:
+        copies.run()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -405,6 +408,13 @@ def test_ids_are_counted_alike(dtype: type) -> None:
     assert ours.sum() == 48 + ((ids >= 8) & (ids < 24)).sum()
 
 
+@pytest.fixture
+def default_helpers() -> Iterator[None]:
+    """Puts back what this machine would use."""
+    yield
+    CODEC.set_copy_helpers(min(3, len(os.sched_getaffinity(0)) // 4))
+
+
 class TestCopies:
     @pytest.mark.parametrize("copies", [Copies, _Copies])
     def test_what_was_noted_is_there_when_they_have_run(self, copies: Callable[[], Copies]) -> None:
@@ -424,6 +434,36 @@ class TestCopies:
         several.add(destination, 2**20, source.tobytes())
         several.run()
         assert (destination.reshape(2, -1) == source).all()
+
+    @pytest.mark.usefixtures("default_helpers")
+    @pytest.mark.parametrize("helpers", [0, 1, 3])
+    def test_however_many_threads_help(self, helpers: int) -> None:
+        """Several callers at once too, of whom one has help."""
+        CODEC.set_copy_helpers(helpers)
+        source = np.random.default_rng(helpers).integers(0, 256, 3 * 2**20 + 77, np.uint8)
+        cuts = [0, 1, 5000, 2**17, 2**17 + 1, 2**21, len(source)]
+
+        def copy_all(_: int) -> bool:
+            destination, several = np.zeros_like(source), Copies()
+            for start, end in itertools.pairwise(cuts):
+                several.add(destination, start, source[start:end].data)
+            several.run()
+            return bool((destination == source).all())
+
+        with ThreadPoolExecutor(4) as callers:
+            assert all(callers.map(copy_all, range(40)))
+
+    def test_memory_by_its_address(self) -> None:
+        source, destination, several = np.arange(100, dtype=np.uint8), bytearray(120), Copies()
+        several.add_memory(destination, 20, source.ctypes.data, 100)
+        several.run()
+        assert destination == bytes(20) + source.tobytes()
+        with pytest.raises(ValueError, match="do not fit"):
+            several.add_memory(destination, 21, source.ctypes.data, 100)
+        with pytest.raises(ValueError, match="do not fit"):
+            several.add_memory(destination, 0, source.ctypes.data, -1)
+        with pytest.raises(TypeError, match="expected 4"):
+            several.add_memory(destination, 0, source.ctypes.data)  # type: ignore[call-arg]
 
     @pytest.mark.parametrize("copies", [Copies, _Copies])
     @pytest.mark.parametrize("offset", [-1, 8, 2**62])
