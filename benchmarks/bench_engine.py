@@ -304,7 +304,6 @@ def main() -> int:
     )
 
     loop = EventLoop.acquire()
-    sys.setswitchinterval(1e-4)  # as the server does
     engine.batcher.start(loop.soon)
     gc.freeze()
     checked = check(engine, [layers[0], layers[-1]], [0, 1, 3, 64, 100, 1000, 1024, 1500, 4096])

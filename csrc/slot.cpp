@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <array>
+#include <chrono>
 #include <memory>
 
 #include "check.h"
@@ -85,6 +86,20 @@ class SlotWork {
 
   void wait() const { check_cuda(cudaEventSynchronize(events_[kFetched].get()), "waiting for a batch"); }
 
+  // Whether the batch is over, or is so within so long. Looks all the time, as wait does.
+  bool is_done_within(double seconds) const {
+    const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+    while (true) {
+      const cudaError_t status = cudaEventQuery(events_[kFetched].get());
+      if (status != cudaErrorNotReady) {
+        check_cuda(status, "waiting for a batch");
+        return true;
+      }
+      (void)cudaGetLastError();  // "not ready" is none
+      if (std::chrono::steady_clock::now() >= until) return false;
+    }
+  }
+
   // Seconds: copy in, wait, compute, copy out.
   py::tuple times() const {
     std::array<double, kNumEvents - 1> seconds;
@@ -121,8 +136,8 @@ class SlotWork {
 }  // namespace
 
 void bind_slot(py::module_& m) {
-  // NOTE: but for wait, the interpreter's lock is kept. All of them together take some ten microseconds; a thread that
-  // lets go of the lock may have to wait for it a thousand times as long.
+  // NOTE: but for what waits, the interpreter's lock is kept. All of them together take some ten microseconds; a thread
+  // that lets go of the lock may have to wait for it a thousand times as long.
   py::class_<Graph>(m, "Graph")
       .def(py::init<Address>(), py::arg("captured"))
       .def("launch", &Graph::launch, py::arg("stream"));
@@ -135,6 +150,7 @@ void bind_slot(py::module_& m) {
       .def("end", &SlotWork::end)
       .def("fetch", &SlotWork::fetch, py::arg("num_bytes"))
       .def("wait", &SlotWork::wait, py::call_guard<py::gil_scoped_release>())
+      .def("is_done_within", &SlotWork::is_done_within, py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def("times", &SlotWork::times);
 }
 

@@ -39,6 +39,8 @@ _IDLE_WAIT_S = 1.0
 _FIRST_RETRY_DELAY_S = 0.1
 _MIN_RETRY_DELAY_S = 0.001
 _MAX_RETRY_DELAY_S = 10.0
+# What `hurry` waits for a batch: longer than a small one takes, shorter than others mind.
+_BRIEFLY_S = 0.0005
 # Weight of the newest batch in the moving average of the drain rate.
 _RATE_SMOOTHING = 0.2
 
@@ -115,8 +117,8 @@ class Batch(Generic[P, R]):
 class Running(Protocol[R_co]):
     """A batch that was launched. Its methods are called in this order, by one thread."""
 
-    def wait(self) -> None:
-        """Return when it is computed, and leave its room to the next batch. Raises what went wrong."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Return when it is computed, or when so much time has passed; whether it is. Raises what went wrong."""
         ...
 
     def results(self) -> Sequence[R_co]:
@@ -136,11 +138,13 @@ class _Flight(Generic[P, R]):
     error: Exception | None = None
     """What waiting for it raised."""
 
-    def wait(self) -> None:
+    def wait(self, seconds: float | None = None) -> bool:
+        """See `Running.wait`; what it raises is kept."""
         try:
-            self.running.wait()
+            return self.running.wait(seconds)
         except Exception as error:
             self.error = error
+            return True
 
 
 class Batcher(Generic[P, R]):
@@ -264,15 +268,31 @@ class Batcher(Generic[P, R]):
             self._threads.append(thread)
 
     def hurry(self) -> None:
-        """Run what waits here and now, where no thread does it; for the thread in which `soon` calls."""
-        if self._soon is not None:
-            self._run_due()
+        """Run what waits here and now, where no thread does it; for the thread in which `soon` calls.
+
+        A lone request that takes no time is answered before this returns.
+        """
+        if self._soon is None:
+            return
+        if self._is_split and self._queue_requests == 1 and not self._num_in_flight:
+            self._guarded(self._run_briefly)
+        self._run_due()
+
+    def _run_briefly(self) -> None:
+        """Launch one batch, and wait so long for it: another thread that waits takes a while to say that it is over."""
+        flight, _ = self._launch_due(0.0)
+        if flight is None:
+            return
+        if flight.wait(_BRIEFLY_S):
+            self._hand_out(flight)
+        else:
+            self._put(flight)
 
     def _run_due(self) -> None:
         self._is_called = False
         self._caller = self._caller or threading.current_thread()
         while self._has_work and not self._stopped:
-            self._guarded(self.launch_once if self._is_split else self.run_once, 0.0)
+            self._guarded(self.launch_once if self._is_split else self.run_once)
 
     @property
     def threads(self) -> list[threading.Thread]:
@@ -290,7 +310,7 @@ class Batcher(Generic[P, R]):
         return True
 
     def _finish_here(self, flight: _Flight[P, R]) -> None:
-        self._hand_out(flight)
+        self._guarded(partial(self._hand_out, flight))
         self._run_due()
 
     def run_once(self, timeout_s: float = 0.0) -> bool:
@@ -307,10 +327,13 @@ class Batcher(Generic[P, R]):
         """Wait up to timeout_s for a batch to be due and for room in flight, and launch it; False when none was."""
         flight, has_taken = self._launch_due(timeout_s)
         if flight is not None:
-            with self._lock:
-                self._flights.append(flight)
-                self._launched.notify()
+            self._put(flight)
         return has_taken
+
+    def _put(self, flight: _Flight[P, R]) -> None:
+        with self._lock:
+            self._flights.append(flight)
+            self._launched.notify()
 
     def _launch_due(self, timeout_s: float) -> tuple[_Flight[P, R] | None, bool]:
         """What was launched, and whether anything was taken from the queue."""
@@ -352,7 +375,7 @@ class Batcher(Generic[P, R]):
         batch, running = flight.batch, flight.running
         self._leave_flight()
         if self._is_split and self._has_work and not self._num_in_flight:
-            self._guarded(self.launch_once, 0.0)
+            self._guarded(self.launch_once)
         try:
             if flight.error is not None:
                 raise flight.error
@@ -454,12 +477,12 @@ class Batcher(Generic[P, R]):
 
     def _loop(self, step: Callable[[float], object]) -> None:
         while not self._is_over:
-            self._guarded(step, _IDLE_WAIT_S)
+            self._guarded(partial(step, _IDLE_WAIT_S))
 
     @staticmethod
-    def _guarded(step: Callable[[float], object], timeout_s: float) -> None:
+    def _guarded(step: Callable[[], object]) -> None:
         try:
-            step(timeout_s)
+            step()
         except Exception:  # the loop outlives whatever one batch does: every later caller depends on it
             log.exception("the batch loop caught an unexpected error and goes on")
 

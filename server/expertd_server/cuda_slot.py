@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -104,6 +105,10 @@ class CudaSlot:
         """See `Slot`. The interpreter is free meanwhile."""
         self._work.wait()
 
+    def is_done_within(self, seconds: float) -> bool:
+        """See `Slot`. The interpreter is free meanwhile."""
+        return self._work.is_done_within(seconds)
+
     def times(self) -> SlotTimes:
         """See `Slot`."""
         return SlotTimes(*self._work.times())
@@ -154,6 +159,13 @@ class _TorchWork:
 
     def wait(self) -> None:
         self._fetched.synchronize()
+
+    def is_done_within(self, seconds: float) -> bool:
+        until_s = time.monotonic() + seconds
+        while not self._fetched.query():  # type: ignore[no-untyped-call]
+            if time.monotonic() >= until_s:
+                return False
+        return True
 
     def times(self) -> tuple[float, float, float, float]:
         copy_in_s, wait_s, compute_s, copy_out_s = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -27,8 +26,6 @@ from expertd_server.watchdog import Watchdog, stacks_of
 __all__ = ["EngineHost"]
 
 log = logging.getLogger(__name__)
-
-_SWITCH_INTERVAL_S = 1e-4
 
 
 class EngineHost:
@@ -84,9 +81,6 @@ class EngineHost:
             batcher.start()
         else:
             batcher.start(soon)
-            # The thread that waits for the device says that a batch is over. It may have to wait for this long until
-            # the one that serves requests lets it.
-            sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL_S))
         if self._watchdog is not None:
             self._watchdog.start()
 

@@ -165,6 +165,7 @@ class EngineGate:
                 except Exception:  # this thread serves everybody: one front-end's nonsense must not end it
                     log.exception("cannot make sense of front-end %s", peer.name)
                     self._drop(peer)
+            self._engine.hurry()  # nothing else has come by now
 
     def _welcome(self) -> None:
         try:

@@ -56,13 +56,16 @@ class RunningBatch:
     """Called by `close` with what the batch did, where it has results."""
     report: BatchReport | None = None
 
-    def wait(self) -> None:
+    def wait(self, seconds: float | None = None) -> bool:
         try:
+            if seconds is not None:
+                return self.slot.is_done_within(seconds)
             self.slot.wait()
         except ExpertdServerError:
             raise
         except Exception as error:
             raise unexpected(error, self.layer, self.batch.num_tokens) from error
+        return True
 
     def results(self) -> list[Any]:
         try:

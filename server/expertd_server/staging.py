@@ -98,6 +98,10 @@ class Slot(Protocol):
         """Return when `fetch` is done. Raises what went wrong on the device."""
         ...
 
+    def is_done_within(self, seconds: float) -> bool:
+        """Whether `wait` would return by then; waits for that. Raises what `wait` does."""
+        ...
+
     def times(self) -> SlotTimes:
         """After `wait`."""
         ...
@@ -160,6 +164,10 @@ class HostSlot:
 
     def wait(self) -> None:
         """Nothing: it was computed at once."""
+
+    def is_done_within(self, seconds: float) -> bool:
+        """It was computed at once."""
+        return True
 
     def times(self) -> SlotTimes:
         """See `Slot`."""

@@ -84,6 +84,10 @@ class FakeSlot:
     def wait(self) -> None:
         self._device.get_done()
 
+    def is_done_within(self, seconds: float) -> bool:
+        self._device.get_done()
+        return True
+
     def times(self) -> SlotTimes:
         return SlotTimes(0.001, 0.002, 0.004, 0.008)
 

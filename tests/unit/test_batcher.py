@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import queue
 import random
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -15,6 +16,7 @@ import pytest
 
 from expertd_server.batcher import Batch, Batcher, Limits
 from expertd_server.errors import OverloadedError, RequestTimeoutError, UnavailableError
+from expertd_server.event_loop import EventLoop
 
 PATIENCE_S = 30.0
 
@@ -38,8 +40,8 @@ class Done(Generic[R]):
     answers: list[R]
     closed: Callable[[], None] = lambda: None
 
-    def wait(self) -> None:
-        """It is."""
+    def wait(self, seconds: float | None = None) -> bool:
+        return True
 
     def results(self) -> list[R]:
         return self.answers
@@ -359,8 +361,20 @@ def test_a_backend_that_hangs_fails_what_waits_and_what_runs_and_what_it_gives_a
         futures[0].result(0)
 
 
-@pytest.mark.parametrize("max_in_flight", [1, 2])
-def test_the_threads_outlive_a_hook_that_raises(max_in_flight: int) -> None:
+@pytest.fixture
+def loop() -> Iterator[EventLoop]:
+    """A thread that serves requests."""
+    loop = EventLoop.acquire()
+    yield loop
+    loop.release()
+
+
+WAYS = pytest.mark.parametrize(("max_in_flight", "here"), [(1, False), (2, False), (1, True), (2, True)])
+"""How many batches, and whether all is done in one thread as far as possible."""
+
+
+@WAYS
+def test_the_threads_outlive_a_hook_that_raises(max_in_flight: int, here: bool, loop: EventLoop) -> None:
     def hook() -> None:
         raise RuntimeError("hook")
 
@@ -368,7 +382,7 @@ def test_the_threads_outlive_a_hook_that_raises(max_in_flight: int) -> None:
         lambda batch: Done(["done"] * len(batch.entries), hook),
         Limits(max_batch_tokens=10, max_queue_tokens=10, max_queue_requests=10, max_in_flight=max_in_flight),
     )
-    batcher.start()
+    batcher.start(loop.soon if here else None)
     try:
         for _ in range(3):
             assert batcher.submit("a", "x", 1).result(PATIENCE_S) == "done"
@@ -384,11 +398,12 @@ class OnDevice:
         self.steps: list[str] = []
         self._payloads = [entry.payload for entry in batch.entries]
 
-    def wait(self) -> None:
+    def wait(self, seconds: float | None = None) -> bool:
         self.steps.append("wait")
         for payload in self._payloads:
             if isinstance(payload, Exception):
                 raise payload
+        return True
 
     def results(self) -> list[str]:
         self.steps.append("results")
@@ -553,8 +568,169 @@ class TestInFlight:
         assert future.result(0) == "x done"
 
 
-@pytest.mark.parametrize("max_in_flight", [1, 2])
-def test_accounts_balance_under_eight_threads_that_submit_cancel_and_expire(max_in_flight: int) -> None:
+class InTime(OnDevice):
+    """A batch that is over when a test says so."""
+
+    def __init__(self, batch: Batch[str | Exception, str]) -> None:
+        super().__init__(batch)
+        self.over = threading.Event()
+        self.threads: set[str] = set()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        self.threads.add(threading.current_thread().name)
+        is_over = self.over.wait(PATIENCE_S if seconds is None else 0.0)
+        return is_over and super().wait()
+
+
+class Here:
+    """The thread that serves requests: the test's own, which does what it was asked for one by one."""
+
+    def __init__(self) -> None:
+        self._asked: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+
+    def soon(self, function: Callable[[], object]) -> None:
+        self._asked.put(function)
+
+    def step(self) -> None:
+        self._asked.get(timeout=PATIENCE_S)()
+
+    @property
+    def is_idle(self) -> bool:
+        return self._asked.empty()
+
+
+class TestInOneThread:
+    """Batches are launched and handed out where requests are submitted; a thread waits in between, and nothing else."""
+
+    @pytest.fixture
+    def bench(self) -> Iterator[tuple[Batcher[str | Exception, str], Here, list[InTime]]]:
+        launched: list[InTime] = []
+
+        def launch(batch: Batch[str | Exception, str]) -> InTime:
+            launched.append(InTime(batch))
+            return launched[-1]
+
+        limits = Limits(max_batch_tokens=10, max_queue_tokens=100, max_queue_requests=50, max_in_flight=2)
+        batcher: Batcher[str | Exception, str] = Batcher(launch, limits)
+        here = Here()
+        batcher.start(here.soon)
+        yield batcher, here, launched
+        for batch in launched:
+            batch.over.set()
+        stopping = threading.Thread(target=batcher.stop, args=(PATIENCE_S,))
+        stopping.start()
+        while stopping.is_alive():
+            if here.is_idle:
+                stopping.join(0.001)
+            else:
+                here.step()
+        assert not any(thread.is_alive() for thread in batcher.threads if thread is not threading.current_thread())
+
+    def test_two_are_in_flight_and_the_third_follows_the_first(
+        self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]]
+    ) -> None:
+        batcher, here, launched = bench
+        promises = [batcher.submit("a", name, 10) for name in "xyz"]
+        assert not launched, "not before the thread is asked"
+        here.step()
+        assert [batch.members for batch in launched] == [["x"], ["y"]]
+        assert here.is_idle
+        launched[1].over.set()
+        launched[0].over.set()
+        here.step()
+        assert promises[0].result(0) == "x done"
+        assert launched[0].steps == ["wait", "results", "close"]
+        assert launched[0].threads == {"expertd-waiter"}
+        assert [batch.members for batch in launched] == [["x"], ["y"], ["z"]]
+        here.step()
+        assert promises[1].result(0) == "y done"
+        launched[2].over.set()
+        here.step()
+        assert promises[2].result(0) == "z done"
+        assert batcher.drain(0.0)
+
+    def test_an_idle_device_gets_the_next_batch_before_answers_are_made(
+        self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]]
+    ) -> None:
+        batcher, here, launched = bench
+        batcher.submit("a", "x", 10)
+        here.step()
+        batcher.submit("a", "y", 10)
+        seen: list[int] = []
+        make = launched[0].results
+
+        def results() -> list[str]:
+            seen.append(len(launched))
+            return make()
+
+        launched[0].results = results  # type: ignore[method-assign]
+        launched[0].over.set()
+        while len(seen) == 0:
+            here.step()
+        assert seen == [2]
+
+    @pytest.mark.parametrize("is_short", [True, False])
+    def test_a_lone_request_is_waited_for_briefly(
+        self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]], is_short: bool
+    ) -> None:
+        batcher, here, launched = bench
+        launch = batcher._launch
+
+        def launch_short(batch: Batch[str | Exception, str]) -> InTime:
+            running = launch(batch)
+            assert isinstance(running, InTime)
+            if is_short:
+                running.over.set()
+            return running
+
+        batcher._launch = launch_short
+        promise = batcher.submit("a", "x", 1)
+        batcher.hurry()
+        assert promise.done() == is_short
+        assert launched[0].threads >= {threading.current_thread().name}
+        launched[0].over.set()
+        while not promise.done():
+            here.step()
+        assert promise.result(0) == "x done"
+        assert launched[0].steps[-2:] == ["results", "close"], "once"
+
+    def test_one_of_several_is_not(self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]]) -> None:
+        batcher, _, launched = bench
+        for name in "xy":
+            batcher.submit("a", name, 10)
+        batcher.hurry()
+        assert len(launched) == 2
+        assert threading.current_thread().name not in launched[0].threads | launched[1].threads
+
+    @pytest.mark.parametrize("is_alone", [True, False])
+    def test_what_goes_wrong_on_the_device_is_told(
+        self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]], is_alone: bool
+    ) -> None:
+        batcher, here, launched = bench
+        bad = batcher.submit("a", ValueError("bad"), 1)
+        good = None if is_alone else batcher.submit("a", "good", 1)
+        batcher.hurry()
+        while not bad.done() or not (good is None or good.done()):
+            for batch in launched:
+                batch.over.set()
+            here.step()
+        with pytest.raises(ValueError, match="bad"):
+            bad.result(0)
+        if good is not None:
+            assert good.result(0) == "good done"
+        assert all(batch.steps[-1] == "close" for batch in launched)
+
+    def test_it_is_not_for_batches_that_wait_for_company(self) -> None:
+        limits = Limits(max_batch_tokens=1, max_queue_tokens=1, max_queue_requests=1, max_queue_delay_s=1.0)
+        batcher: Batcher[str, str] = Batcher(lambda _: Done(["x"]), limits)
+        with pytest.raises(ValueError, match="max_queue_delay_s"):
+            batcher.start(Here().soon)
+
+
+@WAYS
+def test_accounts_balance_under_eight_threads_that_submit_cancel_and_expire(
+    max_in_flight: int, here: bool, loop: EventLoop
+) -> None:
     seed = 20261123
     results = {"done": 0, "cancelled": 0, "timeout": 0, "overloaded": 0}
     lock = threading.Lock()
@@ -568,7 +744,7 @@ def test_accounts_balance_under_eight_threads_that_submit_cancel_and_expire(max_
 
     limits = Limits(max_batch_tokens=16, max_queue_tokens=200, max_queue_requests=40, max_in_flight=max_in_flight)
     batcher: Batcher[int, int] = Batcher(launch, limits)
-    batcher.start()
+    batcher.start(loop.soon if here else None)
 
     def work(thread: int) -> None:
         chance = random.Random(seed + thread)
@@ -608,7 +784,7 @@ class Payload:
 class FailsLate(Done[str]):
     """A batch that fails while it computes, and has it in its frame."""
 
-    def wait(self) -> None:
+    def wait(self, seconds: float | None = None) -> bool:
         raise RuntimeError("bad")
 
 
