@@ -137,6 +137,8 @@ class _Flight(Generic[P, R]):
     launched_s: float
     error: Exception | None = None
     """What waiting for it raised."""
+    is_handed_out: bool = False
+    """Or about to be."""
 
     def wait(self, seconds: float | None = None) -> bool:
         """See `Running.wait`; what it raises is kept."""
@@ -178,6 +180,8 @@ class Batcher(Generic[P, R]):
         # Members of batches that failed, to run again alone.
         self._again: deque[Entry[P, R]] = deque()
         self._flights: deque[_Flight[P, R]] = deque()
+        self._unwatched: deque[_Flight[P, R]] = deque()
+        """Those of them that the thread that waits has not come to, where there is one."""
         self._num_in_flight = 0
         self._num_taken = 0
         self._taken: dict[int, Batch[P, R]] = {}
@@ -300,18 +304,31 @@ class Batcher(Generic[P, R]):
         return self._threads if self._caller is None else [*self._threads, self._caller]
 
     def _await_once(self, timeout_s: float) -> bool:
-        """Wait for what was launched first, and have it finished where it was launched."""
-        flight = self._next_flight(timeout_s)
+        """Wait for what was launched first, and have it handed out where it was launched."""
+        with self._lock:
+            if not self._unwatched:
+                self._launched.wait_for(lambda: self._unwatched or self._is_over, timeout_s)
+            flight = self._unwatched.popleft() if self._unwatched else None
         if flight is None:
             return False
-        flight.wait()
-        assert self._soon is not None
-        self._soon(partial(self._finish_here, flight))
+        if not flight.is_handed_out:
+            flight.wait()
+        if not flight.is_handed_out:
+            assert self._soon is not None
+            self._soon(self._hand_out_next)
         return True
 
-    def _finish_here(self, flight: _Flight[P, R]) -> None:
-        self._guarded(partial(self._hand_out, flight))
-        self._run_due()
+    def _hand_out_next(self) -> None:
+        """Hand out what was launched first, if it is over, and launch what waits."""
+        flight = self._flights[0] if self._flights else None
+        if flight is not None and flight.wait(0.0):
+            self._flights.popleft()
+            self._guarded(partial(self._hand_out, flight))
+            self._run_due()
+            if self._flights and self._flights[0].wait(0.0):
+                # The thread that waits would say so too, but not before this one lets it. Others go first.
+                assert self._soon is not None
+                self._soon(self._hand_out_next)
 
     def run_once(self, timeout_s: float = 0.0) -> bool:
         """Wait up to timeout_s for a batch to be due, launch it and finish it; False when none was.
@@ -333,6 +350,8 @@ class Batcher(Generic[P, R]):
     def _put(self, flight: _Flight[P, R]) -> None:
         with self._lock:
             self._flights.append(flight)
+            if self._is_split:
+                self._unwatched.append(flight)
             self._launched.notify()
 
     def _launch_due(self, timeout_s: float) -> tuple[_Flight[P, R] | None, bool]:
@@ -373,6 +392,7 @@ class Batcher(Generic[P, R]):
     def _hand_out(self, flight: _Flight[P, R]) -> None:
         """Serve the waiters of a batch that is over; one that waits is launched before, where nothing is in flight."""
         batch, running = flight.batch, flight.running
+        flight.is_handed_out = True
         self._leave_flight()
         if self._is_split and self._has_work and not self._num_in_flight:
             self._guarded(self.launch_once)

@@ -146,9 +146,9 @@ class EngineGate:
 
     def _run(self) -> None:
         while not self._is_closed:
-            while self._due:
+            for _ in range(len(self._due)):  # what these ask for has to wait until others have been read
                 self._due.popleft()()
-            for fd, _ in self._epoll.poll():
+            for fd, _ in self._epoll.poll(0.0 if self._due else None):
                 if fd == self._wake_fd:
                     os.eventfd_read(fd)
                     continue

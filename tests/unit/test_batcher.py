@@ -594,6 +594,10 @@ class Here:
     def step(self) -> None:
         self._asked.get(timeout=PATIENCE_S)()
 
+    def step_until(self, is_so: Callable[[], bool]) -> None:
+        while not is_so():
+            self.step()
+
     @property
     def is_idle(self) -> bool:
         return self._asked.empty()
@@ -637,15 +641,16 @@ class TestInOneThread:
         assert here.is_idle
         launched[1].over.set()
         launched[0].over.set()
-        here.step()
+        here.step_until(promises[0].done)
         assert promises[0].result(0) == "x done"
-        assert launched[0].steps == ["wait", "results", "close"]
-        assert launched[0].threads == {"expertd-waiter"}
+        assert launched[0].steps[-2:] == ["results", "close"]
+        assert "expertd-waiter" in launched[0].threads
         assert [batch.members for batch in launched] == [["x"], ["y"], ["z"]]
-        here.step()
+        assert not promises[1].done(), "other things of the thread come in between"
+        here.step_until(promises[1].done)
         assert promises[1].result(0) == "y done"
         launched[2].over.set()
-        here.step()
+        here.step_until(promises[2].done)
         assert promises[2].result(0) == "z done"
         assert batcher.drain(0.0)
 
@@ -665,8 +670,7 @@ class TestInOneThread:
 
         launched[0].results = results  # type: ignore[method-assign]
         launched[0].over.set()
-        while len(seen) == 0:
-            here.step()
+        here.step_until(lambda: bool(seen))
         assert seen == [2]
 
     @pytest.mark.parametrize("is_short", [True, False])
@@ -689,8 +693,7 @@ class TestInOneThread:
         assert promise.done() == is_short
         assert launched[0].threads >= {threading.current_thread().name}
         launched[0].over.set()
-        while not promise.done():
-            here.step()
+        here.step_until(promise.done)
         assert promise.result(0) == "x done"
         assert launched[0].steps[-2:] == ["results", "close"], "once"
 
