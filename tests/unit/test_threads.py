@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -70,7 +71,9 @@ def test_the_gate(stuck: Stuck, caplog: pytest.LogCaptureFixture) -> None:
     store: LayerStore[MoELayer] = LayerStore()
     mailbox, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with mailbox, other:
-        gate = EngineGate(cast("Any", None), store, mailbox, backend="cpu", device="a CPU")
+        gate = EngineGate(
+            cast("Any", SimpleNamespace(hurry=lambda: None)), store, mailbox, backend="cpu", device="a CPU"
+        )
         gate.soon(stuck)
         gate.start()
         close_leaving("expertd-gate", gate.close, stuck, caplog)
