@@ -66,9 +66,10 @@ __device__ __forceinline__ void load_floats(const void* data, DType dtype, size_
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, __fadd_rn(1.0f, expf(-x))); }
 
 // Lane k returns the expert of slot k, and its weight; lanes past top_k return 0 for both.
-// `memory`: of the warp, for odd groups.
-template <Score kScore, int kPer>
-__device__ __forceinline__ int route_token(const RouteParams& p, int token, uint32_t* memory, int lane, float& weight) {
+// `memory`: of the warp, for odd groups. `tell`: called with the expert, by all lanes, as soon as it is known.
+template <Score kScore, int kPer, class Tell>
+__device__ __forceinline__ int route_token(const RouteParams& p, int token, uint32_t* memory, int lane, float& weight,
+                                           const Tell& tell) {
   const size_t row = static_cast<size_t>(token) * p.num_experts;
   const int first_expert = lane * kPer;
   float values[kPer];
@@ -140,6 +141,7 @@ __device__ __forceinline__ int route_token(const RouteParams& p, int token, uint
   const unsigned same = __match_any_sync(kAllLanes, my_key) & __match_any_sync(kAllLanes, my_owner) & slots;
   for (int earlier = __popc(same & ((1u << lane) - 1)); earlier > 0; --earlier) candidates &= candidates - 1;
   const int id = active ? my_owner * kPer + __ffs(candidates) - 1 : 0;
+  tell(id);
 
   // Weights: lane k < top_k holds slot k, the others zeros.
   if constexpr (kScore == kBySoftmax) {

@@ -13,6 +13,7 @@
 #include "check.h"
 #include "params.h"
 #include "permute.cuh"
+#include "route_few.cuh"
 #include "route_token.cuh"
 #include "sm90.cuh"
 #include "warp.cuh"
@@ -23,16 +24,15 @@ namespace {
 constexpr int kMinWarps = 8, kMaxWarps = 16;
 constexpr int kMaxClusterBlocks = 8;
 constexpr int kClusterTokens = 128;  // up to here one launch
-constexpr int kFewSlots = 32;        // up to here, and kMinWarps tokens, one block without tables
 
-// How blocks learn of each other's tokens: there is one; they are a cluster; through memory and a second launch.
-enum Way { kFew, kCluster, kMany };
+// How blocks learn of each other's tokens: they are a cluster; through memory and a second launch.
+enum Way { kCluster, kMany };
 
 // ---- kernels
 
 template <Score kScore, int kPer>
 __device__ __forceinline__ void route_tokens(const RouteParams& p, RouteSmem& smem, const Share& share,
-                                             uint32_t* memory, bool marks) {
+                                             uint32_t* memory) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int t = warp; t < share.num_tokens; t += blockDim.x / 32) {
@@ -41,7 +41,7 @@ __device__ __forceinline__ void route_tokens(const RouteParams& p, RouteSmem& sm
     float weight = 0.0f;
     int id = -1;
     if (p.logits != nullptr) {
-      id = route_token<kScore, kPer>(p, token, memory, lane, weight);
+      id = route_token<kScore, kPer>(p, token, memory, lane, weight, [](int) {});
     } else if (lane < p.top_k) {
       id = p.in_ids[slot];
       weight = load_float(p.in_weights, p.in_weights_dtype, slot);
@@ -50,7 +50,7 @@ __device__ __forceinline__ void route_tokens(const RouteParams& p, RouteSmem& sm
       const int local = id - p.local_offset;
       const bool held = static_cast<unsigned>(local) < static_cast<unsigned>(p.num_local);
       smem.ids[t * p.top_k + lane] = held ? local : -1;
-      if (held && marks) atomicOr(&smem.bitmaps[local][t >> 5], 1u << (t & 31));
+      if (held) atomicOr(&smem.bitmaps[local][t >> 5], 1u << (t & 31));
       p.topk_ids[slot] = id;
       reinterpret_cast<__nv_bfloat16*>(p.topk_weights)[slot] = __float2bfloat16_rn(weight);
       if (p.replay != nullptr) p.replay[slot] = static_cast<int16_t>(id);
@@ -62,18 +62,13 @@ template <Score kScore, int kPer, Way kWay>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) route_kernel(const __grid_constant__ RouteParams p) {
   __shared__ RouteSmem smem;
   extern __shared__ uint32_t memory[];  // [warps, num_experts + n_group], for odd groups
-  if constexpr (kWay != kFew) {
-    for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) smem.bitmaps[e][0] = smem.bitmaps[e][1] = 0;
-    __syncthreads();
-  }
+  for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) smem.bitmaps[e][0] = smem.bitmaps[e][1] = 0;
+  __syncthreads();
   sm90::griddepcontrol_wait();
   sm90::griddepcontrol_launch_dependents();
   const Share share = share_of(p);
-  route_tokens<kScore, kPer>(p, smem, share, memory + threadIdx.x / 32 * (p.num_experts + p.n_group), kWay != kFew);
-  if constexpr (kWay == kFew) {
-    __syncthreads();
-    if (threadIdx.x < 32) write_few(p, smem.ids, max(0, share.num_tokens) * p.top_k);
-  } else if constexpr (kWay == kCluster) {
+  route_tokens<kScore, kPer>(p, smem, share, memory + threadIdx.x / 32 * (p.num_experts + p.n_group));
+  if constexpr (kWay == kCluster) {
     sm90::cluster_arrive();
     sm90::cluster_wait();
     for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) {
@@ -144,26 +139,25 @@ __global__ void __launch_bounds__(kPermuteThreads, 1) permute_kernel(const __gri
 
 // ---- launch
 
-template <Score kScore, int kPer, Way kWay>
-void launch_way(const RouteParams& p, int blocks, const LaunchConfig& launch) {
-  const int warps = kWay == kFew ? p.block_tokens : std::clamp(p.block_tokens, kMinWarps, kMaxWarps);
+template <Score kScore, int kPer>
+void launch_one(void (*kernel)(RouteParams), const RouteParams& p, int blocks, int warps, const LaunchConfig& launch) {
   const bool odd_groups = p.logits != nullptr && p.n_group > 1 && lanes_per_group<kPer>(p) == 0;
   const int memory = odd_groups ? warps * (p.num_experts + p.n_group) * 4 : 0;
-  const auto kernel = route_kernel<kScore, kPer, kWay>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory),
              "raising the shared memory limit of the routing kernel");
-  const LaunchConfig config = {launch.stream, launch.pdl, kWay == kCluster ? blocks : 1};
-  check_cuda(launch_kernel(kernel, blocks, warps * 32, memory, config, p), "launching the routing kernel");
+  check_cuda(launch_kernel(kernel, blocks, warps * 32, memory, launch, p), "launching the routing kernel");
 }
 
 template <Score kScore, int kPer>
 void launch_size(const RouteParams& p, int blocks, const LaunchConfig& launch) {
-  if (blocks == 1 && p.block_tokens * p.top_k <= kFewSlots && p.cluster == 1) {
-    launch_way<kScore, kPer, kFew>(p, blocks, launch);
+  const int warps = std::clamp(p.block_tokens, kMinWarps, kMaxWarps);
+  if (p.num_tokens <= kFewTokens && p.cluster == 1) {
+    launch_one<kScore, kPer>(route_few_kernel<kScore, kPer>, p, 1, 2 * p.num_tokens, launch);
   } else if (p.num_tokens <= kClusterTokens) {
-    launch_way<kScore, kPer, kCluster>(p, blocks, launch);
+    launch_one<kScore, kPer>(route_kernel<kScore, kPer, kCluster>, p, blocks, warps,
+                             {launch.stream, launch.pdl, blocks});
   } else {
-    launch_way<kScore, kPer, kMany>(p, blocks, launch);
+    launch_one<kScore, kPer>(route_kernel<kScore, kPer, kMany>, p, blocks, warps, launch);
     check_cuda(launch_kernel(permute_kernel, blocks, kPermuteThreads, 0, launch, p),
                "launching the permutation kernel");
   }

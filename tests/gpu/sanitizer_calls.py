@@ -35,7 +35,7 @@ def main() -> None:
     for seed, fields in enumerate(SHAPES):
         spec = make_spec(hidden_size=272, intermediate_size=144, **fields)
         layer = backend.prepare(spec, make_weights(spec, seed, hidden_states_scale=0.05), max_num_tokens=700)
-        for num_tokens in (1, 3, 40, 128, 700):  # one warp, one block, a cluster, the largest cluster, two launches
+        for num_tokens in (1, 3, 40, 128, 700):  # one token, a few, a cluster, the largest cluster, two launches
             hidden_states, logits = make_inputs(layer.spec, num_tokens, seed)
             outputs = []
             for family in TILE_FAMILIES:
