@@ -46,6 +46,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "accounting",
+            "amx",
             "audit",
             "backend",
             "backend_cpu",
