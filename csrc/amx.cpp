@@ -127,12 +127,12 @@ struct Call {
   bool use_routing_scales_on_input;
   const uint8_t *gemm1, *gemm2;  // packed, of num_local experts
   const float *up_scales, *gate_scales, *output2_scales;
-  bfloat16* inter;       // room for every row and what fills its tiles up
-  bfloat16* g;           // [num_tokens * top_k, hidden_size]
+  bfloat16* g;           // [num_tokens * top_k, hidden_size]; nullptr: not asked for
   int32_t* row_of_slot;  // [num_tokens, top_k]
   void* out;             // [num_tokens, hidden_size]; nullptr: not asked for
   OutputType type;
   int num_threads;
+  bfloat16* inter;  // [Plan::inter_bytes]; not the caller's
 };
 
 // Rows of one expert that are multiplied in one go.
@@ -168,7 +168,8 @@ class Plan {
 
   int64_t num_rows() const { return static_cast<int64_t>(slot_of_row_.size()); }
   int num_threads() const { return num_threads_; }
-  int64_t row_bytes() const { return row_bytes_; }  // of the largest piece, as tiles
+  int64_t row_bytes() const { return row_bytes_; }      // of the largest piece, as tiles
+  int64_t inter_bytes() const { return inter_bytes_; }  // of all pieces, as tiles
 
   // What one of the threads does until no task is left. row_tiles: [row_bytes] aligned.
   void work(Scratch& scratch, bfloat16* row_tiles) {
@@ -237,6 +238,7 @@ class Plan {
         pieces_.push_back(std::move(piece));
       }
     }
+    inter_bytes_ = first_tile * steps_of(call_.shape.intermediate_size) * kTileElements * int64_t{sizeof(bfloat16)};
     std::stable_sort(pieces_.begin(), pieces_.end(),
                      [](const auto& one, const auto& other) { return one->num_rows > other->num_rows; });
   }
@@ -336,31 +338,58 @@ class Plan {
   std::vector<Task> tasks_;
   std::atomic<size_t> next_task_{0};
   std::atomic<int> gemm2_left_{0};
-  int64_t row_bytes_ = 0;
+  int64_t row_bytes_ = 0, inter_bytes_ = 0;
   int num_threads_ = 1;
 };
 
-constexpr std::align_val_t kCacheLine{64};
+// Memory that a thread keeps for its next call, up to a limit: to map megabytes anew in each call, and to touch them
+// for the first time, takes a tenth of it.
+class KeptMemory {
+ public:
+  uint8_t* take(int64_t num_bytes) {
+    if (num_bytes > size_) {
+      memory_.reset();
+      size_ = 0;
+      memory_.reset(::operator new(static_cast<size_t>(num_bytes), kCacheLine));
+      size_ = num_bytes;
+    }
+    return static_cast<uint8_t*>(memory_.get());
+  }
 
-struct Free {
-  void operator()(void* memory) const { ::operator delete(memory, kCacheLine); }
+  void give_back() {
+    if (size_ <= kMostBytes) return;
+    memory_.reset();
+    size_ = 0;
+  }
+
+ private:
+  static constexpr std::align_val_t kCacheLine{64};
+  static constexpr int64_t kMostBytes = 64 << 20;
+
+  struct Free {
+    void operator()(void* memory) const { ::operator delete(memory, kCacheLine); }
+  };
+
+  std::unique_ptr<void, Free> memory_;
+  int64_t size_ = 0;
 };
 
-using Memory = std::unique_ptr<void, Free>;
-
-Memory allocate(int64_t num_bytes) { return Memory(::operator new(static_cast<size_t>(num_bytes), kCacheLine)); }
-
-int64_t run(const Call& call) {
+int64_t run(Call call) {
   Plan plan(call);
   const int64_t each = static_cast<int64_t>(sizeof(Scratch)) + plan.row_bytes();
-  const Memory memory = allocate(each * plan.num_threads());
+  const int64_t g_bytes = plan.num_rows() * call.shape.hidden_size * int64_t{sizeof(bfloat16)};
+  static thread_local KeptMemory kept;
+  uint8_t* const scratch_memory = kept.take(each * plan.num_threads() + plan.inter_bytes() + (call.g ? 0 : g_bytes));
+  call.inter = reinterpret_cast<bfloat16*>(scratch_memory + each * plan.num_threads());
+  if (call.g == nullptr) call.g = call.inter + plan.inter_bytes() / int64_t{sizeof(bfloat16)};
   // NOTE: torch's own threads where it brings the same OpenMP library. After each of its operations they look out for
   // more to do for some milliseconds, and other threads would have to share the cores with them.
 #pragma omp parallel num_threads(plan.num_threads())
   {
-    auto* scratch = reinterpret_cast<Scratch*>(static_cast<uint8_t*>(memory.get()) + each * omp_get_thread_num());
+    auto* scratch = reinterpret_cast<Scratch*>(scratch_memory + each * omp_get_thread_num());
     plan.work(*scratch, reinterpret_cast<bfloat16*>(scratch + 1));
   }
+  kept.give_back();
   return plan.num_rows();
 }
 
@@ -449,11 +478,11 @@ PyObject* run_call(PyObject*, PyObject* arguments) {
   long long hidden_size, intermediate_size, num_tokens, top_k, local_expert_offset, num_local;
   int activation, use_routing_scales_on_input, output_type, num_threads;
   unsigned long long hidden_states, topk_ids, expert_weights, gemm1, gemm2, up_scales, gate_scales, output2_scales;
-  unsigned long long inter, g, row_of_slot, out;
-  if (!PyArg_ParseTuple(arguments, "LLiLLLLpKKKKKKKKKKKKii", &hidden_size, &intermediate_size, &activation, &num_tokens,
+  unsigned long long g, row_of_slot, out;
+  if (!PyArg_ParseTuple(arguments, "LLiLLLLpKKKKKKKKKKKii", &hidden_size, &intermediate_size, &activation, &num_tokens,
                         &top_k, &local_expert_offset, &num_local, &use_routing_scales_on_input, &hidden_states,
-                        &topk_ids, &expert_weights, &gemm1, &gemm2, &up_scales, &gate_scales, &output2_scales, &inter,
-                        &g, &row_of_slot, &out, &output_type, &num_threads)) {
+                        &topk_ids, &expert_weights, &gemm1, &gemm2, &up_scales, &gate_scales, &output2_scales, &g,
+                        &row_of_slot, &out, &output_type, &num_threads)) {
     return nullptr;
   }
   if (why_unsupported() != nullptr) {
@@ -475,7 +504,6 @@ PyObject* run_call(PyObject*, PyObject* arguments) {
   call.up_scales = pointer<float>(up_scales);
   call.gate_scales = pointer<float>(gate_scales);
   call.output2_scales = pointer<float>(output2_scales);
-  call.inter = pointer<bfloat16>(inter);
   call.g = pointer<bfloat16>(g);
   call.row_of_slot = pointer<int32_t>(row_of_slot);
   call.out = pointer<void>(out);

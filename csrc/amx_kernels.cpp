@@ -142,14 +142,16 @@ void multiply_chunk(const bfloat16* rows, int64_t row_tile_stride, const uint8_t
 
 // scratch.sums of all rows times one block.
 void multiply_block(const Rows& rows, const uint8_t* packed, Scratch& scratch) {
+  constexpr decltype(&multiply_chunk<true, true>) kMultiply[2][2] = {
+      {multiply_chunk<false, false>, multiply_chunk<false, true>},
+      {multiply_chunk<true, false>, multiply_chunk<true, true>},
+  };
   const int64_t row_tile_stride = rows.num_steps * kTileElements;
   for (int64_t first = 0; first < rows.num_steps; first += kChunkSteps) {
     const int64_t left = rows.num_steps - first;
     const int steps = left < kChunkSteps ? static_cast<int>(left) : kChunkSteps;
     for (int tile = 0; tile < rows.num_tiles; tile += 2) {
-      const auto multiply =
-          tile == 0 ? (tile + 1 < rows.num_tiles ? multiply_chunk<true, true> : multiply_chunk<false, true>)
-                    : (tile + 1 < rows.num_tiles ? multiply_chunk<true, false> : multiply_chunk<false, false>);
+      const auto multiply = kMultiply[tile + 1 < rows.num_tiles][tile == 0];
       multiply(rows.tiles + tile * row_tile_stride + first * kTileElements, row_tile_stride,
                packed + first * kStepBytes, scratch.weights, steps, scratch.sums + tile, first == 0);
     }

@@ -34,8 +34,7 @@ def run(
     output1_scales_scalar: int,  # [L] float32
     output1_scales_gate_scalar: int,  # [L] float32
     output2_scales_scalar: int,  # [L] float32
-    inter: int,  # [T * K + 15 * min(L, T * K), I up to a multiple of 32] bfloat16, aligned to 64 bytes, written
-    g: int,  # [T * K, H] bfloat16, written as far as there are rows
+    g: int,  # [T * K, H] bfloat16, written as far as there are rows; 0: not asked for
     row_of_slot: int,  # [T, K] int32, written
     out: int,  # [T, H] of output_type, written; 0: not asked for
     output_type: int,  # 0 bfloat16, 1 float16, 2 float32

@@ -27,8 +27,6 @@ except ImportError as error:
 __all__ = ["PackedExperts", "pack", "run", "why_not"]
 
 _OUTPUT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_K_MULTIPLE = 32
-_TILE_ROWS = 16
 
 
 @functools.cache
@@ -57,6 +55,7 @@ class PackedExperts:
 def pack(spec: LayerSpec, weights: ExpertWeights, experts: Iterable[int]) -> PackedExperts:
     """The given local experts of a layer; memory of the others is not touched, and must not be read."""
     shape = (spec.hidden_size, spec.intermediate_size, int(spec.activation))
+    # All of torch's memory starts at a multiple of 64 bytes, as run needs it.
     gemm1, gemm2 = (torch.empty(spec.num_local, nbytes, dtype=torch.uint8) for nbytes in _amx.packed_sizes(*shape))
     for packed in (gemm1, gemm2):
         _amx.use_huge_pages(packed.data_ptr(), packed.numel())
@@ -78,26 +77,22 @@ def run(
     topk_ids: torch.Tensor,
     expert_weights: torch.Tensor,
     out: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Steps 2 to 5 of the layer on routed tokens. T tokens, K top_k, H hidden_size, P pairs with a local expert.
 
     weights: their scales are read. hidden_states: [T, H] fp8, or wider where the weights have hidden_states_scale.
     topk_ids: [T, K] int32, global; expert_weights: [T, K] bfloat16. out: [T, H] bfloat16, float16 or float32, written;
-    None: not asked for.
-    Returns g [P, H] bfloat16, grouped by local expert in ascending id, then by slot, and row_of_slot [T * K] int32, -1
-    where a slot is empty or its expert not local.
+    None: step 5 is left out.
+    Returns g [P, H] bfloat16, grouped by local expert in ascending id, then by slot, or None where there is an out; and
+    row_of_slot [T * K] int32, -1 where a slot is empty or its expert not local.
     """
     if hidden_states.dtype != torch.float8_e4m3fn:
         assert weights.hidden_states_scale is not None
         hidden_states = quantize_fp8(hidden_states, weights.hidden_states_scale)
     hidden_states, topk_ids = hidden_states.contiguous(), topk_ids.contiguous()
     expert_weights = expert_weights.contiguous()
-    num_tokens, num_slots = len(topk_ids), topk_ids.numel()
-    most_rows = num_slots + (_TILE_ROWS - 1) * min(spec.num_local, num_slots)
-    columns = spec.intermediate_size + -spec.intermediate_size % _K_MULTIPLE
-    # All of torch's memory starts at a multiple of 64 bytes.
-    inter = torch.empty(most_rows, columns, dtype=torch.bfloat16)
-    g = torch.empty(num_slots, spec.hidden_size, dtype=torch.bfloat16)
+    num_slots = topk_ids.numel()
+    g = torch.empty(num_slots, spec.hidden_size, dtype=torch.bfloat16) if out is None else None
     row_of_slot = torch.empty(num_slots, dtype=torch.int32)
     written = (
         out if out is None or out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
@@ -106,7 +101,7 @@ def run(
         spec.hidden_size,
         spec.intermediate_size,
         int(spec.activation),
-        num_tokens,
+        len(topk_ids),
         spec.top_k,
         spec.local_expert_offset,
         spec.num_local,
@@ -119,8 +114,7 @@ def run(
         weights.output1_scales_scalar.data_ptr(),
         weights.output1_scales_gate_scalar.data_ptr(),
         weights.output2_scales_scalar.data_ptr(),
-        inter.data_ptr(),
-        g.data_ptr(),
+        0 if g is None else g.data_ptr(),
         row_of_slot.data_ptr(),
         0 if written is None else written.data_ptr(),
         0 if written is None else _OUTPUT_TYPES[written.dtype],
@@ -128,4 +122,4 @@ def run(
     )
     if out is not None and written is not None and written is not out:
         out.copy_(written)
-    return g[:num_rows], row_of_slot
+    return None if g is None else g[:num_rows], row_of_slot

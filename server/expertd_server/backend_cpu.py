@@ -120,7 +120,7 @@ class TorchBackend:
         ids: torch.Tensor,
         expert_weights: torch.Tensor,
         out: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Steps 2 to 5, as `amx.run`."""
         spec, packed = layer.spec, layer.state
         if packed is None:
