@@ -99,7 +99,8 @@ class TorchBackend:
             routing_replay_out[:num_valid] = ids[:num_valid].to(torch.int16)
 
         if do_finalize and out is None:
-            out = torch.zeros(num_tokens, spec.hidden_size, dtype=output_dtype, device=self.device)
+            out = torch.empty(num_tokens, spec.hidden_size, dtype=output_dtype, device=self.device)
+            out[num_valid:] = 0
         valid = slice(num_valid)
         finalized = out[valid] if do_finalize and out is not None else None
         run = self._run_with_amx if self._uses_amx(layer) else self._run_with_torch

@@ -181,6 +181,12 @@ def test_only_the_cuda_backend_knows_the_extension(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_only_amx_knows_its_extension(module: str) -> None:
+    """It says what is missing where that was not built or the CPU will not do."""
+    assert "expertd_server._amx" not in imports_of(PACKAGE / f"{module}.py") or module == "amx"
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_the_batcher_knows_neither_torch_nor_grpc_and_few_know_the_rest(module: str) -> None:
     roots = {name.partition(".")[0] for name in imports_of(PACKAGE / f"{module}.py")}
     for package, allowed in ONLY_IN.items():
