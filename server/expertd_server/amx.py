@@ -19,7 +19,8 @@ from expertd_server.weights import ExpertWeights
 from expertd_server.workers import run_all
 
 try:
-    from expertd_server import _amx  # after torch: it takes the OpenMP library that is there
+    # After torch, whose OpenMP library it takes. Not "from", whose error would not say what is missing.
+    import expertd_server._amx as _amx  # noqa: PLR0402
 except ImportError as error:
     _amx = None  # type: ignore[assignment]
     _import_error = str(error)
@@ -33,7 +34,7 @@ _OUTPUT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 def why_not() -> str | None:
     """None where this process can use AMX, else the reason why it cannot."""
     if _amx is None:
-        return f"expertd_server._amx is missing ({_import_error}); install where a C++ compiler knows AMX and OpenMP"
+        return f"{_import_error}; install where a C++ compiler knows AMX and OpenMP"
     return _amx.why_not()
 
 

@@ -287,13 +287,13 @@ class WithoutPermission:
 
 @pytest.mark.parametrize(
     ("module", "reason"),
-    [(None, "_amx is missing (cannot import name '_amx')"), (WithoutPermission, "does not permit the use of AMX")],
+    [(None, "No module named 'expertd_server._amx'; install"), (WithoutPermission, "does not permit the use of AMX")],
 )
 def test_without_the_unit_torch_does_the_same(
     module: object, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(amx, "_amx", module)
-    monkeypatch.setattr(amx, "_import_error", "cannot import name '_amx'", raising=False)
+    monkeypatch.setattr(amx, "_import_error", "No module named 'expertd_server._amx'", raising=False)
     monkeypatch.setattr(amx, "why_not", amx.why_not.__wrapped__)
     with caplog.at_level(logging.INFO, "expertd_server.backend"):
         backend = select_backend("cpu")
