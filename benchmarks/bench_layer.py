@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from _common import header, write_json
 
+from expertd_server import amx
 from expertd_server.backend_cpu import TorchBackend
 from expertd_server.fp8 import from_fp8, to_fp8
 from expertd_server.synthetic import PRESETS, synthetic_layers
@@ -116,10 +117,13 @@ def main() -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     print(f"{arguments.layer}: {cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    experts = "AMX" if amx.why_not() is None else f"torch: {amx.why_not()}"
+    print(f"experts run in {experts}")
     _, spec, weights = next(iter(synthetic_layers(arguments.layer)))
     table = measure(spec, weights, arguments.tokens, arguments.seconds)
     if arguments.json is not None:
         about = {**header(), "cpu": cpu_model(), "threads": torch.get_num_threads(), "layer": arguments.layer}
+        about["experts"] = experts
         write_json(arguments.json, {**about, "rows": table})
 
 

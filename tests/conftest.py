@@ -23,6 +23,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is first 
 
 import torch
 
+from expertd_server import amx
+
 torch.set_num_threads(1)
 
 
@@ -32,6 +34,15 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["amx", "torch"])
+def experts_run_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU backend's experts run on the matrix unit, where there is one, and once more through torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(amx, "why_not", lambda: "the test is of torch's products")
+    elif amx.why_not() is not None:
+        pytest.skip(f"needs AMX: {amx.why_not()}")
 
 
 @pytest.fixture(autouse=True)

@@ -97,7 +97,7 @@ class Backend(Protocol):
 
 def select_backend(device: torch.device | str = "auto", *, tuning_cache: Path | None = None) -> Backend:
     """The best backend for a device: "cuda" on a Hopper GPU whose kernels are installed, "torch" on any other CUDA
-    device (and its log says why), "cpu" on the CPU.
+    device (and its log says why), "cpu" on the CPU (and its log says how).
 
     device: "cpu", "cuda", "cuda:1", ..., "auto": the current CUDA device where torch sees one, else the CPU; or "noop",
     which answers with zeros, for benchmarks.
@@ -116,6 +116,11 @@ def select_backend(device: torch.device | str = "auto", *, tuning_cache: Path | 
         device = "cuda" if has_cuda else "cpu"
     device = torch.device(device)
     if device.type == "cpu":
+        from expertd_server import amx  # noqa: PLC0415
+
+        why_not_amx = amx.why_not()
+        how = "experts run on the matrix unit (AMX)" if why_not_amx is None else f"experts run in torch: {why_not_amx}"
+        _log.info("backend 'cpu': %s", how)
         return TorchBackend(device)
     if device.type != "cuda" or not has_cuda:
         raise ValueError(f"device is {device}, expected {'auto, cpu or cuda' if has_cuda else 'cpu (no CUDA device)'}")

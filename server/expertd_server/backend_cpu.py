@@ -1,9 +1,9 @@
-"""The layer in plain torch: the CPU backend, and the fallback on CUDA devices without kernels of their own.
+"""The CPU backend, and the fallback on CUDA devices without kernels of their own.
 
-A token's bits do not depend on the tokens beside it: `products` sees to that for the matrix products, and everything
-else is computed element by element or in an order that is fixed for each row.
-
-On the CPU experts run side by side, one thread each.
+On CPUs with AMX the experts run in compiled code, see `amx`. Elsewhere the layer is plain torch. There, too, a token's
+bits do not depend on the tokens beside it: `products` sees to that for the matrix products, and everything else is
+computed element by element or in an order that is fixed for each row. On the CPU experts run side by side, one thread
+each.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional
 
+from expertd_server import amx
 from expertd_server.backend import MoEOutput, PreparedLayer
 from expertd_server.fp8 import from_fp8, quantize_fp8, round_to_fp8
 from expertd_server.products import MAX_ROWS, ON_CUDA, Freedom, pack, probe
@@ -32,20 +34,26 @@ class TorchBackend:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.name = "cpu" if self.device.type == "cpu" else "torch"
+        self._has_amx = self.device.type == "cpu" and amx.why_not() is None
 
     def prepare(self, spec: LayerSpec, weights: ExpertWeights, *, max_num_tokens: int = 8192) -> PreparedLayer:
-        """Convert every expert once: two bytes a weight on the CPU; elsewhere the FP8 weights stay as they are.
+        """Convert every expert once.
 
-        Any hidden_size and intermediate_size will do; max_num_tokens has no effect. On the CPU, products of a size that
-        is new to this process are probed, which takes a while for large ones: here, so that no request waits for it.
+        On the CPU to two bytes a weight (four where torch has no product of less), with AMX to one; elsewhere the FP8
+        weights stay as they are. Any hidden_size and intermediate_size will do; max_num_tokens has no effect. On a CPU
+        without AMX, products of a size that is new to this process are probed, which takes a while for large ones:
+        here, so that no request waits for it.
         """
         weights.check(spec)
         if self.device.type != "cpu":
             return self.wrap(spec, weights.to(self.device))
-        experts = [pack(*pair) for pair in zip(weights.gemm1_weights, weights.gemm2_weights, strict=True)]
         none = torch.empty(0, dtype=torch.float8_e4m3fn)  # the FP8 weights are not read again
-        _cpu_freedom(spec)
         kept = replace(weights, gemm1_weights=none, gemm2_weights=none)
+        if self._has_amx:
+            packed = amx.pack(spec, weights, range(spec.num_local))
+            return PreparedLayer(spec, kept, kept.nbytes + packed.nbytes, packed)
+        experts = [pack(*pair) for pair in zip(weights.gemm1_weights, weights.gemm2_weights, strict=True)]
+        _cpu_freedom(spec)
         return PreparedLayer(spec, kept, kept.nbytes + sum(expert.nbytes for expert in experts), experts)
 
     def wrap(self, spec: LayerSpec, weights: ExpertWeights) -> PreparedLayer:
@@ -90,20 +98,65 @@ class TorchBackend:
         if routing_replay_out is not None:
             routing_replay_out[:num_valid] = ids[:num_valid].to(torch.int16)
 
+        if do_finalize and out is None:
+            out = torch.empty(num_tokens, spec.hidden_size, dtype=output_dtype, device=self.device)
+            out[num_valid:] = 0
+        valid = slice(num_valid)
+        finalized = out[valid] if do_finalize and out is not None else None
+        run = self._run_with_amx if self._uses_amx(layer) else self._run_with_torch
+        g, row_of_slot = run(layer, hidden_states[valid], ids[valid], expert_weights[valid], finalized)
+        if do_finalize:
+            return MoEOutput(ids, expert_weights, output=out)
+        row_of_slot = functional.pad(row_of_slot, (0, ids.numel() - len(row_of_slot)), value=-1)
+        return MoEOutput(ids, expert_weights, gemm2_output=g, expanded_idx_to_permuted_idx=row_of_slot)
+
+    def _uses_amx(self, layer: PreparedLayer) -> bool:
+        """As the layer was prepared; one that was not, as this machine can."""
+        return self._has_amx if layer.state is None else isinstance(layer.state, amx.PackedExperts)
+
+    def _run_with_amx(
+        self,
+        layer: PreparedLayer,
+        hidden_states: torch.Tensor,
+        ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Steps 2 to 5, as `amx.run`."""
+        spec, packed = layer.spec, layer.state
+        if packed is None:
+            local = ids.flatten().long() - spec.local_expert_offset
+            touched = set(local[(local >= 0) & (local < spec.num_local)].tolist())
+            packed = amx.pack(spec, layer.weights, touched)
+        return amx.run(
+            spec,
+            layer.weights,
+            packed,
+            hidden_states=hidden_states,
+            topk_ids=ids,
+            expert_weights=expert_weights,
+            out=out,
+        )
+
+    def _run_with_torch(
+        self,
+        layer: PreparedLayer,
+        hidden_states: torch.Tensor,
+        ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Steps 2 to 5; arguments and results as those of `amx.run`."""
+        spec = layer.spec
         plan = _plan(spec, ids)
         # One row more than there are (token, expert) pairs: the zeros that empty and not local slots add.
         g = torch.empty(plan.num_rows + 1, spec.hidden_size, dtype=torch.bfloat16, device=self.device)
         g[plan.num_rows] = 0
-        self._run_experts(layer, plan, hidden_states[:num_valid], expert_weights, g)
-        if not do_finalize:
-            return MoEOutput(
-                ids, expert_weights, gemm2_output=g[: plan.num_rows], expanded_idx_to_permuted_idx=plan.row_of_slot
-            )
-        if out is None:
-            out = torch.zeros(num_tokens, spec.hidden_size, dtype=output_dtype, device=self.device)
-        w = torch.ones_like(expert_weights) if spec.use_routing_scales_on_input else expert_weights
-        _finalize(g, plan.row_of_slot.view(num_tokens, spec.top_k)[:num_valid], w[:num_valid], out[:num_valid])
-        return MoEOutput(ids, expert_weights, output=out)
+        self._run_experts(layer, plan, hidden_states, expert_weights, g)
+        if out is not None:
+            w = torch.ones_like(expert_weights) if spec.use_routing_scales_on_input else expert_weights
+            _finalize(g, plan.row_of_slot.view(ids.shape), w, out)
+        return g[: plan.num_rows], plan.row_of_slot
 
     def _run_experts(
         self,

@@ -8,18 +8,19 @@ import logging
 
 import pytest
 import torch
-from cases import Case, every_method, make_case, make_hidden_states, make_spec, relative_error, spec_id, visible_inter
+from agreement import WHOLE_OUTPUT_BOUND, by_slot, check_against_reference, expect, is_local, output, run
+from cases import every_method, make_case, make_hidden_states, make_spec, relative_error, spec_id
 
-from expertd_server import backend, backend_cpu, products, reference
-from expertd_server.backend import MoEOutput, select_backend
+from expertd_server import amx, backend, backend_cpu, products, reference
+from expertd_server.backend import select_backend
 from expertd_server.backend_cpu import TorchBackend
 from expertd_server.fp8 import from_fp8, quantize_fp8, round_to_fp8, to_fp8
 from expertd_server.types import Activation, LayerSpec, RoutingMethod
 from expertd_server.workers import run_all
 
 pytestmark = pytest.mark.usefixtures("two_threads")
-WHOLE_OUTPUT_BOUND = 4e-3
 WITHOUT_ROUNDINGS_BOUND = 3e-2
+either_way = pytest.mark.usefixtures("experts_run_by")
 
 
 def has_packed_bfloat16() -> bool:
@@ -51,75 +52,20 @@ EVERY_EXPERT_TYPE = [
 
 def use(monkeypatch: pytest.MonkeyPatch, expert_type: type) -> None:
     """Multiply as on a CPU with these products."""
+    monkeypatch.setattr(amx, "why_not", lambda: "the test is of torch's products")
     monkeypatch.setattr(products, "cpu_expert_type", lambda: expert_type)
     # A cache of its own: the usual one does not know the type.
     monkeypatch.setattr(backend_cpu, "probe", functools.cache(products.probe.__wrapped__))
 
 
-def run(case: Case, **options: object) -> MoEOutput:
-    cpu = TorchBackend()
-    arguments = {"routing_logits": case.routing_logits} if "topk_ids" not in options else {}
-    return cpu.forward(cpu.prepare(case.spec, case.weights), case.hidden_states, **arguments, **options)  # type: ignore[arg-type]
-
-
-def output(case: Case, **options: object) -> torch.Tensor:
-    result = run(case, **options).output
-    assert result is not None
-    return result
-
-
-def expect(case: Case) -> reference.Reference:
-    return reference.forward(case.spec, case.weights, case.hidden_states, routing_logits=case.routing_logits)
-
-
-def check_against_reference(case: Case) -> None:
-    """Every bound of the layer's agreement: ids, inter, g given inter, the whole output."""
-    expected = expect(case)
-    result = run(case)
-    assert torch.equal(result.topk_ids, expected.topk_ids), case.name
-    assert result.output is not None
-    error = relative_error(result.output, expected.output)
-    assert error <= WHOLE_OUTPUT_BOUND, f"{case.name}: output off by {error}"
-
-    spec, weights = visible_inter(case.spec, case.weights)
-    shown = by_slot(run(dataclasses.replace(case, weights=weights), do_finalize=False))
-    inter = shown[..., : spec.intermediate_size]
-    steps = (fp8_position(inter) - fp8_position(expected.inter.float())).abs()
-    steps = steps[is_local(spec, expected.topk_ids)]
-    assert not steps.numel() or int(steps.max()) <= 1, f"{case.name}: inter off by {int(steps.max())} fp8 values"
-    assert not steps.numel() or float((steps == 0).float().mean()) >= 0.95, case.name
-
-    g = by_slot(run(case, do_finalize=False))
-    given = reference.expert_outputs(case.spec, case.weights, expected.topk_ids, inter)
-    error = relative_error(g, given)
-    assert error <= WHOLE_OUTPUT_BOUND, f"{case.name}: g off by {error}"
-
-
-def by_slot(result: MoEOutput) -> torch.Tensor:
-    """gemm2_output as [T, K, H] float32, zeros where a slot has no row."""
-    g, rows = result.gemm2_output, result.expanded_idx_to_permuted_idx
-    assert g is not None
-    assert rows is not None
-    padded = torch.cat([g.float(), torch.zeros(1, g.shape[1])])
-    return padded[torch.where(rows < 0, len(g), rows)].view(*result.topk_ids.shape, -1)
-
-
-def fp8_position(values: torch.Tensor) -> torch.Tensor:
-    """Place of fp8 values among all fp8 values, so that neighbours differ by 1."""
-    codes = to_fp8(values).view(torch.uint8).int()
-    return torch.where(codes >= 0x80, 0x80 - codes, codes)
-
-
-def is_local(spec: LayerSpec, ids: torch.Tensor) -> torch.Tensor:
-    return (ids >= spec.local_expert_offset) & (ids < spec.local_expert_offset + spec.num_local)
-
-
+@either_way
 @pytest.mark.parametrize("num_tokens", [1, 5, 70])
 @pytest.mark.parametrize("spec", every_method(), ids=spec_id)
 def test_agrees_with_the_reference_for_every_routing_method(spec: LayerSpec, num_tokens: int) -> None:
     check_against_reference(make_case(spec, num_tokens if spec.num_experts <= 16 else 3, seed=num_tokens))
 
 
+@either_way
 @pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(128, 64), (200, 72), (256, 256), (37, 21)])
 def test_agrees_with_the_reference_for_every_activation(
@@ -129,17 +75,20 @@ def test_agrees_with_the_reference_for_every_activation(
     check_against_reference(make_case(spec, 40, seed=11))
 
 
+@either_way
 @pytest.mark.parametrize("logits", ["all_equal", "two_values", "saturated_high", "one_expert", "one_dominates"])
 def test_agrees_with_the_reference_on_adversarial_logits(logits: str) -> None:
     for method in (RoutingMethod.DEFAULT, RoutingMethod.SIGMOID_RENORM):
         check_against_reference(make_case(make_spec(routing_method=method), 70, seed=3, logits=logits))
 
 
+@either_way
 def test_agrees_with_the_reference_on_the_shape_of_a_real_layer() -> None:
     spec = make_spec(hidden_size=2048, intermediate_size=768, num_experts=4, top_k=2)
     check_against_reference(make_case(spec, 12, seed=1))
 
 
+@either_way
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
     "spec",
@@ -179,6 +128,7 @@ def test_all_roundings_together_cost_at_most_three_percent(spec: LayerSpec, seed
     assert error <= WITHOUT_ROUNDINGS_BOUND, f"{case.name}: output off by {error}"
 
 
+@either_way
 def test_inter_saturates() -> None:
     case = make_case(make_spec(activation=Activation.RELU2), 8, seed=4)
     scales = case.weights.output1_scales_scalar * 1e4
@@ -187,6 +137,7 @@ def test_inter_saturates() -> None:
     check_against_reference(case)
 
 
+@either_way
 @pytest.mark.parametrize("parts", [1, 2, 4, 16])
 @pytest.mark.parametrize("method", [RoutingMethod.RENORMALIZE, RoutingMethod.DEEPSEEK_V3])
 def test_slices_add_up_to_the_whole(method: RoutingMethod, parts: int) -> None:
@@ -200,6 +151,7 @@ def test_slices_add_up_to_the_whole(method: RoutingMethod, parts: int) -> None:
     torch.testing.assert_close(total, whole, rtol=0.0, atol=float(whole.abs().max()) * 1e-6, msg=case.name)
 
 
+@either_way
 def test_tokens_without_a_local_expert_get_zeros() -> None:
     case = make_case(make_spec(routing_method=RoutingMethod.LLAMA4, top_k=1), 20, seed=1, logits="one_expert")
     case = case.slice(0, 4)  # every token goes to expert 8
@@ -211,6 +163,7 @@ def test_tokens_without_a_local_expert_get_zeros() -> None:
     assert rows.expanded_idx_to_permuted_idx.tolist() == [-1] * 20
 
 
+@either_way
 def test_do_finalize_false_groups_rows_by_ascending_expert_and_adds_up_to_the_output() -> None:
     case = make_case(make_spec(), 33, seed=6).slice(4, 8)
     result = run(case, do_finalize=False)
@@ -229,6 +182,7 @@ def test_do_finalize_false_groups_rows_by_ascending_expert_and_adds_up_to_the_ou
     assert torch.equal(total.bfloat16(), output(case))
 
 
+@either_way
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_output_is_rounded_once_to_the_asked_type(dtype: torch.dtype) -> None:
     case = make_case(make_spec(), 20, seed=8)
@@ -240,6 +194,7 @@ def test_output_is_rounded_once_to_the_asked_type(dtype: torch.dtype) -> None:
     assert torch.equal(out, got)
 
 
+@either_way
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_wide_hidden_states_are_quantised_with_the_scale(dtype: torch.dtype) -> None:
     case = make_case(make_spec(), 20, seed=9)
@@ -268,6 +223,7 @@ def test_from_fp8_is_exact(dtype: torch.dtype) -> None:
     torch.testing.assert_close(from_fp8(x, dtype), x.to(dtype), rtol=0.0, atol=0.0, equal_nan=True)
 
 
+@either_way
 def test_routed_input_gives_the_bits_of_routing_here() -> None:
     case = make_case(make_spec(routing_method=RoutingMethod.RENORMALIZE), 40, seed=2)
     routed = run(case)
@@ -275,6 +231,7 @@ def test_routed_input_gives_the_bits_of_routing_here() -> None:
         assert torch.equal(output(case, topk_ids=routed.topk_ids, topk_weights=weights), output(case))
 
 
+@either_way
 def test_routed_weights_are_rounded_to_bfloat16_on_entry() -> None:
     case = make_case(make_spec(), 10, seed=2)
     ids = run(case).topk_ids
@@ -285,6 +242,7 @@ def test_routed_weights_are_rounded_to_bfloat16_on_entry() -> None:
     )
 
 
+@either_way
 def test_an_expert_that_comes_twice_in_a_row_counts_twice() -> None:
     case = make_case(make_spec(top_k=2), 6, seed=2)
     twice = output(case, topk_ids=torch.full((6, 2), 3, dtype=torch.int32), topk_weights=torch.full((6, 2), 0.5))
@@ -294,6 +252,7 @@ def test_an_expert_that_comes_twice_in_a_row_counts_twice() -> None:
     assert torch.equal(twice, once)
 
 
+@either_way
 def test_empty_slots_add_nothing_whatever_their_weight() -> None:
     case = make_case(make_spec(top_k=2), 4, seed=2)
     ids = torch.tensor([[-1, -1], [5, -1], [-1, 5], [5, 5]], dtype=torch.int32)
@@ -303,6 +262,7 @@ def test_empty_slots_add_nothing_whatever_their_weight() -> None:
     assert not got[0].any()
 
 
+@either_way
 def test_replay_rows_beyond_the_tokens_stay_untouched() -> None:
     case = make_case(make_spec(), 5, seed=2)
     replay = torch.full((9, 4), -7, dtype=torch.int16)
@@ -311,6 +271,7 @@ def test_replay_rows_beyond_the_tokens_stay_untouched() -> None:
     assert replay[5:].eq(-7).all()
 
 
+@either_way
 @pytest.mark.parametrize("num_valid", [0, 1, 4, 9])
 def test_rows_past_num_valid_tokens_are_neither_read_nor_written(num_valid: int) -> None:
     case = make_case(make_spec(), 9, seed=2)
@@ -331,6 +292,7 @@ def test_rows_past_num_valid_tokens_are_neither_read_nor_written(num_valid: int)
     assert rows.gemm2_output.isfinite().all()
 
 
+@either_way
 @pytest.mark.parametrize("do_finalize", [True, False])
 def test_no_tokens(do_finalize: bool) -> None:
     case = make_case(make_spec(), 0, seed=2)
@@ -341,6 +303,7 @@ def test_no_tokens(do_finalize: bool) -> None:
     assert tensor.shape == (0, case.spec.hidden_size)
 
 
+@either_way
 def test_prepared_and_unprepared_layers_give_the_same_bits() -> None:
     case = make_case(make_spec(), 50, seed=2).slice(2, 9)
     cpu = TorchBackend()
@@ -360,7 +323,8 @@ def test_inference_mode_gives_the_same_bits(expert_type: type, monkeypatch: pyte
         assert torch.equal(output(case), outside)
 
 
-def test_nbytes_counts_two_bytes_a_weight() -> None:
+def test_nbytes_counts_two_bytes_a_weight_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amx, "why_not", lambda: "the test is of torch's products")
     case = make_case(make_spec(), 1, seed=2)
     prepared = TorchBackend().prepare(case.spec, case.weights)
     num_weights = case.weights.gemm1_weights.numel() + case.weights.gemm2_weights.numel()

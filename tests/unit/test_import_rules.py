@@ -46,6 +46,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "accounting",
+            "amx",
             "audit",
             "backend",
             "backend_cpu",
@@ -177,6 +178,12 @@ def test_only_the_cuda_backend_knows_the_extension(module: str) -> None:
     assert "_cuda" not in own_imports(module) or module == "cuda_extension"
     if "cuda_extension" in own_imports(module):
         assert module in {"backend_cuda", "cuda_families", "cuda_slot", "cuda_workspace"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_amx_knows_its_extension(module: str) -> None:
+    """It says what is missing where that was not built or the CPU will not do."""
+    assert "expertd_server._amx" not in imports_of(PACKAGE / f"{module}.py") or module == "amx"
 
 
 @pytest.mark.parametrize("module", MODULES)
