@@ -162,7 +162,7 @@ __device__ __forceinline__ void write_permutation(const RouteParams& p, RouteSme
 }
 
 // A handful of slots, one to a lane: placed by comparing each with each. No tables, no scans, and an expert has one
-// tile, because every family's tiles hold as many rows as there are tokens, or more.
+// tile, because every family's tiles hold more rows than there are tokens.
 __device__ __forceinline__ void write_few(const RouteParams& p, const int* ids, int num_slots) {
   const int slot = threadIdx.x % 32, expert = slot < num_slots ? ids[slot] : -1;
   int before = 0, earlier = 0, rows = 0, tile = 0;

@@ -22,7 +22,7 @@ namespace {
 constexpr int kMinWarps = 8;
 constexpr int kMaxClusterBlocks = 8;
 constexpr int kOneBlockTokens = 16;                      // up to here one block, or a cluster if there are many experts
-constexpr int kFewSlots = 32;                            // up to here one block without tables
+constexpr int kFewSlots = 32;                            // up to here, and kMinWarps tokens, no tables
 constexpr int kByRowTokens = 32;                         // of a block; from here on rows are written in order
 constexpr int kMaxSlots = kRouteBlockTokens * kMaxTopK;  // of a block
 constexpr int kSumLanes = 8;                             // that add up the counts of one expert
@@ -247,7 +247,7 @@ void launch_way(const RouteParams& p, int blocks, const LaunchConfig& launch) {
 
 template <Score kScore, int kPer>
 void launch_size(const RouteParams& p, int blocks, const LaunchConfig& launch) {
-  if (blocks == 1 && p.num_tokens * p.top_k <= kFewSlots && p.num_tokens <= p.tile_n && p.cluster == 1) {
+  if (blocks == 1 && p.num_tokens <= kMinWarps && p.num_tokens * p.top_k <= kFewSlots && p.cluster == 1) {
     launch_way<kScore, kPer, kFew>(p, blocks, launch);
   } else if (p.num_tokens <= cluster_tokens(p.num_experts)) {
     launch_way<kScore, kPer, kCluster>(p, blocks, launch);
@@ -285,7 +285,7 @@ void launch_route(RouteParams p, const LaunchConfig& launch) {
           "the local experts must lie inside 0 ... num_experts - 1");
   int blocks = 1;
   if (p.num_tokens <= cluster_tokens(p.num_experts)) {
-    const bool one = p.num_tokens <= kOneBlockTokens && (p.num_tokens * p.top_k <= kFewSlots || p.num_experts <= 256);
+    const bool one = p.num_tokens <= kOneBlockTokens && p.num_experts <= 256;
     while (!one && blocks < kMaxClusterBlocks && blocks * kMinWarps < p.num_tokens) blocks *= 2;
     p.block_tokens = std::max(1, (p.num_tokens + blocks - 1) / blocks);
   } else {
