@@ -47,24 +47,22 @@ __global__ void __launch_bounds__(kWarpsPerBlock * 32, 2) finalize_kernel(const 
   const int parts = (p.hidden_size + kColumns - 1) / kColumns;
   const int unit = blockIdx.x * kWarpsPerBlock + threadIdx.x / 32;
   const int token = unit / parts, column = unit % parts * kColumns + lane * 8;
-  sm90::griddepcontrol_wait();
-  sm90::griddepcontrol_launch_dependents();
-  const int tokens = p.num_valid == nullptr ? p.num_tokens : min(p.num_tokens, max(0, *p.num_valid));
-  if (token >= tokens) return;
+  // NOTE: what routing wrote is older than product 2, as for its tile list, so it is looked up while that still runs.
+  const int tokens = p.num_valid == nullptr ? p.num_tokens : min(p.num_tokens, max(0, __ldcg(p.num_valid)));
   int my_row = -1;
   float my_weight = 1.0f;
-  if (lane < p.top_k) {
+  if (token < p.num_tokens && lane < p.top_k) {
     const size_t slot = static_cast<size_t>(token) * p.top_k + lane;
     my_row = __ldcg(p.expanded_to_row + slot);
-    if (p.weights != nullptr) my_weight = __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(p.weights)[slot]);
+    if (p.weights != nullptr) {
+      my_weight = __bfloat162float(__ldcg(reinterpret_cast<const __nv_bfloat16*>(p.weights) + slot));
+    }
   }
-  float sum[kChunks][8] = {};
   unsigned slots = __ballot_sync(kAll, my_row >= 0);  // of local experts, lowest first
-  while (slots != 0) {
-    const int count = __popc(slots);
-    int rows[kSlots];
-    float weights[kSlots];
-    uint4 values[kSlots][kChunks];
+  int count, rows[kSlots];
+  float weights[kSlots];
+  const auto pick = [&] {
+    count = __popc(slots);
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
       const int slot = slots == 0 ? 0 : __ffs(slots) - 1;
@@ -72,6 +70,14 @@ __global__ void __launch_bounds__(kWarpsPerBlock * 32, 2) finalize_kernel(const 
       rows[i] = __shfl_sync(kAll, my_row, slot);
       weights[i] = __shfl_sync(kAll, my_weight, slot);
     }
+  };
+  pick();
+  sm90::griddepcontrol_wait();
+  sm90::griddepcontrol_launch_dependents();
+  if (token >= tokens) return;
+  float sum[kChunks][8] = {};
+  while (count > 0) {
+    uint4 values[kSlots][kChunks];
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
       const uint16_t* data = p.rows + static_cast<size_t>(rows[i]) * p.hidden_size + column;
@@ -93,6 +99,8 @@ __global__ void __launch_bounds__(kWarpsPerBlock * 32, 2) finalize_kernel(const 
         }
       }
     }
+    if (slots == 0) break;
+    pick();
   }
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {

@@ -66,15 +66,15 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Shared<G>& sh
   // NOTE: nothing may follow this loop, and nothing may leave it by break: ptxas 13.0 would then drop the register
   // budget that setmaxnreg raised, and spill.
   for (uint32_t n = 0; !t.is_end();) {
+    EpilogueTile e;
+    e.scale = __ldg(p.scale + t.expert());  // before the products: behind them somebody would wait for it
+    e.scale_gate = G::kGather ? __ldg(p.scale_gate + t.expert()) : 0.0f;
     float acc[G::kAccumulators];
     multiply_width<G>(t.width<F>() / F::kTileQuantum, acc, step, steps, shared, group, lane, done);
 #pragma unroll
     for (int i = 0; i < G::kAccumulators; ++i) asm volatile("" : "+f"(acc[i])::"memory");
     __syncwarp();
     if (lane == 0) shared.release_tile(n);
-    EpilogueTile e;
-    e.scale = __ldg(p.scale + t.expert());
-    e.scale_gate = G::kGather ? __ldg(p.scale_gate + t.expert()) : 0.0f;
     e.first_row = t.first_row();
     e.num_rows = t.rows();
     e.first_column = (t.m_tile() * F::kTileM + group * 64 * G::kAtoms) / (G::kGated ? 2 : 1);
@@ -94,16 +94,18 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Shared<G>& sh
         store_activated<G::kOut, G::kAtoms, F::kTileN, G::kPassTokens, G::kPitch, G::kStagingBuffers, false>(
             acc, e, static_cast<uint8_t*>(p.out), p.out_columns);
       }
-      sm90::fence_proxy_async_global();  // product 2 reads these rows through the async proxy
+      if (p.ready_count > 0) {
+        sm90::fence_proxy_async_global();  // product 2 reads these rows through the async proxy
+        done = p.tile_ready + t.token_tile();
+      }
       sm90::bar_sync(e.barrier, 128);
-      done = p.tile_ready + t.token_tile();
-      if (!G::kLateRelease && (threadIdx.x & 127) == 0) sm90::red_release_add(done, 1);
+      if (!G::kLateRelease && p.ready_count > 0 && (threadIdx.x & 127) == 0) sm90::red_release_add(done, 1);
     }
     ++n;
     t = {shared.tile_for_warp(n, lane)};
     if constexpr (G::kLateRelease) {
       if (t.is_end() || steps < 2) {
-        if ((threadIdx.x & 127) == 0) sm90::red_release_add(done, 1);
+        if (done != nullptr && (threadIdx.x & 127) == 0) sm90::red_release_add(done, 1);
         done = nullptr;
       }
     }

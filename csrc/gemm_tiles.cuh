@@ -30,22 +30,23 @@ template <int kCluster>
 struct Tiles {
   Tile of[kCluster];
 };
+// near_index: q / m_tiles * kCluster, the index of some token tile of the same block.
+// NOTE: product 1's first look comes while anything may lie where the list will be, so no index is believed.
 template <int kCluster>
-__device__ __forceinline__ Tiles<kCluster> find_tiles(const GemmParams& p, int q, int m_tiles) {
+__device__ __forceinline__ Tiles<kCluster> find_tiles(const GemmParams& p, int q, int near_index, int m_tiles) {
   Tiles<kCluster> found;
-  const int near_index = q / m_tiles * kCluster;  // of some token tile of the same block
   const TokenTile near = __ldcg(p.tiles + min(near_index, p.max_token_tiles - 1));
   if (near_index >= __ldcg(&p.schedule->num_token_tiles)) {
 #pragma unroll
     for (int i = 0; i < kCluster; ++i) found.of[i] = {kEndTile};
     return found;
   }
-  const int in_block = (near.x >> 16) / kCluster, local = q - near.w / kCluster * m_tiles;
+  const int in_block = max((near.x >> 16) / kCluster, 1), local = q - near.w / kCluster * m_tiles;
   if (kCluster == 1 && in_block == 1) {
     found.of[0] = {{local | near.x << 16, near.w, near.y, near.z}};
     return found;
   }
-  const int index = near.w + local % in_block * kCluster;
+  const int index = min(max(near.w + local % in_block * kCluster, 0), p.max_token_tiles - kCluster);
 #pragma unroll
   for (int i = 0; i < kCluster; ++i) {
     const TokenTile own = __ldcg(p.tiles + index + i);
@@ -63,7 +64,11 @@ struct TileQueue {
   int next = blockIdx.x / G::kCluster;
 
   __device__ __forceinline__ TileQueue(const GemmParams& p, const Shared<G>& shared) : p(p), shared(shared) {}
-  __device__ __forceinline__ Found load() const { return find_tiles<G::kCluster>(p, next, num_m_tiles<G>(p)); }
+  __device__ __forceinline__ int near_index() const { return next / num_m_tiles<G>(p) * G::kCluster; }
+  __device__ __forceinline__ Found load(int near) const {
+    return find_tiles<G::kCluster>(p, next, near, num_m_tiles<G>(p));
+  }
+  __device__ __forceinline__ Found load() const { return load(near_index()); }
   __device__ __forceinline__ void advance() {
     next = gridDim.x / G::kCluster + atomicAdd(&p.schedule->next_tile[G::kOut == kBFloat16], 1);
   }

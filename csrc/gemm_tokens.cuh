@@ -20,11 +20,15 @@ __device__ __forceinline__ void produce_tokens(const GemmParams& p, const Shared
   sm90::griddepcontrol_launch_dependents();
   uint32_t step = 0;
   int ready_tile = -1;
+  if (p.ready_count == 0) {
+    sm90::griddepcontrol_wait();
+    sm90::fence_proxy_async_global();
+  }
   for (uint32_t n = 0;; ++n) {
     const Tile t = {shared.tile(n)};
     if (t.is_end()) break;
     shared.release_tile(n);
-    if (t.token_tile() != ready_tile) {
+    if (p.ready_count > 0 && t.token_tile() != ready_tile) {
       ready_tile = t.token_tile();
       while (sm90::ld_acquire(p.tile_ready + ready_tile) < p.ready_count) {
       }

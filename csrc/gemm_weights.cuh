@@ -55,15 +55,11 @@ __device__ __forceinline__ uint64_t weight_policy() {
 // NOTE: in product 2 this does not wait for product 1. The tile list is older than that: product 1 let this kernel
 // start only after it had itself waited for routing. So weights are under way before product 1 ends.
 template <class G>
-__device__ __forceinline__ void produce_weights(const GemmParams& p, const Shared<G>& shared, const CUtensorMap* map) {
+__device__ __forceinline__ void produce_weights(const GemmParams& p, const Shared<G>& shared, const CUtensorMap* map,
+                                                TileQueue<G>& queue, typename TileQueue<G>::Found next) {
   const uint64_t policy = weight_policy<G>();
   const int steps = num_steps<G>(p);
-  TileQueue<G> queue(p, shared);
-  typename TileQueue<G>::Found next;
-  if (shared.rank == 0) {
-    next = queue.load();
-    queue.publish(next, 0);
-  }
+  if (shared.rank == 0) queue.publish(next, 0);
   // The next tile is found early and told early, so that its tokens' rows can be looked up while this one's are loaded;
   // but not before the consumers are on this tile, and have let go of the slot.
   const int find_at = min(1, steps - 1), tell_at = min(G::F::kStages + 1, steps - 1);

@@ -58,6 +58,11 @@ __global__ void __launch_bounds__(G::kThreads, G::F::kCtasPerSm)
       sm90::prefetch_tensormap(&map_x_part);
     }
   }
+  // One thread deals out the tiles. Product 2 looks up its first one while the barriers are being set up.
+  const bool deals = threadIdx.x == G::kConsumers && shared.rank == 0;
+  TileQueue<G> queue(p, shared);
+  typename TileQueue<G>::Found first;
+  if (!G::kGather && deals) first = queue.load();
   if constexpr (G::kPair) {  // nobody reaches into a CTA whose barriers are not set up
     sm90::cluster_arrive();
     sm90::cluster_wait();
@@ -66,14 +71,23 @@ __global__ void __launch_bounds__(G::kThreads, G::F::kCtasPerSm)
   }
   if constexpr (G::kGather) {
     if (p.likely_token_tiles > 0 && threadIdx.x == G::kConsumers) prefetch_likely_weights<G>(p, &map_w);
-    sm90::griddepcontrol_wait();
-    sm90::griddepcontrol_launch_dependents();
+    // The first look comes before routing is done: it brings instructions and translations of addresses into the
+    // caches.
+    const int near = queue.near_index();
+#pragma unroll 1
+    for (int look = 0; look < 2; ++look) {
+      if (deals) first = queue.load(near);
+      if (look == 0) {
+        sm90::griddepcontrol_wait();
+        sm90::griddepcontrol_launch_dependents();
+      }
+    }
   }
   constexpr int kFirstProducer = 4 * G::kWarpgroups;
   if (warp >= kFirstProducer) {
     if constexpr (G::kMoveRegs) sm90::setmaxnreg_dec<G::kProducerRegs>();
     if (warp == kFirstProducer) {
-      if (lane == 0) produce_weights<G>(p, shared, &map_w);
+      if (lane == 0) produce_weights<G>(p, shared, &map_w, queue, first);
     } else if constexpr (G::kGather) {
       gather_tokens<G>(p, shared, warp - kFirstProducer - 1, lane);
     } else {

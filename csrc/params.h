@@ -82,7 +82,7 @@ struct GemmParams {
   int weight_rows;      // rows of one expert's weights: M or H
   int max_token_tiles;  // room in tiles
   int* tile_ready;      // product 1 adds to a token tile's count as it finishes; product 2 waits for ready_count
-  int ready_count;
+  int ready_count;      // 0: no counting, product 2 waits for the whole of product 1
   Schedule* schedule;
   const TokenTile* tiles;
   // Product 1: token tiles of each expert if all are equally chosen, 0: too few tokens for a guess. What the guess says

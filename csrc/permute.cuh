@@ -23,7 +23,8 @@ struct RouteSmem {
   uint32_t bitmaps[kMaxExperts][kWords];  // of each local expert: bit t, this block's token t chose it
   int row_start[kMaxExperts];             // of each expert: rows of earlier blocks; then where this block's rows start
   int total[kMaxExperts];                 // rows of each expert; then how many of the block's are of earlier experts
-  std::conditional_t<kWords == 2, int, int16_t> ids[32 * kWords * kMaxTopK];  // local expert ids, -1 where not local
+  // Local expert ids, -1 where not local; of many tokens in 16 bits, for room.
+  std::conditional_t<kWords == 2, int, int16_t> ids[32 * kWords * kMaxTopK];
   Extent warp_extents[kMaxThreads / 32];
 
   __device__ __forceinline__ int count(int expert) const {
@@ -158,37 +159,6 @@ __device__ __forceinline__ void write_permutation(const RouteParams& p, RouteSme
       const int i = by_row[n], local = smem.ids[i];
       write_row(smem.row_start[local] + n - smem.total[local], i);
     }
-  }
-}
-
-// A handful of slots, one to a lane: placed by comparing each with each. No tables, no scans, and an expert has one
-// tile, because every family's tiles hold more rows than there are tokens.
-__device__ __forceinline__ void write_few(const RouteParams& p, const int* ids, int num_slots) {
-  const int slot = threadIdx.x % 32, expert = slot < num_slots ? ids[slot] : -1;
-  int before = 0, earlier = 0, rows = 0, tile = 0;
-#pragma unroll 8
-  for (int j = 0; j < num_slots; ++j) {
-    const int other = ids[j];
-    before += other >= 0 && other < expert;
-    rows += other == expert;
-    earlier += other == expert && j < slot;
-  }
-  const unsigned held = __ballot_sync(kAllLanes, expert >= 0);
-  const unsigned first = __ballot_sync(kAllLanes, expert >= 0 && earlier == 0);  // of their experts
-#pragma unroll 8
-  for (int j = 0; j < num_slots; ++j) tile += (first >> j & 1) != 0 && ids[j] < expert;
-  if (slot == 0) *p.schedule = Schedule{__popc(first), __popc(held), {0, 0}};
-  if (slot >= num_slots) return;
-  const int row = before + earlier;
-  p.expanded_to_row[slot] = expert >= 0 ? row : -1;
-  if (expert < 0) return;
-  p.row_token[row] = slot / p.top_k;
-  if (p.row_weight != nullptr) {
-    p.row_weight[row] = __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(p.topk_weights)[slot]);
-  }
-  if (earlier == 0) {
-    p.tile_ready[tile] = 0;
-    p.tiles[tile] = make_int4(expert | 1 << 16, before, rows, tile);
   }
 }
 

@@ -119,11 +119,11 @@ __device__ __forceinline__ void pick(uint32_t (&sorted)[kPer], int lane, uint32_
 }
 
 // Lane k returns the expert of slot k, and its weight; lanes past top_k return 0 for both.
-// `values`: from load_logits. `memory`: of the warp, for odd groups. kMany: for many tokens; more code, of which less
-// is run.
-template <Score kScore, int kPer, bool kMany = false>
+// `values`: from load_logits. `memory`: of the warp, for odd groups. `tell`: called with the expert, by all lanes, as
+// soon as it is known. kMany: for many tokens; more code, of which less is run.
+template <Score kScore, int kPer, bool kMany = false, class Tell>
 __device__ __forceinline__ int route_logits(const RouteParams& p, int token, const float (&values)[kPer],
-                                            uint32_t* memory, int lane, float& weight) {
+                                            uint32_t* memory, int lane, float& weight, const Tell& tell) {
   const int first_expert = lane * kPer;
   uint32_t keys[kPer];
   if constexpr (kScore == kBySigmoid) {
@@ -190,6 +190,7 @@ __device__ __forceinline__ int route_logits(const RouteParams& p, int token, con
   }
   const bool active = lane < p.top_k;
   const int id = active ? my_owner * kPer + __ffs(candidates) - 1 : 0;
+  tell(id);
 
   // Weights: lane k < top_k holds slot k, the others zeros.
   if constexpr (kScore == kBySoftmax) {
@@ -217,11 +218,12 @@ __device__ __forceinline__ int route_logits(const RouteParams& p, int token, con
   return id;
 }
 
-template <Score kScore, int kPer>
-__device__ __forceinline__ int route_token(const RouteParams& p, int token, uint32_t* memory, int lane, float& weight) {
+template <Score kScore, int kPer, class Tell>
+__device__ __forceinline__ int route_token(const RouteParams& p, int token, uint32_t* memory, int lane, float& weight,
+                                           const Tell& tell) {
   float values[kPer];
   load_logits<kPer>(p, token, lane, values);
-  return route_logits<kScore, kPer>(p, token, values, memory, lane, weight);
+  return route_logits<kScore, kPer>(p, token, values, memory, lane, weight, tell);
 }
 
 }  // namespace expertd

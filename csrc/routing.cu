@@ -12,6 +12,7 @@
 #include "check.h"
 #include "params.h"
 #include "permute.cuh"
+#include "route_few.cuh"
 #include "route_token.cuh"
 #include "sm90.cuh"
 #include "warp.cuh"
@@ -22,23 +23,22 @@ namespace {
 constexpr int kMinWarps = 8;
 constexpr int kMaxClusterBlocks = 8;
 constexpr int kOneBlockTokens = 16;                      // up to here one block, or a cluster if there are many experts
-constexpr int kFewSlots = 32;                            // up to here, and kMinWarps tokens, no tables
 constexpr int kByRowTokens = 32;                         // of a block; from here on rows are written in order
 constexpr int kMaxSlots = kRouteBlockTokens * kMaxTopK;  // of a block
 constexpr int kSumLanes = 8;                             // that add up the counts of one expert
 constexpr int kCountBlocks = 16;                         // whose counts of an expert a lane reads at a time
 
-// How blocks learn of each other's tokens: there is one; they are a cluster; through memory and a second launch.
-enum Way { kFew, kCluster, kMany };
+// How blocks learn of each other's tokens: they are a cluster; through memory and a second launch.
+enum Way { kCluster, kMany };
 
 // Up to how many tokens one launch is faster: more experts are more to compute, and a cluster has eight SMs only.
 constexpr int cluster_tokens(int num_experts) { return num_experts <= 128 ? 256 : 128; }
 
 // Warps of a block, at most: 32 where the registers allow it.
-constexpr int max_warps(int per_lane, Way way) { return way != kFew && per_lane <= 8 ? 32 : 16; }
+constexpr int max_warps(int per_lane) { return per_lane <= 8 ? 32 : 16; }
 
 template <Way kWay>
-struct WaySmem : RouteSmem<kWay == kMany ? kRouteBlockTokens / 32 : 2> {};
+struct WaySmem : RouteSmem<kRouteBlockTokens / 32> {};
 template <>
 struct WaySmem<kCluster> : RouteSmem<2> {
   alignas(16) uint8_t sent[kMaxClusterBlocks][kMaxExperts];  // counts of each block of the cluster
@@ -73,11 +73,11 @@ __device__ __forceinline__ void route_tokens(const RouteParams& p, WaySmem<kWay>
       if constexpr (kAhead) {
         float next[kPer];
         load_logits<kPer>(p, share.first_token + min(t + warps, share.num_tokens - 1), lane, next);
-        id = route_logits<kScore, kPer, kWay == kMany>(p, token, values, memory, lane, weight);
+        id = route_logits<kScore, kPer, true>(p, token, values, memory, lane, weight, [](int) {});
 #pragma unroll
         for (int i = 0; i < kPer; ++i) values[i] = next[i];
       } else {
-        id = route_token<kScore, kPer>(p, token, memory, lane, weight);
+        id = route_token<kScore, kPer>(p, token, memory, lane, weight, [](int) {});
       }
     } else if (lane < p.top_k) {
       id = p.in_ids[slot];
@@ -86,8 +86,8 @@ __device__ __forceinline__ void route_tokens(const RouteParams& p, WaySmem<kWay>
     if (lane < p.top_k) {
       const int local = id - p.local_offset;
       const bool held = static_cast<unsigned>(local) < static_cast<unsigned>(p.num_local);
-      if (kWay != kMany) smem.ids[t * p.top_k + lane] = held ? local : -1;
-      if (kWay != kFew && held) atomicOr(&smem.bitmaps[local][t >> 5], 1u << (t & 31));
+      if (kWay == kCluster) smem.ids[t * p.top_k + lane] = held ? local : -1;
+      if (held) atomicOr(&smem.bitmaps[local][t >> 5], 1u << (t & 31));
       p.topk_ids[slot] = id;
       reinterpret_cast<__nv_bfloat16*>(p.topk_weights)[slot] = __float2bfloat16_rn(weight);
       if (p.replay != nullptr) p.replay[slot] = static_cast<int16_t>(id);
@@ -163,7 +163,7 @@ __device__ __forceinline__ void add_up_counts(const RouteParams& p, WaySmem<kMan
 }
 
 template <Score kScore, int kPer, Way kWay>
-__global__ void __launch_bounds__(max_warps(kPer, kWay) * 32, 1) route_kernel(const __grid_constant__ RouteParams p) {
+__global__ void __launch_bounds__(max_warps(kPer) * 32, 1) route_kernel(const __grid_constant__ RouteParams p) {
   __shared__ WaySmem<kWay> smem;
   extern __shared__ uint32_t memory[];  // [warps, num_experts + n_group], for odd groups
   if constexpr (kWay == kCluster) {
@@ -176,18 +176,13 @@ __global__ void __launch_bounds__(max_warps(kPer, kWay) * 32, 1) route_kernel(co
       sm90::cluster_arrive();
     }
   }
-  if constexpr (kWay != kFew) {
-    clear_bitmaps(smem, p.num_local);
-    __syncthreads();
-  }
+  clear_bitmaps(smem, p.num_local);
+  __syncthreads();
   sm90::griddepcontrol_wait();
   sm90::griddepcontrol_launch_dependents();
   const Share share = share_of(p);
   route_tokens<kScore, kPer, kWay>(p, smem, share, memory + threadIdx.x / 32 * (p.num_experts + p.n_group));
-  if constexpr (kWay == kFew) {
-    __syncthreads();
-    if (threadIdx.x < 32) write_few(p, smem.ids, max(0, share.num_tokens) * p.top_k);
-  } else if constexpr (kWay == kCluster) {
+  if constexpr (kWay == kCluster) {
     exchange_counts(p, smem, share);
     __syncthreads();
     write_permutation<false>(p, smem, share);
@@ -233,26 +228,25 @@ __global__ void __launch_bounds__(kMaxThreads, 1) permute_kernel(const __grid_co
 
 // ---- launch
 
-template <Score kScore, int kPer, Way kWay>
-void launch_way(const RouteParams& p, int blocks, const LaunchConfig& launch) {
-  const int warps = std::clamp(p.block_tokens, kWay == kFew ? 1 : kMinWarps, max_warps(kPer, kWay));
+template <Score kScore, int kPer>
+void launch_one(void (*kernel)(RouteParams), const RouteParams& p, int blocks, int warps, const LaunchConfig& launch) {
   const bool odd_groups = p.logits != nullptr && p.n_group > 1 && lanes_per_group<kPer>(p) == 0;
   const int memory = odd_groups ? warps * (p.num_experts + p.n_group) * 4 : 0;
-  const auto kernel = route_kernel<kScore, kPer, kWay>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory),
              "raising the shared memory limit of the routing kernel");
-  const LaunchConfig config = {launch.stream, launch.pdl, kWay == kCluster ? blocks : 1};
-  check_cuda(launch_kernel(kernel, blocks, warps * 32, memory, config, p), "launching the routing kernel");
+  check_cuda(launch_kernel(kernel, blocks, warps * 32, memory, launch, p), "launching the routing kernel");
 }
 
 template <Score kScore, int kPer>
 void launch_size(const RouteParams& p, int blocks, const LaunchConfig& launch) {
-  if (blocks == 1 && p.num_tokens <= kMinWarps && p.num_tokens * p.top_k <= kFewSlots && p.cluster == 1) {
-    launch_way<kScore, kPer, kFew>(p, blocks, launch);
+  const int warps = std::clamp(p.block_tokens, kMinWarps, max_warps(kPer));
+  if (p.num_tokens <= kFewTokens && p.cluster == 1) {
+    launch_one<kScore, kPer>(route_few_kernel<kScore, kPer>, p, 1, 2 * p.num_tokens, launch);
   } else if (p.num_tokens <= cluster_tokens(p.num_experts)) {
-    launch_way<kScore, kPer, kCluster>(p, blocks, launch);
+    launch_one<kScore, kPer>(route_kernel<kScore, kPer, kCluster>, p, blocks, warps,
+                             {launch.stream, launch.pdl, blocks});
   } else {
-    launch_way<kScore, kPer, kMany>(p, blocks, launch);
+    launch_one<kScore, kPer>(route_kernel<kScore, kPer, kMany>, p, blocks, warps, launch);
     check_cuda(launch_kernel(permute_kernel, blocks, kMaxThreads, 0, launch, p), "launching the permutation kernel");
   }
 }

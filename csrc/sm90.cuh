@@ -217,6 +217,9 @@ __device__ __forceinline__ int4 ld_shared_v4(uint32_t address) {
 __device__ __forceinline__ void bar_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+__device__ __forceinline__ void bar_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // ---- clusters
 // Tells the cluster of what fence_mbarrier_init did and of nothing else. NOTE: release would be a fence of the whole

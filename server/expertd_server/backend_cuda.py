@@ -17,7 +17,7 @@ from expertd_server import tuning
 from expertd_server.backend import MoEOutput, PreparedLayer
 from expertd_server.cuda_call import Call
 from expertd_server.cuda_extension import _cuda
-from expertd_server.cuda_families import FAMILIES, Family, likely_token_tiles, max_token_tiles
+from expertd_server.cuda_families import FAMILIES, Family, expected_token_tiles, likely_token_tiles, max_token_tiles
 from expertd_server.cuda_workspace import CudaLayer, Plan, Workspaces
 from expertd_server.types import LayerSpec, RoutingMethod
 from expertd_server.weights import ExpertWeights, pad_intermediate
@@ -114,9 +114,9 @@ class CudaBackend:
         layer.state.tuned = self._tuned.lookup(self.device_name, tuning.layer_key(spec))
         return choice
 
-    def poison_workspaces(self) -> None:
-        """For tests: make what a call reads without having written it show as NaN."""
-        self._workspaces.poison()
+    def poison_workspaces(self, byte: int = 0xFF) -> None:
+        """For tests: make what a call reads without having written it show, by default as NaN."""
+        self._workspaces.poison(byte)
 
     # ---- running
 
@@ -287,7 +287,7 @@ class CudaBackend:
             schedule=plan.schedule,
             tiles=plan.tiles,
             tile_ready=plan.tile_ready,
-            ready_count=family.ready_count(spec.gemm1_rows),
+            ready_count=self._ready_count(spec, family, call.num_tokens),
             grid=self._grid(spec, family, call.num_tokens, spec.gemm1_rows),
             stream=call.stream,
             pdl=call.pdl,
@@ -307,7 +307,7 @@ class CudaBackend:
             schedule=plan.schedule,
             tiles=plan.tiles,
             tile_ready=plan.tile_ready,
-            ready_count=family.ready_count(spec.gemm1_rows),
+            ready_count=self._ready_count(spec, family, call.num_tokens),
             grid=self._grid(spec, family, call.num_tokens, spec.hidden_size),
             stream=call.stream,
             pdl=call.pdl,
@@ -329,6 +329,16 @@ class CudaBackend:
             stream=call.stream,
             pdl=call.pdl,
         )
+
+    def _ready_count(self, spec: LayerSpec, family: Family, num_tokens: int) -> int:
+        """See `GemmParams`: 0 where product 2 waits for all of product 1, which is sooner told than token tile by token
+        tile, if these are ready at the same time: there is one, or product 1 is a single wave of tiles.
+        """
+        token_tiles = expected_token_tiles(spec, num_tokens, family)
+        tiles = token_tiles * -(-spec.gemm1_rows // family.tile_m)
+        if token_tiles <= 1 or tiles <= self.num_sms * family.ctas_per_sm:
+            return 0
+        return family.ready_count(spec.gemm1_rows)
 
     def _grid(self, spec: LayerSpec, family: Family, num_tokens: int, weight_rows: int) -> int:
         tiles = max_token_tiles(spec, num_tokens, family) * -(-weight_rows // family.tile_m)

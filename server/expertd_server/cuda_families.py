@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from expertd_server.cuda_extension import _cuda
 from expertd_server.types import LayerSpec
 
-__all__ = ["FAMILIES", "Family", "likely_token_tiles", "max_rows", "max_token_tiles"]
+__all__ = ["FAMILIES", "Family", "expected_token_tiles", "likely_token_tiles", "max_rows", "max_token_tiles"]
 
 _BLOCK_TOKENS = 2048
 """Tokens of one expert that share a pass over its weights: what their rows fill stays in L2."""
@@ -64,3 +64,9 @@ def likely_token_tiles(spec: LayerSpec, num_tokens: int, family: Family) -> int:
     chosen = 1 - (1 - spec.top_k / spec.num_experts) ** num_tokens
     clusters = -(-num_tokens * spec.top_k // (spec.num_experts * family.tile_n * family.cluster))
     return clusters * family.cluster if chosen >= _LIKELY else 0
+
+
+def expected_token_tiles(spec: LayerSpec, num_tokens: int, family: Family) -> float:
+    """Token tiles of a call that is routed evenly, about."""
+    rows = num_tokens * spec.top_k * spec.num_local / spec.num_experts
+    return max(min(rows, spec.num_local), rows / family.tile_n)

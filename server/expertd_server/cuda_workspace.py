@@ -76,10 +76,10 @@ class Workspaces:
                 self._slabs[stream] = slab
         return slab
 
-    def poison(self) -> None:
-        """Fill every slab with bytes that are NaN in fp8, bfloat16 and float32."""
+    def poison(self, byte: int = 0xFF) -> None:
+        """Fill every slab with a byte; the default makes NaN in fp8, bfloat16 and float32."""
         for slab in self._slabs.values():
-            slab.fill_(0xFF)
+            slab.fill_(byte)
 
 
 @dataclass(frozen=True)

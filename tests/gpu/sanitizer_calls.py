@@ -35,7 +35,7 @@ def main() -> None:
     for seed, fields in enumerate(SHAPES):
         spec = make_spec(hidden_size=272, intermediate_size=144, **fields)
         layer = backend.prepare(spec, make_weights(spec, seed, hidden_states_scale=0.05), max_num_tokens=4100)
-        # Routing in one warp, one block, a cluster, the largest cluster, two launches, the same with rows in order.
+        # Routing of one token, of a few; in one block, a cluster, the largest one, two launches, with rows in order.
         for num_tokens in (1, 3, 12, 40, 256, 700, 4100):
             hidden_states, logits = make_inputs(layer.spec, num_tokens, seed)
             outputs = []

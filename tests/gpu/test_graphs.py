@@ -30,7 +30,7 @@ def make(backend: CudaBackend, layer: MoELayer, max_rows: int) -> tuple[Graphs, 
     return Graphs(pool, max_rows, CudaCapturer(backend.device)), pool
 
 
-@pytest.mark.parametrize("rows", [1, 64, 128])
+@pytest.mark.parametrize("rows", [1, 8, 64, 128])
 def test_a_replay_reads_and_writes_the_tokens_and_nothing_else(backend: CudaBackend, rows: int) -> None:
     layer = MoELayer("layer", prepared(backend, 51, max_num_tokens=128), backend)
     graphs, pool = make(backend, layer, 128)

@@ -42,6 +42,40 @@ def test_batch_size_and_family(backend: CudaBackend, activation: Activation) -> 
                 assert same_bits(result.expert_weights, expected.expert_weights[order]), f"{family}, T {num_tokens}"
 
 
+@pytest.mark.parametrize("num_tokens", [1, 8, 300])
+def test_product_2_waits_for_all_of_product_1_or_for_its_token_tiles(
+    backend: CudaBackend, monkeypatch: pytest.MonkeyPatch, num_tokens: int
+) -> None:
+    layer = prepared(backend, 29, max_num_tokens=300, hidden_size=1040, intermediate_size=528, num_experts=32)
+    hidden_states, logits = make_inputs(layer.spec, num_tokens, 7)
+    outputs = []
+    for family in FAMILIES:
+        backend.force_family = family
+        for waits_for_all in (True, False):
+            monkeypatch.setattr(
+                type(backend),
+                "_ready_count",
+                lambda self, spec, chosen, _, zero=waits_for_all: 0 if zero else chosen.ready_count(spec.gemm1_rows),
+            )
+            backend.poison_workspaces()
+            outputs.append(backend.forward(layer, hidden_states, routing_logits=logits).output)
+    assert not outputs[0].isnan().any()
+    assert all(same_bits(outputs[0], other) for other in outputs[1:])
+
+
+@pytest.mark.parametrize("byte", [0x00, 0x01, 0x7F])  # of a tile list: small and huge counts, indexes out of it
+@pytest.mark.parametrize("num_tokens", [1, 300])
+def test_nothing_that_lies_in_scratch_memory_matters(backend: CudaBackend, num_tokens: int, byte: int) -> None:
+    layer = prepared(backend, 30, max_num_tokens=300)
+    hidden_states, logits = make_inputs(layer.spec, num_tokens, 8)
+    expected = backend.forward(layer, hidden_states, routing_logits=logits).output
+    for family in FAMILIES:
+        backend.force_family = family
+        backend.poison_workspaces(byte)
+        output = backend.forward(layer, hidden_states, routing_logits=logits).output
+        assert same_bits(output, expected), family
+
+
 def test_pdl_and_chunks(backend: CudaBackend) -> None:
     layer = prepared(backend, 22, max_num_tokens=2048)
     chunked = backend.prepare(layer.spec, layer.weights, max_num_tokens=100)
