@@ -40,8 +40,8 @@ void route(Address logits, int logits_dtype, Address bias, int bias_dtype, Addre
            int in_weights_dtype, Address num_valid, int num_tokens, int num_experts, int top_k, int local_offset,
            int num_local, int method, int n_group, int topk_group, float routed_scaling_factor, bool norm_topk_prob,
            int tile_n, int tile_quantum, int tiles_per_block, int cluster, Address topk_ids, Address topk_weights,
-           Address replay, Address bitmaps, Address counts, Address expanded_to_row, Address row_token,
-           Address row_weight, Address schedule, Address tiles, Address tile_ready, Address stream, bool pdl) {
+           Address replay, Address counts, Address expanded_to_row, Address row_token, Address row_weight,
+           Address schedule, Address tiles, Address tile_ready, Address stream, bool pdl) {
   RouteParams p = {};
   p.logits = pointer<void>(logits);
   p.logits_dtype = static_cast<DType>(logits_dtype);
@@ -68,7 +68,6 @@ void route(Address logits, int logits_dtype, Address bias, int bias_dtype, Addre
   p.topk_ids = pointer<int>(topk_ids);
   p.topk_weights = pointer<uint16_t>(topk_weights);
   p.replay = pointer<int16_t>(replay);
-  p.bitmaps = pointer<uint64_t>(bitmaps);
   p.counts = pointer<uint8_t>(counts);
   p.expanded_to_row = pointer<int>(expanded_to_row);
   p.row_token = pointer<int>(row_token);
@@ -164,7 +163,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("families", &list_families,
         "(name, tile_m, tile_n, tile_quantum, warpgroups, ctas_per_sm, cluster) of each tile family");
   m.def("max_route_blocks", &max_route_blocks, py::arg("num_tokens"),
-        "routing blocks of a call of up to num_tokens tokens: rows of `bitmaps` and `counts`");
+        "routing blocks of a call of up to num_tokens tokens: bytes of `counts` for each local expert");
   m.def(
       "encode_weight_rows",
       [](Address map, Address data, uint64_t experts, uint64_t rows, uint64_t k, uint32_t box_rows) {
@@ -191,8 +190,8 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("num_local"), py::arg("method"), py::arg("n_group"), py::arg("topk_group"),
         py::arg("routed_scaling_factor"), py::arg("norm_topk_prob"), py::arg("tile_n"), py::arg("tile_quantum"),
         py::arg("tiles_per_block"), py::arg("cluster"), py::arg("topk_ids"), py::arg("topk_weights"), py::arg("replay"),
-        py::arg("bitmaps"), py::arg("counts"), py::arg("expanded_to_row"), py::arg("row_token"), py::arg("row_weight"),
-        py::arg("schedule"), py::arg("tiles"), py::arg("tile_ready"), py::arg("stream"), py::arg("pdl"), release());
+        py::arg("counts"), py::arg("expanded_to_row"), py::arg("row_token"), py::arg("row_weight"), py::arg("schedule"),
+        py::arg("tiles"), py::arg("tile_ready"), py::arg("stream"), py::arg("pdl"), release());
   m.def("gemm1", &gemm1, py::kw_only(), py::arg("family"), py::arg("activation"), py::arg("maps"), py::arg("x"),
         py::arg("row_token"), py::arg("row_weight"), py::arg("scale_gate"), py::arg("scale"), py::arg("out"),
         py::arg("out_columns"), py::arg("k"), py::arg("weight_rows"), py::arg("max_token_tiles"),

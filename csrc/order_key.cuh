@@ -6,9 +6,9 @@ namespace expertd {
 
 // Unsigned keys in the order of the floats, NaN greatest: a row that holds NaN shows it. 0: taken, excluded, no expert.
 __device__ __forceinline__ uint32_t order_key(float f) {
-  if (f != f) return 0xffffffffu;
-  const uint32_t bits = __float_as_uint(__fadd_rn(f, 0.0f));  // -0 ties with +0
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  // -0 ties with +0. NOTE: the sum of a NaN has neither sign nor payload, 0x7fffffff: the greatest key, as it must be.
+  const uint32_t bits = __float_as_uint(__fadd_rn(f, 0.0f));
+  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
 }
 __device__ __forceinline__ float key_value(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);

@@ -10,8 +10,8 @@ namespace expertd {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// Most tokens that one routing block handles: one bit each in a 64-bit word per expert.
-constexpr int kRouteBlockTokens = 64;
+// Most tokens that one routing block handles, where there are many: one bit each in the words of an expert.
+constexpr int kRouteBlockTokens = 128;
 // Of many tokens: as many blocks as SMs, about, but a token for each warp at least; fewer blocks are sooner added up.
 constexpr int kManyBlocks = 128, kMinBlockTokens = 16;
 constexpr int kMaxExperts = 1024;
@@ -38,7 +38,10 @@ struct RouteParams {
   DType in_weights_dtype;
   const int* num_valid;  // device scalar or null: tokens at or past it are left alone
   int num_tokens, num_experts, top_k, local_offset, num_local;
-  int block_tokens;  // tokens of a block; the launcher sets it
+  // The launcher sets these. The inverses: ceil(2^32 / divisor), 0 for 1, because a division takes ten times as long as
+  // a product; exact where the dividend times the divisor is below 2^32.
+  int block_tokens;  // tokens of a block
+  uint32_t top_k_inverse, tile_n_inverse, tile_quantum_inverse;
   int method, n_group, topk_group;
   float routed_scaling_factor;
   bool norm_topk_prob;
@@ -48,8 +51,7 @@ struct RouteParams {
   int* topk_ids;           // [T, K]
   uint16_t* topk_weights;  // [T, K] bfloat16
   int16_t* replay;         // [T, K] or null
-  uint64_t* bitmaps;       // [max_route_blocks(T), L] which tokens of a block chose an expert
-  uint8_t* counts;         // [max_route_blocks(T), L] how many
+  uint8_t* counts;         // [max_route_blocks(T) / 16, L, 16] how many tokens of each block chose an expert
   int* expanded_to_row;    // [T * K]
   int* row_token;          // [R]
   float* row_weight;       // [R] or null: routing weight per row

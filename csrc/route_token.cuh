@@ -34,7 +34,7 @@ __device__ __forceinline__ float load_float(const void* data, DType dtype, size_
   return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
 }
 
-// values[i] = row[first + i] where first + i < n, else 0. In 16-byte loads where the row is whole and aligned.
+// values[i] = row[first + i] where first + i < n, else -infinity. In 16-byte loads where the row is whole and aligned.
 template <int kPer>
 __device__ __forceinline__ void load_floats(const void* data, DType dtype, size_t row, int n, int first,
                                             float (&values)[kPer]) {
@@ -60,48 +60,98 @@ __device__ __forceinline__ void load_floats(const void* data, DType dtype, size_
     }
   }
 #pragma unroll
-  for (int i = 0; i < kPer; ++i) values[i] = first + i < n ? load_float(data, dtype, row + first + i) : 0.0f;
+  for (int i = 0; i < kPer; ++i) values[i] = first + i < n ? load_float(data, dtype, row + first + i) : -INFINITY;
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, __fadd_rn(1.0f, expf(-x))); }
+// NOTE: __fdividef(1, y) to the bit, without what it does for y below the normal numbers, since here y >= 1.
+__device__ __forceinline__ float sigmoid(float x) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(__fadd_rn(1.0f, expf(-x))));
+  return inverse;
+}
+
+// The sum of the values of the lanes below n; those of the others must be zeros. `warp_sum` to the bit in these lanes.
+__device__ __forceinline__ float sum_of_first(float v, int n) {
+#pragma unroll 1
+  for (int mask = n > 16 ? 16 : n > 8 ? 8 : n > 4 ? 4 : n > 2 ? 2 : n - 1; mask > 0; mask >>= 1) {
+    v = __fadd_rn(v, __shfl_xor_sync(kAllLanes, v, mask));
+  }
+  return v;
+}
+
+// The logits of a token, as a lane of its warp holds them.
+template <int kPer>
+__device__ __forceinline__ void load_logits(const RouteParams& p, int token, int lane, float (&values)[kPer]) {
+  load_floats<kPer>(p.logits, p.logits_dtype, static_cast<size_t>(token) * p.num_experts, p.num_experts, lane * kPer,
+                    values);
+}
+
+// One slot: the greatest of the lanes' heads, and which lanes have it; the lowest of them moves up, within the first
+// `kDepth` of its keys.
+template <int kDepth, int kPer>
+__device__ __forceinline__ uint32_t pop(uint32_t (&sorted)[kPer], int lane, unsigned& heads) {
+  const uint32_t greatest = __reduce_max_sync(kAllLanes, sorted[0]);
+  heads = __ballot_sync(kAllLanes, sorted[0] == greatest);
+  const bool mine = (heads & (2u * (1u << lane) - 1)) == 1u << lane;
+#pragma unroll
+  for (int i = 0; i < kPer && i < kDepth; ++i) sorted[i] = mine ? i + 1 < kPer ? sorted[i + 1] : 0 : sorted[i];
+  return greatest;
+}
+
+// Lane k gets the key of slot k and the lanes that had it as their head.
+template <int kPer>
+__device__ __forceinline__ void pick(uint32_t (&sorted)[kPer], int top_k, int lane, uint32_t& key, unsigned& heads) {
+#pragma unroll 1
+  for (int k = 0; k < top_k; ++k) {
+    unsigned lanes;
+    const uint32_t greatest = pop<kPer>(sorted, lane, lanes);
+    if (lane == k) key = greatest, heads = lanes;
+  }
+}
+
+// The same for slots k ... kSlots - 1 of as many as are known in advance: what cannot be picked any more stays behind.
+template <int kSlots, int k = 0, int kPer>
+__device__ __forceinline__ void pick(uint32_t (&sorted)[kPer], int lane, uint32_t& key, unsigned& heads) {
+  unsigned lanes;
+  const uint32_t greatest = pop<kSlots - 1 - k>(sorted, lane, lanes);
+  if (lane == k) key = greatest, heads = lanes;
+  if constexpr (k + 1 < kSlots) pick<kSlots, k + 1>(sorted, lane, key, heads);
+}
 
 // Lane k returns the expert of slot k, and its weight; lanes past top_k return 0 for both.
-// `memory`: of the warp, for odd groups. `tell`: called with the expert, by all lanes, as soon as it is known.
-template <Score kScore, int kPer, class Tell>
-__device__ __forceinline__ int route_token(const RouteParams& p, int token, uint32_t* memory, int lane, float& weight,
-                                           const Tell& tell) {
-  const size_t row = static_cast<size_t>(token) * p.num_experts;
+// `values`: from load_logits. `memory`: of the warp, for odd groups. `tell`: called with the expert, by all lanes, as
+// soon as it is known. kMany: for many tokens; more code, of which less is run.
+template <Score kScore, int kPer, bool kMany = false, class Tell>
+__device__ __forceinline__ int route_logits(const RouteParams& p, int token, const float (&values)[kPer],
+                                            uint32_t* memory, int lane, float& weight, const Tell& tell) {
   const int first_expert = lane * kPer;
-  float values[kPer];
-  load_floats<kPer>(p.logits, p.logits_dtype, row, p.num_experts, first_expert, values);
   uint32_t keys[kPer];
-  float top = 0.0f, inverse = 1.0f;
   if constexpr (kScore == kBySigmoid) {
     float bias[kPer] = {};
     if (p.bias != nullptr) load_floats<kPer>(p.bias, p.bias_dtype, 0, p.num_experts, first_expert, bias);
 #pragma unroll
     for (int i = 0; i < kPer; ++i) keys[i] = order_key(__fadd_rn(sigmoid(values[i]), bias[i]));
   } else if constexpr (kScore == kBySoftmax) {
-    top = -INFINITY;
+    float top = values[0];
 #pragma unroll
-    for (int i = 0; i < kPer; ++i) top = first_expert + i < p.num_experts ? fmaxf(top, values[i]) : top;
-    top = warp_max(top);
-    float sum = 0.0f;
+    for (int i = 1; i < kPer; ++i) top = fmaxf(top, values[i]);
+    top = key_value(__reduce_max_sync(kAllLanes, order_key(top)));
+    float sum = 0.0f, scores[kPer];
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
-      values[i] = first_expert + i < p.num_experts ? expf(__fsub_rn(values[i], top)) : 0.0f;
-      sum = __fadd_rn(sum, values[i]);
+      scores[i] = expf(__fsub_rn(values[i], top));
+      sum = __fadd_rn(sum, scores[i]);
     }
-    inverse = __fdividef(1.0f, warp_sum(sum));
+    const float inverse = __fdividef(1.0f, warp_sum(sum));
 #pragma unroll
-    for (int i = 0; i < kPer; ++i) keys[i] = order_key(__fmul_rn(values[i], inverse));
+    for (int i = 0; i < kPer; ++i) keys[i] = order_key(__fmul_rn(scores[i], inverse));
   } else {
 #pragma unroll
     for (int i = 0; i < kPer; ++i) keys[i] = order_key(values[i]);
   }
+  if (p.num_experts != 32 * kPer) {
 #pragma unroll
-  for (int i = 0; i < kPer; ++i) {
-    if (first_expert + i >= p.num_experts) keys[i] = 0;
+    for (int i = 0; i < kPer; ++i) keys[i] = first_expert + i < p.num_experts ? keys[i] : 0;
   }
   if constexpr (kScore == kBySigmoid) {
     if (p.n_group > 1) {
@@ -119,52 +169,61 @@ __device__ __forceinline__ int route_token(const RouteParams& p, int token, uint
   for (int i = 0; i < kPer; ++i) sorted[i] = keys[i];
   sort_descending(sorted);
   uint32_t my_key = 0;
-  int my_owner = lane;  // a lane without a slot must not look like another's
-#pragma unroll 1
-  for (int k = 0; k < p.top_k; ++k) {
-    const uint32_t greatest = __reduce_max_sync(kAllLanes, sorted[0]);
-    const int owner = __ffs(__ballot_sync(kAllLanes, sorted[0] == greatest)) - 1;
-    if (lane == k) my_key = greatest, my_owner = owner;
-    const bool mine = lane == owner;
-#pragma unroll
-    for (int i = 0; i + 1 < kPer; ++i) sorted[i] = mine ? sorted[i + 1] : sorted[i];
-    sorted[kPer - 1] = mine ? 0 : sorted[kPer - 1];
+  unsigned my_heads = 1u << lane;  // a lane without a slot must not look like another's
+  if (kMany && p.top_k == 8) {
+    pick<8>(sorted, lane, my_key, my_heads);
+  } else {
+    pick(sorted, p.top_k, lane, my_key, my_heads);
   }
-  // The expert of slot k: of its owner's experts with that key the next after those of earlier slots.
-  uint32_t candidates = 0;
+  const int my_owner = __ffs(my_heads) - 1;
+  uint32_t candidates = 0;  // of slot k: its owner's experts with that key
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
     candidates |= __shfl_sync(kAllLanes, keys[i], my_owner) == my_key ? 1u << i : 0u;
   }
+  if constexpr (kPer > 1) {
+    // An owner with several of them fills slots that follow each other, the lowest expert first.
+    const bool goes_on = (__shfl_up_sync(kAllLanes, my_key, 1) == my_key) &
+                         (__shfl_up_sync(kAllLanes, my_owner, 1) == my_owner) & (lane > 0);
+    const unsigned going_on = __ballot_sync(kAllLanes, goes_on);
+    for (int earlier = __clz(~(going_on << (31 - lane))); earlier > 0; --earlier) candidates &= candidates - 1;
+  }
   const bool active = lane < p.top_k;
-  const unsigned slots = p.top_k == 32 ? kAllLanes : (1u << p.top_k) - 1;
-  const unsigned same = __match_any_sync(kAllLanes, my_key) & __match_any_sync(kAllLanes, my_owner) & slots;
-  for (int earlier = __popc(same & ((1u << lane) - 1)); earlier > 0; --earlier) candidates &= candidates - 1;
   const int id = active ? my_owner * kPer + __ffs(candidates) - 1 : 0;
   tell(id);
 
   // Weights: lane k < top_k holds slot k, the others zeros.
   if constexpr (kScore == kBySoftmax) {
     weight = active ? key_value(my_key) : 0.0f;
-    if (p.method == kRenormalizeNaive && p.norm_topk_prob) weight = __fdividef(weight, warp_sum(weight));
+    if (p.method == kRenormalizeNaive && p.norm_topk_prob) weight = __fdividef(weight, sum_of_first(weight, p.top_k));
   } else if constexpr (kScore == kByLogit) {
     const float logit = active ? key_value(my_key) : 0.0f;
     weight = logit;
     if (p.method == kLlama4) weight = active ? sigmoid(logit) : 0.0f;
     if (p.method == kRenormalize) {
-      const float greatest = warp_max(active ? logit : -INFINITY);  // NOTE: by all lanes, so not inside the condition
+      const float greatest = __shfl_sync(kAllLanes, logit, 0);  // NOTE: by all lanes, so not inside the condition
       const float e = active ? expf(__fsub_rn(logit, greatest)) : 0.0f;
-      weight = __fdividef(e, warp_sum(e));
+      weight = __fdividef(e, sum_of_first(e, p.top_k));
     }
   } else {
     // With a bias the key is not the score any more.
+    const size_t row = static_cast<size_t>(token) * p.num_experts;
     const float score = p.bias == nullptr ? key_value(my_key) : sigmoid(load_float(p.logits, p.logits_dtype, row + id));
     weight = active ? score : 0.0f;
     const bool shares = p.method != kSigmoid && (p.method != kSigmoidRenorm || p.norm_topk_prob);
-    if (shares) weight = __fdividef(weight, __fadd_rn(warp_sum(weight), 1e-20f));
+    if (shares) weight = __fdividef(weight, __fadd_rn(sum_of_first(weight, p.top_k), 1e-20f));
     if (p.method == kDeepSeekV3 || p.method == kMiniMax2) weight = __fmul_rn(weight, p.routed_scaling_factor);
   }
+  if (!active) weight = 0.0f;
   return id;
+}
+
+template <Score kScore, int kPer, class Tell>
+__device__ __forceinline__ int route_token(const RouteParams& p, int token, uint32_t* memory, int lane, float& weight,
+                                           const Tell& tell) {
+  float values[kPer];
+  load_logits<kPer>(p, token, lane, values);
+  return route_logits<kScore, kPer>(p, token, values, memory, lane, weight, tell);
 }
 
 }  // namespace expertd

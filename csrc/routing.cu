@@ -1,14 +1,13 @@
 // Routing: logits (or ready ids) -> ids, weights, and the permutation that groups (token, expert) pairs by local
 // expert.
 //
-// A block owns up to 64 tokens, a warp one token at a time. Each block keeps one 64-bit word per local expert: bit t is
-// set where its token t chose the expert. A token's place among the rows of an expert is then a prefix of counts plus a
-// popcount: no sort, no order of arrival, the same rows in every run.
+// A block owns up to 64 tokens (128 where there are many), a warp one token at a time. Each block keeps a word of bits
+// per local expert: bit t is set where its token t chose the expert. A token's place among the rows of an expert is
+// then a prefix of counts plus a popcount: no sort, no order of arrival, the same rows in every run.
 //
-// Few tokens: one launch, the blocks are a cluster and read each other's words from shared memory. Many: the blocks
-// leave their words in memory, a second launch adds them up.
+// Few tokens: one launch, the blocks are a cluster and send each other their counts. Many: the blocks leave their
+// counts in memory, a second launch adds them up.
 #include <algorithm>
-#include <climits>
 
 #include "check.h"
 #include "params.h"
@@ -21,27 +20,65 @@
 namespace expertd {
 namespace {
 
-constexpr int kMinWarps = 8, kMaxWarps = 16;
+constexpr int kMinWarps = 8;
 constexpr int kMaxClusterBlocks = 8;
-constexpr int kClusterTokens = 128;  // up to here one launch
+constexpr int kOneBlockTokens = 16;                      // up to here one block, or a cluster if there are many experts
+constexpr int kByRowTokens = 32;                         // of a block; from here on rows are written in order
+constexpr int kMaxSlots = kRouteBlockTokens * kMaxTopK;  // of a block
+constexpr int kSumLanes = 8;                             // that add up the counts of one expert
+constexpr int kCountBlocks = 16;                         // whose counts of an expert a lane reads at a time
 
 // How blocks learn of each other's tokens: they are a cluster; through memory and a second launch.
 enum Way { kCluster, kMany };
 
+// Up to how many tokens one launch is faster: more experts are more to compute, and a cluster has eight SMs only.
+constexpr int cluster_tokens(int num_experts) { return num_experts <= 128 ? 256 : 128; }
+
+// Warps of a block, at most: 32 where the registers allow it.
+constexpr int max_warps(int per_lane) { return per_lane <= 8 ? 32 : 16; }
+
+template <Way kWay>
+struct WaySmem : RouteSmem<kRouteBlockTokens / 32> {};
+template <>
+struct WaySmem<kCluster> : RouteSmem<2> {
+  alignas(16) uint8_t sent[kMaxClusterBlocks][kMaxExperts];  // counts of each block of the cluster
+  alignas(8) uint64_t all_sent;
+};
+
 // ---- kernels
 
-template <Score kScore, int kPer>
-__device__ __forceinline__ void route_tokens(const RouteParams& p, RouteSmem& smem, const Share& share,
+template <class Smem>
+__device__ __forceinline__ void clear_bitmaps(Smem& smem, int num_local) {
+  for (int e = threadIdx.x; e < num_local; e += blockDim.x) {
+    for (uint32_t& word : smem.bitmaps[e]) word = 0;
+  }
+}
+
+template <Score kScore, int kPer, Way kWay>
+__device__ __forceinline__ void route_tokens(const RouteParams& p, WaySmem<kWay>& smem, const Share& share,
                                              uint32_t* memory) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  constexpr bool kAhead = kWay == kMany && kPer <= 8;  // a token's logits come while the one before is routed
+  float values[kPer];
+  if (kAhead && p.logits != nullptr && warp < share.num_tokens) {
+    load_logits<kPer>(p, share.first_token + warp, lane, values);
+  }
 #pragma unroll 1
-  for (int t = warp; t < share.num_tokens; t += blockDim.x / 32) {
+  for (int t = warp; t < share.num_tokens; t += warps) {
     const int token = share.first_token + t;
     const size_t slot = static_cast<size_t>(token) * p.top_k + lane;
     float weight = 0.0f;
     int id = -1;
     if (p.logits != nullptr) {
-      id = route_token<kScore, kPer>(p, token, memory, lane, weight, [](int) {});
+      if constexpr (kAhead) {
+        float next[kPer];
+        load_logits<kPer>(p, share.first_token + min(t + warps, share.num_tokens - 1), lane, next);
+        id = route_logits<kScore, kPer, true>(p, token, values, memory, lane, weight, [](int) {});
+#pragma unroll
+        for (int i = 0; i < kPer; ++i) values[i] = next[i];
+      } else {
+        id = route_token<kScore, kPer>(p, token, memory, lane, weight, [](int) {});
+      }
     } else if (lane < p.top_k) {
       id = p.in_ids[slot];
       weight = load_float(p.in_weights, p.in_weights_dtype, slot);
@@ -49,7 +86,7 @@ __device__ __forceinline__ void route_tokens(const RouteParams& p, RouteSmem& sm
     if (lane < p.top_k) {
       const int local = id - p.local_offset;
       const bool held = static_cast<unsigned>(local) < static_cast<unsigned>(p.num_local);
-      smem.ids[t * p.top_k + lane] = held ? local : -1;
+      if (kWay == kCluster) smem.ids[t * p.top_k + lane] = held ? local : -1;
       if (held) atomicOr(&smem.bitmaps[local][t >> 5], 1u << (t & 31));
       p.topk_ids[slot] = id;
       reinterpret_cast<__nv_bfloat16*>(p.topk_weights)[slot] = __float2bfloat16_rn(weight);
@@ -58,83 +95,135 @@ __device__ __forceinline__ void route_tokens(const RouteParams& p, RouteSmem& sm
   }
 }
 
+// Rows of each expert in earlier blocks, and in all, from what every block of the cluster sends to every other.
+__device__ __forceinline__ void exchange_counts(const RouteParams& p, WaySmem<kCluster>& smem, const Share& share) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  uint8_t* own = smem.sent[share.block];
+  __syncthreads();
+  for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) own[e] = smem.count(e);
+  __syncthreads();
+  if (share.num_blocks > 1) {
+    const uint32_t bar = sm90::smem_address(&smem.all_sent);
+    sm90::cluster_wait();  // the others' barriers are set up
+    if (warp < share.num_blocks && warp != share.block) {
+      for (int e = lane * 16; e < p.num_local; e += 32 * 16) {
+        sm90::send_v4(sm90::smem_address(own + e), *reinterpret_cast<const int4*>(own + e), bar, warp);
+      }
+    }
+    sm90::mbarrier_wait(bar, 0);
+  }
+  for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) {
+    int before = 0, total = 0;
+#pragma unroll
+    for (int b = 0; b < kMaxClusterBlocks; ++b) {
+      const int count = b < share.num_blocks ? smem.sent[b][e] : 0;
+      before += b < share.block ? count : 0;
+      total += count;
+    }
+    smem.row_start[e] = before;
+    smem.total[e] = total;
+  }
+}
+
+// Where a block leaves its count of an expert: those of 16 blocks lie together, as one lane reads them.
+__device__ __forceinline__ size_t count_at(int block, int expert, int num_local) {
+  return (static_cast<size_t>(block / kCountBlocks) * num_local + expert) * kCountBlocks + block % kCountBlocks;
+}
+
+// A byte of 1 for each of the first n of four blocks.
+__device__ __forceinline__ uint32_t ones(int n) {
+  return n >= 4 ? 0x01010101u : n <= 0 ? 0u : 0x01010101u >> (8 * (4 - n));
+}
+
+// Rows of each expert in earlier blocks, and in all, from what the blocks left in memory.
+__device__ __forceinline__ void add_up_counts(const RouteParams& p, WaySmem<kMany>& smem, const Share& share) {
+  const int part = threadIdx.x % kSumLanes;
+#pragma unroll 4
+  for (int first = 0; first < p.num_local; first += kMaxThreads / kSumLanes) {
+    const int expert = first + threadIdx.x / kSumLanes;
+    unsigned before = 0, total = 0;
+    if (expert < p.num_local) {
+      for (int b = part * kCountBlocks; b < share.num_blocks; b += kSumLanes * kCountBlocks) {
+        const uint4 counts = __ldcg(reinterpret_cast<const uint4*>(p.counts + count_at(b, expert, p.num_local)));
+        const uint32_t words[4] = {counts.x, counts.y, counts.z, counts.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          before = __dp4a(words[i], ones(share.block - b - 4 * i), before);
+          total = __dp4a(words[i], ones(share.num_blocks - b - 4 * i), total);
+        }
+      }
+    }
+#pragma unroll
+    for (int mask = kSumLanes / 2; mask > 0; mask >>= 1) {
+      before += __shfl_xor_sync(kAllLanes, before, mask);
+      total += __shfl_xor_sync(kAllLanes, total, mask);
+    }
+    if (part == 0 && expert < p.num_local) smem.row_start[expert] = before, smem.total[expert] = total;
+  }
+}
+
 template <Score kScore, int kPer, Way kWay>
-__global__ void __launch_bounds__(kMaxWarps * 32, 1) route_kernel(const __grid_constant__ RouteParams p) {
-  __shared__ RouteSmem smem;
+__global__ void __launch_bounds__(max_warps(kPer) * 32, 1) route_kernel(const __grid_constant__ RouteParams p) {
+  __shared__ WaySmem<kWay> smem;
   extern __shared__ uint32_t memory[];  // [warps, num_experts + n_group], for odd groups
-  for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) smem.bitmaps[e][0] = smem.bitmaps[e][1] = 0;
+  if constexpr (kWay == kCluster) {
+    if (gridDim.x > 1) {
+      if (threadIdx.x == 0) {
+        sm90::mbarrier_init(sm90::smem_address(&smem.all_sent), (gridDim.x - 1) * ((p.num_local + 15) / 16));
+        sm90::fence_mbarrier_init();
+      }
+      __syncwarp();
+      sm90::cluster_arrive();
+    }
+  }
+  clear_bitmaps(smem, p.num_local);
   __syncthreads();
   sm90::griddepcontrol_wait();
   sm90::griddepcontrol_launch_dependents();
   const Share share = share_of(p);
-  route_tokens<kScore, kPer>(p, smem, share, memory + threadIdx.x / 32 * (p.num_experts + p.n_group));
+  route_tokens<kScore, kPer, kWay>(p, smem, share, memory + threadIdx.x / 32 * (p.num_experts + p.n_group));
   if constexpr (kWay == kCluster) {
-    sm90::cluster_arrive();
-    sm90::cluster_wait();
-    for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) {
-      const uint32_t mine = sm90::smem_address(&smem.bitmaps[e]);
-      uint2 words[kMaxClusterBlocks];
-#pragma unroll
-      for (int b = 0; b < kMaxClusterBlocks; ++b) {  // all under way before the first is used
-        words[b] = sm90::ld_shared_cluster_v2(sm90::mapa(mine, min(b, share.num_blocks - 1)));
-      }
-      int before = 0, total = 0;
-#pragma unroll
-      for (int b = 0; b < kMaxClusterBlocks; ++b) {
-        const int count = b < share.num_blocks ? __popc(words[b].x) + __popc(words[b].y) : 0;
-        before += b < share.block ? count : 0;
-        total += count;
-      }
-      smem.before[e] = before;
-      smem.total[e] = total;
-    }
-    sm90::cluster_arrive();
+    exchange_counts(p, smem, share);
     __syncthreads();
-    write_permutation(p, smem, share);
-    sm90::cluster_wait();  // NOTE: a block's shared memory lives until the others have read it
+    write_permutation<false>(p, smem, share);
   } else {
     __syncthreads();
     for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) {
-      const size_t i = static_cast<size_t>(share.block) * p.num_local + e;
-      p.bitmaps[i] = static_cast<uint64_t>(smem.bitmaps[e][1]) << 32 | smem.bitmaps[e][0];
-      p.counts[i] = static_cast<uint8_t>(__popc(smem.bitmaps[e][0]) + __popc(smem.bitmaps[e][1]));
+      p.counts[count_at(share.block, e, p.num_local)] = smem.count(e);
     }
   }
 }
 
-__global__ void __launch_bounds__(kPermuteThreads, 1) permute_kernel(const __grid_constant__ RouteParams p) {
-  __shared__ RouteSmem smem;
-  for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) smem.before[e] = smem.total[e] = 0;
+__global__ void __launch_bounds__(kMaxThreads, 1) permute_kernel(const __grid_constant__ RouteParams p) {
+  __shared__ WaySmem<kMany> smem;
+  __shared__ uint16_t by_row[kMaxSlots];
+  clear_bitmaps(smem, p.num_local);
   __syncthreads();
   sm90::griddepcontrol_wait();
   sm90::griddepcontrol_launch_dependents();
   const Share share = share_of(p);
-  // Threads share the blocks of an expert: few experts would otherwise leave most of them idle.
-  int lanes = 32;
-  while (lanes < p.num_local) lanes *= 2;
-  const int expert = threadIdx.x & (lanes - 1), part = threadIdx.x / lanes, parts = kPermuteThreads / lanes;
-  if (expert < p.num_local) {
-    int before = 0, total = 0;
-#pragma unroll 8
-    for (int b = part; b < share.num_blocks; b += parts) {
-      const int count = __ldcg(p.counts + static_cast<size_t>(b) * p.num_local + expert);
-      before += b < share.block ? count : 0;
-      total += count;
-    }
-    atomicAdd(&smem.before[expert], before);
-    atomicAdd(&smem.total[expert], total);
+  const int num_slots = share.num_tokens * p.top_k;
+  int ids[kMaxSlots / kMaxThreads];  // under way while the counts are added up
+#pragma unroll
+  for (int n = 0; n < kMaxSlots / kMaxThreads; ++n) {
+    const int i = n * kMaxThreads + threadIdx.x;
+    ids[n] = i < num_slots ? __ldcg(p.topk_ids + static_cast<size_t>(share.first_token) * p.top_k + i) : -1;
   }
-  for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) {
-    const uint64_t chosen = __ldcg(p.bitmaps + static_cast<size_t>(share.block) * p.num_local + e);
-    smem.bitmaps[e][0] = static_cast<uint32_t>(chosen);
-    smem.bitmaps[e][1] = static_cast<uint32_t>(chosen >> 32);
-  }
-  for (int i = threadIdx.x; i < share.num_tokens * p.top_k; i += blockDim.x) {
-    const int local = __ldcg(p.topk_ids + static_cast<size_t>(share.first_token) * p.top_k + i) - p.local_offset;
-    smem.ids[i] = static_cast<unsigned>(local) < static_cast<unsigned>(p.num_local) ? local : -1;
+  add_up_counts(p, smem, share);
+#pragma unroll
+  for (int n = 0; n < kMaxSlots / kMaxThreads; ++n) {
+    const int i = n * kMaxThreads + threadIdx.x, local = ids[n] - p.local_offset, t = divide(i, p.top_k_inverse);
+    if (i >= num_slots) break;
+    const bool held = static_cast<unsigned>(local) < static_cast<unsigned>(p.num_local);
+    smem.ids[i] = held ? local : -1;
+    if (held) atomicOr(&smem.bitmaps[local][t >> 5], 1u << (t & 31));
   }
   __syncthreads();
-  write_permutation(p, smem, share);
+  if (p.block_tokens >= kByRowTokens) {
+    write_permutation<true>(p, smem, share, by_row);
+  } else {
+    write_permutation<false>(p, smem, share);
+  }
 }
 
 // ---- launch
@@ -150,16 +239,15 @@ void launch_one(void (*kernel)(RouteParams), const RouteParams& p, int blocks, i
 
 template <Score kScore, int kPer>
 void launch_size(const RouteParams& p, int blocks, const LaunchConfig& launch) {
-  const int warps = std::clamp(p.block_tokens, kMinWarps, kMaxWarps);
+  const int warps = std::clamp(p.block_tokens, kMinWarps, max_warps(kPer));
   if (p.num_tokens <= kFewTokens && p.cluster == 1) {
     launch_one<kScore, kPer>(route_few_kernel<kScore, kPer>, p, 1, 2 * p.num_tokens, launch);
-  } else if (p.num_tokens <= kClusterTokens) {
+  } else if (p.num_tokens <= cluster_tokens(p.num_experts)) {
     launch_one<kScore, kPer>(route_kernel<kScore, kPer, kCluster>, p, blocks, warps,
                              {launch.stream, launch.pdl, blocks});
   } else {
     launch_one<kScore, kPer>(route_kernel<kScore, kPer, kMany>, p, blocks, warps, launch);
-    check_cuda(launch_kernel(permute_kernel, blocks, kPermuteThreads, 0, launch, p),
-               "launching the permutation kernel");
+    check_cuda(launch_kernel(permute_kernel, blocks, kMaxThreads, 0, launch, p), "launching the permutation kernel");
   }
 }
 
@@ -172,10 +260,15 @@ void launch_score(const RouteParams& p, int blocks, const LaunchConfig& launch) 
   return launch_size<kScore, 32>(p, blocks, launch);
 }
 
+uint32_t inverse_of(int divisor) {
+  return divisor == 1 ? 0 : static_cast<uint32_t>(((1ull << 32) + divisor - 1) / divisor);
+}
+
 }  // namespace
 
 int max_route_blocks(int num_tokens) {
-  return std::max(kManyBlocks, (num_tokens + kRouteBlockTokens - 1) / kRouteBlockTokens);
+  const int blocks = std::max(kManyBlocks, (num_tokens + kRouteBlockTokens - 1) / kRouteBlockTokens);
+  return (blocks + kCountBlocks - 1) / kCountBlocks * kCountBlocks;
 }
 
 void launch_route(RouteParams p, const LaunchConfig& launch) {
@@ -185,13 +278,17 @@ void launch_route(RouteParams p, const LaunchConfig& launch) {
   require(p.local_offset >= 0 && p.num_local >= 1 && p.local_offset + p.num_local <= p.num_experts,
           "the local experts must lie inside 0 ... num_experts - 1");
   int blocks = 1;
-  if (p.num_tokens <= kClusterTokens) {
-    while (blocks < kMaxClusterBlocks && blocks * kMinWarps < p.num_tokens) blocks *= 2;
+  if (p.num_tokens <= cluster_tokens(p.num_experts)) {
+    const bool one = p.num_tokens <= kOneBlockTokens && p.num_experts <= 256;
+    while (!one && blocks < kMaxClusterBlocks && blocks * kMinWarps < p.num_tokens) blocks *= 2;
     p.block_tokens = std::max(1, (p.num_tokens + blocks - 1) / blocks);
   } else {
     p.block_tokens = std::clamp((p.num_tokens + kManyBlocks - 1) / kManyBlocks, kMinBlockTokens, kRouteBlockTokens);
     blocks = (p.num_tokens + p.block_tokens - 1) / p.block_tokens;
   }
+  p.top_k_inverse = inverse_of(p.top_k);
+  p.tile_n_inverse = inverse_of(p.tile_n);
+  p.tile_quantum_inverse = inverse_of(p.tile_quantum);
   switch (p.method) {
     case kRenormalize:
     case kLlama4:

@@ -222,24 +222,16 @@ __device__ __forceinline__ void bar_arrive(int id, int threads) {
 }
 
 // ---- clusters
+// Tells the cluster of what fence_mbarrier_init did and of nothing else. NOTE: release would be a fence of the whole
+// GPU.
 __device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ __forceinline__ uint32_t mapa(uint32_t address, uint32_t block) {
-  uint32_t mapped;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(block));
-  return mapped;
-}
 __device__ __forceinline__ uint32_t cluster_ctarank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
-}
-__device__ __forceinline__ uint2 ld_shared_cluster_v2(uint32_t address) {
-  uint2 v;
-  asm volatile("ld.shared::cluster.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
-  return v;
 }
 
 // ---- flags between CTAs

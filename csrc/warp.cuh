@@ -1,4 +1,4 @@
-// What 32 lanes do together: sums and maxima that all of them get.
+// What 32 lanes do together: sums that all of them get.
 #pragma once
 
 namespace expertd {
@@ -9,11 +9,6 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask >>= 1) v = __fadd_rn(v, __shfl_xor_sync(kAllLanes, v, mask));
-  return v;
-}
-__device__ __forceinline__ float warp_max(float v) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask >>= 1) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, mask));
   return v;
 }
 

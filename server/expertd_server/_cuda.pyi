@@ -36,7 +36,6 @@ def route(
     topk_ids: int,
     topk_weights: int,
     replay: int,
-    bitmaps: int,
     counts: int,
     expanded_to_row: int,
     row_token: int,

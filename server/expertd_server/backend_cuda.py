@@ -205,7 +205,7 @@ class CudaBackend:
         if out is not None:
             self.finalize(layer, plan, call, out)
 
-    # ---- stages, one launch each (routing two, for more than 64 tokens); public for the benchmark
+    # ---- stages, one launch each (routing two, for many tokens); public for the benchmark
 
     def quantize(self, layer: PreparedLayer, plan: Plan, call: Call) -> None:
         """hidden_states [T, H] -> fp8 in the workspace."""
@@ -254,7 +254,6 @@ class CudaBackend:
             topk_ids=call.topk_ids.data_ptr(),
             topk_weights=call.topk_weights.data_ptr(),
             replay=_address(call.replay),
-            bitmaps=plan.bitmaps,
             counts=plan.counts,
             expanded_to_row=plan.expanded_to_row,
             row_token=plan.row_token,

@@ -34,7 +34,6 @@ class Scratch:
             "schedule": _cuda.SCHEDULE_BYTES,
             "tiles": tiles * _cuda.TOKEN_TILE_BYTES,
             "tile_ready": tiles * 4,
-            "bitmaps": blocks * spec.num_local * 8,
             "counts": blocks * spec.num_local,
             "expanded_to_row": num_tokens * spec.top_k * 4,
             "row_token": rows * 4,
@@ -90,7 +89,6 @@ class Plan:
     schedule: int
     tiles: int
     tile_ready: int
-    bitmaps: int
     counts: int
     expanded_to_row: int
     row_token: int

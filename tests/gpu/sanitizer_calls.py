@@ -34,11 +34,12 @@ def main() -> None:
     backend = CudaBackend()
     for seed, fields in enumerate(SHAPES):
         spec = make_spec(hidden_size=272, intermediate_size=144, **fields)
-        layer = backend.prepare(spec, make_weights(spec, seed, hidden_states_scale=0.05), max_num_tokens=700)
-        for num_tokens in (1, 3, 40, 128, 700):  # one token, a few, a cluster, the largest cluster, two launches
+        layer = backend.prepare(spec, make_weights(spec, seed, hidden_states_scale=0.05), max_num_tokens=4100)
+        # Routing of one token, of a few; in one block, a cluster, the largest one, two launches, with rows in order.
+        for num_tokens in (1, 3, 12, 40, 256, 700, 4100):
             hidden_states, logits = make_inputs(layer.spec, num_tokens, seed)
             outputs = []
-            for family in TILE_FAMILIES:
+            for family in TILE_FAMILIES if num_tokens < 4100 else TILE_FAMILIES[-1:]:
                 backend.force_family = family
                 outputs.append(backend.forward(layer, hidden_states, routing_logits=logits).output)
                 torch.cuda.synchronize()

@@ -19,7 +19,7 @@ from gpu_layers import make_inputs, prepared, same_bits  # noqa: E402
 from expertd_server.types import Activation, RoutingMethod  # noqa: E402
 
 FAMILIES = gpu_layers.TILE_FAMILIES
-SIZES = (1, 2, 7, 8, 33, 64, 129, 500, 2048, 8192)
+SIZES = (1, 2, 7, 8, 12, 33, 64, 129, 256, 500, 2048, 8192)
 
 
 @pytest.mark.parametrize("activation", [Activation.SWIGLU, Activation.RELU2], ids=lambda a: a.name)
