@@ -64,8 +64,9 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where the time goes")
     options = parser.parse_args()
     if options.python:
-        codec.CODEC = messages.CODEC = None  # type: ignore[assignment, attr-defined]
+        codec.CODEC = messages.CODEC = native.CODEC = None  # type: ignore[assignment, attr-defined]
         gather.Copies = running.Copies = native._Copies  # type: ignore[assignment, attr-defined]
+        gather.copy_bytes = native._copy_bytes  # type: ignore[attr-defined]
     with_server(lambda calls, inbox, loop: measure(options, calls, inbox, loop))
 
 

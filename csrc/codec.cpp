@@ -217,13 +217,15 @@ PyObject* parse_stream_request(PyObject*, PyObject* data) { return parse(data, t
 
 // ---- writing ----
 
-PyDoc_STRVAR(encode_doc,
-             "encode_response(is_stream, request_id, dtype, num_tokens, hidden_size, address, queue_us, copy_in_us,\n"
-             "compute_us, copy_out_us, batch_tokens, batch_requests, queue_depth_tokens, weights_version, copies,\n"
-             "place=None)\n\n"
-             "A serialised ForwardResponse whose output is the [num_tokens, hidden_size] matrix at the address, which\n"
-             "is there when the Copies have run; is_stream: within a ForwardStreamResponse. place: (memory, start,\n"
-             "region, offset) where the matrix goes instead, and how the message is to name it.");
+PyDoc_STRVAR(
+    encode_doc,
+    "encode_response(is_stream, request_id, dtype, num_tokens, hidden_size, address, queue_us, copy_in_us,\n"
+    "compute_us, copy_out_us, batch_tokens, batch_requests, queue_depth_tokens, weights_version, copies,\n"
+    "place=None)\n\n"
+    "A serialised ForwardResponse whose output is the [num_tokens, hidden_size] matrix at the address, which\n"
+    "is there when the Copies have run, or at once where copies is None; is_stream: within a\n"
+    "ForwardStreamResponse. place: (memory, start, region, offset) where the matrix goes instead, and how the\n"
+    "message is to name it.");
 
 PyObject* encode_response(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
   constexpr Py_ssize_t kNumNumbers = 14;
@@ -235,11 +237,13 @@ PyObject* encode_response(PyObject*, PyObject* const* arguments, Py_ssize_t give
   unsigned long long n[kNumNumbers];
   if (!numbers_of(arguments, kNumNumbers, kNumNumbers, n)) return nullptr;
   PyObject* copies = arguments[kNumNumbers];
-  if (!PyObject_TypeCheck(copies, &expertd::copies_type)) {
-    PyErr_Format(PyExc_TypeError, "copies is %s, expected Copies", Py_TYPE(copies)->tp_name);
+  const bool is_at_once = copies == Py_None;
+  if (!is_at_once && !PyObject_TypeCheck(copies, &expertd::copies_type)) {
+    PyErr_Format(PyExc_TypeError, "copies is %s, expected Copies or None", Py_TYPE(copies)->tp_name);
     return nullptr;
   }
-  expertd::CopyList& list = expertd::list_of(copies);
+  expertd::CopyList own;
+  expertd::CopyList& list = is_at_once ? own : expertd::list_of(copies);
   const uint32_t dtype = static_cast<uint32_t>(n[2]);
   const uint64_t data_bytes = n[3] * n[4] * item_bytes(dtype);
   const auto* from = reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(n[5]));
@@ -284,6 +288,7 @@ PyObject* encode_response(PyObject*, PyObject* const* arguments, Py_ssize_t give
   std::memcpy(to, head.bytes, head.size);
   if (sent_bytes) list.note(answer, to + head.size, from, static_cast<Py_ssize_t>(sent_bytes));
   std::memcpy(to + head.size + sent_bytes, tail.bytes, tail.size);
+  if (is_at_once) list.run();
   return answer;
 }
 
@@ -317,14 +322,33 @@ PyDoc_STRVAR(count_ids_doc,
              "Add to counts[id - first], int64, for each of the ids, int16, int32 or int64, that is in range.");
 
 template <typename Id>
-void add_counts(const Py_buffer& ids, long long first, const Py_buffer& counts) {
-  const auto* from = static_cast<const Id*>(ids.buf);
+void add_counts(const void* ids, Py_ssize_t num_ids, long long first, const Py_buffer& counts) {
+  const auto* from = static_cast<const Id*>(ids);
   auto* to = static_cast<int64_t*>(counts.buf);
   const long long size = counts.len / static_cast<Py_ssize_t>(sizeof(int64_t));
-  for (Py_ssize_t n = 0; n < ids.len / static_cast<Py_ssize_t>(sizeof(Id)); ++n) {
+  for (Py_ssize_t n = 0; n < num_ids; ++n) {
     const long long at = from[n] - first;
     if (at >= 0 && at < size) ++to[at];
   }
+}
+
+// Lets go of the counts; false, with an exception, where a type is none that can be counted.
+bool add_counts(const void* ids, Py_ssize_t num_bytes, Py_ssize_t item_size, long long first, PyObject* into) {
+  Py_buffer counts;
+  if (PyObject_GetBuffer(into, &counts, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE) < 0) return false;
+  const bool is_good = counts.itemsize == sizeof(int64_t) && (item_size == 2 || item_size == 4 || item_size == 8);
+  if (!is_good) {
+    PyErr_Format(PyExc_TypeError, "ids of %zd bytes and counts of %zd, expected 2, 4 or 8, and 8", item_size,
+                 counts.itemsize);
+  } else if (item_size == 2) {
+    add_counts<int16_t>(ids, num_bytes / 2, first, counts);
+  } else if (item_size == 4) {
+    add_counts<int32_t>(ids, num_bytes / 4, first, counts);
+  } else {
+    add_counts<int64_t>(ids, num_bytes / 8, first, counts);
+  }
+  PyBuffer_Release(&counts);
+  return is_good;
 }
 
 PyObject* count_ids(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
@@ -334,27 +358,30 @@ PyObject* count_ids(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
   }
   const long long first = PyLong_AsLongLong(arguments[1]);
   if (first == -1 && PyErr_Occurred()) return nullptr;
-  Py_buffer ids, counts;
+  Py_buffer ids;
   if (PyObject_GetBuffer(arguments[0], &ids, PyBUF_C_CONTIGUOUS) < 0) return nullptr;
-  if (PyObject_GetBuffer(arguments[2], &counts, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE) < 0) {
-    PyBuffer_Release(&ids);
-    return nullptr;
-  }
-  const bool is_good =
-      counts.itemsize == sizeof(int64_t) && (ids.itemsize == 2 || ids.itemsize == 4 || ids.itemsize == 8);
-  if (!is_good) {
-    PyErr_Format(PyExc_TypeError, "ids of %zd bytes and counts of %zd, expected 2, 4 or 8, and 8", ids.itemsize,
-                 counts.itemsize);
-  } else if (ids.itemsize == 2) {
-    add_counts<int16_t>(ids, first, counts);
-  } else if (ids.itemsize == 4) {
-    add_counts<int32_t>(ids, first, counts);
-  } else {
-    add_counts<int64_t>(ids, first, counts);
-  }
-  PyBuffer_Release(&counts);
+  const bool is_good = add_counts(ids.buf, ids.len, ids.itemsize, first, arguments[2]);
   PyBuffer_Release(&ids);
   if (!is_good) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(count_ids_at_doc,
+             "count_ids_at(address, number, item_size, first, counts)\n\n"
+             "As count_ids, of so many ids at an address, each of item_size bytes.");
+
+PyObject* count_ids_at(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
+  constexpr Py_ssize_t kNumNumbers = 4;
+  if (given != kNumNumbers + 1) {
+    PyErr_Format(PyExc_TypeError, "%zd arguments are given, expected %zd", given, kNumNumbers + 1);
+    return nullptr;
+  }
+  unsigned long long n[kNumNumbers];
+  if (!numbers_of(arguments, kNumNumbers, kNumNumbers, n)) return nullptr;
+  const auto* ids = reinterpret_cast<const void*>(static_cast<uintptr_t>(n[0]));
+  const auto item_size = static_cast<Py_ssize_t>(n[2]);
+  const auto num_bytes = static_cast<Py_ssize_t>(n[1]) * item_size;
+  if (!add_counts(ids, num_bytes, item_size, static_cast<long long>(n[3]), arguments[kNumNumbers])) return nullptr;
   Py_RETURN_NONE;
 }
 
@@ -365,6 +392,8 @@ PyMethodDef methods[] = {
     {"encode_response", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(encode_response)), METH_FASTCALL,
      encode_doc},
     {"count_ids", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(count_ids)), METH_FASTCALL, count_ids_doc},
+    {"count_ids_at", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(count_ids_at)), METH_FASTCALL,
+     count_ids_at_doc},
     {"copy", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(copy)), METH_FASTCALL, copy_doc},
     {"set_copy_helpers", set_copy_helpers, METH_O, set_copy_helpers_doc},
     {nullptr, nullptr, 0, nullptr},

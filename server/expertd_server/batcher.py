@@ -65,7 +65,7 @@ class Entry(Promise[R], Generic[P, R]):
     Cancelling it takes a waiting request out of the queue; a running one is not stopped.
     """
 
-    __slots__ = ("_forget", "_payload", "admitted_s", "deadline_s", "key", "num_tokens", "queued_s", "sequence")
+    __slots__ = ("_forget", "admitted_s", "deadline_s", "key", "num_tokens", "payload", "queued_s", "sequence")
 
     def __init__(  # noqa: PLR0917 (made for every request, and keywords take time)
         self,
@@ -76,11 +76,13 @@ class Entry(Promise[R], Generic[P, R]):
         admitted_s: float,
         deadline_s: float | None,
         forget: Callable[[Entry[P, R]], None],
+        on_done: Callable[[Entry[P, R]], object] | None,
     ) -> None:
-        super().__init__()
+        super().__init__(on_done)
         self.sequence = sequence
         self.key = key
-        self._payload: P | None = payload
+        self.payload = payload
+        """What is to be computed; None when it is over."""
         self.num_tokens = num_tokens
         self.admitted_s = admitted_s
         self.deadline_s = deadline_s
@@ -88,15 +90,9 @@ class Entry(Promise[R], Generic[P, R]):
         """From admission to the start of its batch; set when the batch is taken."""
         self._forget = forget
 
-    @property
-    def payload(self) -> P:
-        """What is to be computed; until it is over."""
-        assert self._payload is not None, "this request is over"
-        return self._payload
-
     def _tell(self) -> None:
         # Whoever keeps the promise keeps the result alone, not the request's tensors and its layer.
-        self._payload = None
+        self.payload = None  # type: ignore[assignment]
         if self.cancelled():
             self._forget(self)
         super()._tell()
@@ -175,8 +171,10 @@ class Batcher(Generic[P, R]):
         self._launched = threading.Condition(lock)
         # Every key here has at least one entry.
         self._queues: dict[Hashable, OrderedDict[int, Entry[P, R]]] = {}
-        self._queue_tokens = 0
-        self._queue_requests = 0
+        self.queue_tokens = 0
+        """Tokens that wait; for others to read."""
+        self.queue_requests = 0
+        """Requests that wait; likewise."""
         # Members of batches that failed, to run again alone.
         self._again: deque[Entry[P, R]] = deque()
         self._flights: deque[_Flight[P, R]] = deque()
@@ -201,51 +199,63 @@ class Batcher(Generic[P, R]):
         # Whether `soon` calls what launches and what finishes, and a thread waits in between.
         self._is_split = False
         self._caller: threading.Thread | None = None
+        self._alone: Batch[P, R] | None = None
+        """Taken at once, for `hurry` to run: to queue a lone request would take as long as all else."""
 
-    @property
-    def queue_tokens(self) -> int:
-        """Tokens that wait."""
-        return self._queue_tokens
-
-    @property
-    def queue_requests(self) -> int:
-        """Requests that wait."""
-        return self._queue_requests
-
-    def submit(self, key: Hashable, payload: P, num_tokens: int, *, deadline_s: float | None = None) -> Entry[P, R]:
+    def submit(  # noqa: PLR0917 (called for every request, and keywords take time)
+        self,
+        key: Hashable,
+        payload: P,
+        num_tokens: int,
+        deadline_s: float | None = None,
+        on_done: Callable[[Entry[P, R]], object] | None = None,
+        is_last: bool = False,
+    ) -> Entry[P, R]:
         """Admit a request of at most max_batch_tokens tokens, or refuse it at once.
 
         It fails with RequestTimeoutError when `deadline_s` passes before its batch starts.
+        on_done: called with the request when it is over, see `Promise.add_done_callback`.
+        is_last: `hurry` is called next, in this thread.
         Raises OverloadedError when the queue is full and UnavailableError when the batcher drains.
         """
-        if num_tokens > self._limits.max_batch_tokens:
-            raise ValueError(f"num_tokens is {num_tokens}, expected at most {self._limits.max_batch_tokens}")
+        limits = self._limits
+        if num_tokens > limits.max_batch_tokens:
+            raise ValueError(f"num_tokens is {num_tokens}, expected at most {limits.max_batch_tokens}")
         with self._lock:
             if self._draining:
                 raise UnavailableError("the server is draining and takes no new requests; try another server")
-            limits = self._limits
             if (
-                self._queue_requests >= limits.max_queue_requests
-                or self._queue_tokens + num_tokens > limits.max_queue_tokens
+                self.queue_requests >= limits.max_queue_requests
+                or self.queue_tokens + num_tokens > limits.max_queue_tokens
             ):
                 self._refuse(num_tokens)
+            now_s = self._clock()
             entry: Entry[P, R] = Entry(
-                self._next_sequence, key, payload, num_tokens, self._clock(), deadline_s, self._forget
+                self._next_sequence, key, payload, num_tokens, now_s, deadline_s, self._forget, on_done
             )
             self._next_sequence += 1
-            queue = self._queues.get(key)
-            if queue is None:
-                queue = self._queues[key] = OrderedDict()
-            queue[entry.sequence] = entry
-            self._queue_tokens += num_tokens
-            self._queue_requests += 1
-            if self._soon is None:
-                if self._num_in_flight < self._limits.max_in_flight:
-                    self._due.notify_all()
-            elif not self._is_called:
-                self._is_called = True
-                self._soon(self._run_due)
+            if is_last and self._may_run_alone and not (deadline_s is not None and deadline_s <= now_s):
+                self._alone = self._take_off(key, [entry], num_tokens)
+                self._running_tokens += num_tokens
+                self._running_requests += 1
+            else:
+                self._enqueue(entry)
         return entry
+
+    def _enqueue(self, entry: Entry[P, R]) -> None:
+        """Under the lock."""
+        queue = self._queues.get(entry.key)
+        if queue is None:
+            queue = self._queues[entry.key] = OrderedDict()
+        queue[entry.sequence] = entry
+        self.queue_tokens += entry.num_tokens
+        self.queue_requests += 1
+        if self._soon is None:
+            if self._num_in_flight < self._limits.max_in_flight:
+                self._due.notify_all()
+        elif not self._is_called:
+            self._is_called = True
+            self._soon(self._run_due)
 
     def start(self, soon: Callable[[Callable[[], object]], object] | None = None) -> None:
         """Start the threads: one that launches and finishes, or one for each where there is more than one in flight.
@@ -271,23 +281,41 @@ class Batcher(Generic[P, R]):
             thread.start()
             self._threads.append(thread)
 
-    def hurry(self) -> None:
-        """Run what waits here and now, where no thread does it; for the thread in which `soon` calls.
+    @property
+    def _may_run_alone(self) -> bool:
+        """Under the lock: whether a request that comes now would be a batch by itself, which no thread would run."""
+        return self._soon is not None and not (self._queues or self._again or self._taken)
 
-        A lone request that takes no time is answered before this returns.
+    def hurry(self) -> None:
+        """Nobody else is about to submit: run here and now what waits, where no thread does it.
+
+        For the thread in which `soon` calls. A lone request that takes no time is answered before this returns.
         """
-        if self._soon is None:
+        self._run_alone()
+        if self._is_split:
+            if self.queue_requests == 1 and not self._num_in_flight:
+                self._guarded(self._run_briefly)
+            self._run_due()
+
+    def _run_alone(self) -> None:
+        batch, self._alone = self._alone, None
+        if batch is None:
             return
-        if self._is_split and self._queue_requests == 1 and not self._num_in_flight:
-            self._guarded(self._run_briefly)
-        self._run_due()
+        try:
+            self._finish_briefly(self._start(batch))
+        except Exception:  # as in _guarded
+            log.exception("the batcher caught an unexpected error and goes on")
+        finally:
+            del batch  # as in _hand_out
 
     def _run_briefly(self) -> None:
-        """Launch one batch, and wait so long for it: another thread that waits takes a while to say that it is over."""
-        flight, _ = self._launch_due(0.0)
+        self._finish_briefly(self._launch_due(0.0)[0])
+
+    def _finish_briefly(self, flight: _Flight[P, R] | None) -> None:
+        """Wait for a batch, but not for long: another thread that waits takes a while to say that it is over."""
         if flight is None:
             return
-        if flight.wait(_BRIEFLY_S):
+        if flight.wait(_BRIEFLY_S if self._is_split else None):
             self._hand_out(flight)
         else:
             self._put(flight)
@@ -295,6 +323,7 @@ class Batcher(Generic[P, R]):
     def _run_due(self) -> None:
         self._is_called = False
         self._caller = self._caller or threading.current_thread()
+        self._run_alone()
         while self._has_work and not self._stopped:
             self._guarded(self.launch_once if self._is_split else self.run_once)
 
@@ -361,15 +390,19 @@ class Batcher(Generic[P, R]):
             _fail(entry, _timeout(entry, self._clock()))
         if batch is None:
             return None, bool(expired)
+        return self._start(batch), True
+
+    def _start(self, batch: Batch[P, R]) -> _Flight[P, R] | None:
+        """What was launched; None: it failed."""
         launched_s = self._clock()
         try:
-            return _Flight(batch, self._launch(batch), launched_s), True
+            return _Flight(batch, self._launch(batch), launched_s)
         except Exception as error:
             self._leave_flight()
             self._taken.pop(batch.number, None)
             self._fail_batch(batch, error)
             del batch  # the error holds this frame, see _clear_frames
-        return None, True
+        return None
 
     def finish_once(self, timeout_s: float = 0.0) -> bool:
         """Wait up to timeout_s for a batch to be launched, finish it and serve its waiters; False when none was."""
@@ -429,7 +462,7 @@ class Batcher(Generic[P, R]):
         with self._lock:
             self._draining = True
             self._due.notify_all()
-            return self._left.wait_for(lambda: not (self._queue_requests or self._running_requests), timeout_s)
+            return self._left.wait_for(lambda: not (self.queue_requests or self._running_requests), timeout_s)
 
     def stop(self, timeout_s: float) -> bool:
         """Refuse new requests, fail those that wait with UnavailableError, and end the threads.
@@ -452,7 +485,7 @@ class Batcher(Generic[P, R]):
         taken = list(self._taken)  # made at once, whatever other threads do to the batches
         if taken:
             return taken[0]
-        return self._num_taken + 1 if self._queue_requests or self._again else None
+        return self._num_taken + 1 if self.queue_requests or self._again else None
 
     def in_flight(self, number: int) -> Batch[P, R] | None:
         """The batch of this number, unless it is over."""
@@ -487,10 +520,10 @@ class Batcher(Generic[P, R]):
         self._draining = self._stopped = True
         left = [entry for queue in self._queues.values() for entry in queue.values()]
         self._queues.clear()
-        self._queue_tokens = self._queue_requests = 0
+        self.queue_tokens = self.queue_requests = 0
         again = list(self._again)
         self._again.clear()
-        self._account_left_running(again)
+        self._account_left_running(len(again), sum(entry.num_tokens for entry in again))
         self._due.notify_all()
         self._launched.notify_all()
         return left, again
@@ -508,10 +541,10 @@ class Batcher(Generic[P, R]):
 
     def _refuse(self, num_tokens: int) -> NoReturn:
         limits = self._limits
-        if self._queue_requests >= limits.max_queue_requests:
-            what = f"{self._queue_requests} requests wait, at most {limits.max_queue_requests} may"
+        if self.queue_requests >= limits.max_queue_requests:
+            what = f"{self.queue_requests} requests wait, at most {limits.max_queue_requests} may"
         else:
-            what = f"{self._queue_tokens} tokens wait and {num_tokens} come, at most {limits.max_queue_tokens} may"
+            what = f"{self.queue_tokens} tokens wait and {num_tokens} come, at most {limits.max_queue_tokens} may"
         delay_s = self._retry_delay_s()
         raise OverloadedError(f"the queue is full: {what}; come back in {delay_s:.3f} s", delay_s)
 
@@ -519,7 +552,7 @@ class Batcher(Generic[P, R]):
         """When the queue of now will have drained, by the rate of late."""
         if not self._tokens_per_s:
             return _FIRST_RETRY_DELAY_S
-        delay_s = (self._queue_tokens + self._running_tokens) / self._tokens_per_s
+        delay_s = (self.queue_tokens + self._running_tokens) / self._tokens_per_s
         return min(max(delay_s, _MIN_RETRY_DELAY_S), _MAX_RETRY_DELAY_S)
 
     def _forget(self, entry: Entry[P, R]) -> None:
@@ -531,8 +564,8 @@ class Batcher(Generic[P, R]):
                 self._tell_left()
 
     def _account_left(self, entry: Entry[P, R]) -> None:
-        self._queue_tokens -= entry.num_tokens
-        self._queue_requests -= 1
+        self.queue_tokens -= entry.num_tokens
+        self.queue_requests -= 1
         if not self._queues[entry.key]:
             del self._queues[entry.key]
 
@@ -588,8 +621,8 @@ class Batcher(Generic[P, R]):
             if tokens + entry.num_tokens > self._limits.max_batch_tokens:
                 break  # no later, smaller request passes this one: order of arrival is what bounds its wait
             del queue[entry.sequence]
-            self._queue_tokens -= entry.num_tokens
-            self._queue_requests -= 1
+            self.queue_tokens -= entry.num_tokens
+            self.queue_requests -= 1
             if not entry.set_running_or_notify_cancel():
                 continue
             entry.queued_s = now_s - entry.admitted_s
@@ -610,7 +643,7 @@ class Batcher(Generic[P, R]):
         """A member of a batch that failed, alone."""
         entry = self._again.popleft()
         if entry.deadline_s is not None and entry.deadline_s <= now_s:
-            self._account_left_running([entry])
+            self._account_left_running(1, entry.num_tokens)
             return None, [entry]
         return self._take_off(entry.key, [entry], entry.num_tokens), []
 
@@ -630,7 +663,7 @@ class Batcher(Generic[P, R]):
             self._num_in_flight -= 1
             if self._soon is None and (self._has_work or self._stopped):
                 self._due.notify_all()
-            if self._is_over:
+            if self._stopped and not self._num_in_flight:
                 self._launched.notify_all()
 
     def _fail_batch(self, batch: Batch[P, R], error: Exception) -> None:
@@ -642,22 +675,23 @@ class Batcher(Generic[P, R]):
                 self._again.extend(batch.entries)
                 self._due.notify_all()
                 return
-            self._account_left_running(batch.entries)
+            self._account_left_running(len(batch.entries), batch.num_tokens)
         _clear_frames(error)
         for entry in batch.entries:
             _fail(entry, error if is_final else _stopped())
 
-    def _account_left_running(self, entries: Sequence[Entry[P, R]]) -> None:
+    def _account_left_running(self, num_requests: int, num_tokens: int) -> None:
         if self._abandoned:  # nobody counts any more
             return
-        self._running_tokens -= sum(entry.num_tokens for entry in entries)
-        self._running_requests -= len(entries)
-        self._tell_left()
+        self._running_requests -= num_requests
+        self._running_tokens -= num_tokens
+        if self._draining:
+            self._left.notify_all()
 
     def _account_served(self, batch: Batch[P, R], launched_s: float) -> None:
         now_s = self._clock()
         with self._lock:
-            self._account_left_running(batch.entries)
+            self._account_left_running(len(batch.entries), batch.num_tokens)
             # Batches overlap: this one has had the backend to itself since the one before was finished.
             alone_s = now_s - max(launched_s, self._finished_s)
             self._finished_s = now_s

@@ -46,8 +46,17 @@ class CallEngine(Protocol):
         """Tokens that wait."""
         ...
 
-    def submit(self, call: Any, deadline_s: float | None = None) -> Promise[Any]:
-        """Queue a call, see `Engine.submit`."""
+    def submit(
+        self,
+        call: Any,
+        deadline_s: float | None = None,
+        on_done: Callable[[Promise[Any]], object] | None = None,
+        is_last: bool = False,
+    ) -> Promise[Any]:
+        """Queue a call, see `Engine.submit`.
+
+        is_last: `hurry` is called next.
+        """
         ...
 
     def hurry(self) -> None:
@@ -87,36 +96,34 @@ class Calls:
         return self.engine.queue_tokens
 
     def admit(
-        self, request: Message, arrived_s: float, timeout_s: float, encode: Callable[[Any], bytes]
+        self,
+        request: Message,
+        arrived_s: float,
+        timeout_s: float,
+        encode: Callable[[Any], bytes],
+        on_done: Callable[[Promise[bytes]], object] | None = None,
     ) -> Promise[bytes]:
         """Check a request and queue it; raises what is wrong with it, see `Codec.typed_call` and `Engine.submit`.
 
         timeout_s: what the caller allows from arrival to start; infinite where it says nothing.
-        encode: see `ForwardCall.encode`.
+        encode: see `ForwardCall.encode`. on_done: see `Promise.add_done_callback`. `hurry` must follow.
         """
         call = self.codec.typed_call(
             request, self.store, max_batch_tokens=self.max_batch_tokens, max_message_bytes=self.max_message_bytes
         )
         call.encode = encode
-        return self.engine.submit(call, arrived_s + min(timeout_s, self.request_timeout_s))
+        deadline_s = arrived_s + min(timeout_s, self.request_timeout_s)
+        return self.engine.submit(call, deadline_s, on_done, self.in_flight == 1)
 
     def hurry(self) -> None:
-        """To be called when a request was admitted and whoever waits for it is known: see `CallEngine.hurry`."""
+        """To be called when a request was admitted and its promise is known: see `CallEngine.hurry`."""
         if self.in_flight == 1:
             self.engine.hurry()
 
     def answered(self, method: str, arrived_s: float, ready_s: float, timing: ForwardTiming) -> None:
         """Count an answer that was just sent, and where its time went. ready_s: when there was something to send."""
         now_s = self.clock()
-        self.metrics.count_answer(
-            method,
-            timing.queue_us / 1e6,
-            timing.copy_in_us / 1e6,
-            timing.compute_us / 1e6,
-            timing.copy_out_us / 1e6,
-            now_s - ready_s,
-            now_s - arrived_s,
-        )
+        self.metrics.count_answer(method, timing, now_s - ready_s, now_s - arrived_s)
 
     def failed(self, method: str, code: str) -> None:
         """Count a request that got an error. code: name of a google.rpc.Code."""

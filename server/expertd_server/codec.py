@@ -68,8 +68,7 @@ def _write(
     output, timing = result.output, result.timing
     assert output is not None
     num_tokens, hidden_size = output.shape
-    copies = result.copies or CODEC.Copies()
-    answer = CODEC.encode_response(
+    return CODEC.encode_response(
         is_stream,
         request_id,
         WIRE_DTYPES[output.dtype],
@@ -84,9 +83,6 @@ def _write(
         timing.batch_requests,
         queue_depth_tokens,
         result.weights_version,
-        copies,
+        result.copies,
         place.take(output.nbytes) if place is not None and output.nbytes else None,
     )
-    if result.copies is None:
-        copies.run()
-    return answer

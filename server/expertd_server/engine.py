@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
-from weakref import WeakSet
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -26,11 +26,12 @@ from expertd_server.forward import ForwardCall, ForwardResult, HostTensor
 from expertd_server.gather import gather, kind_of
 from expertd_server.graphs import Capturer, CudaCapturer, Graphs, progress_bar, run_layer
 from expertd_server.layer import MoELayer
-from expertd_server.layout import BatchKind, InputLayout, input_layout, output_layout, slot_bytes
+from expertd_server.layout import BatchKind, InputLayout, OutputLayout, input_layout, output_layout, slot_bytes
 from expertd_server.promise import Promise
 from expertd_server.running import BatchReport, RunningBatch, unexpected
 from expertd_server.staging import HostSlot, Slot, SlotPool
 from expertd_server.timing import ForwardTiming
+from expertd_server.types import LayerSpec
 
 __all__ = ["BatchReport", "Engine", "ForwardCall", "ForwardResult", "ForwardTiming", "HostTensor"]
 
@@ -89,7 +90,8 @@ class Engine:
         if capturer is not None:
             self.graphs = Graphs(self.slots, min(max_graph_tokens, limits.max_batch_tokens), capturer)
         self._views: dict[int, _SlotViews] = {}
-        self._met: WeakSet[MoELayer] = WeakSet()
+        self._met: dict[int, weakref.ref[MoELayer]] = {}
+        """By id; what a layer's death leaves behind here is never taken for another."""
         self._met_lock = threading.Lock()  # a scrape of the metrics goes through them while batches add to them
         self.batcher: Batcher[ForwardCall, Any] = Batcher(self._launch, limits, clock=clock)
 
@@ -98,15 +100,19 @@ class Engine:
         """Tokens that wait."""
         return self.batcher.queue_tokens
 
-    def submit(self, call: ForwardCall, deadline_s: float | None = None) -> Promise[Any]:
+    def submit(
+        self,
+        call: ForwardCall,
+        deadline_s: float | None = None,
+        on_done: Callable[[Promise[Any]], object] | None = None,
+        is_last: bool = False,
+    ) -> Promise[Any]:
         """Queue a call; a promise of a ForwardResult, or of what call.encode makes of it.
 
-        Errors, deadline and cancellation as in `Batcher.submit`.
+        Errors, deadline, cancellation and the rest as in `Batcher.submit`.
         """
-        kind = None if self._is_host else kind_of([call])
-        return self.batcher.submit(
-            _Key(call.layer, call.do_finalize, kind), call, call.num_tokens, deadline_s=deadline_s
-        )
+        key = _Key(call.layer, call.do_finalize, None if self._is_host else kind_of((call,)))
+        return self.batcher.submit(key, call, call.num_tokens, deadline_s, on_done, is_last)
 
     def hurry(self) -> None:
         """See `Batcher.hurry`."""
@@ -140,7 +146,7 @@ class Engine:
         if self._backend.device.type != "cuda":
             return {}
         with self._met_lock:
-            layers = list(self._met)
+            layers = [layer for met in self._met.values() if (layer := met()) is not None]
         weights, staging = sum(layer.nbytes for layer in layers), self.slots.device_nbytes
         return {
             "weights": weights,
@@ -157,7 +163,8 @@ class Engine:
 
     def _meet(self, layer: MoELayer) -> None:
         """Before a layer's first batch."""
-        if layer in self._met:
+        met = self._met.get(id(layer))
+        if met is not None and met() is layer:
             return
         takes_wide = layer.hidden_states_scale is not None
         self.slots.require(*slot_bytes(layer.spec, self._max_batch_tokens, takes_wide=takes_wide))
@@ -165,7 +172,8 @@ class Engine:
             # NOTE: the weights were written on the default stream, which the slots' streams do not wait for.
             torch.cuda.default_stream(self._backend.device).synchronize()
         with self._met_lock:
-            self._met.add(layer)
+            self._met = {key: met for key, met in self._met.items() if met() is not None}
+            self._met[id(layer)] = weakref.ref(layer)
 
     def _launch(self, batch: Batch[ForwardCall, Any]) -> RunningBatch:
         layer = batch.entries[0].payload.layer
@@ -191,47 +199,41 @@ class Engine:
         if self.graphs is not None and do_finalize:
             graph = self.graphs.find(slot, layer, kind, num_tokens)
         num_rows = num_tokens if graph is None else graph.num_rows
-        inputs, outputs = input_layout(layer.spec, kind, num_rows), output_layout(layer.spec, kind, num_rows)
 
         start_s = self.clock()
         views = self._views_of(slot)
+        inputs, outputs, arguments = views.plan(layer.spec, kind, num_rows)
         gather(views.host_in, inputs, layer, calls, num_tokens)
-        slot.send(inputs.nbytes(num_tokens))
+        if not slot.is_host:
+            slot.send(inputs.nbytes(num_tokens))
         sent_s = self.clock()
         answer: MoEOutput | None = None
         with slot.compute():
             if graph is not None:
                 graph.replay()
                 expert_weights = graph.expert_weights
+            elif slot.is_host or not do_finalize:
+                with slot.stream():
+                    answer = layer.forward(**arguments, output_dtype=kind.output_dtype, do_finalize=do_finalize)
             else:
                 with slot.stream():
-                    if slot.is_host or not do_finalize:
-                        answer = layer.forward(
-                            **views.arguments(inputs, num_rows),
-                            output_dtype=kind.output_dtype,
-                            do_finalize=do_finalize,
-                        )
-                    else:
-                        expert_weights = run_layer(slot, layer, kind, num_rows, is_padded=False).expert_weights
+                    expert_weights = run_layer(slot, layer, kind, num_rows, is_padded=False).expert_weights
             if answer is None and any(call.return_routing for call in calls):
                 with slot.stream():
                     copy = outputs.expert_weights.view(slot.device_out, num_tokens)
                     copy.copy_(expert_weights[:num_tokens], non_blocking=True)
-        slot.fetch(outputs.nbytes(num_tokens) if answer is None else 0)
+        if not slot.is_host:
+            slot.fetch(outputs.nbytes(num_tokens) if answer is None else 0)
         if self.graphs is not None and do_finalize and graph is None:
             self.graphs.capture_unforeseen(slot, layer, kind, num_tokens)
+        graph_rows = None if graph is None else graph.num_rows
         return RunningBatch(
-            batch=batch,
-            layer=layer,
-            slots=self.slots,
-            slot=slot,
-            outputs=outputs,
-            answer=answer,
-            gather_s=sent_s - start_s,
-            graph_rows=None if graph is None else graph.num_rows,
-            clock=self.clock,
-            on_batch=self.on_batch,
+            batch, layer, self.slots, slot, outputs, answer, sent_s - start_s, graph_rows, self.clock, self.on_batch
         )
+
+
+_Plan: TypeAlias = tuple[InputLayout, OutputLayout, dict[str, torch.Tensor]]
+"""Where a batch's inputs and outputs lie, and the inputs as `Backend.forward` takes them."""
 
 
 class _SlotViews:
@@ -241,15 +243,17 @@ class _SlotViews:
         self.memory = slot.host_in
         self.host_in = slot.host_in.numpy()
         self._device_in = slot.device_in
-        self._arguments: dict[tuple[int, int], tuple[InputLayout, dict[str, torch.Tensor]]] = {}
-        """By layout and rows; it keeps the layout, whose id is the key."""
+        self._plans: dict[tuple[int, BatchKind, int], tuple[LayerSpec, _Plan]] = {}
+        """By spec, kind and rows; it keeps the spec, whose id is in the key: to hash it takes longer than all else."""
 
-    def arguments(self, layout: InputLayout, num_rows: int) -> dict[str, torch.Tensor]:
-        """See `InputLayout.arguments`."""
-        key = id(layout), num_rows
-        found = self._arguments.get(key)
+    def plan(self, spec: LayerSpec, kind: BatchKind, num_rows: int) -> _Plan:
+        """How a batch of num_rows lies in the slot's memory, padding included."""
+        key = id(spec), kind, num_rows
+        found = self._plans.get(key)
         if found is None:
-            if len(self._arguments) >= _MOST_VIEWS:
-                self._arguments.clear()
-            found = self._arguments[key] = layout, layout.arguments(self._device_in, num_rows)
+            if len(self._plans) >= _MOST_VIEWS:
+                self._plans.clear()
+            inputs = input_layout(spec, kind, num_rows)
+            plan = inputs, output_layout(spec, kind, num_rows), inputs.arguments(self._device_in, num_rows)
+            found = self._plans[key] = spec, plan
         return found[1]

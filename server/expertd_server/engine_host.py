@@ -151,7 +151,7 @@ class EngineHost:
         self._on_hang(what)
 
     def _observe_batch(self, batch: BatchReport) -> None:
-        self.metrics.observe_batch(batch.layer.name, batch.num_requests, batch.num_tokens, [batch.topk_ids.numpy()])
+        self.metrics.observe_batch(batch.layer.name, batch.num_requests, batch.num_tokens, [batch.topk_ids])
         self.metrics.observe_device(batch.compute_s, batch.num_tokens, batch.graph_rows)
 
 

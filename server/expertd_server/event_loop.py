@@ -32,6 +32,7 @@ class EventLoop:
 
     def __init__(self) -> None:
         self.loop = _new_loop()
+        self._ident = 0
         self._thread = threading.Thread(target=self._run, name="expertd-loop", daemon=True)
         self._thread.start()
 
@@ -57,7 +58,7 @@ class EventLoop:
     @property
     def is_here(self) -> bool:
         """Whether the caller runs in it."""
-        return threading.get_ident() == self._thread.ident
+        return threading.get_ident() == self._ident
 
     def run(self, coroutine: Coroutine[Any, Any, _T], timeout_s: float) -> _T:
         """Have a coroutine run in the loop and wait for it. Not for callers in the loop itself. Raises TimeoutError."""
@@ -71,6 +72,7 @@ class EventLoop:
             self.loop.call_soon_threadsafe(function)
 
     def _run(self) -> None:
+        self._ident = threading.get_ident()
         asyncio.set_event_loop(self.loop)
         try:
             self.loop.run_forever()

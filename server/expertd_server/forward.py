@@ -80,4 +80,4 @@ class ForwardResult:
     expanded_idx_to_permuted_idx: torch.Tensor | None = None
     """[T * K] int32."""
     copies: Copies | None = None
-    """Where `ForwardCall.encode` notes what is to be copied out of these tensors."""
+    """Where `ForwardCall.encode` notes what is to be copied out of these tensors; None: it copies at once."""

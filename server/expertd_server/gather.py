@@ -7,7 +7,7 @@ the server or by themselves, still run together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from expertd_server.forward import ForwardCall, HostTensor
 from expertd_server.fp8 import quantize_fp8
 from expertd_server.layer import MoELayer
 from expertd_server.layout import NUM_VALID_BYTES, BatchKind, InputLayout
-from expertd_server.native import Copies
+from expertd_server.native import Copies, copy_bytes
 
 __all__ = ["gather", "kind_of"]
 
@@ -39,25 +39,27 @@ def kind_of(calls: Sequence[ForwardCall]) -> BatchKind:
 
 
 def gather(
-    flat: npt.NDArray[np.uint8], layout: InputLayout, layer: MoELayer, calls: Iterable[ForwardCall], num_tokens: int
+    flat: npt.NDArray[np.uint8], layout: InputLayout, layer: MoELayer, calls: Sequence[ForwardCall], num_tokens: int
 ) -> None:
     """Write a batch into a slot's host memory."""
-    copies = Copies()
-    copies.add(flat, 0, num_tokens.to_bytes(NUM_VALID_BYTES, "little"))
+    copies = Copies() if len(calls) > 1 else None  # to note a copy takes as long as to do a small one
+    add = copy_bytes if copies is None else copies.add
+    add(flat, 0, num_tokens.to_bytes(NUM_VALID_BYTES, "little"))
     first = 0
     for call in calls:
         hidden_states = call.hidden_states
         if hidden_states.dtype != layout.hidden_states.dtype:
             assert layer.hidden_states_scale is not None, "the service refuses such a call"
             hidden_states = _host_tensor(quantize_fp8(hidden_states.to_tensor(), layer.hidden_states_scale))
-        copies.add(flat, layout.hidden_states.end(first), hidden_states.data)
+        add(flat, layout.hidden_states.end(first), hidden_states.data)
         given = _routing_of(call, layer, is_routed=len(layout.routing) > 1)
         for (_, part), tensor in zip(layout.routing, given, strict=True):
             # float32 holds every bfloat16 logit exactly; weights are rounded to bfloat16 on entry anyway.
             same = tensor if tensor.dtype == part.dtype else _host_tensor(tensor.to_tensor().to(part.dtype))
-            copies.add(flat, part.end(first), same.data)
+            add(flat, part.end(first), same.data)
         first += call.num_tokens
-    copies.run()
+    if copies is not None:
+        copies.run()
 
 
 def _routing_of(call: ForwardCall, layer: MoELayer, *, is_routed: bool) -> tuple[HostTensor, ...]:

@@ -50,7 +50,11 @@ class LateHistogram(Collector):
 
     def observe(self, *row: float) -> None:
         """Record one observation of each series, in the order of `values`."""
-        self._rows.append(row)
+        self.observe_all((row,))
+
+    def observe_all(self, rows: Iterable[tuple[float, ...]]) -> None:
+        """Record several; each row as `observe` takes it."""
+        self._rows.extend(rows)
         if len(self._rows) >= _MOST_WAITING:
             self._sort()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,27 +24,24 @@ class MoELayer:
     """At least 1: a request's weights_version 0 means the current one."""
     weights_fingerprint: int = 0
     """ExpertWeights.fingerprint() of the weights as they were loaded; 0: not known."""
+    spec: LayerSpec = field(init=False)
+    """The layer's shape and routing."""
+    hidden_states_scale: float | None = field(init=False)
+    """Factor by which hidden states are quantised; None: the layer takes FP8 hidden states only."""
 
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("name is empty, expected a layer name such as 'model.layers.0'")
         if self.weights_version < 1:
             raise ValueError(f"weights_version is {self.weights_version}, expected at least 1")
-
-    @property
-    def spec(self) -> LayerSpec:
-        """The layer's shape and routing."""
-        return self.prepared.spec
+        # Asked for several times for each request, so they are no properties.
+        object.__setattr__(self, "spec", self.prepared.spec)
+        object.__setattr__(self, "hidden_states_scale", self.prepared.weights.hidden_states_scale)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the layer holds on the backend's device."""
         return self.prepared.nbytes
-
-    @property
-    def hidden_states_scale(self) -> float | None:
-        """Factor by which hidden states are quantised; None: the layer takes FP8 hidden states only."""
-        return self.prepared.weights.hidden_states_scale
 
     @property
     def routing_bias(self) -> torch.Tensor | None:

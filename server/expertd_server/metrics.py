@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from expertd_server.histograms import LateHistogram
-from expertd_server.native import count_ids
+from expertd_server.native import HostIds, count_ids, count_tensor_ids
+from expertd_server.timing import ForwardTiming
 
 __all__ = ["ExpertLoad", "LayerFacts", "Metrics"]
+
+T = TypeVar("T")
 
 _DURATION_BUCKETS_S = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SIZE_BUCKETS = tuple(2**n for n in range(15))
@@ -30,8 +33,8 @@ _SIZE_BUCKETS = tuple(2**n for n in range(15))
 # The imbalance ratio looks back this far, in slices that are forgotten one at a time.
 _SLICE_S = 10.0
 _NUM_SLICES = 6
-# To look a label up and to take a counter's lock costs more than to count; so many wait at most.
-_MOST_UNCOUNTED = 256
+# What was answered and what ran is noted for next to nothing and counted later, many at a time; so many wait at most.
+_MOST_UNCOUNTED = 64
 
 
 class ExpertLoad:
@@ -53,13 +56,16 @@ class ExpertLoad:
         self._recent: deque[tuple[float, npt.NDArray[np.int64]]] = deque()
         self._slice_ends_s = float("-inf")
 
-    def add(self, topk_ids: npt.NDArray[np.signedinteger[Any]]) -> None:
-        """Count the selected global expert ids of some tokens; -1 is an empty slot."""
+    def add(self, topk_ids: npt.NDArray[np.signedinteger[Any]] | HostIds) -> None:
+        """Count the selected global expert ids of some tokens, an array or a torch tensor; -1 is an empty slot."""
         with self._lock:
             now_s = self._clock()
             if now_s >= self._slice_ends_s:
                 self._begin_slice(now_s)
-            count_ids(topk_ids, self._offset, self._recent[-1][1])
+            if isinstance(topk_ids, np.ndarray):
+                count_ids(topk_ids, self._offset, self._recent[-1][1])
+            else:
+                count_tensor_ids(topk_ids, self._offset, self._recent[-1][1])
 
     def _begin_slice(self, now_s: float) -> None:
         start_s = now_s // _SLICE_S * _SLICE_S
@@ -110,9 +116,10 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._count_expert_tokens = count_expert_tokens
         self._loads: dict[str, tuple[int, ExpertLoad]] = {}
-        # Answers that `requests` does not know yet; first in the registry, so that it does when it is read.
-        self._answered: deque[str] = deque()
-        self.registry.register(_WhenScraped(self._count_answers))
+        # What the metrics below do not know yet; first in the registry, so that they do when they are read.
+        self._answered: deque[tuple[str, ForwardTiming, float, float]] = deque()
+        self._ran: deque[tuple[int, int]] = deque()
+        self.registry.register(_WhenScraped(self._count))
         self.requests = Counter(
             "expertd_requests",
             "Requests answered, by method and google.rpc.Code; the requests of a stream count one by one.",
@@ -175,37 +182,36 @@ class Metrics:
         self.registry.register(_WhenScraped(self._collect_experts))
         self.registry.register(_WhenScraped(self._collect_layers))
 
-    def count_answer(  # noqa: PLR0917 (called for every request, and keywords take time)
-        self,
-        method: str,
-        queue_s: float,
-        copy_in_s: float,
-        compute_s: float,
-        copy_out_s: float,
-        send_s: float,
-        total_s: float,
-    ) -> None:
+    def count_answer(self, method: str, timing: ForwardTiming, send_s: float, total_s: float) -> None:
         """Record an answered Forward request and where its time went."""
-        self._answered.append(method)
+        self._answered.append((method, timing, send_s, total_s))
         if len(self._answered) >= _MOST_UNCOUNTED:
-            self._count_answers()
-        self._request_duration.observe(queue_s, copy_in_s, compute_s, copy_out_s, send_s, total_s)
+            self._count()
 
-    def _count_answers(self) -> Iterable[Metric]:
-        counts: collections.Counter[str] = collections.Counter()
-        with contextlib.suppress(IndexError):
-            while True:  # others go on adding
-                counts[self._answered.popleft()] += 1
-        for method, count in counts.items():
+    def _count(self) -> Iterable[Metric]:
+        """Have the metrics know what was noted."""
+        answered, ran = _taken(self._answered), _taken(self._ran)
+        for method, count in collections.Counter(row[0] for row in answered).items():
             self.requests.labels(method, "OK").inc(count)
+        self._request_duration.observe_all(
+            (timing.queue_us / 1e6, timing.copy_in_us / 1e6, timing.compute_us / 1e6, timing.copy_out_us / 1e6, *rest)
+            for _, timing, *rest in answered
+        )
+        self._batch_requests.observe_all((requests,) for requests, _ in ran)
+        self._batch_tokens.observe_all((tokens,) for _, tokens in ran)
         return ()
 
     def observe_batch(
-        self, layer: str, requests: int, tokens: int, topk_ids: Iterable[npt.NDArray[np.signedinteger[Any]]]
+        self,
+        layer: str,
+        requests: int,
+        tokens: int,
+        topk_ids: Iterable[npt.NDArray[np.signedinteger[Any]] | HostIds],
     ) -> None:
-        """Record a batch and the global expert ids that it selected."""
-        self._batch_requests.observe(requests)
-        self._batch_tokens.observe(tokens)
+        """Record a batch and the global expert ids that it selected, see `ExpertLoad.add`."""
+        self._ran.append((requests, tokens))
+        if len(self._ran) >= _MOST_UNCOUNTED:
+            self._count()
         counted = self._loads.get(layer)
         if counted is not None:
             for ids in topk_ids:
@@ -309,6 +315,15 @@ class Metrics:
         yield imbalance
         if self._count_expert_tokens:
             yield tokens
+
+
+def _taken(noted: deque[T]) -> list[T]:
+    """All that is there, while others go on adding."""
+    rows = []
+    with contextlib.suppress(IndexError):
+        while True:
+            rows.append(noted.popleft())
+    return rows
 
 
 def _of(values: Callable[[], dict[str, int]], name: str) -> int:

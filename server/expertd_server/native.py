@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from expertd_server.compiled import CODEC
 
-__all__ = ["Copies", "copy_bytes", "count_ids"]
+__all__ = ["Copies", "HostIds", "copy_bytes", "count_ids", "count_tensor_ids"]
 
 
 def _copy_bytes(destination: Any, offset: int, source: Any) -> None:
@@ -29,6 +29,24 @@ class _Copies:
     @staticmethod
     def run() -> None:
         """Nothing is left to do: Python has nothing to gain by waiting."""
+
+
+class HostIds(Protocol):
+    """What `count_tensor_ids` asks of a torch tensor."""
+
+    def is_contiguous(self) -> bool: ...
+    def data_ptr(self) -> int: ...
+    def numel(self) -> int: ...
+    def element_size(self) -> int: ...
+    def numpy(self) -> npt.NDArray[Any]: ...
+
+
+def count_tensor_ids(ids: HostIds, first: int, counts: npt.NDArray[np.int64]) -> None:
+    """As `count_ids`, of a torch tensor: to make an array of one takes longer than to count."""
+    if CODEC is not None and ids.is_contiguous():
+        CODEC.count_ids_at(ids.data_ptr(), ids.numel(), ids.element_size(), first, counts)
+    else:
+        count_ids(np.ascontiguousarray(ids.numpy()), first, counts)
 
 
 def _count_ids(ids: npt.NDArray[np.signedinteger[Any]], first: int, counts: npt.NDArray[np.int64]) -> None:

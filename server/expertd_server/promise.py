@@ -31,11 +31,12 @@ class Promise(Generic[R]):
 
     __slots__ = ("__weakref__", "_callbacks", "_error", "_result", "_state")
 
-    def __init__(self) -> None:
+    def __init__(self, on_done: Callable[[Any], object] | None = None) -> None:
+        """on_done: see `add_done_callback`."""
         self._state = _PENDING
         self._result: R | None = None
         self._error: BaseException | None = None
-        self._callbacks: list[Callable[[Any], object]] = []
+        self._callbacks: tuple[Callable[[Any], object], ...] = () if on_done is None else (on_done,)
 
     def cancel(self) -> bool:
         """Give it up, unless it runs or is over; whether it is given up."""
@@ -63,23 +64,34 @@ class Promise(Generic[R]):
 
     def set_result(self, result: R) -> None:
         """It is over. Raises RuntimeError when it was before."""
-        self._finish(result, None)
+        with _lock:
+            if self._state >= _CANCELLED:
+                raise self._kept_before()
+            self._result = result
+            self._state = _FINISHED
+        self._tell()
 
     def set_exception(self, error: BaseException) -> None:
         """It is over, and went wrong. Raises RuntimeError when it was over before."""
-        self._finish(None, error)
+        with _lock:
+            if self._state >= _CANCELLED:
+                raise self._kept_before()
+            self._error = error
+            self._state = _FINISHED
+        self._tell()
 
     def add_done_callback(self, callback: Callable[[Any], object]) -> None:
         """Call it with this promise when it is over or given up, in the thread that says so; here, if it is already."""
         with _lock:
             if not self.done():
-                self._callbacks.append(callback)
+                self._callbacks = (*self._callbacks, callback)
                 return
-        self._call(callback)
+        self._call((callback,))
 
     def result(self, timeout: float | None = None) -> R:
         """Wait, up to `timeout` seconds. Raises what went wrong, CancelledError or TimeoutError."""
-        self._wait(timeout)
+        if self._state != _FINISHED:
+            self._wait(timeout)
         if self._error is not None:
             try:
                 raise self._error
@@ -89,7 +101,8 @@ class Promise(Generic[R]):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What went wrong, if anything; waits and raises as `result` does."""
-        self._wait(timeout)
+        if self._state != _FINISHED:
+            self._wait(timeout)
         return self._error
 
     def _wait(self, timeout: float | None) -> None:
@@ -101,22 +114,17 @@ class Promise(Generic[R]):
         if self._state == _CANCELLED:
             raise CancelledError
 
-    def _finish(self, result: Any, error: BaseException | None) -> None:
-        with _lock:
-            if self.done():
-                how = "was given up" if self.cancelled() else "is kept already"
-                raise RuntimeError(f"a promise is kept once, and this one {how}")
-            self._result, self._error = result, error
-            self._state = _FINISHED
-        self._tell()
+    def _kept_before(self) -> RuntimeError:
+        how = "was given up" if self.cancelled() else "is kept already"
+        return RuntimeError(f"a promise is kept once, and this one {how}")
 
     def _tell(self) -> None:
-        callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            self._call(callback)
+        callbacks, self._callbacks = self._callbacks, ()
+        self._call(callbacks)
 
-    def _call(self, callback: Callable[[Any], object]) -> None:
-        try:
-            callback(self)
-        except Exception:  # whoever keeps promises must outlive those to whom they were made
-            log.exception("a callback of a request failed")
+    def _call(self, callbacks: tuple[Callable[[Any], object], ...]) -> None:
+        for callback in callbacks:
+            try:
+                callback(self)
+            except Exception:  # whoever keeps promises must outlive those to whom they were made
+                log.exception("a callback of a request failed")

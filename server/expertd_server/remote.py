@@ -124,7 +124,13 @@ class RemoteEngine:
         """Look for an engine."""
         self._thread.start()
 
-    def submit(self, call: RemoteCall, deadline_s: float | None = None) -> Promise[Any]:
+    def submit(
+        self,
+        call: RemoteCall,
+        deadline_s: float | None = None,
+        on_done: Callable[[Promise[Any]], object] | None = None,
+        is_last: bool = False,
+    ) -> Promise[Any]:
         """Queue a call, as `Engine.submit` does; what the engine refuses fails the promise.
 
         Where the shared memory has no room the call waits for it, a second at most and not beyond the deadline; then
@@ -136,7 +142,7 @@ class RemoteEngine:
         link = self._link
         if link is None:
             raise _no_engine()
-        return link.submit(call, deadline_s)
+        return link.submit(call, deadline_s, on_done)
 
     def hurry(self) -> None:
         """Wake the engine now; else it is woken when the event loop has read what else has come."""
@@ -204,8 +210,14 @@ class _Asked(Promise[Any]):
 
     __slots__ = ("block", "call", "deadline_s", "encode", "give_up_s", "is_taken_back", "link", "nbytes", "number")
 
-    def __init__(self, link: _Link, call: RemoteCall, deadline_s: float | None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        link: _Link,
+        call: RemoteCall,
+        deadline_s: float | None,
+        on_done: Callable[[Promise[Any]], object] | None,
+    ) -> None:
+        super().__init__(on_done)
         self.link = link
         self.call: RemoteCall | None = call
         """None once it is in the block: the message that it is part of need not wait for the answer."""
@@ -252,9 +264,11 @@ class _Link:
         self._sequence = 0
         self.queue_tokens = 0
 
-    def submit(self, call: RemoteCall, deadline_s: float | None) -> Promise[Any]:
+    def submit(
+        self, call: RemoteCall, deadline_s: float | None, on_done: Callable[[Promise[Any]], object] | None
+    ) -> Promise[Any]:
         self._check_open()
-        asked = _Asked(self, call, deadline_s)
+        asked = _Asked(self, call, deadline_s, on_done)
         # Nobody with a smaller wish passes by those who wait.
         block = None if self._roomless else self._arena.allocate(asked.nbytes)
         if block is not None:

@@ -36,7 +36,7 @@ class BatchReport:
     """[T, K] int32 or int16 on the host, the experts that were selected; valid during the call alone."""
 
 
-@dataclass(eq=False, slots=True, kw_only=True)
+@dataclass(eq=False, slots=True)
 class RunningBatch:
     """A batch that was launched, see `batcher.Running`."""
 
@@ -54,7 +54,9 @@ class RunningBatch:
     clock: Callable[[], float]
     on_batch: Callable[[BatchReport], None] | None
     """Called by `close` with what the batch did, where it has results."""
-    report: BatchReport | None = None
+    compute_s: float = 0.0
+    topk_ids: torch.Tensor | None = None
+    """As in `BatchReport`; None where the batch has no results."""
 
     def wait(self, seconds: float | None = None) -> bool:
         try:
@@ -77,36 +79,44 @@ class RunningBatch:
 
     def close(self) -> None:
         try:
-            if self.report is not None and self.on_batch is not None:
-                self.on_batch(self.report)
+            if self.topk_ids is not None and self.on_batch is not None:
+                batch = self.batch
+                self.on_batch(
+                    BatchReport(
+                        self.layer,
+                        len(batch.entries),
+                        batch.num_tokens,
+                        self.graph_rows,
+                        self.compute_s,
+                        self.topk_ids,
+                    )
+                )
         finally:
             self.slots.give_back(self.slot)
 
     def _split(self) -> list[Any]:
-        batch, layer, clock = self.batch, self.layer, self.clock
+        batch, clock = self.batch, self.clock
         start_s = clock()
         answer = self._host_answer()
-        entries, num_tokens = batch.entries, batch.num_tokens
+        entries, num_tokens, version = batch.entries, batch.num_tokens, self.layer.weights_version
         num_requests = len(entries)
-        times = self.slot.times()
-        self.report = BatchReport(layer, num_requests, num_tokens, self.graph_rows, times.compute_s, answer.topk_ids)
-        copy_in_us, compute_us = _us(self.gather_s + times.copy_in_s), _us(times.compute_s)
+        copy_in_s, wait_s, compute_s, copy_out_s = self.slot.times()
+        self.compute_s, self.topk_ids = compute_s, answer.topk_ids
+        copy_in_us, compute_us = round((self.gather_s + copy_in_s) * 1e6), round(compute_s * 1e6)
         outputs = self._outputs(answer)
-        copies = Copies()
+        copies = Copies() if num_requests > 1 else None  # see gather
         parts: list[Any] = []
         first = 0
-        for number, entry in enumerate(entries):
+        for entry, output in zip(entries, outputs, strict=True):
             call = entry.payload
-            queue_us = _us(entry.queued_s + times.wait_s)
+            queue_us = round((entry.queued_s + wait_s) * 1e6)
             timing = ForwardTiming(queue_us, copy_in_us, compute_us, 0, num_tokens, num_requests)
-            part = ForwardResult(layer.weights_version, timing, copies=copies)
-            if outputs is not None:
-                part.output = outputs[number]
+            part = ForwardResult(version, timing, output, copies=copies)
             if call.return_routing or not call.do_finalize:
                 self._fill(part, call, answer, first)
             first += entry.num_tokens
             parts.append(part)
-        copy_out_us = _us(times.copy_out_s + clock() - start_s)
+        copy_out_us = round((copy_out_s + clock() - start_s) * 1e6)
         # Last, and then nothing may go wrong any more: see _encoded.
         for number, entry in enumerate(entries):
             part = parts[number]
@@ -114,14 +124,15 @@ class RunningBatch:
             encode = entry.payload.encode
             if encode is not None:
                 parts[number] = _encoded(encode, part)
-        copies.run()
+        if copies is not None:
+            copies.run()
         return parts
 
-    def _outputs(self, answer: MoEOutput) -> Sequence[torch.Tensor] | None:
+    def _outputs(self, answer: MoEOutput) -> Sequence[torch.Tensor | None]:
         """Each call's rows of the output, in its own type; None where the output is not summed."""
         output, entries = answer.output, self.batch.entries
         if output is None:
-            return None
+            return [None] * len(entries)
         is_alone = len(entries) == 1
         rows = (output,) if is_alone else output.split_with_sizes([entry.num_tokens for entry in entries])
         dtype, is_owned = output.dtype, is_alone and self.answer is not None
@@ -203,7 +214,3 @@ def _own_rows(
     expanded = torch.full_like(flat_rows, -1)
     expanded[order] = torch.arange(order.numel(), dtype=expanded.dtype)
     return gemm2_output[flat_rows[order].long()], expanded
-
-
-def _us(seconds: float) -> int:
-    return round(seconds * 1e6)

@@ -130,6 +130,7 @@ class HostSlot:
         self.host_out = self.device_out = torch.empty(0, dtype=torch.uint8)
         self.graphs: GraphTable = WeakKeyDictionary()
         self._clock = clock
+        self._in_bytes = 0
         self._start_s = self._compute_s = 0.0
 
     @property
@@ -139,8 +140,9 @@ class HostSlot:
 
     def reserve(self, in_bytes: int, out_bytes: int) -> None:
         """See `Slot`."""
-        if self.host_in.numel() < in_bytes:
+        if self._in_bytes < in_bytes:
             self.host_in = self.device_in = torch.empty(in_bytes, dtype=torch.uint8)
+            self._in_bytes = in_bytes
 
     def send(self, nbytes: int) -> None:
         """Nothing: the device reads the host's memory."""

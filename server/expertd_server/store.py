@@ -192,6 +192,11 @@ class LayerStore(Generic[L]):
         with self._lock:
             if self._loading:
                 raise _not_loaded(name)
+            versions = self._layers.get(name)
+            if versions is not None:  # as _find does, which knows what to say where there is none
+                layer = versions.get(self._current[name] if weights_version is None else weights_version)
+                if layer is not None:
+                    return layer
             return self._find(name, weights_version)
 
     def held(self, name: str) -> Held[L]:

@@ -76,8 +76,9 @@ class _Pending:
         self.answer_bytes = len(answer)
         return answer
 
-    def done(self, _: Promise[bytes]) -> None:
-        """The promise is kept; in any thread."""
+    def done(self, promise: Promise[bytes]) -> None:
+        """The promise is kept or given up; in any thread."""
+        self.promise = promise
         self.stream.inbox.post(self.answer)
 
     def answer(self) -> None:
@@ -150,6 +151,9 @@ class Stream:
 
     def completed(self, pending: _Pending) -> None:
         """An answer is there, or an error in its place."""
+        if self._is_gone:
+            pending.promise = None  # whom nobody asks; it may hold much
+            return
         self._done.append(pending)
         self._answer_bytes += pending.answer_bytes
         if self._write is None:
@@ -165,7 +169,8 @@ class Stream:
             self._write = self._context.write(self._answer(pending))
             if not self._advance(pending):
                 return
-        self._end_if_idle()
+        if not self._pending:
+            self._end_if_idle()
 
     def _advance(self, pending: _Pending) -> bool:
         """Go on with a write as far as it goes; whether it is done."""
@@ -236,37 +241,35 @@ class Stream:
             arrived_s = clock()
             request_id, timeout_ms, num_tokens, request = read_stream_message(data)
             num_tokens = min(num_tokens, self._max_tokens)
-            while not self._has_room(num_tokens):
+            while self._pending and not self._has_room(num_tokens):
                 self._reader = self._loop.create_future()
                 await self._reader
             pending = _Pending(self, calls, request_id, arrived_s, num_tokens)
             self._pending.add(pending)
             self._pending_tokens += num_tokens
             calls.in_flight += 1
-            promise: Promise[bytes]
             try:
                 if request is None:
                     raise InvalidArgumentError.of("request", "is missing, expected a ForwardRequest")
                 if isinstance(request, RawStreamRequest):
-                    promise = Promise()
-                    promise.set_result(encode_region_reply(request_id, self._regions.obey(request)))
+                    Promise[bytes](pending.done).set_result(
+                        encode_region_reply(request_id, self._regions.obey(request))
+                    )
                 else:
                     pending.lease = self._regions.lease(request)
                     timeout_s = until_s - arrived_s
                     if timeout_ms:
                         timeout_s = min(timeout_s, timeout_ms / 1e3)
-                    promise = calls.admit(request, arrived_s, timeout_s, pending.encode)
+                    pending.promise = calls.admit(request, arrived_s, timeout_s, pending.encode, pending.done)
+                    calls.hurry()
             except Exception as error:  # the request fails alone, the stream lives on
-                promise = Promise()
-                promise.set_exception(error)
-            pending.promise = promise
-            promise.add_done_callback(pending.done)
-            calls.hurry()
+                Promise[bytes](pending.done).set_exception(error)
             # The wait for the next message may be long, and this one large; an error knows this frame.
-            del data, request, pending, promise
+            del data, request, pending
 
     def _has_room(self, num_tokens: int) -> bool:
-        return not self._pending or (
+        """Where something is pending; without, there always is."""
+        return (
             len(self._pending) < self._max_requests
             and self._pending_tokens + num_tokens <= self._max_tokens
             and self._answer_bytes < self._max_answer_bytes

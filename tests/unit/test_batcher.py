@@ -17,6 +17,7 @@ import pytest
 from expertd_server.batcher import Batch, Batcher, Limits
 from expertd_server.errors import OverloadedError, RequestTimeoutError, UnavailableError
 from expertd_server.event_loop import EventLoop
+from expertd_server.promise import Promise
 
 PATIENCE_S = 30.0
 
@@ -814,3 +815,170 @@ def test_an_answered_request_is_let_go_whoever_keeps_its_future(fails: str) -> N
         assert alive() is None
     finally:
         gc.enable()
+
+
+class Loop:
+    """What `Batcher.start` is given where no thread runs what waits: calls wait until `turn`."""
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], object]] = []
+
+    def __call__(self, function: Callable[[], object]) -> None:
+        self.calls.append(function)
+
+    def turn(self) -> None:
+        calls, self.calls = self.calls, []
+        for call in calls:
+            call()
+
+
+class AloneBench(Bench):
+    """A batcher without threads."""
+
+    def __init__(self, **limits: float) -> None:
+        super().__init__(**limits)
+        self.loop = Loop()
+        self.batcher.start(self.loop)
+        self.told: list[str] = []
+
+    def submit_last(self, payload: str | Exception, tokens: int = 1, deadline_s: float | None = None) -> Promise[str]:
+        promise = self.batcher.submit("a", payload, tokens, deadline_s, self._tell, is_last=True)
+        self.batcher.hurry()
+        return promise
+
+    def _tell(self, promise: Promise[str]) -> None:
+        self.told.append(str(promise.exception(0) or promise.result(0)))
+
+
+class TestWithoutAThread:
+    def test_the_last_to_come_runs_here_and_now(self) -> None:
+        bench = AloneBench()
+        assert bench.submit_last("x", tokens=3).result(0) == "x done"
+        assert (bench.batches, bench.told, bench.finished) == ([("a", ["x"])], ["x done"], [3])
+        assert bench.loop.calls == [], "nothing is left to do"
+        assert bench.batcher.oldest_work() is None
+
+    def test_who_is_not_the_last_waits_for_company(self) -> None:
+        bench = AloneBench()
+        promises = [bench.batcher.submit("a", name, 1) for name in "xy"]
+        assert len(bench.loop.calls) == 1
+        assert bench.batches == []
+        bench.loop.turn()
+        assert bench.batches == [("a", ["x", "y"])]
+        assert [promise.result(0) for promise in promises] == ["x done", "y done"]
+
+    def test_nobody_who_waits_is_passed(self) -> None:
+        bench = AloneBench()
+        bench.submit("first", key="b")
+        last = bench.submit_last("last")
+        assert not last.done()
+        bench.loop.turn()
+        assert bench.batches == [("b", ["first"]), ("a", ["last"])]
+        assert bench.told == ["last done"]
+
+    def test_a_deadline_that_passed_is_honoured_before_compute(self) -> None:
+        bench = AloneBench()
+        late = bench.submit_last("late", deadline_s=bench.clock.now_s)
+        bench.loop.turn()
+        with pytest.raises(RequestTimeoutError):
+            late.result(0)
+        assert bench.submit_last("in time", deadline_s=bench.clock.now_s + 1e-3).result(0) == "in time done"
+        assert bench.batches == [("a", ["in time"])]
+        assert bench.batcher.drain(0.0)
+
+    def test_what_the_queue_would_not_take_is_refused(self) -> None:
+        bench = AloneBench(max_queue_tokens=5)
+        with pytest.raises(OverloadedError, match="queue is full"):
+            bench.submit_last("large", tokens=6)
+        with pytest.raises(ValueError, match="at most 10"):
+            bench.submit_last("larger", tokens=11)
+        bench.submit("waits", tokens=5)
+        with pytest.raises(OverloadedError, match="queue is full"):
+            bench.submit_last("one too many", tokens=1)
+        bench.batcher.drain(0.0)
+        with pytest.raises(UnavailableError, match="draining"):
+            bench.submit_last("late")
+        assert bench.told == []
+
+    def test_an_error_is_its_own_alone(self) -> None:
+        bench = AloneBench()
+        with pytest.raises(ZeroDivisionError):
+            bench.submit_last(ZeroDivisionError("bad")).result(0)
+        assert bench.told == ["bad"]
+        assert bench.submit_last("next").result(0) == "next done"
+        assert bench.batcher.oldest_work() is None
+        assert bench.batcher.drain(0.0), "none is left"
+
+    def test_one_that_nobody_hurries_runs_with_the_next(self) -> None:
+        bench = AloneBench()
+        first = bench.batcher.submit("a", "x", 1, is_last=True)
+        second = bench.submit("y")
+        bench.loop.turn()
+        assert [first.result(0), second.result(0)] == ["x done", "y done"]
+        assert bench.batches == [("a", ["x"]), ("a", ["y"])]
+
+    def test_its_caller_is_told_before_what_need_not_keep_it_waiting(self) -> None:
+        bench = AloneBench()
+        seen: list[list[int]] = []
+        bench.batcher.submit("a", "x", 1, None, lambda _: seen.append(list(bench.finished)), is_last=True)
+        bench.batcher.hurry()
+        assert (seen, bench.finished) == ([[]], [1])
+
+    def test_who_comes_before_it_is_over_and_done_with_waits(self) -> None:
+        """Else two batches would want what one has: the engine has one staging slot for the CPU."""
+        bench = AloneBench()
+        inner: list[Promise[str]] = []
+        bench.batcher.submit("a", "x", 1, None, lambda _: inner.append(bench.submit_last("y")), is_last=True)
+        bench.batcher.hurry()
+        assert not inner[0].done()
+        bench.loop.turn()
+        assert bench.batches == [("a", ["x"]), ("a", ["y"])]
+        assert inner[0].result(0) == "y done"
+
+    def test_it_counts_as_running_and_can_be_given_up_from_another_thread(self) -> None:
+        started, gate = threading.Event(), threading.Event()
+
+        def launch(batch: Batch[str, str]) -> Done[str]:
+            started.set()
+            assert gate.wait(PATIENCE_S)
+            return Done([f"{entry.payload} done" for entry in batch.entries])
+
+        limits = Limits(max_batch_tokens=10, max_queue_tokens=10, max_queue_requests=10)
+        batcher: Batcher[str, str] = Batcher(launch, limits)
+        batcher.start(Loop())
+        promise = batcher.submit("a", "x", 4, is_last=True)
+        thread = threading.Thread(target=batcher.hurry)
+        thread.start()
+        assert started.wait(PATIENCE_S)
+        assert batcher.oldest_work() == 1
+        batch = batcher.in_flight(1)
+        assert batch is not None
+        assert (batch.num_tokens, [entry.payload for entry in batch.entries]) == (4, ["x"])
+        assert not batcher.drain(0.0), "one is running"
+        batcher.abandon()
+        gate.set()
+        thread.join(PATIENCE_S)
+        with pytest.raises(UnavailableError, match="hangs"):
+            promise.result(0)
+        assert batcher.drain(PATIENCE_S)
+
+    @pytest.mark.parametrize("fails", ["never", "at launch", "while it computes"])
+    def test_it_is_let_go_whoever_keeps_its_promise(self, fails: str) -> None:
+        def launch(batch: Batch[Payload, str]) -> Done[str]:
+            if fails == "at launch":
+                raise RuntimeError(f"bad: {batch.num_tokens}")
+            return FailsLate(["done"]) if fails == "while it computes" else Done(["done"])
+
+        batcher = Batcher(launch, Limits(max_batch_tokens=1, max_queue_tokens=10, max_queue_requests=10))
+        batcher.start(Loop())
+        payload = Payload()
+        alive = weakref.ref(payload)
+        gc.disable()
+        try:
+            promise = batcher.submit("a", payload, 1, is_last=True)
+            del payload
+            batcher.hurry()
+            assert promise.done()
+            assert alive() is None
+        finally:
+            gc.enable()

@@ -17,11 +17,19 @@ from test_wire import layers, results
 from test_wire_parse import good_message, requests, stream_requests
 
 from expertd.v1 import expertd_pb2 as pb
-from expertd_server import codec, messages
+from expertd_server import codec, messages, native
 from expertd_server.compiled import CODEC
 from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming, HostTensor
 from expertd_server.errors import ExpertdServerError, InvalidArgumentError
-from expertd_server.native import Copies, _Copies, _copy_bytes, _count_ids, copy_bytes, count_ids
+from expertd_server.native import (
+    Copies,
+    _Copies,
+    _copy_bytes,
+    _count_ids,
+    copy_bytes,
+    count_ids,
+    count_tensor_ids,
+)
 from expertd_server.regions import TENSORS, AnswerPlace
 from expertd_server.store import LayerStore
 from expertd_server.wire import encode_response, encode_stream_response, read_call
@@ -406,6 +414,43 @@ def test_ids_are_counted_alike(dtype: type) -> None:
     _count_ids(ids, 8, theirs)
     assert (ours == theirs).all()
     assert ours.sum() == 48 + ((ids >= 8) & (ids < 24)).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+def test_ids_of_a_tensor_are_counted_as_those_of_an_array(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(-1, 40, (50, 10), dtype=dtype, generator=torch.Generator().manual_seed(0))
+    expected, ours = np.zeros(16, np.int64), np.zeros(16, np.int64)
+    for each in (ids, ids[:, 3:5]):  # the second has gaps
+        count_tensor_ids(each, 8, ours)
+        _count_ids(each.numpy().ravel(), 8, expected)
+        assert (ours == expected).all()
+    monkeypatch.setattr(native, "CODEC", None)
+    count_tensor_ids(ids, 8, ours)
+    _count_ids(ids.numpy().ravel(), 8, expected)
+    assert (ours == expected).all()
+    assert expected.sum() > 0
+
+
+@pytest.mark.skipif(CODEC is None, reason="the compiled codec was not built")
+def test_ids_of_a_strange_size_are_refused() -> None:
+    counts = np.zeros(4, np.int64)
+    with pytest.raises(TypeError, match="ids of 1 bytes and counts of 8"):
+        CODEC.count_ids_at(counts.ctypes.data, 4, 1, 0, counts)
+    with pytest.raises(TypeError, match="ids of 8 bytes and counts of 4"):
+        CODEC.count_ids_at(counts.ctypes.data, 4, 8, 0, counts.view(np.int32))
+    with pytest.raises(TypeError, match="5"):
+        CODEC.count_ids_at(counts.ctypes.data, 4, 8, 0)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 3, 300])
+def test_an_answer_is_copied_at_once_or_with_others(num_tokens: int) -> None:
+    output = torch.randn(num_tokens, 512, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    timing = ForwardTiming(1, 2, 3, 4, 5, 6)
+    several = Copies()
+    later = codec.write_stream_answer(7, ForwardResult(3, timing, output=output, copies=several), 8)
+    several.run()
+    assert codec.write_stream_answer(7, ForwardResult(3, timing, output=output), 8) == later
+    assert later == encode_stream_response(7, ForwardResult(3, timing, output=output), 8)
 
 
 @pytest.fixture

@@ -86,6 +86,15 @@ def test_a_callback_that_fails_is_logged_and_the_others_are_called(kind: Any, ca
     assert len(caplog.records) == 1
 
 
+def test_who_is_named_at_the_start_is_told_first() -> None:
+    told: list[str] = []
+    promise = Promise[int](lambda _: told.append("first"))
+    promise.add_done_callback(lambda _: told.append("second"))
+    assert told == []
+    promise.set_result(3)
+    assert told == ["first", "second"]
+
+
 def test_it_is_kept_once() -> None:
     for end in (lambda p: p.set_result(1), lambda p: p.set_exception(ValueError()), lambda p: p.cancel()):
         promise: Promise[int] = Promise()

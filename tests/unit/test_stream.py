@@ -46,8 +46,9 @@ class FakeCalls:
     def admit(self, *arguments: Any) -> Promise[bytes]:
         if self._refuses:
             raise self._refusal()
-        self.encodes.append(arguments[-1])
-        self.promises.append(Promise())
+        encode, on_done = arguments[-2:]
+        self.encodes.append(encode)
+        self.promises.append(Promise(on_done))
         return self.promises[-1]
 
     def hurry(self) -> None: ...
@@ -142,6 +143,49 @@ async def test_an_answer_is_written_at_once_and_not_in_the_next_round_of_the_loo
     calls.promises[0].set_result(answer(1))
     assert context.ids == [1]
     await running
+
+
+@in_loop
+async def test_an_answer_that_grpc_has_taken_is_not_kept_here() -> None:
+    calls, context = FakeCalls(), FakeContext()
+    context.may_write.clear()
+    running = asyncio.create_task(a_stream(calls, context).run())
+    context.send(1)
+    await nothing_happens()
+    promise = calls.promises.pop()
+    alive = weakref.ref(promise)
+    promise.set_result(answer(1))
+    del promise
+    assert alive() is None, "it is not sent yet"
+    assert calls.in_flight == 1
+    context.may_write.set()
+    context.end()
+    await running
+    assert context.ids == [1]
+    assert calls.in_flight == 0
+
+
+@in_loop
+async def test_an_answer_for_nobody_is_not_kept() -> None:
+    calls, context = FakeCalls(), FakeContext()
+    running = asyncio.create_task(a_stream(calls, context).run())
+    context.send(1)
+    await nothing_happens()
+    (promise,) = calls.promises
+    assert promise.set_running_or_notify_cancel()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    gc.disable()
+    try:
+        alive = weakref.ref(promise)
+        calls.promises.clear()
+        promise.set_result(answer(1))
+        del promise
+        assert alive() is None
+    finally:
+        gc.enable()
+    assert context.answers == []
 
 
 @in_loop
