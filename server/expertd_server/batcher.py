@@ -390,7 +390,9 @@ class Batcher(Generic[P, R]):
             _fail(entry, _timeout(entry, self._clock()))
         if batch is None:
             return None, bool(expired)
-        return self._start(batch), True
+        taken = [batch]
+        del batch  # an error knows the frame that called, too, see _clear_frames
+        return self._start(taken.pop()), True
 
     def _start(self, batch: Batch[P, R]) -> _Flight[P, R] | None:
         """What was launched; None: it failed."""

@@ -76,7 +76,7 @@ def test_usual_kinds_are_captured_for_every_slot_largest_first_and_nothing_is_co
 def test_fp8_alone_where_the_layer_takes_nothing_else() -> None:
     bench = Bench()
     layer = bench.layer()
-    object.__setattr__(layer.prepared.weights, "hidden_states_scale", None)
+    object.__setattr__(layer, "hidden_states_scale", None)
     assert bench.graphs.count_usual([layer]) == 2 * 2 * 4
 
 
