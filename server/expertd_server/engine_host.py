@@ -69,18 +69,16 @@ class EngineHost:
     def start(self, soon: Callable[[Callable[[], object]], object]) -> None:
         """Start the batcher and the metrics; there are no layers yet.
 
-        soon: see `Batcher.start`; for a backend that computes in no time, and for one that computes elsewhere.
+        soon: see `Batcher.start`; for backends that start a batch in no time.
         """
         self.metrics.set_server(version=__version__, backend=self.backend.name, device=self.device_name)
         batcher = self.engine.batcher
         self.metrics.watch_queue(lambda: batcher.queue_tokens, lambda: batcher.queue_requests)
         self.metrics.watch_layers(lambda: [facts for held in self.store.all_held() for facts in _facts(held)])
         self.metrics.watch_device(lambda: self.engine.slots.in_use, self.engine.device_memory)
-        computes_here = self.backend.device.type == "cpu" and self.backend.name != "noop"
-        if computes_here or self._config.max_queue_delay_us:
-            batcher.start()
-        else:
-            batcher.start(soon)
+        # To start a batch takes no time with these two. With torch it does on a GPU as well, which is asked for counts.
+        starts_at_once = self.backend.name in {"noop", "cuda"}
+        batcher.start(soon if starts_at_once and not self._config.max_queue_delay_us else None)
         if self._watchdog is not None:
             self._watchdog.start()
 
