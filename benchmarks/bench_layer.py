@@ -5,8 +5,10 @@ expert that has tokens [rows, H] x [H, 2I] and [rows, I] x [I, H], no routing, a
 threads, same tokens for each expert. Every call draws new tokens, so that weights come from memory, not from the
 cache; layer and products take turns; median of all calls. A CPU without bfloat16 instructions is slow at these
 products, but not at the layer, which multiplies in float32 there: so the same products in float32 stand beside them.
+Where the experts run by AVX-512 although there is AMX, the products should not use it: ONEDNN_MAX_CPU_ISA.
 
     python benchmarks/bench_layer.py
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/bench_layer.py --experts avx512
     python benchmarks/bench_layer.py --layer mixtral-8x7b --tokens 1 64 --json benchmarks/results/layer.json
 """
 
@@ -25,12 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from _common import header, write_json
 
-from expertd_server import amx
+from expertd_server import cpu_experts
 from expertd_server.backend_cpu import TorchBackend
 from expertd_server.fp8 import from_fp8, to_fp8
 from expertd_server.synthetic import PRESETS, synthetic_layers
 from expertd_server.types import LayerSpec
 from expertd_server.weights import ExpertWeights
+
+_UNITS = {unit.name.lower(): unit for unit in cpu_experts.Unit}
 
 
 class BareProducts:
@@ -52,9 +56,10 @@ class BareProducts:
         return time.perf_counter() - start
 
 
-def measure(spec: LayerSpec, weights: ExpertWeights, token_counts: list[int], seconds: float) -> list[dict[str, Any]]:
+def measure(
+    backend: TorchBackend, spec: LayerSpec, weights: ExpertWeights, token_counts: list[int], seconds: float
+) -> list[dict[str, Any]]:
     """One row of the table for each number of tokens."""
-    backend = TorchBackend()
     layer = backend.prepare(spec, weights)
     bfloat16, float32 = BareProducts(weights, torch.bfloat16), BareProducts(weights, torch.float32)
     print(f"weights take {layer.nbytes / 2**20:.0f} MiB prepared, {weights.nbytes / 2**20:.0f} MiB in FP8")
@@ -112,15 +117,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 1024], help="tokens of a call")
     parser.add_argument("--seconds", type=float, default=10.0, help="time for each number of tokens")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch; default: as torch chooses")
+    parser.add_argument("--experts", choices=[*_UNITS, "torch"], default=None, help="what runs them; default: the best")
     parser.add_argument("--json", type=Path, default=None, help="file to write")
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     print(f"{arguments.layer}: {cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    experts = "AMX" if amx.why_not() is None else f"torch: {amx.why_not()}"
-    print(f"experts run in {experts}")
+    backend = TorchBackend()
+    if arguments.experts is not None:
+        backend.unit = _UNITS.get(arguments.experts)
+        if backend.unit is not None and (reason := cpu_experts.why_not(backend.unit)):
+            parser.error(f"--experts {arguments.experts}: {reason}")
+    experts = cpu_experts.how(backend.unit)
+    print(experts)
     _, spec, weights = next(iter(synthetic_layers(arguments.layer)))
-    table = measure(spec, weights, arguments.tokens, arguments.seconds)
+    table = measure(backend, spec, weights, arguments.tokens, arguments.seconds)
     if arguments.json is not None:
         about = {**header(), "cpu": cpu_model(), "threads": torch.get_num_threads(), "layer": arguments.layer}
         about["experts"] = experts

@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is first 
 
 import torch
 
-from expertd_server import amx
+from expertd_server import cpu_experts
 
 torch.set_num_threads(1)
 
@@ -36,13 +36,30 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["amx", "torch"])
+@pytest.fixture(params=["compiled", "torch"])
 def experts_run_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU backend's experts run on the matrix unit, where there is one, and once more through torch."""
+    """The CPU backend's experts run in compiled code, where this CPU can, and once more through torch."""
     if request.param == "torch":
-        monkeypatch.setattr(amx, "why_not", lambda: "the test is of torch's products")
-    elif amx.why_not() is not None:
-        pytest.skip(f"needs AMX: {amx.why_not()}")
+        monkeypatch.setattr(cpu_experts, "find_unit", lambda: None)
+    elif cpu_experts.find_unit() is None:
+        pytest.skip(f"needs compiled experts: {cpu_experts.how(None)}")
+
+
+@pytest.fixture(params=list(cpu_experts.Unit), ids=lambda unit: unit.name)
+def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> cpu_experts.Unit:
+    """The CPU backend's experts run in compiled code on each unit that this CPU has."""
+    if reason := cpu_experts.why_not(request.param):
+        pytest.skip(f"needs the unit {request.param.name}: {reason}")
+    monkeypatch.setattr(cpu_experts, "find_unit", lambda: request.param)
+    return request.param
+
+
+@pytest.fixture(params=[*cpu_experts.Unit, None], ids=lambda unit: unit.name if unit else "torch")
+def experts_run_by_each(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As experts_run_by, but on each unit: for tests of what the products do."""
+    if request.param is not None and (reason := cpu_experts.why_not(request.param)):
+        pytest.skip(f"needs the unit {request.param.name}: {reason}")
+    monkeypatch.setattr(cpu_experts, "find_unit", lambda: request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -105,6 +105,7 @@ def select_backend(device: torch.device | str = "auto", *, tuning_cache: Path | 
     Raises ValueError, naming the device, where there is no such device.
     """
     # Imported here: the backends import this module, and the kernels exist only where they were compiled.
+    from expertd_server import cpu_experts  # noqa: PLC0415
     from expertd_server.backend_cpu import TorchBackend  # noqa: PLC0415
 
     if device == "noop":
@@ -116,12 +117,9 @@ def select_backend(device: torch.device | str = "auto", *, tuning_cache: Path | 
         device = "cuda" if has_cuda else "cpu"
     device = torch.device(device)
     if device.type == "cpu":
-        from expertd_server import amx  # noqa: PLC0415
-
-        why_not_amx = amx.why_not()
-        how = "experts run on the matrix unit (AMX)" if why_not_amx is None else f"experts run in torch: {why_not_amx}"
-        _log.info("backend 'cpu': %s", how)
-        return TorchBackend(device)
+        backend = TorchBackend(device)
+        _log.info("backend 'cpu': %s", cpu_experts.how(backend.unit))
+        return backend
     if device.type != "cuda" or not has_cuda:
         raise ValueError(f"device is {device}, expected {'auto, cpu or cuda' if has_cuda else 'cpu (no CUDA device)'}")
     if device.index is None:

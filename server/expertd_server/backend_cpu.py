@@ -1,9 +1,9 @@
 """The CPU backend, and the fallback on CUDA devices without kernels of their own.
 
-On CPUs with AMX the experts run in compiled code, see `amx`. Elsewhere the layer is plain torch. There, too, a token's
-bits do not depend on the tokens beside it: `products` sees to that for the matrix products, and everything else is
-computed element by element or in an order that is fixed for each row. On the CPU experts run side by side, one thread
-each.
+On CPUs with AVX-512 BF16 the experts run in compiled code, see `cpu_experts`. Elsewhere, and where that was not built,
+the layer is plain torch. There, too, a token's bits do not depend on the tokens beside it: `products` sees to that for
+the matrix products, and everything else is computed element by element or in an order that is fixed for each row. On
+the CPU experts run side by side, one thread each.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional
 
-from expertd_server import amx
+from expertd_server import cpu_experts
 from expertd_server.backend import MoEOutput, PreparedLayer
 from expertd_server.fp8 import from_fp8, quantize_fp8, round_to_fp8
 from expertd_server.products import MAX_ROWS, ON_CUDA, Freedom, pack, probe
@@ -34,14 +34,15 @@ class TorchBackend:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.name = "cpu" if self.device.type == "cpu" else "torch"
-        self._has_amx = self.device.type == "cpu" and amx.why_not() is None
+        self.unit = cpu_experts.find_unit() if self.device.type == "cpu" else None
+        """What runs the experts of the layers that `prepare` and `wrap` give from now on; None: torch."""
 
     def prepare(self, spec: LayerSpec, weights: ExpertWeights, *, max_num_tokens: int = 8192) -> PreparedLayer:
         """Convert every expert once.
 
-        On the CPU to two bytes a weight (four where torch has no product of less), with AMX to one; elsewhere the FP8
-        weights stay as they are. Any hidden_size and intermediate_size will do; max_num_tokens has no effect. On a CPU
-        without AMX, products of a size that is new to this process are probed, which takes a while for large ones:
+        On the CPU to one byte a weight for compiled code, for torch to two (four where it has no product of less);
+        elsewhere the FP8 weights stay as they are. Any hidden_size and intermediate_size will do; max_num_tokens has no
+        effect. Products of torch of a size that is new to this process are probed, which takes a while for large ones:
         here, so that no request waits for it.
         """
         weights.check(spec)
@@ -49,8 +50,8 @@ class TorchBackend:
             return self.wrap(spec, weights.to(self.device))
         none = torch.empty(0, dtype=torch.float8_e4m3fn)  # the FP8 weights are not read again
         kept = replace(weights, gemm1_weights=none, gemm2_weights=none)
-        if self._has_amx:
-            packed = amx.pack(spec, weights, range(spec.num_local))
+        if self.unit is not None:
+            packed = cpu_experts.pack(self.unit, spec, weights, range(spec.num_local))
             return PreparedLayer(spec, kept, kept.nbytes + packed.nbytes, packed)
         experts = [pack(*pair) for pair in zip(weights.gemm1_weights, weights.gemm2_weights, strict=True)]
         _cpu_freedom(spec)
@@ -103,18 +104,18 @@ class TorchBackend:
             out[num_valid:] = 0
         valid = slice(num_valid)
         finalized = out[valid] if do_finalize and out is not None else None
-        run = self._run_with_amx if self._uses_amx(layer) else self._run_with_torch
+        run = self._run_compiled if self._is_compiled(layer) else self._run_with_torch
         g, row_of_slot = run(layer, hidden_states[valid], ids[valid], expert_weights[valid], finalized)
         if do_finalize:
             return MoEOutput(ids, expert_weights, output=out)
         row_of_slot = functional.pad(row_of_slot, (0, ids.numel() - len(row_of_slot)), value=-1)
         return MoEOutput(ids, expert_weights, gemm2_output=g, expanded_idx_to_permuted_idx=row_of_slot)
 
-    def _uses_amx(self, layer: PreparedLayer) -> bool:
+    def _is_compiled(self, layer: PreparedLayer) -> bool:
         """As the layer was prepared; one that was not, as this machine can."""
-        return self._has_amx if layer.state is None else isinstance(layer.state, amx.PackedExperts)
+        return self.unit is not None if layer.state is None else isinstance(layer.state, cpu_experts.PackedExperts)
 
-    def _run_with_amx(
+    def _run_compiled(
         self,
         layer: PreparedLayer,
         hidden_states: torch.Tensor,
@@ -122,13 +123,14 @@ class TorchBackend:
         expert_weights: torch.Tensor,
         out: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Steps 2 to 5, as `amx.run`."""
+        """Steps 2 to 5, as `cpu_experts.run`."""
         spec, packed = layer.spec, layer.state
         if packed is None:
+            assert self.unit is not None
             local = ids.flatten().long() - spec.local_expert_offset
             touched = set(local[(local >= 0) & (local < spec.num_local)].tolist())
-            packed = amx.pack(spec, layer.weights, touched)
-        return amx.run(
+            packed = cpu_experts.pack(self.unit, spec, layer.weights, touched)
+        return cpu_experts.run(
             spec,
             layer.weights,
             packed,
@@ -146,7 +148,7 @@ class TorchBackend:
         expert_weights: torch.Tensor,
         out: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Steps 2 to 5; arguments and results as those of `amx.run`."""
+        """Steps 2 to 5; arguments and results as those of `cpu_experts.run`."""
         spec = layer.spec
         plan = _plan(spec, ids)
         # One row more than there are (token, expert) pairs: the zeros that empty and not local slots add.

@@ -1,5 +1,7 @@
 """An expert's two matrix products in plain torch, and what may change the bits of their rows.
 
+For CUDA devices without kernels of their own, and on CPUs where the experts do not run in compiled code.
+
 A row's bits may not depend on the rows beside it. Matrix products are the one place where a library could break that,
 by summing in another order for another number of rows. So the products are probed once for each size: only numbers of
 rows that were tried and gave the same bits are used, and a caller with another number of rows adds some.
@@ -52,7 +54,7 @@ class Expert(Protocol):
 
 
 class SplitExpert:
-    """Both products on the CPU's bfloat16 matrix unit.
+    """Both products on the CPU's bfloat16 matrix unit: a fallback, where `cpu_experts` was not built.
 
     fp8 values are exact in bfloat16 and sums are kept in float32, but torch rounds what it returns to bfloat16: too
     coarse for the input of the activation. So a second pass of the first product returns what the first pass rounded
@@ -96,7 +98,10 @@ class HalfExpert:
 
 
 class MixedExpert:
-    """The first product as in HalfExpert, the second with the vector unit's bfloat16 instructions, which are faster."""
+    """The first product as in HalfExpert, the second with the vector unit's bfloat16 instructions, which are faster.
+
+    A fallback: where `cpu_experts` was not built, or the CPU has no AVX-512 VBMI, as the first with these instructions.
+    """
 
     def __init__(self, gemm1_weights: torch.Tensor, gemm2_weights: torch.Tensor) -> None:
         self._gemm1_weights = _prepacked(gemm1_weights)

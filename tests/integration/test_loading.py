@@ -18,7 +18,7 @@ from serving import LAYER, OTHER_LAYER, PATIENCE_S, failure_of, insecure_channel
 import expertd
 from expertd.v1 import expertd_pb2 as pb
 from expertd.v1 import expertd_pb2_grpc
-from expertd_server import amx
+from expertd_server import cpu_experts
 from expertd_server.backend_cpu import TorchBackend
 from expertd_server.config import Config
 from expertd_server.engine_process import EngineProcess
@@ -119,7 +119,7 @@ def test_layers_are_loading_until_all_are_there(kind: Any) -> None:
 
 def test_no_request_waits_for_products_to_be_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which takes seconds for layers of real sizes."""
-    monkeypatch.setattr(amx, "why_not", lambda: "the test is of torch's products")
+    monkeypatch.setattr(cpu_experts, "find_unit", lambda: None)
     probe.cache_clear()
     with running() as live:
         num_probed = probe.cache_info().misses

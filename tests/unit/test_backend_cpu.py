@@ -11,7 +11,7 @@ import torch
 from agreement import WHOLE_OUTPUT_BOUND, by_slot, check_against_reference, expect, is_local, output, run
 from cases import every_method, make_case, make_hidden_states, make_spec, relative_error, spec_id
 
-from expertd_server import amx, backend, backend_cpu, products, reference
+from expertd_server import backend, backend_cpu, cpu_experts, products, reference
 from expertd_server.backend import select_backend
 from expertd_server.backend_cpu import TorchBackend
 from expertd_server.fp8 import from_fp8, quantize_fp8, round_to_fp8, to_fp8
@@ -21,6 +21,7 @@ from expertd_server.workers import run_all
 pytestmark = pytest.mark.usefixtures("two_threads")
 WITHOUT_ROUNDINGS_BOUND = 3e-2
 either_way = pytest.mark.usefixtures("experts_run_by")
+each_way = pytest.mark.usefixtures("experts_run_by_each")
 
 
 def has_packed_bfloat16() -> bool:
@@ -52,7 +53,7 @@ EVERY_EXPERT_TYPE = [
 
 def use(monkeypatch: pytest.MonkeyPatch, expert_type: type) -> None:
     """Multiply as on a CPU with these products."""
-    monkeypatch.setattr(amx, "why_not", lambda: "the test is of torch's products")
+    monkeypatch.setattr(cpu_experts, "find_unit", lambda: None)
     monkeypatch.setattr(products, "cpu_expert_type", lambda: expert_type)
     # A cache of its own: the usual one does not know the type.
     monkeypatch.setattr(backend_cpu, "probe", functools.cache(products.probe.__wrapped__))
@@ -65,7 +66,7 @@ def test_agrees_with_the_reference_for_every_routing_method(spec: LayerSpec, num
     check_against_reference(make_case(spec, num_tokens if spec.num_experts <= 16 else 3, seed=num_tokens))
 
 
-@either_way
+@each_way
 @pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(128, 64), (200, 72), (256, 256), (37, 21)])
 def test_agrees_with_the_reference_for_every_activation(
@@ -82,7 +83,7 @@ def test_agrees_with_the_reference_on_adversarial_logits(logits: str) -> None:
         check_against_reference(make_case(make_spec(routing_method=method), 70, seed=3, logits=logits))
 
 
-@either_way
+@each_way
 def test_agrees_with_the_reference_on_the_shape_of_a_real_layer() -> None:
     spec = make_spec(hidden_size=2048, intermediate_size=768, num_experts=4, top_k=2)
     check_against_reference(make_case(spec, 12, seed=1))
@@ -128,7 +129,7 @@ def test_all_roundings_together_cost_at_most_three_percent(spec: LayerSpec, seed
     assert error <= WITHOUT_ROUNDINGS_BOUND, f"{case.name}: output off by {error}"
 
 
-@either_way
+@each_way
 def test_inter_saturates() -> None:
     case = make_case(make_spec(activation=Activation.RELU2), 8, seed=4)
     scales = case.weights.output1_scales_scalar * 1e4
@@ -324,7 +325,7 @@ def test_inference_mode_gives_the_same_bits(expert_type: type, monkeypatch: pyte
 
 
 def test_nbytes_counts_two_bytes_a_weight_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amx, "why_not", lambda: "the test is of torch's products")
+    monkeypatch.setattr(cpu_experts, "find_unit", lambda: None)
     case = make_case(make_spec(), 1, seed=2)
     prepared = TorchBackend().prepare(case.spec, case.weights)
     num_weights = case.weights.gemm1_weights.numel() + case.weights.gemm2_weights.numel()

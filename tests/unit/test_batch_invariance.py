@@ -43,7 +43,7 @@ SPECS = [
 ]
 
 
-@pytest.mark.usefixtures("experts_run_by")
+@pytest.mark.usefixtures("experts_run_by_each")
 @pytest.mark.parametrize("logits", ["random", "one_expert"])
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
 def test_a_token_alone_and_in_batches_of_2_to_1000(spec: LayerSpec, logits: str) -> None:
@@ -62,7 +62,7 @@ def test_a_token_alone_and_in_batches_of_2_to_1000(spec: LayerSpec, logits: str)
             assert torch.equal(got[place], alone[t]), f"token {t} at {place} of {size}, {case.name}"
 
 
-@pytest.mark.usefixtures("experts_run_by")
+@pytest.mark.usefixtures("experts_run_by_each")
 def test_the_same_call_gives_the_same_bits_again() -> None:
     case = make_case(make_spec(), 300, seed=1)
     layer = TorchBackend().prepare(case.spec, case.weights)
@@ -70,7 +70,7 @@ def test_the_same_call_gives_the_same_bits_again() -> None:
     assert torch.equal(forward(layer, case, every), forward(layer, case, every))
 
 
-@pytest.mark.usefixtures("experts_run_by")
+@pytest.mark.usefixtures("experts_run_by_each")
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
 def test_nan_reaches_no_other_row(spec: LayerSpec) -> None:
     case = make_case(spec, 100, seed=9)

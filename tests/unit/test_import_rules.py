@@ -46,7 +46,6 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "accounting",
-            "amx",
             "audit",
             "backend",
             "backend_cpu",
@@ -55,6 +54,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "calibration",
             "checkpoint",
             "compensation",
+            "cpu_experts",
             "cuda_call",
             "cuda_extension",
             "cuda_families",
@@ -181,9 +181,9 @@ def test_only_the_cuda_backend_knows_the_extension(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_only_amx_knows_its_extension(module: str) -> None:
+def test_only_cpu_experts_knows_its_extension(module: str) -> None:
     """It says what is missing where that was not built or the CPU will not do."""
-    assert "expertd_server._amx" not in imports_of(PACKAGE / f"{module}.py") or module == "amx"
+    assert "expertd_server._cpu_experts" not in imports_of(PACKAGE / f"{module}.py") or module == "cpu_experts"
 
 
 @pytest.mark.parametrize("module", MODULES)

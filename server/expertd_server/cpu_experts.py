@@ -1,12 +1,14 @@
-"""The experts of a layer on the matrix unit of CPUs with AMX, from routed tokens to the output in one compiled call.
+"""The experts of a layer on CPUs with AVX-512 BF16, from routed tokens to the output in one compiled call.
 
-Weights stay FP8 in memory, in the order in which they are read, and become bfloat16, which is exact, on their way into
-the unit. Every sum over K is taken in the same order, in float32, so a row's bits depend neither on the rows beside it
-nor on the number of threads.
+The matrix unit (AMX) multiplies where there is one, else the vector unit. Weights stay FP8 in memory, in the order in
+which they are read, and become bfloat16, which is exact, on their way into the unit. Every sum over K is taken in the
+same order, in float32, so a row's bits depend neither on the rows beside it nor on the number of threads. They may
+differ from one unit to the other.
 """
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,28 +22,54 @@ from expertd_server.workers import run_all
 
 try:
     # After torch, whose OpenMP library it takes. Not "from", whose error would not say what is missing.
-    import expertd_server._amx as _amx  # noqa: PLR0402
+    import expertd_server._cpu_experts as _cpu_experts  # noqa: PLR0402
 except ImportError as error:
-    _amx = None  # type: ignore[assignment]
+    _cpu_experts = None  # type: ignore[assignment]
     _import_error = str(error)
 
-__all__ = ["PackedExperts", "pack", "run", "why_not"]
+__all__ = ["PackedExperts", "Unit", "find_unit", "how", "pack", "run", "why_not"]
 
 _OUTPUT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
+class Unit(enum.IntEnum):
+    """What can multiply, the fastest first; _cpu_experts knows them by the same numbers."""
+
+    AMX = 0
+    AVX512 = 1
+
+
 @functools.cache
-def why_not() -> str | None:
-    """None where this process can use AMX, else the reason why it cannot."""
-    if _amx is None:
-        return f"{_import_error}; install where a C++ compiler knows AMX and OpenMP"
-    return _amx.why_not()
+def why_not(unit: Unit) -> str | None:
+    """None where this process can use the unit, else the reason why it cannot."""
+    if _cpu_experts is None:
+        return f"{_import_error}; install where a C++ compiler knows AVX-512 BF16, AMX and OpenMP"
+    return _cpu_experts.why_not(unit)
+
+
+def find_unit() -> Unit | None:
+    """The fastest that this process can use; None: experts run in torch."""
+    return next((unit for unit in Unit if why_not(unit) is None), None)
+
+
+def how(unit: Unit | None) -> str:
+    """How experts run with the unit, and what keeps this process from a faster one, for a person to read."""
+    match unit:
+        case Unit.AMX:
+            return "experts run on the matrix unit (AMX)"
+        case Unit.AVX512:
+            text, reason = "experts run on the vector unit (AVX-512 BF16)", why_not(Unit.AMX)
+        case None:
+            text, reason = "experts run in torch", why_not(Unit.AVX512)
+    return f"{text}: {reason}" if reason else text
 
 
 @dataclass(frozen=True)
 class PackedExperts:
     """FP8 weights of one layer in the order in which the products read them, filled up with zeros to whole tiles."""
 
+    unit: Unit
+    """What multiplies with them."""
     gemm1: torch.Tensor
     """[L, bytes] uint8."""
     gemm2: torch.Tensor
@@ -53,20 +81,22 @@ class PackedExperts:
         return self.gemm1.numel() + self.gemm2.numel()
 
 
-def pack(spec: LayerSpec, weights: ExpertWeights, experts: Iterable[int]) -> PackedExperts:
+def pack(unit: Unit, spec: LayerSpec, weights: ExpertWeights, experts: Iterable[int]) -> PackedExperts:
     """The given local experts of a layer; memory of the others is not touched, and must not be read."""
     shape = (spec.hidden_size, spec.intermediate_size, int(spec.activation))
     # All of torch's memory starts at a multiple of 64 bytes, as run needs it.
-    gemm1, gemm2 = (torch.empty(spec.num_local, nbytes, dtype=torch.uint8) for nbytes in _amx.packed_sizes(*shape))
+    gemm1, gemm2 = (
+        torch.empty(spec.num_local, nbytes, dtype=torch.uint8) for nbytes in _cpu_experts.packed_sizes(*shape)
+    )
     for packed in (gemm1, gemm2):
-        _amx.use_huge_pages(packed.data_ptr(), packed.numel())
+        _cpu_experts.use_huge_pages(packed.data_ptr(), packed.numel())
 
     def pack_one(expert: int) -> None:
         tensors = (weights.gemm1_weights, weights.gemm2_weights, gemm1, gemm2)
-        _amx.pack(*shape, *(tensor[expert].data_ptr() for tensor in tensors))
+        _cpu_experts.pack(*shape, *(tensor[expert].data_ptr() for tensor in tensors))
 
     run_all(pack_one, list(experts), by_workers=True)
-    return PackedExperts(gemm1, gemm2)
+    return PackedExperts(unit, gemm1, gemm2)
 
 
 def run(
@@ -98,7 +128,8 @@ def run(
     written = (
         out if out is None or out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     )
-    num_rows = _amx.run(
+    num_rows = _cpu_experts.run(
+        experts.unit,
         spec.hidden_size,
         spec.intermediate_size,
         int(spec.activation),

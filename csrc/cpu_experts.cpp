@@ -1,6 +1,6 @@
-// expertd_server._amx: the experts of a layer on CPUs with AMX, from routed tokens to the output. Integers only:
-// pointers are addresses of contiguous tensors; ownership, shapes and checks stay in Python. Everything here plans the
-// work and shares it out among threads; the arithmetic is in amx_kernels.cpp.
+// expertd_server._cpu_experts: the experts of a layer on CPUs with AVX-512 BF16, by AMX where they have it, from routed
+// tokens to the output. Integers only: pointers are addresses of contiguous tensors; ownership, shapes and checks stay
+// in Python. Everything here plans the work and shares it out among threads; the arithmetic is in the files beside it.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <immintrin.h>
@@ -18,32 +18,37 @@
 #include <thread>
 #include <vector>
 
-#include "amx_kernels.h"
+#include "cpu_experts_kernels.h"
 
 namespace {
 
-using namespace expertd::amx;
+using namespace expertd::cpu_experts;
 
 // ---- Support ----
 
-// nullptr where this process can use the tiles, else why not. Asks the kernel's permission, without which they trap.
-const char* find_support() {
+constexpr int kNumUnits = 2;
+
+// nullptr where this process can use the unit, else why not. Asks the kernel's permission for the tiles, without which
+// they trap.
+const char* find_support(Unit unit) {
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16")) return "the CPU has no AMX";
-  if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
-      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vbmi") ||
-      !__builtin_cpu_supports("avx512bf16")) {
-    return "the CPU has AMX, but not all of AVX-512 that goes with it";
+  if (!__builtin_cpu_supports("avx512bf16")) return "the CPU has no AVX-512 BF16";
+  if (!__builtin_cpu_supports("avx512vbmi")) return "the CPU has no AVX-512 VBMI";
+  if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
+      !__builtin_cpu_supports("avx512vl")) {
+    return "the CPU has AVX-512 BF16, but not the BW, DQ and VL that go with it";
   }
+  if (unit == Unit::kAvx512) return nullptr;
+  if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16")) return "the CPU has no AMX";
   constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr long kTileData = 18;
   if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) return "the kernel does not permit the use of AMX";
   return nullptr;
 }
 
-const char* why_unsupported() {
-  static const char* const reason = find_support();
-  return reason;
+const char* why_unsupported(Unit unit) {
+  static const char* const reasons[kNumUnits] = {find_support(Unit::kAmx), find_support(Unit::kAvx512)};
+  return reasons[static_cast<int>(unit)];
 }
 
 // ---- Weights ----
@@ -59,7 +64,7 @@ int64_t gemm2_blocks(int64_t hidden_size) { return (hidden_size + kBlockRows - 1
 // Where in a tile's packed bytes a code of row n of the weights and k of the step lies; see Expander.
 int place_in_tile(int n, int k) {
   const int word = 2 * n + k % 2, tile_row = k / 2;
-  return tile_row / 2 * kUnitBytes + word / 8 * 16 + tile_row % 2 * 8 + word % 8;
+  return tile_row / 2 * kGroupBytes + word / 8 * 16 + tile_row % 2 * 8 + word % 8;
 }
 
 // Weights [rows, size] to blocks, in which row n of tile i is row_of(block, i, n) of the weights, or none (negative).
@@ -119,6 +124,7 @@ void wish_for_huge_pages(uintptr_t address, uintptr_t num_bytes) {
 // ---- A call ----
 
 struct Call {
+  Unit unit;
   Shape shape;
   int64_t num_tokens, top_k, local_expert_offset, num_local;
   const uint8_t* hidden_states;    // [num_tokens, hidden_size] fp8
@@ -142,6 +148,10 @@ struct Piece {
   std::atomic<int> gemm1_left{0};  // tasks
 
   int num_tiles() const { return (num_rows + kTileRows - 1) / kTileRows; }
+
+  // Of one step of a block. To read its weights and turn them into bfloat16 takes about as long as three products of a
+  // tile of rows by AMX, or of a row by AVX-512.
+  int64_t cost(Unit unit) const { return 3 + (unit == Unit::kAmx ? num_tiles() : num_rows); }
 };
 
 struct Task {
@@ -150,8 +160,6 @@ struct Task {
   int64_t first, last;  // blocks; tokens
 };
 
-// What a block costs beside the work on each tile of rows, in tiles: to read its weights and turn them into bfloat16.
-constexpr int64_t kBlockCost = 3;
 constexpr int64_t kPieceBytes = 1 << 20;  // most of a piece's rows as tiles: they stay in the second cache
 constexpr int64_t kTasksPerThread = 4;    // so that no thread is left alone with a long one at the end
 constexpr int64_t kThreadWorth = 4000;    // least cost that a thread is woken up for
@@ -173,7 +181,7 @@ class Plan {
 
   // What one of the threads does until no task is left. row_tiles: [row_bytes] aligned.
   void work(Scratch& scratch, bfloat16* row_tiles) {
-    const TileUse use;
+    const UnitUse use(call_.unit);
     for (size_t i; (i = next_task_.fetch_add(1, std::memory_order_relaxed)) < tasks_.size();) {
       const Task& task = tasks_[i];
       switch (task.kind) {
@@ -249,12 +257,11 @@ class Plan {
     const int64_t blocks2 = gemm2_blocks(shape.hidden_size);
     const int64_t steps1 = steps_of(shape.hidden_size), steps2 = steps_of(shape.intermediate_size);
     int64_t total = 0;
-    for (const auto& piece : pieces_)
-      total += (blocks1 * steps1 + blocks2 * steps2) * (kBlockCost + piece->num_tiles());
+    for (const auto& piece : pieces_) total += (blocks1 * steps1 + blocks2 * steps2) * piece->cost(call_.unit);
     num_threads_ = static_cast<int>(std::clamp<int64_t>(total / kThreadWorth, 1, std::max(1, call_.num_threads)));
     const int64_t most = num_threads_ == 1 ? total : std::max<int64_t>(1, total / (num_threads_ * kTasksPerThread));
     const auto add = [&](Task::Kind kind, int piece, int64_t num_blocks, int64_t num_steps) {
-      const int64_t cost = num_blocks * num_steps * (kBlockCost + pieces_[piece]->num_tiles());
+      const int64_t cost = num_blocks * num_steps * pieces_[piece]->cost(call_.unit);
       const int64_t parts = std::clamp<int64_t>((cost + most - 1) / most, 1, num_blocks);
       for (int64_t part = 0; part < parts; ++part) {
         tasks_.push_back({kind, piece, num_blocks * part / parts, num_blocks * (part + 1) / parts});
@@ -290,6 +297,7 @@ class Plan {
       }
     }
     Gemm1 p = {};
+    p.unit = call_.unit;
     p.x = {row_tiles, piece.num_tiles(), piece.num_rows, steps_of(shape.hidden_size)};
     p.weights = call_.gemm1 + piece.expert * shape.gemm1_bytes();
     p.row_scales = row_scales;
@@ -307,6 +315,7 @@ class Plan {
     const Piece& piece = *pieces_[task.piece];
     wait_for(piece.gemm1_left);
     Gemm2 p = {};
+    p.unit = call_.unit;
     p.inter = {inter_of(piece), piece.num_tiles(), piece.num_rows, steps_of(shape.intermediate_size)};
     p.weights = call_.gemm2 + piece.expert * shape.gemm2_bytes();
     p.scale = call_.output2_scales[piece.expert];
@@ -415,10 +424,18 @@ bool without_interpreter(const Function& function) {
   return is_done;
 }
 
-PyDoc_STRVAR(why_not_doc, "why_not()\n\nNone where this process can use AMX, else the reason why it cannot.");
+bool is_unit(int number) {
+  if (number >= 0 && number < kNumUnits) return true;
+  PyErr_Format(PyExc_ValueError, "unit is %d, expected 0 to %d", number, kNumUnits - 1);
+  return false;
+}
 
-PyObject* why_not(PyObject*, PyObject*) {
-  const char* reason = why_unsupported();
+PyDoc_STRVAR(why_not_doc, "why_not(unit)\n\nNone where this process can use the unit, else the reason why it cannot.");
+
+PyObject* why_not(PyObject*, PyObject* arguments) {
+  int unit;
+  if (!PyArg_ParseTuple(arguments, "i", &unit) || !is_unit(unit)) return nullptr;
+  const char* reason = why_unsupported(static_cast<Unit>(unit));
   if (reason == nullptr) Py_RETURN_NONE;
   return PyUnicode_FromString(reason);
 }
@@ -471,25 +488,27 @@ PyObject* use_huge_pages(PyObject*, PyObject* arguments) {
 PyDoc_STRVAR(
     run_doc,
     "run(...)\n\n"
-    "Both products of every local expert, into the rows of g, and where out is not 0 their sum; see _amx.pyi.\n"
+    "Both products of every local expert, into the rows of g, and where out is not 0 their sum; see _cpu_experts.pyi.\n"
     "Returns the number of rows.");
 
 PyObject* run_call(PyObject*, PyObject* arguments) {
   long long hidden_size, intermediate_size, num_tokens, top_k, local_expert_offset, num_local;
-  int activation, use_routing_scales_on_input, output_type, num_threads;
+  int unit, activation, use_routing_scales_on_input, output_type, num_threads;
   unsigned long long hidden_states, topk_ids, expert_weights, gemm1, gemm2, up_scales, gate_scales, output2_scales;
   unsigned long long g, row_of_slot, out;
-  if (!PyArg_ParseTuple(arguments, "LLiLLLLpKKKKKKKKKKKii", &hidden_size, &intermediate_size, &activation, &num_tokens,
-                        &top_k, &local_expert_offset, &num_local, &use_routing_scales_on_input, &hidden_states,
-                        &topk_ids, &expert_weights, &gemm1, &gemm2, &up_scales, &gate_scales, &output2_scales, &g,
-                        &row_of_slot, &out, &output_type, &num_threads)) {
+  if (!PyArg_ParseTuple(arguments, "iLLiLLLLpKKKKKKKKKKKii", &unit, &hidden_size, &intermediate_size, &activation,
+                        &num_tokens, &top_k, &local_expert_offset, &num_local, &use_routing_scales_on_input,
+                        &hidden_states, &topk_ids, &expert_weights, &gemm1, &gemm2, &up_scales, &gate_scales,
+                        &output2_scales, &g, &row_of_slot, &out, &output_type, &num_threads)) {
     return nullptr;
   }
-  if (why_unsupported() != nullptr) {
-    PyErr_SetString(PyExc_RuntimeError, why_unsupported());
+  if (!is_unit(unit)) return nullptr;
+  if (const char* reason = why_unsupported(static_cast<Unit>(unit))) {
+    PyErr_SetString(PyExc_RuntimeError, reason);
     return nullptr;
   }
   Call call = {};
+  call.unit = static_cast<Unit>(unit);
   call.shape = {hidden_size, intermediate_size, static_cast<Activation>(activation)};
   call.num_tokens = num_tokens;
   call.top_k = top_k;
@@ -515,7 +534,7 @@ PyObject* run_call(PyObject*, PyObject* arguments) {
 }
 
 PyMethodDef methods[] = {
-    {"why_not", why_not, METH_NOARGS, why_not_doc},
+    {"why_not", why_not, METH_VARARGS, why_not_doc},
     {"packed_sizes", packed_sizes, METH_VARARGS, packed_sizes_doc},
     {"pack", pack, METH_VARARGS, pack_doc},
     {"use_huge_pages", use_huge_pages, METH_VARARGS, use_huge_pages_doc},
@@ -525,8 +544,8 @@ PyMethodDef methods[] = {
 
 PyModuleDef module = {
     PyModuleDef_HEAD_INIT,
-    "_amx",
-    "The experts of a layer on CPUs with AMX.",
+    "_cpu_experts",
+    "The experts of a layer on CPUs with AVX-512 BF16.",
     -1,
     methods,
     nullptr,
@@ -537,4 +556,4 @@ PyModuleDef module = {
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__amx() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__cpu_experts() { return PyModule_Create(&module); }

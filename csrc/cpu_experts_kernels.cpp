@@ -1,160 +1,21 @@
-// The inner loops of expertd_server._amx. The one file that is compiled for CPUs with AMX and AVX-512: it instantiates
-// nothing of the standard library, which the linker could otherwise take from here for code that runs on every CPU.
-#include "amx_kernels.h"
+// What is done around the products: gather before them, activation and sum after them. By AVX-512, whichever unit
+// multiplies.
+#include "cpu_experts_kernels.h"
 
 #include <immintrin.h>
 
-namespace expertd::amx {
+#include "cpu_experts_fp8.h"
+
+namespace expertd::cpu_experts {
 namespace {
 
-// ---- fp8 to bfloat16, which is always exact ----
-
-// The bytes of the bfloat16 value of each e4m3 code, without its sign.
-struct Table {
-  alignas(64) uint8_t low[128];
-  alignas(64) uint8_t high[128];
-};
-
-constexpr Table make_table() {
-  Table table{};
-  for (int code = 0; code < 128; ++code) {
-    int exponent = code >> 3, mantissa = code & 7;
-    int bits = 0;
-    if (code == 0x7F) {
-      bits = 0x7FC0;  // NaN
-    } else if (exponent > 0) {
-      bits = (exponent - 7 + 127) << 7 | mantissa << 4;
-    } else if (mantissa > 0) {  // subnormal here, normal in bfloat16
-      exponent = 1;
-      while (mantissa < 8) {
-        mantissa <<= 1;
-        --exponent;
-      }
-      bits = (exponent - 7 + 127) << 7 | (mantissa & 7) << 4;
-    }
-    table.low[code] = static_cast<uint8_t>(bits & 0xFF);
-    table.high[code] = static_cast<uint8_t>(bits >> 8);
-  }
-  return table;
-}
-
-constexpr Table kTable = make_table();
-
-// Turns 64 codes into 2 x 32 bfloat16: of each quarter of 16 codes, the first 8 and the last 8.
-class Expander {
- public:
-  Expander()
-      : low_first_(_mm512_load_si512(kTable.low)),
-        low_last_(_mm512_load_si512(kTable.low + 64)),
-        high_first_(_mm512_load_si512(kTable.high)),
-        high_last_(_mm512_load_si512(kTable.high + 64)),
-        sign_(_mm512_set1_epi8(static_cast<char>(0x80))) {}
-
-  void expand(__m512i codes, __m512i& first, __m512i& last) const {
-    const __m512i low = _mm512_permutex2var_epi8(low_first_, codes, low_last_);
-    __m512i high = _mm512_permutex2var_epi8(high_first_, codes, high_last_);
-    high = _mm512_ternarylogic_epi32(high, codes, sign_, 0xF8);  // high | (codes & sign)
-    first = _mm512_unpacklo_epi8(low, high);
-    last = _mm512_unpackhi_epi8(low, high);
-  }
-
- private:
-  __m512i low_first_, low_last_, high_first_, high_last_, sign_;
-};
-
-constexpr int kAheadBytes = 16 * kStepBytes;
-
-// One step of a block: two tiles.
-inline void expand_step(const Expander& expander, const uint8_t* packed, bfloat16* tiles) {
-#pragma GCC unroll 4
-  for (int unit = 0; unit < kStepBytes / kUnitBytes; ++unit) {
-    // NOTE: the hardware reads ahead within a page of 4 KiB only.
-    _mm_prefetch(reinterpret_cast<const char*>(packed + kAheadBytes + unit * kUnitBytes), _MM_HINT_T1);
-    __m512i first, last;
-    expander.expand(_mm512_load_si512(packed + unit * kUnitBytes), first, last);
-    _mm512_store_si512(tiles + unit * kUnitBytes, first);
-    _mm512_store_si512(tiles + unit * kUnitBytes + kStep, last);
-  }
-}
-
-// ---- Tiles: 0 to 3 hold sums, 4 and 5 activations, 6 and 7 weights ----
-
-// NOTE: not the compiler's own intrinsics: some do not say that they read memory, and stores were moved behind them.
-#define TILE_LOAD(tile, base) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #tile::"r"(base), "r"(int64_t{kUnitBytes}) : "memory")
-#define TILE_STORE(tile, base) \
-  asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(base), "r"(int64_t{kUnitBytes}) : "memory")
-#define TILE_ZERO(tile) asm volatile("tilezero %%tmm" #tile::: "memory")
-#define TILE_MULTIPLY(sums, rows, weights) \
-  asm volatile("tdpbf16ps %%tmm" #weights ", %%tmm" #rows ", %%tmm" #sums::: "memory")
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileConfig) == 64);
-
-// One or two tiles of rows times the two of a block, over the steps of a chunk. Where kExpand, the chunk's weights are
-// turned into bfloat16 on the way, a step ahead of the product, so that the vector and the matrix unit work together.
-template <bool kTwo, bool kExpand>
-void multiply_chunk(const bfloat16* rows, int64_t row_tile_stride, const uint8_t* packed,
-                    bfloat16 (*weights)[2][kTileElements], int steps, float (*sums)[2][kTileRows * kTileRows],
-                    bool is_first) {
-  if (is_first) {
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-    TILE_ZERO(2);
-    TILE_ZERO(3);
-  } else {
-    TILE_LOAD(0, sums[0][0]);
-    TILE_LOAD(1, sums[0][1]);
-    if (kTwo) {
-      TILE_LOAD(2, sums[1][0]);
-      TILE_LOAD(3, sums[1][1]);
-    }
-  }
-  const Expander expander;
-  if (kExpand) expand_step(expander, packed, weights[0][0]);
-  for (int step = 0; step < steps; ++step) {
-    if (kExpand && step + 1 < steps) expand_step(expander, packed + (step + 1) * kStepBytes, weights[step + 1][0]);
-    const bfloat16* row_tile = rows + step * kTileElements;
-    TILE_LOAD(4, row_tile);
-    TILE_LOAD(6, weights[step][0]);
-    TILE_MULTIPLY(0, 4, 6);
-    TILE_LOAD(7, weights[step][1]);
-    TILE_MULTIPLY(1, 4, 7);
-    if (kTwo) {
-      TILE_LOAD(5, row_tile + row_tile_stride);
-      TILE_MULTIPLY(2, 5, 6);
-      TILE_MULTIPLY(3, 5, 7);
-    }
-  }
-  TILE_STORE(0, sums[0][0]);
-  TILE_STORE(1, sums[0][1]);
-  if (kTwo) {
-    TILE_STORE(2, sums[1][0]);
-    TILE_STORE(3, sums[1][1]);
-  }
-}
-
 // scratch.sums of all rows times one block.
-void multiply_block(const Rows& rows, const uint8_t* packed, Scratch& scratch) {
-  constexpr decltype(&multiply_chunk<true, true>) kMultiply[2][2] = {
-      {multiply_chunk<false, false>, multiply_chunk<false, true>},
-      {multiply_chunk<true, false>, multiply_chunk<true, true>},
-  };
-  const int64_t row_tile_stride = rows.num_steps * kTileElements;
-  for (int64_t first = 0; first < rows.num_steps; first += kChunkSteps) {
-    const int64_t left = rows.num_steps - first;
-    const int steps = left < kChunkSteps ? static_cast<int>(left) : kChunkSteps;
-    for (int tile = 0; tile < rows.num_tiles; tile += 2) {
-      const auto multiply = kMultiply[tile + 1 < rows.num_tiles][tile == 0];
-      multiply(rows.tiles + tile * row_tile_stride + first * kTileElements, row_tile_stride,
-               packed + first * kStepBytes, scratch.weights, steps, scratch.sums + tile, first == 0);
-    }
+void multiply_block(Unit unit, const Rows& rows, const uint8_t* packed, Scratch& scratch) {
+  switch (unit) {
+    case Unit::kAmx:
+      return multiply_block_with_amx(rows, packed, scratch);
+    case Unit::kAvx512:
+      return multiply_block_with_avx512(rows, packed, scratch);
   }
 }
 
@@ -251,7 +112,8 @@ void activate_block(const Gemm1& p, int64_t block, const Scratch& scratch) {
   const __m512 up_scale = _mm512_set1_ps(p.up_scale), gate_scale = _mm512_set1_ps(p.gate_scale);
   for (int tile = 0; tile < p.x.num_tiles; ++tile) {
     bfloat16* inter = p.inter + (tile * num_steps + column / kStep) * kTileElements + column % kStep;
-    for (int row = 0; row < kTileRows; ++row, inter += kStep) {
+    const int num_rows = p.x.num_rows - tile * kTileRows;
+    for (int row = 0; row < kTileRows && row < num_rows; ++row, inter += kStep) {
       const __m512 row_scale = _mm512_set1_ps(p.row_scales[tile * kTileRows + row]);
       const float* sums = scratch.sums[tile][0] + row * kTileRows;
       const __m512 a = _mm512_mul_ps(_mm512_load_ps(sums), row_scale);
@@ -275,7 +137,7 @@ void activate_block(const Gemm1& p, int64_t block, const Scratch& scratch) {
 template <Activation kActivation>
 void run_gemm1_with(const Gemm1& p, int64_t first, int64_t last, Scratch& scratch) {
   for (int64_t block = first; block < last; ++block) {
-    multiply_block(p.x, p.weights + block * p.x.num_steps * kStepBytes, scratch);
+    multiply_block(p.unit, p.x, p.weights + block * p.x.num_steps * kStepBytes, scratch);
     activate_block<kActivation>(p, block, scratch);
   }
 }
@@ -303,39 +165,34 @@ float to_float(bfloat16 x) {
 
 }  // namespace
 
-TileUse::TileUse() : floating_point_mode_(_mm_getcsr()) {
+UnitUse::UnitUse(Unit unit) : unit_(unit), floating_point_mode_(_mm_getcsr()) {
   // A caller may have asked for subnormal numbers to become zero: on its own thread only, and bits must not depend on
   // the thread.
   _mm_setcsr(0x1F80);
-  const TileConfig config;
-  asm volatile("ldtilecfg %0" ::"m"(config));
+  if (unit_ == Unit::kAmx) configure_tiles();
 }
 
-TileUse::~TileUse() {
-  asm volatile("tilerelease" ::: "memory");
+UnitUse::~UnitUse() {
+  if (unit_ == Unit::kAmx) release_tiles();
   _mm_setcsr(floating_point_mode_);
 }
 
 void gather_rows(const uint8_t* hidden_states, int64_t hidden_size, const int32_t* tokens, int num_rows,
                  bfloat16* tiles) {
   // Expander takes apart each quarter of its codes; put there what makes both its results consecutive.
-  alignas(64) uint8_t places[kUnitBytes];
-  for (int i = 0; i < kUnitBytes; ++i) places[i] = static_cast<uint8_t>(i % 16 / 8 * 32 + i / 16 * 8 + i % 8);
+  alignas(64) uint8_t places[kGroupBytes];
+  for (int i = 0; i < kGroupBytes; ++i) places[i] = static_cast<uint8_t>(i % 16 / 8 * 32 + i / 16 * 8 + i % 8);
   const __m512i order = _mm512_load_si512(places);
   const Expander expander;
   const int64_t num_steps = steps_of(hidden_size);
-  const int num_tiles = (num_rows + kTileRows - 1) / kTileRows;
-  for (int row = 0; row < num_tiles * kTileRows; ++row) {
+  for (int row = 0; row < num_rows; ++row) {
     bfloat16* to = tiles + row / kTileRows * num_steps * kTileElements + row % kTileRows * kStep;
-    const uint8_t* from = row < num_rows ? hidden_states + tokens[row] * hidden_size : nullptr;
+    const uint8_t* from = hidden_states + tokens[row] * hidden_size;
     for (int64_t step = 0; step < num_steps; step += 2, to += 2 * kTileElements) {
-      __m512i first = _mm512_setzero_si512(), last = first;
-      if (from != nullptr) {
-        const int64_t left = hidden_size - step * kStep;
-        const __mmask64 mask = left >= kUnitBytes ? ~0ULL : (1ULL << left) - 1;
-        const __m512i codes = _mm512_maskz_loadu_epi8(mask, from + step * kStep);
-        expander.expand(_mm512_permutexvar_epi8(order, codes), first, last);
-      }
+      const int64_t left = hidden_size - step * kStep;
+      const __mmask64 mask = left >= kGroupBytes ? ~0ULL : (1ULL << left) - 1;
+      __m512i first, last;
+      expander.expand(_mm512_permutexvar_epi8(order, _mm512_maskz_loadu_epi8(mask, from + step * kStep)), first, last);
       _mm512_store_si512(to, first);
       if (step + 1 < num_steps) _mm512_store_si512(to + kTileElements, last);
     }
@@ -360,7 +217,7 @@ void run_gemm1(const Gemm1& p, int64_t first, int64_t last, Scratch& scratch) {
 void run_gemm2(const Gemm2& p, int64_t first, int64_t last, Scratch& scratch) {
   const __m512 scale = _mm512_set1_ps(p.scale);
   for (int64_t block = first; block < last; ++block) {
-    multiply_block(p.inter, p.weights + block * p.inter.num_steps * kStepBytes, scratch);
+    multiply_block(p.unit, p.inter, p.weights + block * p.inter.num_steps * kStepBytes, scratch);
     const int64_t left = p.hidden_size - block * kBlockRows;
     const __mmask32 mask = left >= kBlockRows ? ~0U : (1U << left) - 1;
     for (int row = 0; row < p.inter.num_rows; ++row) {
@@ -391,4 +248,4 @@ void finalize(const Finalize& p, int64_t first, int64_t last) {
   }
 }
 
-}  // namespace expertd::amx
+}  // namespace expertd::cpu_experts

@@ -1,4 +1,4 @@
-"""The CPU's matrix unit: what the tests of the CPU backend, which run on it too, do not ask of every backend."""
+"""The experts in compiled code: what the tests of the CPU backend, which run them too, do not ask of every backend."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import torch
 from agreement import by_slot, check_against_reference, output, run
 from cases import Case, make_case, make_spec
 
-from expertd_server import amx, products, reference
+from expertd_server import cpu_experts, products, reference
 from expertd_server.backend import select_backend
 from expertd_server.backend_cpu import TorchBackend
+from expertd_server.cpu_experts import Unit
 from expertd_server.types import Activation, LayerSpec, RoutingMethod
 from expertd_server.weights import ExpertWeights
 
-needs_amx = pytest.mark.skipif(amx.why_not() is not None, reason=f"needs AMX: {amx.why_not()}")
+each_unit = pytest.mark.usefixtures("unit")
+needs_unit = pytest.mark.skipif(cpu_experts.find_unit() is None, reason=f"needs a unit: {cpu_experts.how(None)}")
 ALL_CODES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
 REAL = make_spec(hidden_size=2048, intermediate_size=768, num_experts=4, top_k=2)  # worth more than one thread
 
@@ -61,7 +63,7 @@ def eye(rows: int, columns: int) -> torch.Tensor:
     return torch.eye(rows, columns).to(torch.float8_e4m3fn)
 
 
-@needs_amx
+@each_unit
 @pytest.mark.parametrize("what", ["hidden_states", "gemm1_weights", "gemm2_weights"])
 def test_every_fp8_value_is_exact(what: str) -> None:
     spec, weights = identity_layer(256, 256)
@@ -77,7 +79,7 @@ def test_every_fp8_value_is_exact(what: str) -> None:
 _INPUTS = ("hidden_states", "gemm1_weights", "gemm2_weights")
 
 
-@needs_amx
+@each_unit
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
 def test_nan_weights_reach_what_they_are_part_of_and_nothing_else(code: int) -> None:
     spec, weights = identity_layer(70, 70)
@@ -93,7 +95,7 @@ def test_nan_weights_reach_what_they_are_part_of_and_nothing_else(code: int) -> 
         assert is_nan[:, :69].any() != only
 
 
-@needs_amx
+@each_unit
 @pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize("num_rows", [17, 300])
 def test_a_row_has_the_same_bits_in_every_place(activation: Activation, num_rows: int) -> None:
@@ -110,7 +112,7 @@ def test_a_row_has_the_same_bits_in_every_place(activation: Activation, num_rows
         assert torch.equal(got[place], expected), f"{place} of {num_rows}"
 
 
-@needs_amx
+@each_unit
 @pytest.mark.usefixtures("_threads_as_before")
 @pytest.mark.parametrize("num_tokens", [1, 2, 40, 700])
 def test_the_number_of_threads_changes_no_bit(num_tokens: int) -> None:
@@ -120,13 +122,13 @@ def test_the_number_of_threads_changes_no_bit(num_tokens: int) -> None:
     outputs = []
     for num_threads in (1, 2, 3, 16):
         torch.set_num_threads(num_threads)
-        for _ in range(3):
+        for _ in range(2):
             outputs.append(backend.forward(layer, case.hidden_states, routing_logits=case.routing_logits).output)
     for got in outputs[1:]:
         assert torch.equal(got, outputs[0])
 
 
-@needs_amx
+@each_unit
 @pytest.mark.parametrize("hidden_size", [64, 9000])
 def test_many_rows_of_one_expert_are_cut_into_pieces(hidden_size: int) -> None:
     spec = make_spec(hidden_size=hidden_size, intermediate_size=40, num_experts=3, top_k=1)
@@ -141,7 +143,7 @@ def test_many_rows_of_one_expert_are_cut_into_pieces(hidden_size: int) -> None:
     assert torch.equal(output(case)[rows], output(few))
 
 
-@needs_amx
+@each_unit
 def test_gelu_agrees_with_the_reference_far_below_zero() -> None:
     """Where it is nearly 0, and a large scale makes it visible: 1 + erf would have lost it by rounding."""
     spec = make_spec(hidden_size=64, intermediate_size=64, num_experts=1, top_k=1, activation=Activation.GELU)
@@ -154,7 +156,7 @@ def test_gelu_agrees_with_the_reference_far_below_zero() -> None:
     check_against_reference(dataclasses.replace(case, weights=weights))
 
 
-@needs_amx
+@each_unit
 def test_columns_that_fill_up_a_tile_add_nothing_even_to_infinite_sums() -> None:
     spec = make_spec(
         hidden_size=64,
@@ -172,17 +174,17 @@ def test_columns_that_fill_up_a_tile_add_nothing_even_to_infinite_sums() -> None
     assert torch.equal(output(case, **routed), expected.output)
 
 
-@needs_amx
+@needs_unit
 @pytest.mark.usefixtures("_threads_as_before")
 def test_calls_from_several_threads_do_not_disturb_each_other() -> None:
     torch.set_num_threads(3)
     cases = [make_case(REAL, num_tokens, seed=7) for num_tokens in (1, 9, 40)]
     routed = [run(case) for case in cases]
-    packed = amx.pack(REAL, cases[0].weights, range(4))
+    packed = cpu_experts.pack(cpu_experts.find_unit(), REAL, cases[0].weights, range(4))
 
     def call(number: int) -> torch.Tensor:
         case, routing = cases[number % 3], routed[number % 3]
-        g, _ = amx.run(
+        g, _ = cpu_experts.run(
             REAL,
             case.weights,
             packed,
@@ -199,7 +201,7 @@ def test_calls_from_several_threads_do_not_disturb_each_other() -> None:
             assert torch.equal(got, expected[number % 3]), number
 
 
-@needs_amx
+@each_unit
 def test_products_of_torch_go_on_as_before() -> None:
     """They use the same unit, with tiles of another shape."""
     case = make_case(make_spec(), 20, seed=10)
@@ -210,7 +212,7 @@ def test_products_of_torch_go_on_as_before() -> None:
         assert torch.equal(output(case), expected)
 
 
-@needs_amx
+@each_unit
 def test_a_caller_that_flushes_subnormal_numbers_gets_the_same_bits() -> None:
     spec, weights = identity_layer(32, 32)
     weights = dataclasses.replace(weights, gemm1_weights=eye(32, 32)[None], gemm2_weights=eye(32, 32)[None])
@@ -229,7 +231,7 @@ def test_a_caller_that_flushes_subnormal_numbers_gets_the_same_bits() -> None:
     assert is_flushing, "the caller's own mode was not put back"
 
 
-@needs_amx
+@needs_unit
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_tensors_that_are_not_contiguous(dtype: torch.dtype) -> None:
     case = make_case(make_spec(), 20, seed=11)
@@ -245,7 +247,7 @@ def test_tensors_that_are_not_contiguous(dtype: torch.dtype) -> None:
     assert room[:, 228:].eq(7.0).all()
 
 
-@needs_amx
+@needs_unit
 def test_slots_of_far_away_experts_are_skipped() -> None:
     case = make_case(make_spec(top_k=2), 3, seed=12).slice(4, 8)
     limits = torch.iinfo(torch.int32)
@@ -261,7 +263,7 @@ def test_slots_of_far_away_experts_are_skipped() -> None:
     assert torch.equal(got.output, output(case, topk_ids=ids, topk_weights=torch.ones(3, 2)))
 
 
-@needs_amx
+@needs_unit
 @pytest.mark.parametrize(
     ("spec", "weights_nbytes"),
     [
@@ -277,39 +279,103 @@ def test_nbytes_counts_one_byte_a_weight(spec: LayerSpec, weights_nbytes: int) -
     assert prepared.state.nbytes == weights_nbytes
 
 
-class WithoutPermission:
-    """The compiled module on a machine that will not do."""
+def cancelling(num_tokens: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """FP8 hidden states [num_tokens, size] and weights [size, size] whose products would be 0.
 
-    @staticmethod
-    def why_not() -> str:
-        return "the kernel does not permit the use of AMX"
+    What comes out is the rounding error of the sum. Of a sum far from 0, rounded to fp8 or bfloat16, hardly a bit would
+    tell in which order it was added up. size: an even number.
+    """
+    generator = torch.Generator().manual_seed(15)
+    # Any code but NaN, 0x7F and 0xFF.
+    codes = torch.randint(0, 0x7F, (num_tokens + size, size), generator=generator, dtype=torch.uint8)
+    codes += torch.randint(0, 2, codes.shape, generator=generator, dtype=torch.uint8) * 0x80
+    hidden_states, weights = codes.split([num_tokens, size])
+    left, right = torch.randperm(size, generator=generator).chunk(2)
+    hidden_states[:, right] = hidden_states[:, left]
+    weights[:, right] = weights[:, left] ^ 0x80  # the sign
+    return hidden_states.view(torch.float8_e4m3fn), weights.view(torch.float8_e4m3fn)
+
+
+@each_unit
+@pytest.mark.parametrize("size", [300, 600])
+@pytest.mark.parametrize("what", ["gemm1_weights", "gemm2_weights"])
+def test_a_row_has_the_same_bits_among_any_number_of_rows(what: str, size: int) -> None:
+    """Few rows are multiplied in another way than many, and those of a tile in parts."""
+    hidden_states, cancelling_weights = cancelling(50, size)
+    spec, weights = identity_layer(size, size)
+    gemm1, gemm2 = (cancelling_weights if name == what else eye(size, size) for name in _INPUTS[1:])
+    scale = torch.full((1,), 256.0 if what == "gemm1_weights" else 1.0)  # rounding errors to where fp8 is finest
+    weights = dataclasses.replace(
+        weights, gemm1_weights=gemm1[None], gemm2_weights=gemm2[None], output1_scales_scalar=scale
+    )
+    every = forward(spec, weights, hidden_states)
+    assert every.unique().numel() > 100, "too few rounding errors to tell anything"
+    for num_rows in range(1, 50):
+        got = forward(spec, weights, hidden_states[50 - num_rows :])
+        assert torch.equal(got, every[50 - num_rows :]), f"{num_rows} rows"
+
+
+class Module:
+    """The compiled module on a machine that can use none of the units, or the vector unit alone."""
+
+    def __init__(self, *, has_avx512: bool) -> None:
+        self._has_avx512 = has_avx512
+
+    def why_not(self, unit: Unit) -> str | None:
+        if unit is Unit.AMX:
+            return "the kernel does not permit the use of AMX"
+        return None if self._has_avx512 else "the CPU has no AVX-512 BF16"
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, module: object) -> None:
+    monkeypatch.setattr(cpu_experts, "_cpu_experts", module)
+    monkeypatch.setattr(cpu_experts, "_import_error", "No module named 'expertd_server._cpu_experts'", raising=False)
+    monkeypatch.setattr(cpu_experts, "why_not", cpu_experts.why_not.__wrapped__)
 
 
 @pytest.mark.parametrize(
     ("module", "reason"),
-    [(None, "No module named 'expertd_server._amx'; install"), (WithoutPermission, "does not permit the use of AMX")],
+    [
+        (None, "No module named 'expertd_server._cpu_experts'; install"),
+        (Module(has_avx512=False), "the CPU has no AVX-512 BF16"),
+    ],
 )
-def test_without_the_unit_torch_does_the_same(
+def test_without_a_unit_torch_does_the_same(
     module: object, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(amx, "_amx", module)
-    monkeypatch.setattr(amx, "_import_error", "No module named 'expertd_server._amx'", raising=False)
-    monkeypatch.setattr(amx, "why_not", amx.why_not.__wrapped__)
+    pretend(monkeypatch, module)
     with caplog.at_level(logging.INFO, "expertd_server.backend"):
         backend = select_backend("cpu")
     (line,) = caplog.messages
-    assert line.startswith("backend 'cpu': experts run in torch: ")
-    assert reason in line
+    assert line.startswith(f"backend 'cpu': experts run in torch: {reason}")
     case = make_case(make_spec(), 20, seed=13)
     (expert, *_) = backend.prepare(case.spec, case.weights).state
     assert isinstance(expert, products.cpu_expert_type())
     check_against_reference(case)
 
 
-@needs_amx
-def test_the_log_says_that_experts_run_on_the_unit(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_vector_unit_stands_in_for_the_matrix_unit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretend(monkeypatch, Module(has_avx512=True))
+    with caplog.at_level(logging.INFO, "expertd_server.backend"):
+        select_backend("cpu")
+    assert caplog.messages == [
+        "backend 'cpu': experts run on the vector unit (AVX-512 BF16): the kernel does not permit the use of AMX"
+    ]
+
+
+def test_the_log_says_which_unit_runs_the_experts(unit: Unit, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "expertd_server.backend"):
         backend = select_backend("cpu")
-    assert caplog.messages == ["backend 'cpu': experts run on the matrix unit (AMX)"]
+    name = {Unit.AMX: "matrix unit (AMX)", Unit.AVX512: "vector unit (AVX-512 BF16)"}[unit]
+    assert caplog.messages[0].startswith(f"backend 'cpu': experts run on the {name}")
     case: Case = make_case(make_spec(), 1, seed=1)
-    assert isinstance(backend.prepare(case.spec, case.weights).state, amx.PackedExperts)
+    assert backend.prepare(case.spec, case.weights).state.unit is unit
+
+
+@needs_unit
+@pytest.mark.parametrize("number", [-1, len(Unit)])
+def test_no_other_unit_is_known(number: int) -> None:
+    with pytest.raises(ValueError, match=f"unit is {number}, expected 0 to 1"):
+        cpu_experts._cpu_experts.why_not(number)

@@ -1,10 +1,10 @@
-"""csrc/amx.cpp, which is compiled where the compiler knows AMX; `amx` alone imports it.
+"""csrc/cpu_experts.cpp, compiled where the compiler knows AVX-512 BF16 and AMX; `cpu_experts` alone imports it.
 
 Pointers are addresses (`Tensor.data_ptr()`) of contiguous tensors. T num_tokens, K top_k, L num_local, H hidden_size,
 I intermediate_size.
 """
 
-def why_not() -> str | None: ...
+def why_not(unit: int, /) -> str | None: ...
 def packed_sizes(hidden_size: int, intermediate_size: int, activation: int, /) -> tuple[int, int]: ...
 def pack(
     hidden_size: int,
@@ -18,6 +18,7 @@ def pack(
 ) -> None: ...
 def use_huge_pages(address: int, num_bytes: int, /) -> None: ...
 def run(
+    unit: int,  # 0 AMX, 1 AVX-512
     hidden_size: int,
     intermediate_size: int,
     activation: int,
