@@ -94,7 +94,9 @@ class RunningBatch:
     def _split(self) -> list[Any]:
         batch, clock = self.batch, self.clock
         start_s = clock()
-        answer = self._host_answer()
+        answer = self.answer
+        if answer is None or not self.slot.is_host:
+            answer = self._host_answer()
         entries, num_tokens, version = batch.entries, batch.num_tokens, self.layer.weights_version
         num_requests = len(entries)
         copy_in_s, wait_s, compute_s, copy_out_s = self.slot.times()
@@ -114,13 +116,17 @@ class RunningBatch:
             first += entry.num_tokens
             parts.append(part)
         copy_out_us = round((copy_out_s + clock() - start_s) * 1e6)
-        # Last, and then nothing may go wrong any more: see _encoded.
+        # Last, and then nothing may go wrong any more: the batch must not run again, because answers may have been
+        # written over what they were computed from.
         for number, entry in enumerate(entries):
             part = parts[number]
             part.timing.copy_out_us = copy_out_us
             encode = entry.payload.encode
             if encode is not None:
-                parts[number] = _encoded(encode, part)
+                try:
+                    parts[number] = encode(part)
+                except Exception as error:  # its own alone
+                    parts[number] = error
         if copies is not None:
             copies.run()
         return parts
@@ -157,7 +163,7 @@ class RunningBatch:
             part.topk_ids = answer.topk_ids[mine].to(torch.int32, copy=True)
 
     def _host_answer(self) -> MoEOutput:
-        """The whole batch's answer on the host; where it lies in the slot, as views."""
+        """The whole batch's answer, brought to the host; where it lies in the slot, as views."""
         slot, outputs, num_tokens = self.slot, self.outputs, self.batch.num_tokens
         if self.answer is None:
             return MoEOutput(
@@ -165,8 +171,6 @@ class RunningBatch:
                 expert_weights=outputs.expert_weights.view(slot.host_out, num_tokens),
                 output=outputs.output.view(slot.host_out, num_tokens),
             )
-        if slot.is_host:
-            return self.answer
         on_host: dict[str, Any] = {
             name: None if tensor is None else slot.read(tensor) for name, tensor in vars(self.answer).items()
         }
@@ -179,15 +183,6 @@ def unexpected(error: Exception, layer: MoELayer, num_tokens: int) -> BackendErr
         f"layer {layer.name!r}: the {layer.backend.name} backend failed on {num_tokens} tokens: "
         f"{type(error).__name__}: {error}"
     )
-
-
-def _encoded(encode: Callable[[ForwardResult], Any], result: ForwardResult) -> Any:
-    """What a caller makes of its answer, or its error as a result: the batch must not run again, because answers may
-    have been written over what they were computed from."""
-    try:
-        return encode(result)
-    except Exception as error:
-        return error
 
 
 def _own(rows: torch.Tensor, dtype: torch.dtype, *, is_owned: bool) -> torch.Tensor:
