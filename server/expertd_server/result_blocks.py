@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from expertd_server.blocks import write_answer
-from expertd_server.codec import is_one_matrix
 from expertd_server.compiled import BLOCKS
 from expertd_server.engine import ForwardResult
 from expertd_server.wire import WIRE_DTYPES, answer_tensors
@@ -14,18 +13,17 @@ __all__ = ["write_result"]
 def write_result(block: memoryview, result: ForwardResult, queue_tokens: int) -> None:
     """Write a result over its request. Raises ValueError when the block has no room for it."""
     timing, version = result.timing, result.weights_version
-    if BLOCKS is None or not is_one_matrix(result):
+    matrix = result.matrix
+    if BLOCKS is None or matrix is None:
         write_answer(block, answer_tensors(result), timing, version, queue_tokens)
         return
-    output = result.output
-    assert output is not None
-    num_tokens, hidden_size = output.shape
+    dtype, num_tokens, hidden_size, address = matrix
     BLOCKS.write_matrix(
         block,
-        WIRE_DTYPES[output.dtype],
+        WIRE_DTYPES[dtype],
         num_tokens,
         hidden_size,
-        output.data_ptr(),
+        address,
         timing.queue_us,
         timing.copy_in_us,
         timing.compute_us,
