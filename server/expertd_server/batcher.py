@@ -289,6 +289,7 @@ class Batcher(Generic[P, R]):
         flight, has_taken = self._launch_due(timeout_s)
         if flight is not None:
             self._finish(*flight)
+        del flight  # see _clear_frames
         return has_taken
 
     def launch_once(self, timeout_s: float = 0.0) -> bool:
@@ -308,8 +309,11 @@ class Batcher(Generic[P, R]):
         if batch is None:
             return None, bool(expired)
         launched_s = self._clock()
-        running = self._start(batch)
-        return None if running is None else (batch, running, launched_s), True
+        try:
+            running = self._start(batch)
+            return None if running is None else (batch, running, launched_s), True
+        finally:
+            del batch  # an error knows the frames that called the one that it holds, see _clear_frames
 
     def _start(self, batch: Batch[P, R]) -> Running[R] | None:
         """What was launched; None: it failed."""
@@ -331,6 +335,7 @@ class Batcher(Generic[P, R]):
                 return False
             flight = self._flights.popleft()
         self._finish(*flight)
+        del flight  # see _clear_frames
         return True
 
     def _finish(self, batch: Batch[P, R], running: Running[R], launched_s: float) -> None:
