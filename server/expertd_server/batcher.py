@@ -367,6 +367,7 @@ class Batcher(Generic[P, R]):
         flight, has_taken = self._launch_due(timeout_s)
         if flight is not None:
             self._finish(flight)
+        del flight  # see _clear_frames
         return has_taken
 
     def launch_once(self, timeout_s: float = 0.0) -> bool:
@@ -390,9 +391,10 @@ class Batcher(Generic[P, R]):
             _fail(entry, _timeout(entry, self._clock()))
         if batch is None:
             return None, bool(expired)
-        taken = [batch]
-        del batch  # an error knows the frame that called, too, see _clear_frames
-        return self._start(taken.pop()), True
+        try:
+            return self._start(batch), True
+        finally:
+            del batch  # an error knows the frames that called the one that it holds, see _clear_frames
 
     def _start(self, batch: Batch[P, R]) -> _Flight[P, R] | None:
         """What was launched; None: it failed."""
@@ -412,6 +414,7 @@ class Batcher(Generic[P, R]):
         if flight is None:
             return False
         self._finish(flight)
+        del flight  # see _clear_frames
         return True
 
     def _next_flight(self, timeout_s: float) -> _Flight[P, R] | None:

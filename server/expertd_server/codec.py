@@ -8,14 +8,14 @@ the way of `wire_parse` and `wire`, which are the specification: tests hold the 
 from __future__ import annotations
 
 from expertd_server.compiled import CODEC
-from expertd_server.forward import ForwardCall, ForwardResult
+from expertd_server.forward import ForwardCall, ForwardResult, Matrix
 from expertd_server.layer import MoELayer
 from expertd_server.messages import Message, check_message, read_message, read_stream_message
 from expertd_server.regions import AnswerPlace
 from expertd_server.store import LayerStore
 from expertd_server.wire import WIRE_DTYPES, call_of, encode_response, encode_stream_response
 
-__all__ = ["Message", "is_one_matrix", "read_message", "read_stream_message", "typed_call"]
+__all__ = ["Message", "read_message", "read_stream_message", "typed_call"]
 __all__ += ["write_answer", "write_stream_answer"]
 
 
@@ -31,50 +31,39 @@ def typed_call(
 
 def write_answer(result: ForwardResult, queue_depth_tokens: int) -> bytes:
     """A serialised ForwardResponse."""
-    if CODEC is None or not is_one_matrix(result):
+    matrix = result.matrix
+    if CODEC is None or matrix is None:
         return encode_response(result, queue_depth_tokens)
-    return _write(False, 0, result, queue_depth_tokens)
+    return _write(False, 0, result, matrix, queue_depth_tokens)
 
 
 def write_stream_answer(
     request_id: int, result: ForwardResult, queue_depth_tokens: int, place: AnswerPlace | None = None
 ) -> bytes:
     """A serialised ForwardStreamResponse that holds an answer. place: where its tensors go as far as they fit."""
-    if CODEC is None or not is_one_matrix(result):
+    matrix = result.matrix
+    if CODEC is None or matrix is None:
         return encode_stream_response(request_id, result, queue_depth_tokens, place)
-    return _write(True, request_id, result, queue_depth_tokens, place)
+    return _write(True, request_id, result, matrix, queue_depth_tokens, place)
 
 
-def is_one_matrix(result: ForwardResult) -> bool:
-    """Whether an answer is nothing but its output, as it is unless more is asked for."""
-    output = result.output
-    return (
-        output is not None
-        and result.expert_weights is None
-        and result.topk_ids is None
-        and result.gemm2_output is None
-        and result.expanded_idx_to_permuted_idx is None
-        and output.is_contiguous()
-    )
-
-
-def _write(
+def _write(  # noqa: PLR0917 (called for every request, and keywords take time)
     is_stream: bool,
     request_id: int,
     result: ForwardResult,
+    matrix: Matrix,
     queue_depth_tokens: int,
     place: AnswerPlace | None = None,
 ) -> bytes:
-    output, timing = result.output, result.timing
-    assert output is not None
-    num_tokens, hidden_size = output.shape
+    timing = result.timing
+    dtype, num_tokens, hidden_size, address = matrix
     return CODEC.encode_response(
         is_stream,
         request_id,
-        WIRE_DTYPES[output.dtype],
+        WIRE_DTYPES[dtype],
         num_tokens,
         hidden_size,
-        output.data_ptr(),
+        address,
         timing.queue_us,
         timing.copy_in_us,
         timing.compute_us,
@@ -84,5 +73,5 @@ def _write(
         queue_depth_tokens,
         result.weights_version,
         result.copies,
-        place.take(output.nbytes) if place is not None and output.nbytes else None,
+        place.take(matrix.nbytes) if place is not None and matrix.nbytes else None,
     )

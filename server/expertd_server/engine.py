@@ -26,7 +26,16 @@ from expertd_server.forward import ForwardCall, ForwardResult, HostTensor
 from expertd_server.gather import gather, kind_of
 from expertd_server.graphs import Capturer, CudaCapturer, Graphs, progress_bar, run_layer
 from expertd_server.layer import MoELayer
-from expertd_server.layout import BatchKind, InputLayout, OutputLayout, input_layout, output_layout, slot_bytes
+from expertd_server.layout import (
+    NUM_VALID_BYTES,
+    BatchKind,
+    InputLayout,
+    OutputLayout,
+    input_layout,
+    output_layout,
+    slot_bytes,
+)
+from expertd_server.native import copy_bytes
 from expertd_server.promise import Promise
 from expertd_server.running import BatchReport, RunningBatch, unexpected
 from expertd_server.staging import HostSlot, Slot, SlotPool
@@ -203,8 +212,9 @@ class Engine:
         start_s = self.clock()
         views = self._views_of(slot)
         inputs, outputs, arguments = views.plan(layer.spec, kind, num_rows)
-        gather(views.host_in, inputs, layer, calls, num_tokens)
+        gather(views.host_in, inputs, layer, calls)
         if not slot.is_host:
+            copy_bytes(views.host_in, 0, num_tokens.to_bytes(NUM_VALID_BYTES, "little"))
             slot.send(inputs.nbytes(num_tokens))
         sent_s = self.clock()
         answer: MoEOutput | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from expertd_server.layer import MoELayer
 from expertd_server.native import Copies
 from expertd_server.timing import ForwardTiming
 
-__all__ = ["ForwardCall", "ForwardResult", "HostTensor"]
+__all__ = ["ForwardCall", "ForwardResult", "HostTensor", "Matrix"]
 
 
 @dataclass(slots=True)  # not frozen, which makes making one take three times as long; likewise below
@@ -62,22 +62,108 @@ class ForwardCall:
         return self.hidden_states.shape[0]
 
 
-@dataclass(slots=True)
+class Matrix(NamedTuple):
+    """A dense matrix in plain numbers, because a tensor takes long to make and to ask."""
+
+    dtype: torch.dtype
+    num_rows: int
+    num_columns: int
+    address: int
+    """Of host memory that belongs to somebody else."""
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Matrix | None:
+        """Where a matrix lies; None: it is not dense."""
+        if not tensor.is_contiguous():
+            return None
+        num_rows, num_columns = tensor.shape
+        return cls(tensor.dtype, num_rows, num_columns, tensor.data_ptr())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.num_rows * self.num_columns * self.dtype.itemsize
+
+    def rows(self, first: int, num_rows: int) -> Matrix:
+        """Some of its rows."""
+        address = self.address + first * self.num_columns * self.dtype.itemsize
+        return Matrix(self.dtype, num_rows, self.num_columns, address)
+
+
 class ForwardResult:
     """The answer to one call, in host memory of its own, but see `ForwardCall.encode`; the tensors that were not asked
-    for are None."""
+    for are None.
 
-    weights_version: int
-    timing: ForwardTiming
-    output: torch.Tensor | None = None
-    """[T, H] in the asked dtype."""
-    gemm2_output: torch.Tensor | None = None
-    """[P, H] bfloat16: the rows of this request alone, by local expert, then by slot; no padding."""
-    expert_weights: torch.Tensor | None = None
-    """[T, K] bfloat16."""
-    topk_ids: torch.Tensor | None = None
-    """[T, K] int32."""
-    expanded_idx_to_permuted_idx: torch.Tensor | None = None
-    """[T * K] int32."""
-    copies: Copies | None = None
-    """Where `ForwardCall.encode` notes what is to be copied out of these tensors; None: it copies at once."""
+    output: [T, H] in the asked dtype. gemm2_output: [P, H] bfloat16, the rows of this request alone, by local expert,
+    then by slot; no padding. expert_weights: [T, K] bfloat16. topk_ids: [T, K] int32. expanded_idx_to_permuted_idx:
+    [T * K] int32. copies: where `ForwardCall.encode` notes what is to be copied out of these tensors; None: it copies
+    at once.
+    """
+
+    __slots__ = (
+        "_matrix",
+        "_output",
+        "_rows",
+        "copies",
+        "expanded_idx_to_permuted_idx",
+        "expert_weights",
+        "gemm2_output",
+        "timing",
+        "topk_ids",
+        "weights_version",
+    )
+
+    def __init__(  # noqa: PLR0917 (made for every request, and keywords take time)
+        self,
+        weights_version: int,
+        timing: ForwardTiming,
+        output: torch.Tensor | None = None,
+        gemm2_output: torch.Tensor | None = None,
+        expert_weights: torch.Tensor | None = None,
+        topk_ids: torch.Tensor | None = None,
+        expanded_idx_to_permuted_idx: torch.Tensor | None = None,
+        copies: Copies | None = None,
+    ) -> None:
+        self.weights_version = weights_version
+        self.timing = timing
+        self.gemm2_output = gemm2_output
+        self.expert_weights = expert_weights
+        self.topk_ids = topk_ids
+        self.expanded_idx_to_permuted_idx = expanded_idx_to_permuted_idx
+        self.copies = copies
+        self._output = output
+        self._rows: slice | None = None
+        """Of _output, where that is a whole batch's."""
+        self._matrix: Matrix | None = None
+
+    def lies_in(self, output: torch.Tensor, whole: Matrix | None, first: int, num_rows: int) -> None:
+        """Say that its output is these rows of a batch's. whole: where that lies, if it is dense."""
+        self._output = output
+        self._rows = slice(first, first + num_rows)
+        self._matrix = None if whole is None else whole.rows(first, num_rows)
+
+    @property
+    def output(self) -> torch.Tensor | None:
+        """[T, H] in the asked dtype."""
+        if self._rows is not None and self._output is not None:
+            self._output, self._rows = self._output[self._rows], None
+        return self._output
+
+    @output.setter
+    def output(self, output: torch.Tensor | None) -> None:
+        self._output, self._rows, self._matrix = output, None, None
+
+    @property
+    def matrix(self) -> Matrix | None:
+        """Where its output lies, if it is dense and all that there is of the answer."""
+        if (
+            self.expert_weights is not None
+            or self.topk_ids is not None
+            or self.gemm2_output is not None
+            or self.expanded_idx_to_permuted_idx is not None
+        ):
+            return None
+        if self._matrix is None and self._output is not None:
+            assert self.output is not None
+            self._matrix = Matrix.of(self.output)
+        return self._matrix

@@ -17,7 +17,7 @@ from expertd_server import routing
 from expertd_server.forward import ForwardCall, HostTensor
 from expertd_server.fp8 import quantize_fp8
 from expertd_server.layer import MoELayer
-from expertd_server.layout import NUM_VALID_BYTES, BatchKind, InputLayout
+from expertd_server.layout import BatchKind, InputLayout
 from expertd_server.native import Copies, copy_bytes
 
 __all__ = ["gather", "kind_of"]
@@ -38,13 +38,10 @@ def kind_of(calls: Sequence[ForwardCall]) -> BatchKind:
     return BatchKind(hidden_dtype, is_routed, output_dtype)
 
 
-def gather(
-    flat: npt.NDArray[np.uint8], layout: InputLayout, layer: MoELayer, calls: Sequence[ForwardCall], num_tokens: int
-) -> None:
-    """Write a batch into a slot's host memory."""
+def gather(flat: npt.NDArray[np.uint8], layout: InputLayout, layer: MoELayer, calls: Sequence[ForwardCall]) -> None:
+    """Write what a batch computes on into a slot's host memory."""
     copies = Copies() if len(calls) > 1 else None  # to note a copy takes as long as to do a small one
     add = copy_bytes if copies is None else copies.add
-    add(flat, 0, num_tokens.to_bytes(NUM_VALID_BYTES, "little"))
     first = 0
     for call in calls:
         hidden_states = call.hidden_states
@@ -52,8 +49,7 @@ def gather(
             assert layer.hidden_states_scale is not None, "the service refuses such a call"
             hidden_states = _host_tensor(quantize_fp8(hidden_states.to_tensor(), layer.hidden_states_scale))
         add(flat, layout.hidden_states.end(first), hidden_states.data)
-        given = _routing_of(call, layer, is_routed=len(layout.routing) > 1)
-        for (_, part), tensor in zip(layout.routing, given, strict=True):
+        for (_, part), tensor in zip(layout.routing, _routing_of(call, layer, layout), strict=True):
             # float32 holds every bfloat16 logit exactly; weights are rounded to bfloat16 on entry anyway.
             same = tensor if tensor.dtype == part.dtype else _host_tensor(tensor.to_tensor().to(part.dtype))
             add(flat, part.end(first), same.data)
@@ -62,13 +58,13 @@ def gather(
         copies.run()
 
 
-def _routing_of(call: ForwardCall, layer: MoELayer, *, is_routed: bool) -> tuple[HostTensor, ...]:
+def _routing_of(call: ForwardCall, layer: MoELayer, layout: InputLayout) -> tuple[HostTensor, ...]:
     """The logits, or ids and weights: routed here, as the CPU backend does it, where only others in the batch are."""
     if call.routing_logits is None:
         assert call.topk_ids is not None
         assert call.topk_weights is not None
         return call.topk_ids, call.topk_weights
-    if not is_routed:
+    if len(layout.routing) == 1:
         return (call.routing_logits,)
     ids, weights = routing.route(layer.spec, call.routing_logits.to_tensor(), layer.routing_bias)
     return _host_tensor(ids), _host_tensor(weights)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from expertd_server.blocks import write_answer
-from expertd_server.codec import is_one_matrix
 from expertd_server.compiled import BLOCKS, CODEC
 from expertd_server.engine import ForwardResult
 from expertd_server.wire import WIRE_DTYPES, answer_tensors
@@ -17,15 +16,14 @@ def write_result(block: memoryview, result: ForwardResult, queue_tokens: int) ->
     Raises ValueError when the block has no room for it.
     """
     timing, version = result.timing, result.weights_version
-    if BLOCKS is None or CODEC is None or not is_one_matrix(result):
+    matrix = result.matrix
+    if BLOCKS is None or CODEC is None or matrix is None:
         write_answer(block, answer_tensors(result), timing, version, queue_tokens)
         return
-    output = result.output
-    assert output is not None
-    num_tokens, hidden_size = output.shape
+    dtype, num_tokens, hidden_size, address = matrix
     at = BLOCKS.write_matrix_head(
         block,
-        WIRE_DTYPES[output.dtype],
+        WIRE_DTYPES[dtype],
         num_tokens,
         hidden_size,
         timing.queue_us,
@@ -38,6 +36,6 @@ def write_result(block: memoryview, result: ForwardResult, queue_tokens: int) ->
         queue_tokens,
     )
     copies = result.copies or CODEC.Copies()
-    copies.add_memory(block, at, output.data_ptr(), output.nbytes)
+    copies.add_memory(block, at, address, num_tokens * hidden_size * dtype.itemsize)
     if result.copies is None:
         copies.run()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from expertd_server.backend import MoEOutput
 from expertd_server.batcher import Batch
 from expertd_server.errors import BackendError, ExpertdServerError
-from expertd_server.forward import ForwardCall, ForwardResult
+from expertd_server.forward import ForwardCall, ForwardResult, Matrix
 from expertd_server.layer import MoELayer
 from expertd_server.layout import OutputLayout
 from expertd_server.native import Copies
@@ -97,53 +97,49 @@ class RunningBatch:
     def _split(self) -> list[Any]:
         batch, clock = self.batch, self.clock
         start_s = clock()
-        answer = self._host_answer()
+        answer = self.answer
+        if answer is None or not self.slot.is_host:
+            answer = self._host_answer()
         entries, num_tokens, version = batch.entries, batch.num_tokens, self.layer.weights_version
         num_requests = len(entries)
         copy_in_s, wait_s, compute_s, copy_out_s = self.slot.times()
         self.compute_s, self.topk_ids = compute_s, answer.topk_ids
         copy_in_us, compute_us = round((self.gather_s + copy_in_s) * 1e6), round(compute_s * 1e6)
-        outputs = self._outputs(answer)
+        output = answer.output
+        whole = None if output is None else Matrix.of(output)
+        is_owned = num_requests == 1 and self.answer is not None
         copies = Copies() if num_requests > 1 else None  # see gather
-        parts: list[Any] = []
+        parts: list[ForwardResult] = []
         first = 0
-        for entry, output in zip(entries, outputs, strict=True):
+        for entry in entries:
             call = entry.payload
             queue_us = round((entry.queued_s + wait_s) * 1e6)
             timing = ForwardTiming(queue_us, copy_in_us, compute_us, 0, num_tokens, num_requests)
-            part = ForwardResult(version, timing, output, copies=copies)
+            part = ForwardResult(version, timing, copies=copies)
+            if output is not None and (call.encode is None or call.output_dtype != output.dtype):
+                # In memory of its own: a slow reader must not hold the whole batch's output.
+                rows = output if num_requests == 1 else output[first : first + entry.num_tokens]
+                part.output = _own(rows, call.output_dtype, is_owned=is_owned)
+            elif output is not None:
+                part.lies_in(output, whole, first, entry.num_tokens)
             if call.return_routing or not call.do_finalize:
                 self._fill(part, call, answer, first)
             first += entry.num_tokens
             parts.append(part)
         copy_out_us = round((copy_out_s + clock() - start_s) * 1e6)
-        # Last, and then nothing may go wrong any more: see _encoded.
-        for number, entry in enumerate(entries):
-            part = parts[number]
+        # Last, and then nothing may go wrong any more: the batch must not run again, because answers may have been
+        # written over what they were computed from.
+        answers: list[Any] = []
+        for entry, part in zip(entries, parts, strict=True):
             part.timing.copy_out_us = copy_out_us
             encode = entry.payload.encode
-            if encode is not None:
-                parts[number] = _encoded(encode, part)
+            try:
+                answers.append(part if encode is None else encode(part))
+            except Exception as error:  # its own alone
+                answers.append(error)
         if copies is not None:
-            copies.run()
-        return parts
-
-    def _outputs(self, answer: MoEOutput) -> Sequence[torch.Tensor | None]:
-        """Each call's rows of the output, in its own type; None where the output is not summed."""
-        output, entries = answer.output, self.batch.entries
-        if output is None:
-            return [None] * len(entries)
-        is_alone = len(entries) == 1
-        rows = (output,) if is_alone else output.split_with_sizes([entry.num_tokens for entry in entries])
-        dtype, is_owned = output.dtype, is_alone and self.answer is not None
-        outputs = []
-        for one, entry in zip(rows, entries, strict=True):
-            call = entry.payload
-            if call.encode is None or call.output_dtype != dtype:
-                # In memory of its own: a slow reader must not hold the whole batch's output.
-                one = _own(one, call.output_dtype, is_owned=is_owned)  # noqa: PLW2901
-            outputs.append(one)
-        return outputs
+            copies.run()  # from what the parts hold
+        return answers
 
     def _fill(self, part: ForwardResult, call: ForwardCall, answer: MoEOutput, first: int) -> None:
         """Set the tensors of one call's answer but its output. first: where the call's rows begin."""
@@ -160,7 +156,7 @@ class RunningBatch:
             part.topk_ids = answer.topk_ids[mine].to(torch.int32, copy=True)
 
     def _host_answer(self) -> MoEOutput:
-        """The whole batch's answer on the host; where it lies in the slot, as views."""
+        """The whole batch's answer, brought to the host; where it lies in the slot, as views."""
         slot, outputs, num_tokens = self.slot, self.outputs, self.batch.num_tokens
         if self.answer is None:
             return MoEOutput(
@@ -168,8 +164,6 @@ class RunningBatch:
                 expert_weights=outputs.expert_weights.view(slot.host_out, num_tokens),
                 output=outputs.output.view(slot.host_out, num_tokens),
             )
-        if slot.is_host:
-            return self.answer
         on_host: dict[str, Any] = {
             name: None if tensor is None else slot.read(tensor) for name, tensor in vars(self.answer).items()
         }
@@ -182,15 +176,6 @@ def unexpected(error: Exception, layer: MoELayer, num_tokens: int) -> BackendErr
         f"layer {layer.name!r}: the {layer.backend.name} backend failed on {num_tokens} tokens: "
         f"{type(error).__name__}: {error}"
     )
-
-
-def _encoded(encode: Callable[[ForwardResult], Any], result: ForwardResult) -> Any:
-    """What a caller makes of its answer, or its error as a result: the batch must not run again, because answers may
-    have been written over what they were computed from."""
-    try:
-        return encode(result)
-    except Exception as error:
-        return error
 
 
 def _own(rows: torch.Tensor, dtype: torch.dtype, *, is_owned: bool) -> torch.Tensor:

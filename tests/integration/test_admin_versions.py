@@ -152,8 +152,9 @@ def test_unloading_waits_for_what_is_in_flight() -> None:
             assert asked.result(PATIENCE_S).weights_version == 2
 
 
-def test_neither_an_idle_stream_nor_a_failed_batch_keeps_weights_alive() -> None:
-    backend = SteeredBackend()
+@pytest.mark.parametrize("name", ["cpu", "noop"])  # batches in a thread, and in the event loop
+def test_neither_an_idle_stream_nor_a_failed_batch_keeps_weights_alive(name: str) -> None:
+    backend = SteeredBackend(name=name)
     backend.gate.set()
     poison = np.full((2, HIDDEN_SIZE), backend.POISON, np.uint8)
     bad = pb.ForwardRequest(

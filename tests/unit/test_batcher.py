@@ -788,7 +788,11 @@ class Payload:
 class FailsLate(Done[str]):
     """A batch that fails while it computes, and has it in its frame."""
 
+    is_over = True
+
     def wait(self, seconds: float | None = None) -> bool:
+        if seconds is not None and not self.is_over:
+            return False
         raise RuntimeError("bad")
 
 
@@ -812,6 +816,40 @@ def test_an_answered_request_is_let_go_whoever_keeps_its_future(fails: str) -> N
             assert future.cancel()
         assert batcher.run_once() == (fails != "cancelled")
         assert future.done()
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("how", ["at once", "briefly", "by the waiting thread"])
+def test_nor_does_one_that_fails_where_requests_are_served_live_on(how: str) -> None:
+    launched: list[FailsLate] = []
+
+    def launch(batch: Batch[Payload, str]) -> FailsLate:
+        launched.append(FailsLate(["done"]))
+        launched[-1].is_over = how != "by the waiting thread"
+        return launched[-1]
+
+    in_flight = 1 if how == "at once" else 2
+    limits = Limits(max_batch_tokens=1, max_queue_tokens=10, max_queue_requests=10, max_in_flight=in_flight)
+    batcher, here = Batcher(launch, limits), Here()
+    batcher.start(here.soon)
+    payload = Payload()
+    alive = weakref.ref(payload)
+    gc.disable()
+    try:
+        promise = batcher.submit("a", payload, 1)
+        del payload
+        if how == "at once":
+            here.step()
+        else:
+            batcher.hurry()
+        assert promise.done() == (how != "by the waiting thread")
+        launched[0].is_over = True
+        here.step_until(promise.done)
+        with pytest.raises(RuntimeError, match="bad"):
+            promise.result(0)
+        assert batcher.stop(PATIENCE_S)
         assert alive() is None
     finally:
         gc.enable()

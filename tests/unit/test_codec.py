@@ -21,6 +21,7 @@ from expertd_server import codec, messages, native
 from expertd_server.compiled import CODEC
 from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming, HostTensor
 from expertd_server.errors import ExpertdServerError, InvalidArgumentError
+from expertd_server.forward import Matrix
 from expertd_server.native import (
     Copies,
     _Copies,
@@ -451,6 +452,28 @@ def test_an_answer_is_copied_at_once_or_with_others(num_tokens: int) -> None:
     several.run()
     assert codec.write_stream_answer(7, ForwardResult(3, timing, output=output), 8) == later
     assert later == encode_stream_response(7, ForwardResult(3, timing, output=output), 8)
+
+
+@pytest.mark.parametrize("first", [0, 1, 5])
+def test_rows_of_a_batch_are_written_as_a_tensor_of_their_own(first: int) -> None:
+    whole = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).to(torch.float16)
+    timing = ForwardTiming(1, 2, 3, 4, 5, 6)
+    expected = encode_response(ForwardResult(3, timing, output=whole[first : first + 3].clone()), 9)
+    for where in (Matrix.of(whole), None):
+        result = ForwardResult(3, timing)
+        result.lies_in(whole, where, first, 3)
+        assert codec.write_answer(result, 9) == expected
+        assert result.output is not None
+        assert torch.equal(result.output, whole[first : first + 3])
+        assert result.output is result.output
+    assert Matrix.of(whole[:, 1:]) is None, "it has gaps"
+    result = ForwardResult(3, timing, topk_ids=torch.ones(3, 2, dtype=torch.int32))
+    result.lies_in(whole, Matrix.of(whole), first, 3)
+    assert result.matrix is None, "there is more to write"
+    assert codec.write_answer(result, 9) == encode_response(result, 9)
+    result.output = whole
+    result.topk_ids = None
+    assert codec.write_answer(result, 9) == encode_response(ForwardResult(3, timing, output=whole), 9)
 
 
 @pytest.fixture

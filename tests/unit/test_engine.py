@@ -12,6 +12,8 @@ import torch
 from engine_calls import check, make_call
 from fake_device import FakeCapturer, FakeCudaBackend, fake_slots
 
+from expertd.v1 import expertd_pb2 as pb
+from expertd_server import codec
 from expertd_server.backend_cpu import TorchBackend
 from expertd_server.batcher import Limits
 from expertd_server.engine import BatchReport, Engine, ForwardCall, ForwardResult
@@ -102,6 +104,25 @@ def test_any_company_gives_the_operator_s_bytes(is_host: bool) -> None:
         for call, result in zip(calls, bench.run(*calls), strict=True):
             check(call, result, f"seed {seed}")
     assert bench.engine.slots.in_use == 0
+
+
+@pytest.mark.parametrize("is_host", [True, False], ids=["cpu", "device"])
+def test_any_company_gives_the_bytes_of_the_answer_to_one_alone(is_host: bool) -> None:
+    """Written where they lie: what is copied later must still be there then, of whatever type it is."""
+    bench = Bench(is_host=is_host)
+    for seed in range(12):
+        calls = [make_call(bench.layers[0], 1 + n % 3, seed * 100 + n) for n in range(8)]
+        for call in calls:
+            call.encode = lambda result: codec.write_stream_answer(1, result, 0)
+        lone = [tensors_of(bench.run(call)[0]) for call in calls]
+        assert [tensors_of(answer) for answer in bench.run(*calls)] == lone, f"seed {seed}"
+
+
+def tensors_of(answer: object) -> bytes:
+    assert isinstance(answer, bytes)
+    message = pb.ForwardStreamResponse.FromString(answer)
+    message.response.ClearField("timing")
+    return message.SerializeToString(deterministic=True)
 
 
 def test_every_bucket_full_and_in_part() -> None:
