@@ -36,6 +36,7 @@ from expertd_server.engine import BatchReport, Engine, ForwardCall, ForwardResul
 from expertd_server.event_loop import EventLoop
 from expertd_server.layer import MoELayer
 from expertd_server.layout import BatchKind, input_layout, num_valid_tokens
+from expertd_server.native import Copies
 from expertd_server.promise import Promise
 from expertd_server.synthetic import synthetic_spec
 from expertd_server.types import LayerSpec
@@ -78,9 +79,11 @@ def answering(call: ForwardCall) -> ForwardCall:
     memory = bytearray(call.num_tokens * call.layer.spec.hidden_size * call.output_dtype.itemsize)
 
     def encode(result: ForwardResult) -> None:
-        assert result.copies is not None
         assert result.output is not None
-        result.copies.add(memory, 0, result.output.view(torch.uint8).numpy())
+        copies = result.copies or Copies()
+        copies.add(memory, 0, result.output.view(torch.uint8).numpy())
+        if result.copies is None:  # it is alone in its batch
+            copies.run()
 
     call.encode = encode
     return call
