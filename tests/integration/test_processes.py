@@ -231,6 +231,8 @@ class TestDeath:
         dying, living = facts["frontend_pids"]
         restarts = server.scrape()["expertd_frontend_restarts_total", frozenset()]
         with server.stub_of(dying) as one, server.stub_of(living) as other, Load([one, other], requests()) as load:
+            os.kill(dying, signal.SIGSTOP)  # so that it dies with a request in hand
+            load.wait_exact(20, slice(1, 2))
             os.kill(dying, signal.SIGKILL)
             load.wait_exact(20, slice(1, 2))
             load.wait_exact(5, slice(0, 1))  # over a new connection, wherever that leads
