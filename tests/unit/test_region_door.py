@@ -276,7 +276,7 @@ def test_nothing_is_left_of_what_was_taken_or_refused(door: RegionDoor) -> None:
     until_s = time.monotonic() + PATIENCE_S
     while count_fds() > before and time.monotonic() < until_s:  # the door closes its end after it has answered
         time.sleep(0.01)
-    assert count_fds() == before
+    assert count_fds() <= before  # what others left to be closed may be so by now
     assert "test-region" not in Path("/proc/self/maps").read_text()
 
 
