@@ -216,7 +216,8 @@ def _code(number: int) -> grpc.StatusCode:
 class FakeServer:
     """A running fake service."""
 
-    def __init__(self, address: str = "localhost:0", credentials: grpc.ServerCredentials | None = None) -> None:
+    # NOTE: not localhost, which is two addresses: port 0 is free on the first, and may be another test's on the second.
+    def __init__(self, address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None) -> None:
         self.service = FakeService()
         self.health = health.HealthServicer()
         # With SO_REUSEPORT, gRPC's default, port 0 may be one where another test's server listens with it.
@@ -227,7 +228,7 @@ class FakeServer:
             self.port = self._grpc.add_insecure_port(address)
         else:
             self.port = self._grpc.add_secure_port(address, credentials)
-        self.target = f"localhost:{self.port}"
+        self.target = f"127.0.0.1:{self.port}"
         self._grpc.start()
 
     def stop(self) -> None:
