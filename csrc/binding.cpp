@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "address.h"
 #include "gemm.h"
 #include "params.h"
 #include "slot.h"
@@ -12,14 +13,8 @@
 
 namespace py = pybind11;
 using namespace expertd;
-using Address = uintptr_t;
 
 namespace {
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 LaunchConfig launch_config(Address stream, bool pdl) { return {pointer<CUstream_st>(stream), pdl}; }
 

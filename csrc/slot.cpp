@@ -9,19 +9,13 @@
 #include <chrono>
 #include <memory>
 
+#include "address.h"
 #include "check.h"
 
 namespace py = pybind11;
 
 namespace expertd {
 namespace {
-
-using Address = uintptr_t;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 struct DestroyGraph {
   void operator()(cudaGraphExec_t graph) const { cudaGraphExecDestroy(graph); }
