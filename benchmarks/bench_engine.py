@@ -53,7 +53,6 @@ from expertd_server.weights import ExpertWeights
 PATIENCE_S = 60.0
 USUAL = BatchKind(torch.float8_e4m3fn, False, torch.bfloat16)
 MAX_BATCH_TOKENS = 4096
-MAX_GRAPH_TOKENS = 1024
 PINNED_BYTES = 4 << 30
 
 
@@ -130,7 +129,7 @@ def placed(calls: list[ForwardCall], pinner: Pinner | None) -> list[ForwardCall]
     calls = [answering(call, memory) for call in calls]
     until_s = time.monotonic() + PATIENCE_S
     while pinner is not None and not all(
-        pinned_address(data)
+        pinned_address(data, len(data))
         for call in calls
         if call.routing_logits is not None and call.place is not None
         for data in (call.hidden_states.data, call.routing_logits.data, call.place)
@@ -324,8 +323,9 @@ def measure(
         one = placed([make_call(layers[0], tokens, seed) for seed in range(32)], shared)
         some = placed([make_call(layers[n % len(layers)], tokens, n) for n in range(max(96, len(layers)))], shared)
         lone = closed_loop(engine, loop, tally, one, in_flight=1, seconds=args.seconds / 2)
+        choices = [("one", one, layers[:1]), ("random", some, layers)][: len(layers)]
         for in_flight in args.in_flight:
-            for name, calls, chosen in (("one", one, layers[:1]), ("random", some, layers)):
+            for name, calls, chosen in choices:
                 cell = closed_loop(engine, loop, tally, calls, in_flight=in_flight, seconds=args.seconds)
                 cell |= {"tokens": tokens, "memory": memory, "in_flight": in_flight, "on": name}
                 cell |= {"lone_p50_us": lone["p50_us"], "lone_compute_us": lone["compute_us"]}
@@ -333,7 +333,8 @@ def measure(
                 if cell["graph_us"] is not None:
                     cell["of_bare_graphs"] = cell["tokens_per_s"] * cell["graph_us"] / cell["mean_batch_tokens"] / 1e6
                 cells.append(cell)
-            cells[-1]["of_one_layer"] = cells[-1]["tokens_per_s"] / cells[-2]["tokens_per_s"]
+            if len(choices) > 1:
+                cells[-1]["of_one_layer"] = cells[-1]["tokens_per_s"] / cells[-2]["tokens_per_s"]
     return cells
 
 
@@ -349,6 +350,7 @@ def main() -> int:
         "--memory", nargs="+", choices=("own", "shared"), default=["own", "shared"], help="where requests lie"
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--max-graph-tokens", type=int, default=1024, help="rows of the largest graph")
     parser.add_argument("--json", help="write the results here")
     args = parser.parse_args()
     console = Console(width=150)
@@ -364,7 +366,7 @@ def main() -> int:
     load_s = time.perf_counter() - started_s
 
     limits = Limits(max_batch_tokens=MAX_BATCH_TOKENS, max_queue_tokens=1 << 20, max_queue_requests=1 << 16)
-    engine = Engine(limits, backend, max_graph_tokens=MAX_GRAPH_TOKENS, on_batch=tally.add)
+    engine = Engine(limits, backend, max_graph_tokens=args.max_graph_tokens, on_batch=tally.add)
     free_bytes, started_s = torch.cuda.mem_get_info()[0], time.perf_counter()
     engine.capture(layers)
     torch.cuda.synchronize()

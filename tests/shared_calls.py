@@ -27,7 +27,7 @@ class SharedMemory:
     def pin(self) -> SharedMemory:
         """Wait until all of it is pinned."""
         until_s = time.monotonic() + PATIENCE_S
-        while not pinned_address(self.view):
+        while not pinned_address(self.view, len(self.view)):
             assert time.monotonic() < until_s, "the memory is not pinned"
             time.sleep(0.001)
         return self

@@ -57,7 +57,7 @@ def gather(
         for tensors in given:
             data = tensors[column].data
             nbytes = len(data)
-            address = direct_address(data)
+            address = direct_address(data, nbytes)
             if address:
                 spans.add_direct(start, nbytes, address)
             else:

@@ -8,7 +8,6 @@ view of it is gone; the same thread unpins and unmaps it, which takes as long.
 
 from __future__ import annotations
 
-import enum
 import logging
 import mmap
 import queue
@@ -38,10 +37,8 @@ _LET_GO_TRIES: Final = 1000
 _LET_GO_WAIT_S: Final = 0.001
 
 
-class _State(enum.IntEnum):
-    NEW = 0
-    ASKED = 1
-    PINNED = 2
+# States of a piece: plain numbers, which are asked for several times for each request.
+_NEW, _ASKED, _PINNED = range(3)
 
 
 class _Bytes(np.ndarray[Any, np.dtype[np.uint8]]):
@@ -62,7 +59,7 @@ class _Mapping:
         self.nbytes = len(mapped)
         self._first_piece = address // PIECE_BYTES
         self.states = bytearray((address + self.nbytes - 1) // PIECE_BYTES - self._first_piece + 1)
-        """A _State for each piece."""
+        """Of the pieces."""
 
     def bounds(self, piece: int) -> tuple[int, int]:
         """Address and bytes of a piece."""
@@ -70,27 +67,26 @@ class _Mapping:
         stop = min(self.address + self.nbytes, (self._first_piece + piece + 1) * PIECE_BYTES)
         return start, stop - start
 
-    def pinned_address(self, data: memoryview) -> int:
+    def pinned_address(self, data: memoryview, nbytes: int) -> int:
         """See below."""
         address = address_of(data)
         first = address // PIECE_BYTES - self._first_piece
-        last = (address + data.nbytes - 1) // PIECE_BYTES - self._first_piece
-        for piece in range(first, last + 1):
-            if self.states[piece] != _State.PINNED:
-                self._pinner.ask(self, first, last)
-                return 0
-        return address
+        stop = (address + nbytes - 1) // PIECE_BYTES - self._first_piece + 1
+        if self.states.count(_PINNED, first, stop) == stop - first:
+            return address
+        self._pinner.ask(self, range(first, stop))
+        return 0
 
 
-def pinned_address(data: bytes | memoryview) -> int:
-    """Where these bytes, one at least, lie, if a GPU can copy from and to there; 0: it cannot, or not yet.
+def pinned_address(data: bytes | memoryview, nbytes: int) -> int:
+    """Where the first nbytes, one at least, of these lie, if a GPU can copy from and to there; 0: not (yet).
 
     Good as long as somebody has a view of them.
     """
     if type(data) is not memoryview:
         return 0
     memory = data.obj
-    return memory.mapping.pinned_address(data) if isinstance(memory, _Bytes) else 0
+    return memory.mapping.pinned_address(data, nbytes) if isinstance(memory, _Bytes) else 0
 
 
 class Pinner:
@@ -125,13 +121,13 @@ class Pinner:
         weakref.finalize(memory, self._due.put, (mapping, -1)).atexit = False
         return memory.data
 
-    def ask(self, mapping: _Mapping, first: int, last: int) -> None:
+    def ask(self, mapping: _Mapping, pieces: range) -> None:
         """Have these pieces pinned, if there is room; for whoever has a view of them."""
-        for piece in range(first, last + 1):
-            if mapping.states[piece] != _State.NEW or self._is_off:
+        for piece in pieces:
+            if mapping.states[piece] != _NEW or self._is_off:
                 continue
             if self._has_room(mapping, piece):
-                mapping.states[piece] = _State.ASKED
+                mapping.states[piece] = _ASKED
                 self._due.put((mapping, piece))
             elif not self._has_said_full:
                 self._has_said_full = True
@@ -155,33 +151,36 @@ class Pinner:
             if due is None:
                 continue
             mapping, piece = due
-            if piece < 0:
-                self._let_go(mapping)
-            elif not self._is_off:
-                self._pin_piece(mapping, piece)
+            try:
+                if piece < 0:
+                    self._let_go(mapping)
+                elif not self._is_off:
+                    self._pin_piece(mapping, piece)
+            except Exception:  # this thread looks after everybody's memory
+                log.exception("a piece of shared memory made trouble")
             del due, mapping  # the wait for the next may be long
 
     def _pin_piece(self, mapping: _Mapping, piece: int) -> None:
         address, nbytes = mapping.bounds(piece)
         if not self._has_room(mapping, piece):  # others asked at the same time, and were first
-            mapping.states[piece] = _State.NEW
+            mapping.states[piece] = _NEW
             return
         try:
             self._pin(address, nbytes)
-        except RuntimeError as error:
+        except Exception as error:
             self._is_off = True
             log.warning("shared memory cannot be pinned, the processor copies: %s", error)
             return
         self.pinned_bytes += nbytes
-        mapping.states[piece] = _State.PINNED
+        mapping.states[piece] = _PINNED
 
     def _let_go(self, mapping: _Mapping) -> None:
         for piece, state in enumerate(mapping.states):
-            if state == _State.PINNED:
+            if state == _PINNED:
                 address, nbytes = mapping.bounds(piece)
                 try:
                     self._unpin(address)
-                except RuntimeError as error:
+                except Exception as error:
                     log.error("cannot unpin shared memory: %s", error)
                 self.pinned_bytes -= nbytes
         for _ in range(_LET_GO_TRIES):

@@ -38,4 +38,4 @@ def _place_of(call: ForwardCall, nbytes: int) -> int:
     place = call.place
     if place is None or call.encode is None or nbytes > len(place) or call.return_routing:
         return 0
-    return direct_address(place[:nbytes])
+    return direct_address(place, nbytes)

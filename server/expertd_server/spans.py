@@ -27,9 +27,9 @@ def whole(nbytes: int) -> list[Span]:
     return [(0, nbytes, 0)]
 
 
-def direct_address(data: bytes | memoryview) -> int:
-    """Where these bytes lie, if a device is to copy them from or to there; 0: the processor does."""
-    return pinned_address(data) if len(data) >= _MIN_DIRECT_BYTES else 0
+def direct_address(data: bytes | memoryview, nbytes: int) -> int:
+    """Where the first nbytes of these lie, if a device is to copy them from or to there; 0: the processor does."""
+    return pinned_address(data, nbytes) if nbytes >= _MIN_DIRECT_BYTES else 0
 
 
 class Spans:

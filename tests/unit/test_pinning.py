@@ -13,7 +13,7 @@ import pytest
 from fake_device import FakeDevice
 
 from expertd_server import pinning
-from expertd_server.pinning import Pinner, pinned_address
+from expertd_server.pinning import Pinner
 
 PATIENCE_S = 10.0
 PIECE_BYTES = 1 << 16
@@ -35,6 +35,10 @@ def pinner(device: FakeDevice) -> Iterator[Pinner]:
     yield pinner
     pinner.close()
     wait_for(lambda: not device.pinned)
+
+
+def pinned_address(data: bytes | memoryview) -> int:
+    return pinning.pinned_address(data, len(data))
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -138,6 +142,7 @@ def test_no_more_is_pinned_than_may_be_and_room_is_used_again(
     wait_pinned(second)
     assert sum(device.pinned.values()) == PIECE_BYTES
     del second
+    wait_for(lambda: not device.pinned)
     pinner.close()
 
 
