@@ -20,16 +20,16 @@ def scatter(layout: OutputLayout, calls: Sequence[ForwardCall], num_tokens: int)
     # NOTE: the ids come in any case, for metrics.
     spans = Spans((layout.expert_weights if wants_routing else layout.topk_ids).end(num_tokens))
     places = []
-    first = 0
+    start, row_bytes = layout.output.offset, layout.output.row_bytes
     for call in calls:
-        start, stop = layout.output.end(first), layout.output.end(first + call.num_tokens)
-        place = _place_of(call, stop - start)
+        nbytes = call.num_tokens * row_bytes
+        place = _place_of(call, nbytes)
         if place:
-            spans.add_direct(start, stop - start, place)
+            spans.add_direct(start, nbytes, place)
         else:
-            spans.add(start, stop - start)
+            spans.add(start, nbytes)
         places.append(place)
-        first += call.num_tokens
+        start += nbytes
     return spans.copies, places
 
 

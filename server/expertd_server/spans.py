@@ -15,8 +15,9 @@ Span: TypeAlias = tuple[int, int, int]
 """What one copy moves: where in the slot, how many bytes, and the address of the host's end; 0: at the same place of
 the slot's host memory."""
 
-# Less is copied by the processor in the time that a copy of the device takes to start.
-_MIN_DIRECT_BYTES: Final = 16 * 1024
+# To have the device copy a tensor takes two microseconds of the thread that serves, in which the processor, with help,
+# copies as much as this.
+_MIN_DIRECT_BYTES: Final = 32 * 1024
 
 # A copy takes as long to start as these bytes take on their way.
 _MAX_GAP_BYTES: Final = 64 * 1024
