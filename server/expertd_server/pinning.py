@@ -112,11 +112,13 @@ class Pinner:
         self._thread.start()
 
     def share(self, mapped: mmap.mmap) -> memoryview:
-        """A view of memory that this looks after from now on, until no view of it is left."""
+        """A view of memory that this looks after from now on, until no view of it is left; not when it is closed."""
+        with self._lock:
+            if self._is_closed:
+                return memoryview(mapped)
+            self._num_shared += 1
         memory = np.frombuffer(mapped, np.uint8).view(_Bytes)
         mapping = memory.mapping = _Mapping(self, mapped, memory.ctypes.data)
-        with self._lock:
-            self._num_shared += 1
         # NOTE: SimpleQueue alone may be used here: it is told in any thread, between any two instructions.
         weakref.finalize(memory, self._due.put, (mapping, -1)).atexit = False
         return memory.data
@@ -135,10 +137,10 @@ class Pinner:
 
     def close(self) -> None:
         """Pin nothing more. What is shared is looked after until nobody has it any more."""
-        self._is_off = self._is_closed = True
-        self._due.put(None)
         with self._lock:
+            self._is_off = self._is_closed = True
             is_idle = not self._num_shared
+        self._due.put(None)
         if is_idle:
             ended(self._thread)
 

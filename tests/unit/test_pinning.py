@@ -127,7 +127,7 @@ def test_no_more_is_pinned_than_may_be_and_room_is_used_again(
     device: FakeDevice, caplog: pytest.LogCaptureFixture
 ) -> None:
     pinner = device.pinner(2 * PIECE_BYTES)
-    first = pinner.share(mmap.mmap(-1, 2 * PIECE_BYTES - 4096))
+    first = pinner.share(mmap.mmap(-1, 2 * PIECE_BYTES))
     wait_pinned(first)
     second = pinner.share(mmap.mmap(-1, PIECE_BYTES))
     with caplog.at_level(logging.WARNING):
