@@ -10,7 +10,8 @@ from typing import Any
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server import codec
 from expertd_server.forward import ForwardCall, ForwardResult, HostTensor
-from expertd_server.pinning import Pinner, pinned_address
+from expertd_server.native import address_of
+from expertd_server.pinning import PIECE_BYTES, Pinner, pinned_address
 from expertd_server.regions import TENSORS, AnswerPlace
 
 PATIENCE_S = 30.0
@@ -21,7 +22,9 @@ class SharedMemory:
     """Calls in it, one behind the other, each with its tensors from where its answer goes, as in a client's region."""
 
     def __init__(self, pinner: Pinner, nbytes: int = 1 << 22) -> None:
-        self.view = pinner.share(mmap.mmap(-1, nbytes))
+        view = pinner.share(mmap.mmap(-1, nbytes + PIECE_BYTES))
+        first = -address_of(view) % PIECE_BYTES  # so that nothing small lies in two pieces
+        self.view = view[first : first + nbytes]
         self._next = 0
 
     def pin(self) -> SharedMemory:

@@ -154,7 +154,7 @@ def test_memory_that_is_not_pinned_yet_is_copied_by_the_processor(bench: Bench) 
     assert not addresses(bench.sent)
     assert not addresses(bench.fetched)
     bench.device.may_pin.set()
-    wait_for(lambda: bench.pinner.pinned_bytes)
+    bench.memory.pin()
     placed = [bench.memory.placed(call) for call in calls]
     assert [bench.memory.read(answer) for answer in bench.run(*placed)] == expected
     assert len(addresses(bench.sent)) == 6
