@@ -14,25 +14,30 @@ struct GemmMaps {
   CUtensorMap weights, tokens, tokens_part;
 };
 
-// kTileM weight rows by up to kTileN tokens in steps of kTileQuantum; kStages stages of kBoxes * 128 bytes of K.
-// kCluster: CTAs that work on as many token tiles of one expert side by side; each loads its share of the weight rows,
-// for all of them.
-template <int kM, int kN, int kQuantum, int kStages_, int kCtas, int kBoxes_ = 1, int kCluster_ = 1>
+// kTileM weight rows by up to kTileN tokens in steps of kTileQuantum. A stage of weights holds the rows of one
+// warpgroup and kWeightBoxes * 128 bytes of K, a stage of tokens kTokenBoxes * 128. kCluster: CTAs that work on as many
+// token tiles of one expert side by side; each loads its share of the weight rows, for all of them.
+template <int kM, int kN, int kQuantum, int kCtas, int kWeightBoxes_, int kWeightStages_, int kTokenBoxes_,
+          int kTokenStages_, int kCluster_ = 1>
 struct Family {
-  static constexpr int kBoxes = kBoxes_, kCluster = kCluster_;
+  static constexpr int kTileM = kM, kTileN = kN, kTileQuantum = kQuantum, kCtasPerSm = kCtas, kCluster = kCluster_;
+  static constexpr int kWeightBoxes = kWeightBoxes_, kWeightStages = kWeightStages_;
+  static constexpr int kTokenBoxes = kTokenBoxes_, kTokenStages = kTokenStages_;
   static constexpr int kWarpgroups = kM == 64 ? 1 : 2;  // that consume
-  static constexpr int kTileM = kM, kTileN = kN, kTileQuantum = kQuantum, kStages = kStages_, kCtasPerSm = kCtas;
+  // NOTE: a place in the ring of weights belongs to one warpgroup. Where they shared it, one would wait for a round
+  // after the other's, and a barrier tells apart two rounds only.
+  static_assert(kWeightStages % kWarpgroups == 0, "a warpgroup keeps its places in the ring of weights");
 };
 
-// NOTE: memory gives more when what is asked for together lies together. So decode families load 256 or 512 consecutive
-// bytes of each weight row per stage, one CTA per SM, with as many bytes on their way as fit.
-using FamilyS16W = Family<64, 16, 8, 5, 2, 2>;        // one token, short sums
-using FamilyS16X = Family<64, 16, 8, 5, 1, 4>;        // up to 9 rows per expert, long sums
-using FamilyD32W = Family<128, 32, 8, 5, 1, 2>;       // up to 20 rows per expert
-using FamilyD64W = Family<128, 64, 16, 4, 1, 2>;      // up to 45
-using FamilyM128 = Family<128, 128, 32, 6, 1>;        // up to 100
-using FamilyP160 = Family<256, 160, 32, 4, 1>;        // up to 150: memory still sets the pace
-using FamilyC160 = Family<256, 160, 16, 4, 1, 1, 2>;  // prefill
+// NOTE: memory gives more when what is asked for together lies together, and when much is on its way. So a stage of
+// weights is 256 or 512 consecutive bytes of each row, and few CTAs per SM have as many bytes on their way as fit.
+using FamilyS16W = Family<64, 16, 8, 2, 2, 5, 2, 5>;        // one token, short sums
+using FamilyS16X = Family<64, 16, 8, 1, 4, 5, 4, 5>;        // up to 9 rows per expert, long sums
+using FamilyD32W = Family<128, 32, 8, 1, 2, 10, 2, 5>;      // up to 20 rows per expert
+using FamilyD64W = Family<128, 64, 16, 1, 2, 8, 2, 4>;      // up to 45
+using FamilyM128 = Family<128, 128, 32, 1, 2, 6, 1, 6>;     // up to 100
+using FamilyP160 = Family<256, 160, 16, 1, 2, 4, 1, 4>;     // up to 150: memory still sets the pace
+using FamilyC160 = Family<256, 160, 16, 1, 2, 4, 1, 4, 2>;  // prefill
 
 struct FamilyInfo {
   const char* name;

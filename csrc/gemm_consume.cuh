@@ -9,49 +9,60 @@
 
 namespace expertd {
 
-// All of K for one tile of N tokens. done: the counter of the tile before, where that is still to be told.
+// All of K for one tile of N tokens. block counts the blocks of K of all tiles. done: the counter of the tile before,
+// where that is still to be told.
+//
+// A stage is let go as soon as its products are done, not once the next ones are under way: where memory sets the pace,
+// the place would lie idle until the next stage arrives. Where the tensor cores do, one warpgroup computes while the
+// other turns over.
 template <class G, int N>
-__device__ __forceinline__ void multiply(float* acc, uint32_t& step, int steps, const Shared<G>& shared, int group,
+__device__ __forceinline__ void multiply(float* acc, uint32_t& block, int blocks, const Shared<G>& shared, int group,
                                          int lane, int* done) {
-  const uint32_t weight_offset = group * (64 * G::kAtoms * kBoxK);
-  for (int ks = 0; ks < steps; ++ks, ++step) {
-    shared.tokens.wait_full(step);
-    shared.weights.wait_full(step);
-    if constexpr (G::kGather) sm90::fence_proxy_async_shared();  // cp.async wrote through the generic proxy
-    const uint64_t w = sm90::matrix_descriptor(shared.weights.stage(step) + weight_offset);
-    const uint64_t x = sm90::matrix_descriptor(shared.tokens.stage(step));
-    sm90::wgmma_fence();
+  for (int i = 0; i < blocks; ++i, ++block) {
+    const uint32_t weight_step = block * G::kWarpgroups + group, token_step = block * G::kParts;
+    shared.weights.wait_full(weight_step);
+    const uint64_t w = sm90::matrix_descriptor(shared.weights.stage(weight_step));
 #pragma unroll
-    for (int kk = 0; kk < 4 * G::F::kBoxes; ++kk) {
-      const uint64_t w_box = w + kk / 4 * (G::kWeightBox / 16) + kk % 4 * 2;
-      const uint64_t x_box = x + kk / 4 * (G::kTokenBox / 16) + kk % 4 * 2;
+    for (int part = 0; part < G::kParts; ++part) {
+      shared.tokens.wait_full(token_step + part);
+      if constexpr (G::kGather) sm90::fence_proxy_async_shared();  // cp.async wrote through the generic proxy
+      const uint64_t x = sm90::matrix_descriptor(shared.tokens.stage(token_step + part));
+      sm90::wgmma_fence();
 #pragma unroll
-      for (int atom = 0; atom < G::kAtoms; ++atom) {
-        sm90::Wgmma<N>::mma(acc + atom * (G::F::kTileN / 2), w_box + atom * 512, x_box, (ks | kk) != 0);
+      for (int kk = 0; kk < 4 * G::F::kTokenBoxes; ++kk) {
+        const uint64_t w_box = w + (part * G::F::kTokenBoxes + kk / 4) * (G::kWeightBox / 16) + kk % 4 * 2;
+        const uint64_t x_box = x + kk / 4 * (G::kTokenBox / 16) + kk % 4 * 2;
+#pragma unroll
+        for (int atom = 0; atom < G::kAtoms; ++atom) {
+          sm90::Wgmma<N>::mma(acc + atom * (G::F::kTileN / 2), w_box + atom * 512, x_box, (i | part | kk) != 0);
+        }
       }
+      sm90::wgmma_commit_group();
     }
-    sm90::wgmma_commit_group();
     if constexpr (G::kLateRelease) {
-      if (ks == 1 && done != nullptr && (threadIdx.x & 127) == 0) sm90::red_release_add(done, 1);
+      if (i == 0 && done != nullptr && (threadIdx.x & 127) == 0) sm90::red_release_add(done, 1);
     }
-    sm90::wgmma_wait_group<1>();  // the previous step is done
-    if (ks > 0) shared.release_step(step - 1, lane);
+    if constexpr (G::kParts == 2) {
+      sm90::wgmma_wait_group<1>();
+      shared.release_tokens(token_step, lane);
+    }
+    sm90::wgmma_wait_group<0>();
+    shared.release_tokens(token_step + G::kParts - 1, lane);
+    shared.release_weights(weight_step, lane);
   }
-  sm90::wgmma_wait_group<0>();
-  shared.release_step(step - 1, lane);
 }
 
 template <class G, int kUnits = 1>
-__device__ __forceinline__ void multiply_width(int units, float* acc, uint32_t& step, int steps,
+__device__ __forceinline__ void multiply_width(int units, float* acc, uint32_t& block, int blocks,
                                                const Shared<G>& shared, int group, int lane, int* done) {
   constexpr int kWidth = kUnits * G::F::kTileQuantum;
   if constexpr (kWidth >= G::F::kTileN) {
-    multiply<G, kWidth>(acc, step, steps, shared, group, lane, done);
+    multiply<G, kWidth>(acc, block, blocks, shared, group, lane, done);
   } else {
     if (units == kUnits) {
-      multiply<G, kWidth>(acc, step, steps, shared, group, lane, done);
+      multiply<G, kWidth>(acc, block, blocks, shared, group, lane, done);
     } else {
-      multiply_width<G, kUnits + 1>(units, acc, step, steps, shared, group, lane, done);
+      multiply_width<G, kUnits + 1>(units, acc, block, blocks, shared, group, lane, done);
     }
   }
 }
@@ -59,8 +70,8 @@ __device__ __forceinline__ void multiply_width(int units, float* acc, uint32_t& 
 template <class G>
 __device__ __forceinline__ void consume(const GemmParams& p, const Shared<G>& shared, int warp, int lane) {
   using F = typename G::F;
-  const int group = warp >> 2, steps = num_steps<G>(p);
-  uint32_t step = 0;
+  const int group = warp >> 2, blocks = num_blocks<G>(p);
+  uint32_t block = 0;
   Tile t = {shared.tile_for_warp(0, lane)};
   int* done = nullptr;
   // NOTE: nothing may follow this loop, and nothing may leave it by break: ptxas 13.0 would then drop the register
@@ -70,7 +81,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Shared<G>& sh
     e.scale = __ldg(p.scale + t.expert());  // before the products: behind them somebody would wait for it
     e.scale_gate = G::kGather ? __ldg(p.scale_gate + t.expert()) : 0.0f;
     float acc[G::kAccumulators];
-    multiply_width<G>(t.width<F>() / F::kTileQuantum, acc, step, steps, shared, group, lane, done);
+    multiply_width<G>(t.width<F>() / F::kTileQuantum, acc, block, blocks, shared, group, lane, done);
 #pragma unroll
     for (int i = 0; i < G::kAccumulators; ++i) asm volatile("" : "+f"(acc[i])::"memory");
     __syncwarp();
@@ -104,10 +115,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Shared<G>& sh
     ++n;
     t = {shared.tile_for_warp(n, lane)};
     if constexpr (G::kLateRelease) {
-      if (t.is_end() || steps < 2) {
-        if (done != nullptr && (threadIdx.x & 127) == 0) sm90::red_release_add(done, 1);
-        done = nullptr;
-      }
+      if (t.is_end() && done != nullptr && (threadIdx.x & 127) == 0) sm90::red_release_add(done, 1);
     }
   }
 }

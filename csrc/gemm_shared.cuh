@@ -24,29 +24,31 @@ struct Ring {
 // What the warps of a CTA (and its neighbour) share.
 template <class G>
 struct Shared {
-  Ring<G::F::kStages, G::kWeightBytes> weights;
-  Ring<G::F::kStages, G::kTokenBytes> tokens;
+  Ring<G::F::kWeightStages, G::kWeightBytes> weights;
+  Ring<G::F::kTokenStages, G::kTokenBytes> tokens;
   uint32_t staging, tile_full, tile_empty, slots, rank;
 
   __device__ __forceinline__ explicit Shared(const void* smem) {
     rank = G::kPair ? sm90::cluster_ctarank() : 0;
     weights.data = (sm90::smem_address(smem) + 1023u) & ~1023u;  // the swizzle wants stages on 1024-byte boundaries
-    tokens.data = weights.data + G::F::kStages * G::kWeightBytes;
+    tokens.data = weights.data + G::F::kWeightStages * G::kWeightBytes;
     staging = weights.data + G::kRingBytes;
     weights.barriers = staging + G::kWarpgroups * G::kStagingBytes;
-    tokens.barriers = weights.barriers + 2 * G::F::kStages * 8;
-    tile_full = tokens.barriers + 2 * G::F::kStages * 8;
+    tokens.barriers = weights.barriers + 2 * G::F::kWeightStages * 8;
+    tile_full = tokens.barriers + 2 * G::F::kTokenStages * 8;
     tile_empty = tile_full + 16;
     slots = tile_empty + 16;
   }
 
-  // A consumer warp is done with a step. Weights are written by both CTAs of a cluster, so both have to know.
-  __device__ __forceinline__ void release_step(uint32_t step, int lane) const {
+  // A consumer warp is done with a stage. Weights are written by both CTAs of a cluster, so both have to know.
+  __device__ __forceinline__ void release_weights(uint32_t step, int lane) const {
     if (lane == 0) sm90::mbarrier_arrive(weights.empty(step));
-    if (lane == 1) sm90::mbarrier_arrive(tokens.empty(step));
     if constexpr (G::kPair) {
       if (lane == 2) sm90::mbarrier_arrive_cluster(weights.empty(step), rank ^ 1);
     }
+  }
+  __device__ __forceinline__ void release_tokens(uint32_t step, int lane) const {
+    if (lane == 1) sm90::mbarrier_arrive(tokens.empty(step));
   }
 
   __device__ __forceinline__ void wait_tile(uint32_t n) const {

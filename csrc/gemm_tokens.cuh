@@ -16,7 +16,7 @@ __device__ __forceinline__ void produce_tokens(const GemmParams& p, const Shared
                                                const CUtensorMap* map_part) {
   using F = typename G::F;
   const uint64_t policy = sm90::createpolicy_evict_last();
-  const int steps = num_steps<G>(p);
+  const int steps = num_blocks<G>(p) * G::kParts;
   sm90::griddepcontrol_launch_dependents();
   uint32_t step = 0;
   int ready_tile = -1;
@@ -39,11 +39,11 @@ __device__ __forceinline__ void produce_tokens(const GemmParams& p, const Shared
     for (int ks = 0; ks < steps; ++ks, ++step) {
       const uint32_t full = shared.tokens.full(step);
       shared.tokens.wait_empty(step);
-      sm90::mbarrier_arrive_expect_tx(full, F::kBoxes * width * kBoxK);
+      sm90::mbarrier_arrive_expect_tx(full, F::kTokenBoxes * width * kBoxK);
 #pragma unroll
-      for (int box = 0; box < F::kBoxes; ++box) {
+      for (int box = 0; box < F::kTokenBoxes; ++box) {
         const uint32_t dst = shared.tokens.stage(step) + box * G::kTokenBox;
-        const int k = ks * G::kStepK + box * kBoxK;
+        const int k = ks * G::kTokenK + box * kBoxK;
         if (width == F::kTileN) {
           sm90::cp_async_bulk_tensor_2d(dst, map, full, k, t.first_row(), policy);
         } else {
@@ -65,7 +65,7 @@ __device__ __forceinline__ void gather_tokens(const GemmParams& p, const Shared<
   using F = typename G::F;
   constexpr int kRowStride = 4 * G::kTokenWarps, kRowsPerThread = (F::kTileN + kRowStride - 1) / kRowStride;
   static_assert(G::kTokenWarps % 2 == 1, "the swizzle below alternates from turn to turn");
-  const int steps = num_steps<G>(p);
+  const int steps = num_blocks<G>(p) * G::kParts;
   const int chunk = lane & 7, row0 = 4 * warp + (lane >> 3);
   // The swizzle by hand: chunk ^ row % 8. A turn further on is 12 rows, so row % 8 has changed by 4.
   const uint32_t even = row0 * kBoxK + ((chunk ^ (row0 & 7)) << 4), odd = even ^ (4 << 4);
@@ -97,9 +97,9 @@ __device__ __forceinline__ void gather_tokens(const GemmParams& p, const Shared<
       shared.tokens.wait_empty(step);
       const uint32_t stage = shared.tokens.stage(step);
 #pragma unroll
-      for (int box = 0; box < F::kBoxes; ++box) {
+      for (int box = 0; box < F::kTokenBoxes; ++box) {
         // Past the end of K both operands must be true zeros: the other one may hold anything, and 0 * NaN is NaN.
-        const int k = ks * G::kStepK + box * kBoxK;
+        const int k = ks * G::kTokenK + box * kBoxK;
         const uint32_t bytes = k + chunk * 16 < p.k ? 16 : 0;
         const uint8_t* x = p.x + k;
 #pragma unroll

@@ -14,20 +14,22 @@ struct GemmTraits {
   static constexpr bool kGated = kOut == kSwiglu || kOut == kGeglu;
   static constexpr bool kGather = kOut != kBFloat16;
   static constexpr int kWarpgroups = F::kWarpgroups;
-  static constexpr int kAtoms = F::kTileM / (64 * kWarpgroups);
+  static constexpr int kGroupRows = F::kTileM / kWarpgroups, kAtoms = kGroupRows / 64;  // of one warpgroup
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + 128;
   // The producers: a warp (one thread of it) for weights, then one for tokens (one thread), or three that gather them.
   static constexpr int kTokenWarps = kGather ? 3 : 1;
-  static constexpr int kStepK = F::kBoxes * kBoxK;  // bytes of K per stage: boxes side by side
-  static constexpr int kCluster = F::kCluster, kShareM = F::kTileM / kCluster;  // weight rows that this CTA loads
+  // A block of K: a stage of weights for each warpgroup, and kParts stages of tokens, which all of them need.
+  static constexpr int kBlockK = F::kWeightBoxes * kBoxK, kTokenK = F::kTokenBoxes * kBoxK, kParts = kBlockK / kTokenK;
+  static_assert(kBlockK == kParts * kTokenK && kParts <= 2, "multiply() waits for one part or two");
+  static constexpr int kCluster = F::kCluster, kShareRows = kGroupRows / kCluster;  // of a stage, that a CTA loads
   static constexpr bool kPair = kCluster == 2;
   static_assert(kCluster <= 2, "a CTA has one neighbour at most");
-  static constexpr int kWeightBox = F::kTileM * kBoxK, kTokenBox = F::kTileN * kBoxK;
-  static constexpr int kWeightBytes = F::kBoxes * kWeightBox, kTokenBytes = F::kBoxes * kTokenBox;
-  static constexpr int kRingBytes = F::kStages * (kWeightBytes + kTokenBytes);
-  static constexpr int kBarriers = 4 * F::kStages + 4;
+  static constexpr int kWeightBox = kGroupRows * kBoxK, kTokenBox = F::kTileN * kBoxK;
+  static constexpr int kWeightBytes = F::kWeightBoxes * kWeightBox, kTokenBytes = F::kTokenBoxes * kTokenBox;
+  static constexpr int kRingBytes = F::kWeightStages * kWeightBytes + F::kTokenStages * kTokenBytes;
+  static constexpr int kBarriers = 2 * (F::kWeightStages + F::kTokenStages) + 4;
   // Shared memory besides the staging of results: alignment, rings, barriers, tile slots.
   static constexpr int kFixedBytes = 1024 + kRingBytes + ((kBarriers * 8 + 15) & ~15) + 2 * 16;
   static constexpr int kMaxSmem = 232448 / F::kCtasPerSm - (F::kCtasPerSm > 1 ? 1024 : 0);
@@ -52,10 +54,10 @@ struct GemmTraits {
                 "a launch allocates equally, and raising waits for ever for what nobody gave up");
 };
 
-// Stages that the sums of a tile take.
+// Blocks of K that the sums of a tile take.
 template <class G>
-__device__ __forceinline__ int num_steps(const GemmParams& p) {
-  return (p.k + G::kStepK - 1) / G::kStepK;
+__device__ __forceinline__ int num_blocks(const GemmParams& p) {
+  return (p.k + G::kBlockK - 1) / G::kBlockK;
 }
 
 // Tiles over the weight rows of one expert.

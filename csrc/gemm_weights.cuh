@@ -7,16 +7,22 @@
 
 namespace expertd {
 
+// First of the weight rows that CTA `rank` of a cluster loads for a warpgroup.
+template <class G>
+__device__ __forceinline__ int first_weight_row(int m_tile, int group, uint32_t rank) {
+  return m_tile * G::F::kTileM + group * G::kGroupRows + rank * G::kShareRows;
+}
+
 // This CTA's share of the weights of a stage, into all CTAs of the cluster.
 template <class G>
-__device__ __forceinline__ void load_weights(const CUtensorMap* map, uint32_t dst, uint32_t bar, int step,
+__device__ __forceinline__ void load_weights(const CUtensorMap* map, uint32_t dst, uint32_t bar, int block, int group,
                                              const Tile& t, uint64_t policy, uint32_t rank) {
   constexpr uint16_t kAll = (1 << G::kCluster) - 1;
-  const int first = t.m_tile() * G::F::kTileM + rank * G::kShareM;
+  const int first = first_weight_row<G>(t.m_tile(), group, rank);
 #pragma unroll
-  for (int box = 0; box < G::F::kBoxes; ++box) {
-    const int k = step * G::kStepK + box * kBoxK;
-    const uint32_t at = dst + box * G::kWeightBox + rank * (G::kShareM * kBoxK);
+  for (int box = 0; box < G::F::kWeightBoxes; ++box) {
+    const int k = block * G::kBlockK + box * kBoxK;
+    const uint32_t at = dst + box * G::kWeightBox + rank * (G::kShareRows * kBoxK);
     if constexpr (G::kGated && G::kPair) {
       sm90::cp_async_bulk_tensor_5d_multicast(at, map, bar, k, 0, 0, first / 16, t.expert(), kAll, policy);
     } else if constexpr (G::kGated) {
@@ -29,14 +35,14 @@ __device__ __forceinline__ void load_weights(const CUtensorMap* map, uint32_t ds
   }
 }
 
-// One CTA's share of the weights of a step, into L2.
+// One CTA's share of the weights of a stage, into L2.
 template <class G>
-__device__ __forceinline__ void prefetch_weights(const CUtensorMap* map, int step, int m_tile, int expert,
+__device__ __forceinline__ void prefetch_weights(const CUtensorMap* map, int block, int group, int m_tile, int expert,
                                                  uint32_t rank) {
-  const int first = m_tile * G::F::kTileM + rank * G::kShareM;
+  const int first = first_weight_row<G>(m_tile, group, rank);
 #pragma unroll
-  for (int box = 0; box < G::F::kBoxes; ++box) {
-    const int k = step * G::kStepK + box * kBoxK;
+  for (int box = 0; box < G::F::kWeightBoxes; ++box) {
+    const int k = block * G::kBlockK + box * kBoxK;
     if constexpr (G::kGated) {
       sm90::cp_async_bulk_prefetch_tensor_5d(map, k, 0, 0, first / 16, expert);
     } else {
@@ -58,11 +64,11 @@ template <class G>
 __device__ __forceinline__ void produce_weights(const GemmParams& p, const Shared<G>& shared, const CUtensorMap* map,
                                                 TileQueue<G>& queue, typename TileQueue<G>::Found next) {
   const uint64_t policy = weight_policy<G>();
-  const int steps = num_steps<G>(p);
+  const int blocks = num_blocks<G>(p);
   if (shared.rank == 0) queue.publish(next, 0);
   // The next tile is found early and told early, so that its tokens' rows can be looked up while this one's are loaded;
   // but not before the consumers are on this tile, and have let go of the slot.
-  const int find_at = min(1, steps - 1), tell_at = min(G::F::kStages + 1, steps - 1);
+  const int find_at = min(1, blocks - 1), tell_at = min(G::F::kWeightStages / G::kWarpgroups + 1, blocks - 1);
   uint32_t step = 0, n = 0;
   for (;; ++n) {
     Tile t;
@@ -76,21 +82,24 @@ __device__ __forceinline__ void produce_weights(const GemmParams& p, const Share
       shared.release_tile(n);
     }
 #pragma unroll 1
-    for (int ks = 0; ks < steps; ++ks, ++step) {
-      const uint32_t full = shared.weights.full(step);
-      shared.weights.wait_empty(step);
-      sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
-      load_weights<G>(map, shared.weights.stage(step), full, ks, t, policy, shared.rank);
+    for (int block = 0; block < blocks; ++block) {
+#pragma unroll 1
+      for (int group = 0; group < G::kWarpgroups; ++group, ++step) {
+        const uint32_t full = shared.weights.full(step);
+        shared.weights.wait_empty(step);
+        sm90::mbarrier_arrive_expect_tx(full, G::kWeightBytes);
+        load_weights<G>(map, shared.weights.stage(step), full, block, group, t, policy, shared.rank);
+      }
       if (shared.rank == 0) {
-        if (ks == find_at) next = queue.load();
-        if (ks == tell_at) queue.publish(next, n + 1);
+        if (block == find_at) next = queue.load();
+        if (block == tell_at) queue.publish(next, n + 1);
       }
     }
   }
   if (shared.rank == 0) queue.close(n);
   if constexpr (G::kPair) {
     // NOTE: a CTA's shared memory must live until the neighbour's last arrivals, which these waits see.
-    for (uint32_t last = step + G::F::kStages; step != last; ++step) shared.weights.wait_empty(step);
+    for (uint32_t last = step + G::F::kWeightStages; step != last; ++step) shared.weights.wait_empty(step);
   }
 }
 
@@ -102,9 +111,12 @@ __device__ __forceinline__ void prefetch_likely_weights(const GemmParams& p, con
   const int per_expert = num_m_tiles<G>(p) * p.likely_token_tiles;
   const int expert = blockIdx.x / per_expert, m_tile = blockIdx.x % per_expert / p.likely_token_tiles;
   if (expert >= p.num_experts) return;
-  const int steps = min(F::kStages, num_steps<G>(p));
+  const int steps = min(F::kWeightStages, num_blocks<G>(p) * G::kWarpgroups);
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) prefetch_weights<G>(map, step, m_tile, expert, blockIdx.x % G::kCluster);
+  for (int step = 0; step < steps; ++step) {
+    const int block = step / G::kWarpgroups, group = step % G::kWarpgroups;
+    prefetch_weights<G>(map, block, group, m_tile, expert, blockIdx.x % G::kCluster);
+  }
 }
 
 }  // namespace expertd

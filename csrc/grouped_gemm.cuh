@@ -2,7 +2,7 @@
 // and tokens as N, so that few tokens cost few columns. One kernel template for both products and all sizes.
 //
 // A CTA takes tiles (weight rows x tokens) from a dynamic counter. One warpgroup produces: one thread of it streams
-// weights into a ring by TMA, 128 bytes of K (or more) per stage; its other warps stream tokens into a second ring, by
+// weights into a ring by TMA, a stage for each warpgroup in turn; its other warps stream tokens into a second ring, by
 // TMA (product 2) or gathered row by row with cp.async (product 1). The other warpgroups consume: wgmma over the rings,
 // then the epilogue, while the producers already fill the next tile's stages.
 //
@@ -41,9 +41,11 @@ __global__ void __launch_bounds__(G::kThreads, G::F::kCtasPerSm)
   const Shared<G> shared(smem);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < G::F::kStages; ++s) {
+    for (int s = 0; s < G::F::kWeightStages; ++s) {
       sm90::mbarrier_init(shared.weights.full(s), 1);
-      sm90::mbarrier_init(shared.weights.empty(s), G::kCluster * G::kConsumerWarps);
+      sm90::mbarrier_init(shared.weights.empty(s), G::kCluster * 4);  // the warps of one warpgroup
+    }
+    for (int s = 0; s < G::F::kTokenStages; ++s) {
       sm90::mbarrier_init(shared.tokens.full(s), G::kGather ? 32 * G::kTokenWarps : 1);
       sm90::mbarrier_init(shared.tokens.empty(s), G::kConsumerWarps);
     }

@@ -181,7 +181,7 @@ class Batcher(Generic[P, R]):
         self._due = threading.Condition(lock)
         self._left = threading.Condition(lock)
         self._launched = threading.Condition(lock)
-        # Every key here has at least one entry.
+        # Every key here has at least one entry; the key whose first entry is oldest comes first.
         self._queues: dict[Hashable, OrderedDict[int, Entry[P, R]]] = {}
         self.queue_tokens = 0
         """Tokens that wait; for others to read."""
@@ -578,14 +578,17 @@ class Batcher(Generic[P, R]):
         with self._lock:
             queue = self._queues.get(entry.key)
             if queue is not None and queue.pop(entry.sequence, None) is not None:
-                self._account_left(entry)
+                self.queue_tokens -= entry.num_tokens
+                self.queue_requests -= 1
+                self._shrunk(entry.key)
                 self._tell_left()
 
-    def _account_left(self, entry: Entry[P, R]) -> None:
-        self.queue_tokens -= entry.num_tokens
-        self.queue_requests -= 1
-        if not self._queues[entry.key]:
-            del self._queues[entry.key]
+    def _shrunk(self, key: Hashable) -> None:
+        """A queue has lost its first entries, or others: keep the keys in order."""
+        if not self._queues[key]:
+            del self._queues[key]
+        elif len(self._queues) > 1:
+            self._queues = dict(sorted(self._queues.items(), key=lambda item: next(iter(item[1]))))
 
     def _take(self, timeout_s: float) -> tuple[Batch[P, R] | None, list[Entry[P, R]]]:
         """The batch that is due, if any, and the entries whose deadline passed while they waited."""
@@ -609,9 +612,9 @@ class Batcher(Generic[P, R]):
 
     def _first_due(self) -> tuple[Hashable | None, float]:
         """The key to run next and when: among those due first, the one whose first entry is oldest."""
+        if not self._limits.max_queue_delay_s:
+            return (next(iter(self._queues)), float("-inf")) if self._queues else (None, float("inf"))
         best: tuple[float, int, Hashable] | None = None
-        if len(self._queues) == 1 and not self._limits.max_queue_delay_s:
-            return next(iter(self._queues)), float("-inf")
         for key, queue in self._queues.items():
             head = next(iter(queue.values()))
             due_s = head.admitted_s + (self._limits.max_queue_delay_s if self._may_wait(queue) else 0.0)
@@ -649,8 +652,7 @@ class Batcher(Generic[P, R]):
                 continue
             members.append(entry)
             tokens += entry.num_tokens
-        if not queue:
-            del self._queues[key]
+        self._shrunk(key)
         if members:
             self._running_tokens += tokens
             self._running_requests += len(members)

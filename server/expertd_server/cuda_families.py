@@ -36,8 +36,8 @@ class Family:
 
     @property
     def weight_box(self) -> int:
-        """Weight rows that one CTA loads, for all of its cluster."""
-        return self.tile_m // self.cluster
+        """Weight rows that one CTA loads at a time: for one warpgroup, and all of its cluster."""
+        return self.tile_m // self.warpgroups // self.cluster
 
     def ready_count(self, weight_rows: int) -> int:
         """What a token tile's counter reaches when the first product is done with it: one for each warpgroup."""

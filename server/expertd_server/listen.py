@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import socket
 from pathlib import Path
 
 import grpc
@@ -19,18 +22,40 @@ def bind(
     port: int,
     *,
     client_ca_option: str = "tls_client_ca_file",
+    shares_port: bool = False,
 ) -> int:
     """Have a gRPC server listen, with the TLS options of `config`; returns the real port. Raises ConfigError.
 
-    client_ca_option: the one that names the authorities of the clients.
+    client_ca_option: the one that names the authorities of the clients. shares_port: others may listen there too.
     """
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if port and not shares_port:
+        _check_free(host, port)
     try:
         if config.tls_cert_file is None:
             return server.add_insecure_port(address)
         return server.add_secure_port(address, _credentials(config, client_ca_option))
     except RuntimeError as error:
         raise ConfigError(f"cannot listen on {address}: {error}; is the port in use?") from error
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raise ConfigError where somebody has the port at one of the host's addresses.
+
+    gRPC is content with the free ones of them: "localhost" is two, and calls to the other would reach somebody else.
+    """
+    with contextlib.suppress(socket.gaierror):  # gRPC has words for that
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            try:
+                with socket.socket(family, kind, protocol) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    if family == socket.AF_INET6:
+                        probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    probe.bind(address)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:  # of an address that is not here gRPC does without, too
+                    where = f"{host}:{port}" if address[0] == host else f"{host}:{port} ({address[0]})"
+                    raise ConfigError(f"cannot listen on {where}: {error.strerror}; is the port in use?") from error
 
 
 def _credentials(config: Config, client_ca_option: str) -> grpc.ServerCredentials:

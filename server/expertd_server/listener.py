@@ -161,7 +161,7 @@ class Listener:
         if config.reflection:
             names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._grpc)
-        return bind(self._grpc, config, config.host, port)
+        return bind(self._grpc, config, config.host, port, shares_port=self._shares_port)
 
     def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Have it run, and wait for it where that is possible."""

@@ -96,6 +96,20 @@ def test_long_calls(backend: CudaBackend) -> None:
     assert same_bits(whole[60000:60100], part)
 
 
+def test_long_sums_again_and_again(backend: CudaBackend) -> None:
+    """Many rounds of every ring: whoever took a stage before it had arrived, or too late, would give other bits."""
+    layer = prepared(backend, 31, max_num_tokens=512, hidden_size=7168, intermediate_size=1040, num_experts=16, top_k=4)
+    hidden_states, logits = make_inputs(layer.spec, 512, 9)
+    for num_tokens in (40, 512):
+        expected = backend.forward(layer, hidden_states[:num_tokens], routing_logits=logits[:num_tokens]).output
+        for family in FAMILIES:
+            backend.force_family = family
+            for _ in range(5):
+                output = backend.forward(layer, hidden_states[:num_tokens], routing_logits=logits[:num_tokens]).output
+                assert same_bits(output, expected), f"{family}, T {num_tokens}"
+        backend.force_family = None
+
+
 def test_repeated_runs(backend: CudaBackend) -> None:
     layer = prepared(backend, 24, max_num_tokens=512, num_experts=64, top_k=8)
     hidden_states, logits = make_inputs(layer.spec, 300, 4)

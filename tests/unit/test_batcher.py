@@ -108,6 +108,45 @@ def test_the_key_whose_first_request_is_oldest_runs_first() -> None:
     assert bench.batches == [("b", ["b0", "b1"]), ("a", ["a0", "a1"]), ("c", ["c0"])]
 
 
+def test_what_is_left_of_a_key_takes_its_turn_by_age() -> None:
+    bench = Bench()
+    for key, name, tokens in (("a", "a0", 9), ("b", "b0", 1), ("a", "a1", 9), ("c", "c0", 1), ("b", "b1", 10)):
+        bench.submit(name, key=key, tokens=tokens)
+    bench.run_all()
+    assert bench.batches == [("a", ["a0"]), ("b", ["b0"]), ("a", ["a1"]), ("c", ["c0"]), ("b", ["b1"])]
+
+
+def test_a_key_whose_oldest_request_is_cancelled_goes_back_to_its_place() -> None:
+    bench = Bench()
+    oldest = bench.submit("a0", key="a")
+    for key, name in (("b", "b0"), ("c", "c0"), ("a", "a1")):
+        bench.submit(name, key=key)
+    assert oldest.cancel()
+    bench.run_all()
+    assert bench.batches == [("b", ["b0"]), ("c", ["c0"]), ("a", ["a1"])]
+
+
+def test_the_order_of_turns_is_that_of_age_whatever_comes_and_goes() -> None:
+    bench, chance = Bench(max_queue_requests=400, max_queue_tokens=4000), random.Random(5)
+    waiting: dict[str, tuple[int, Future[str]]] = {}
+    keys: dict[str, str] = {}
+    for turn in range(3000):
+        action = chance.random()
+        if action < 0.6:
+            name = f"r{turn}"
+            keys[name] = chance.choice("abcdefgh")
+            waiting[name] = turn, bench.submit(name, key=keys[name], tokens=chance.randint(1, 6))
+        elif action < 0.75 and waiting:
+            name = chance.choice(sorted(waiting))
+            assert waiting.pop(name)[1].cancel()
+        elif bench.batcher.run_once():
+            key, members = bench.batches[-1]
+            oldest = min(waiting, key=lambda name: waiting[name][0])
+            assert (key, members[0]) == (keys[oldest], oldest)
+            for name in members:
+                del waiting[name]
+
+
 def test_a_busy_key_starves_no_other() -> None:
     bench = Bench()
     for n in range(10):

@@ -56,7 +56,7 @@ def test_every_family_has_an_index_of_its_own_and_whole_tiles() -> None:
     for family in FAMILIES:
         assert family.tile_n % family.tile_quantum == 0, family
         assert family.ctas_per_sm >= 1, family
-        assert family.weight_box * family.cluster == family.tile_m, family
+        assert family.weight_box * family.warpgroups * family.cluster == family.tile_m, family
         assert family.tiles_per_block % family.cluster == 0, "a cluster's token tiles lie in one block"
 
 
