@@ -54,6 +54,7 @@ class DeviceCopies {
   void clear() { to_.clear(), from_.clear(), num_bytes_.clear(); }
 
   void add(Address to, Address from, size_t num_bytes) {
+    if (num_bytes == 0) return;
     to_.push_back(pointer<void>(to));
     from_.push_back(pointer<void>(from));
     num_bytes_.push_back(num_bytes);

@@ -41,6 +41,8 @@ class Spans:
 
     def add(self, start: int, nbytes: int) -> None:
         """Bytes of the slot's own memory, not before any that were added."""
+        if not nbytes:
+            return
         first, num_bytes, address = self.copies[-1]
         if address == 0 and start - (first + num_bytes) <= _MAX_GAP_BYTES:
             self.copies[-1] = first, start + nbytes - first, 0

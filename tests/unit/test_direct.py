@@ -321,6 +321,13 @@ class TestSpans:
         made.add(466 + 2 * 64 * 1024 + 1, 10)
         assert made.copies[1:] == [(466 + 2 * 64 * 1024 + 1, 10, 0)]
 
+    def test_nothing_is_no_copy(self) -> None:
+        made = Spans(4)
+        made.add(1 << 20, 0)
+        made.add_direct(1 << 20, 100, 1 << 40)
+        made.add((1 << 20) + 100, 0)
+        assert made.copies == [(0, 4, 0), (1 << 20, 100, 1 << 40)]
+
     def test_what_is_direct_stands_for_itself(self) -> None:
         made = Spans(4)
         made.add_direct(256, 100, 1 << 40)
