@@ -23,7 +23,9 @@ import threading
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from expertd_server.compiled import BLOCKS
-from expertd_server.pinning import Share
+
+if TYPE_CHECKING:  # whoever starts front-ends imports this, and no numpy
+    from expertd_server.pinning import Share
 
 __all__ = ["ALIGNMENT_BYTES", "Arena", "Block", "Channel", "Descriptor", "Ring", "ring_bytes", "shared_bytes"]
 
