@@ -4,6 +4,9 @@ Weights, capture time and graph memory of `--layers` layers; then, for each requ
 layer and on random layers, beside the rate of the bare graphs replayed back to back on the same layers with the mean
 batch that the engine made. Answers are compared with the operator's bytes first.
 
+--memory own: requests and answers lie in memory of this process, and the processor copies them. shared: in memory that
+others share with it, which the GPU copies from and to.
+
     python benchmarks/bench_engine.py --json benchmarks/results/engine.json
     python benchmarks/bench_engine.py --layers 4 --seconds 1       a quick look
 """
@@ -12,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
+import mmap
 import random
 import statistics
 import sys
@@ -32,12 +37,15 @@ from rich.table import Table
 
 from expertd_server.backend_cuda import CudaBackend
 from expertd_server.batcher import Limits
+from expertd_server.cuda_slot import pinner_of
 from expertd_server.engine import BatchReport, Engine, ForwardCall, ForwardResult, HostTensor
 from expertd_server.event_loop import EventLoop
 from expertd_server.layer import MoELayer
 from expertd_server.layout import BatchKind, input_layout, num_valid_tokens
 from expertd_server.native import Copies
+from expertd_server.pinning import Pinner, pinned_address
 from expertd_server.promise import Promise
+from expertd_server.spans import whole
 from expertd_server.synthetic import synthetic_spec
 from expertd_server.types import LayerSpec
 from expertd_server.weights import ExpertWeights
@@ -45,7 +53,7 @@ from expertd_server.weights import ExpertWeights
 PATIENCE_S = 60.0
 USUAL = BatchKind(torch.float8_e4m3fn, False, torch.bfloat16)
 MAX_BATCH_TOKENS = 4096
-MAX_GRAPH_TOKENS = 1024
+PINNED_BYTES = 4 << 30
 
 
 def make_weights(spec: LayerSpec) -> ExpertWeights:
@@ -74,19 +82,61 @@ def make_call(layer: MoELayer, num_tokens: int, seed: int) -> ForwardCall:
     return ForwardCall(layer, host(hidden_states), routing_logits=host(logits))
 
 
-def answering(call: ForwardCall) -> ForwardCall:
-    """The same, whose answer goes where the service would put it: into memory that is ready, beside others' copies."""
-    memory = bytearray(call.num_tokens * call.layer.spec.hidden_size * call.output_dtype.itemsize)
+class Memory:
+    """Where requests and their answers lie, one behind the other. pinner: shares it with the GPU; None: nobody does."""
+
+    def __init__(self, nbytes: int, pinner: Pinner | None) -> None:
+        mapped = mmap.mmap(-1, nbytes)
+        self.view = memoryview(mapped) if pinner is None else pinner.share(mapped)
+        self._next = 0
+
+    def take(self, nbytes: int) -> memoryview:
+        """The next so many bytes, aligned as a front-end's are."""
+        start, self._next = self._next, -(-(self._next + nbytes) // 4096) * 4096
+        return self.view[start : start + nbytes]
+
+    def place(self, tensor: HostTensor) -> HostTensor:
+        """The same, lying here."""
+        data = self.take(len(tensor.data))
+        data[:] = tensor.data
+        return HostTensor(tensor.dtype, tensor.shape, data)
+
+
+def answering(call: ForwardCall, memory: Memory) -> ForwardCall:
+    """The same from and to memory, written as the service would: where it is to go, beside others' copies."""
+    nbytes = call.num_tokens * call.layer.spec.hidden_size * call.output_dtype.itemsize
+    assert call.routing_logits is not None
+    call.hidden_states, call.routing_logits = memory.place(call.hidden_states), memory.place(call.routing_logits)
+    call.place = place = memory.take(nbytes)
 
     def encode(result: ForwardResult) -> None:
-        assert result.output is not None
+        matrix = result.matrix
+        assert matrix is not None
         copies = result.copies or Copies()
-        copies.add(memory, 0, result.output.view(torch.uint8).numpy())
+        copies.add_memory(place, 0, matrix.address, matrix.nbytes)
         if result.copies is None:  # it is alone in its batch
             copies.run()
 
     call.encode = encode
     return call
+
+
+def placed(calls: list[ForwardCall], pinner: Pinner | None) -> list[ForwardCall]:
+    """The calls in one memory, with their answers; pinned by now where there is somebody to do it."""
+    spec, num_tokens = calls[0].layer.spec, max(call.num_tokens for call in calls)
+    row_bytes = 3 * spec.hidden_size + 4 * spec.num_experts
+    memory = Memory(len(calls) * (num_tokens * row_bytes + 3 * 4096), pinner)
+    calls = [answering(call, memory) for call in calls]
+    until_s = time.monotonic() + PATIENCE_S
+    while pinner is not None and not all(
+        pinned_address(data, len(data))
+        for call in calls
+        if call.routing_logits is not None and call.place is not None
+        for data in (call.hidden_states.data, call.routing_logits.data, call.place)
+    ):
+        assert time.monotonic() < until_s, f"only {pinner.pinned_bytes} bytes were pinned"
+        time.sleep(0.001)
+    return calls
 
 
 def host(tensor: torch.Tensor) -> HostTensor:
@@ -213,7 +263,7 @@ def bare_graphs_us(engine: Engine, layers: list[MoELayer], num_tokens: int, repl
         call.hidden_states.copy_to(arguments["hidden_states"])
         call.routing_logits.copy_to(arguments["routing_logits"])
         num_valid_tokens(slot.host_in).fill_(num_tokens)
-        slot.send(layout.nbytes(graphs[0].num_rows))
+        slot.send(whole(layout.nbytes(graphs[0].num_rows)))
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         with slot.compute(), slot.stream():
             for turn in range(replays + 20):
@@ -223,7 +273,7 @@ def bare_graphs_us(engine: Engine, layers: list[MoELayer], num_tokens: int, repl
                 assert graph is not None
                 graph.replay()
             end.record()
-        slot.fetch(0)
+        slot.fetch([])
         slot.wait()
         return float(begin.elapsed_time(end)) / replays * 1e3
     finally:
@@ -235,6 +285,7 @@ def table_of(cells: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title)
     columns = (
         "tokens",
+        "memory",
         "in flight",
         "on",
         "Mtok/s",
@@ -250,14 +301,41 @@ def table_of(cells: list[dict[str, Any]], title: str) -> Table:
         table.add_column(column, justify="right")
     for c in cells:
         values = (
-            c["tokens"], c["in_flight"], c["on"], f"{c['tokens_per_s'] / 1e6:.3f}", f"{c['mean_batch_requests']:.1f}",
-            f"{c['mean_batch_tokens']:.0f}", f"{c['busy_ratio']:.2f}", f"{c['replay_ratio']:.2f}",
-            f"{c['compute_us']:.0f}", _shown(c["graph_us"], 0), _shown(c.get("of_bare_graphs"), 2),
-            _shown(c.get("of_one_layer"), 2), f"{c['p50_us']:.0f}", f"{c['p99_us']:.0f}",
-            f"{c['cpu_us_per_request']:.0f}", f"{c['lone_p50_us']:.0f}", f"{c['lone_compute_us']:.0f}",
+            c["tokens"], c["memory"], c["in_flight"], c["on"], f"{c['tokens_per_s'] / 1e6:.3f}",
+            f"{c['mean_batch_requests']:.1f}", f"{c['mean_batch_tokens']:.0f}", f"{c['busy_ratio']:.2f}",
+            f"{c['replay_ratio']:.2f}", f"{c['compute_us']:.0f}", _shown(c["graph_us"], 0),
+            _shown(c.get("of_bare_graphs"), 2), _shown(c.get("of_one_layer"), 2),
+            f"{c['p50_us']:.0f}", f"{c['p99_us']:.0f}", f"{c['cpu_us_per_request']:.0f}",
+            f"{c['lone_p50_us']:.0f}", f"{c['lone_compute_us']:.0f}",
         )  # fmt: skip
         table.add_row(*map(str, values))
     return table
+
+
+def measure(
+    engine: Engine, loop: EventLoop, tally: Tally, layers: list[MoELayer], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """One cell for each size, memory, number in flight, and one layer or random ones."""
+    cells = []
+    pinner = pinner_of(layers[0].backend.device, PINNED_BYTES)
+    for tokens, memory in itertools.product(args.tokens, args.memory):
+        shared = pinner if memory == "shared" else None
+        one = placed([make_call(layers[0], tokens, seed) for seed in range(32)], shared)
+        some = placed([make_call(layers[n % len(layers)], tokens, n) for n in range(max(96, len(layers)))], shared)
+        lone = closed_loop(engine, loop, tally, one, in_flight=1, seconds=args.seconds / 2)
+        choices = [("one", one, layers[:1]), ("random", some, layers)][: len(layers)]
+        for in_flight in args.in_flight:
+            for name, calls, chosen in choices:
+                cell = closed_loop(engine, loop, tally, calls, in_flight=in_flight, seconds=args.seconds)
+                cell |= {"tokens": tokens, "memory": memory, "in_flight": in_flight, "on": name}
+                cell |= {"lone_p50_us": lone["p50_us"], "lone_compute_us": lone["compute_us"]}
+                cell["graph_us"] = bare_graphs_us(engine, chosen, round(cell["mean_batch_tokens"]))
+                if cell["graph_us"] is not None:
+                    cell["of_bare_graphs"] = cell["tokens_per_s"] * cell["graph_us"] / cell["mean_batch_tokens"] / 1e6
+                cells.append(cell)
+            if len(choices) > 1:
+                cells[-1]["of_one_layer"] = cells[-1]["tokens_per_s"] / cells[-2]["tokens_per_s"]
+    return cells
 
 
 def main() -> int:
@@ -268,7 +346,11 @@ def main() -> int:
     parser.add_argument(
         "--in-flight", nargs="+", type=int, default=[64, 1024], help="requests that callers keep waiting"
     )
+    parser.add_argument(
+        "--memory", nargs="+", choices=("own", "shared"), default=["own", "shared"], help="where requests lie"
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--max-graph-tokens", type=int, default=1024, help="rows of the largest graph")
     parser.add_argument("--json", help="write the results here")
     args = parser.parse_args()
     console = Console(width=150)
@@ -284,7 +366,7 @@ def main() -> int:
     load_s = time.perf_counter() - started_s
 
     limits = Limits(max_batch_tokens=MAX_BATCH_TOKENS, max_queue_tokens=1 << 20, max_queue_requests=1 << 16)
-    engine = Engine(limits, backend, max_graph_tokens=MAX_GRAPH_TOKENS, on_batch=tally.add)
+    engine = Engine(limits, backend, max_graph_tokens=args.max_graph_tokens, on_batch=tally.add)
     free_bytes, started_s = torch.cuda.mem_get_info()[0], time.perf_counter()
     engine.capture(layers)
     torch.cuda.synchronize()
@@ -311,21 +393,7 @@ def main() -> int:
     gc.freeze()
     checked = check(engine, [layers[0], layers[-1]], [0, 1, 3, 64, 100, 1000, 1024, 1500, 4096])
     console.print(f"{checked} answers equal the operator's, byte for byte")
-    cells = []
-    for tokens in args.tokens:
-        one = [answering(make_call(layers[0], tokens, seed)) for seed in range(32)]
-        some = [answering(make_call(layers[n % len(layers)], tokens, n)) for n in range(max(96, len(layers)))]
-        lone = closed_loop(engine, loop, tally, one, in_flight=1, seconds=args.seconds / 2)
-        for in_flight in args.in_flight:
-            for name, calls, chosen in (("one", one, layers[:1]), ("random", some, layers)):
-                cell = closed_loop(engine, loop, tally, calls, in_flight=in_flight, seconds=args.seconds)
-                cell |= {"tokens": tokens, "in_flight": in_flight, "on": name}
-                cell |= {"lone_p50_us": lone["p50_us"], "lone_compute_us": lone["compute_us"]}
-                cell["graph_us"] = bare_graphs_us(engine, chosen, round(cell["mean_batch_tokens"]))
-                if cell["graph_us"] is not None:
-                    cell["of_bare_graphs"] = cell["tokens_per_s"] * cell["graph_us"] / cell["mean_batch_tokens"] / 1e6
-                cells.append(cell)
-            cells[-1]["of_one_layer"] = cells[-1]["tokens_per_s"] / cells[-2]["tokens_per_s"]
+    cells = measure(engine, loop, tally, layers, args)
     leftover = {"slots_in_use": engine.slots.in_use, "queue_tokens": engine.batcher.queue_tokens}
     stopped = engine.batcher.stop(PATIENCE_S)
     loop.release()

@@ -1,6 +1,6 @@
 // The Python module expertd_server._cuda: integers only. Pointers are addresses, dtypes the ids of DType, the stream a
 // handle; ownership, shapes and checks stay in Python. Launches on the current device; never allocates or synchronises.
-// What a batch needs besides kernels is in slot.cpp.
+// What a batch needs besides kernels is in slot.cpp, what callers' memory needs in pinning.cpp, which may wait.
 #include <pybind11/pybind11.h>
 
 #include <cstring>
@@ -8,6 +8,7 @@
 #include "address.h"
 #include "gemm.h"
 #include "params.h"
+#include "pinning.h"
 #include "slot.h"
 #include "tensor_map.h"
 
@@ -201,4 +202,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("quantize", &quantize, py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("scale"), py::arg("num_valid"),
         py::arg("out"), py::arg("num_tokens"), py::arg("hidden_size"), py::arg("stream"), py::arg("pdl"), release());
   bind_slot(m);
+  bind_pinning(m);
 }

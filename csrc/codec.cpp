@@ -317,6 +317,14 @@ PyObject* copy(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
   Py_RETURN_NONE;
 }
 
+PyObject* address_of(PyObject*, PyObject* memory) {
+  Py_buffer buffer;
+  if (PyObject_GetBuffer(memory, &buffer, PyBUF_SIMPLE) < 0) return nullptr;
+  PyObject* address = PyLong_FromVoidPtr(buffer.buf);
+  PyBuffer_Release(&buffer);
+  return address;
+}
+
 PyDoc_STRVAR(count_ids_doc,
              "count_ids(ids, first, counts)\n\n"
              "Add to counts[id - first], int64, for each of the ids, int16, int32 or int64, that is in range.");
@@ -395,6 +403,7 @@ PyMethodDef methods[] = {
     {"count_ids_at", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(count_ids_at)), METH_FASTCALL,
      count_ids_at_doc},
     {"copy", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(copy)), METH_FASTCALL, copy_doc},
+    {"address_of", address_of, METH_O, "Where a buffer's bytes lie, as long as that does not move them."},
     {"set_copy_helpers", set_copy_helpers, METH_O, set_copy_helpers_doc},
     {nullptr, nullptr, 0, nullptr},
 };

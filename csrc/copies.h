@@ -63,7 +63,8 @@ class CopyList {
     Py_buffer to_buffer, from_buffer;  // held where there is no owner
   };
 
-  void add(const Copy& copy) {
+  void add(Copy copy) {
+    if (copy.to == copy.from) copy.num_bytes = 0;  // a device has put it in its place, see ForwardCall.place
     copies_.push_back(copy);
     num_bytes_ += copy.num_bytes;
   }

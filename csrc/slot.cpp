@@ -4,10 +4,13 @@
 
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <array>
 #include <chrono>
 #include <memory>
+#include <tuple>
+#include <vector>
 
 #include "address.h"
 #include "check.h"
@@ -41,6 +44,47 @@ class Graph {
   std::unique_ptr<CUgraphExec_st, DestroyGraph> graph_;
 };
 
+// What one copy moves: where in the slot, how many bytes, and the address of the host's end; 0: at the same place in
+// the slot's host memory. See spans.py.
+using Spans = std::vector<std::tuple<size_t, size_t, Address>>;
+
+// Copies between host and device that are started together.
+class DeviceCopies {
+ public:
+  void clear() { to_.clear(), from_.clear(), num_bytes_.clear(); }
+
+  void add(Address to, Address from, size_t num_bytes) {
+    if (num_bytes == 0) return;
+    to_.push_back(pointer<void>(to));
+    from_.push_back(pointer<void>(from));
+    num_bytes_.push_back(num_bytes);
+  }
+
+  void start(cudaStream_t stream) {
+    const size_t count = to_.size();
+#if CUDART_VERSION >= 13000
+    if (count > 1) {  // a third of the time of as many calls, and the device leaves no gaps between
+      cudaMemcpyAttributes attributes = {};
+      attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
+      size_t first = 0;
+      check_cuda(
+          cudaMemcpyBatchAsync(to_.data(), from_.data(), num_bytes_.data(), count, &attributes, &first, 1, stream),
+          "copying between host and device");
+      return;
+    }
+#endif
+    for (size_t n = 0; n < count; ++n) {
+      check_cuda(cudaMemcpyAsync(to_[n], from_[n], num_bytes_[n], cudaMemcpyDefault, stream),
+                 "copying between host and device");
+    }
+  }
+
+ private:
+  std::vector<void*> to_;
+  std::vector<const void*> from_;
+  std::vector<size_t> num_bytes_;
+};
+
 // One batch after the other on three streams: send, begin, what computes, end, fetch, wait.
 class SlotWork {
  public:
@@ -61,9 +105,13 @@ class SlotWork {
     host_in_ = host_in, device_in_ = device_in, device_out_ = device_out, host_out_ = host_out;
   }
 
-  void send(size_t num_bytes) {
+  void send(const Spans& spans) {
     record(kBegun, copy_in_);
-    copy(device_in_, host_in_, num_bytes, cudaMemcpyHostToDevice, copy_in_);
+    copies_.clear();
+    for (const auto& [offset, num_bytes, host] : spans) {
+      copies_.add(device_in_ + offset, host ? host : host_in_ + offset, num_bytes);
+    }
+    copies_.start(copy_in_);
     record(kSent, copy_in_);
     order(kSent, compute_);
   }
@@ -72,9 +120,13 @@ class SlotWork {
 
   void end() { record(kComputed, compute_); }
 
-  void fetch(size_t num_bytes) {
+  void fetch(const Spans& spans) {
     order(kComputed, copy_out_);
-    copy(host_out_, device_out_, num_bytes, cudaMemcpyDeviceToHost, copy_out_);
+    copies_.clear();
+    for (const auto& [offset, num_bytes, host] : spans) {
+      copies_.add(host ? host : host_out_ + offset, device_out_ + offset, num_bytes);
+    }
+    copies_.start(copy_out_);
     record(kFetched, copy_out_);
   }
 
@@ -116,12 +168,7 @@ class SlotWork {
     check_cuda(cudaStreamWaitEvent(behind, events_[event].get(), 0), "ordering CUDA streams");
   }
 
-  static void copy(Address to, Address from, size_t num_bytes, cudaMemcpyKind kind, cudaStream_t stream) {
-    if (num_bytes == 0) return;
-    check_cuda(cudaMemcpyAsync(pointer<void>(to), pointer<void>(from), num_bytes, kind, stream),
-               "copying between host and device");
-  }
-
+  DeviceCopies copies_;
   cudaStream_t copy_in_, compute_, copy_out_;
   Address host_in_ = 0, device_in_ = 0, device_out_ = 0, host_out_ = 0;
   std::array<std::unique_ptr<CUevent_st, DestroyEvent>, kNumEvents> events_;
@@ -139,10 +186,10 @@ void bind_slot(py::module_& m) {
       .def(py::init<Address, Address, Address>(), py::arg("copy_in"), py::arg("compute"), py::arg("copy_out"))
       .def("place", &SlotWork::place, py::arg("host_in"), py::arg("device_in"), py::arg("device_out"),
            py::arg("host_out"))
-      .def("send", &SlotWork::send, py::arg("num_bytes"))
+      .def("send", &SlotWork::send, py::arg("spans"))
       .def("begin", &SlotWork::begin)
       .def("end", &SlotWork::end)
-      .def("fetch", &SlotWork::fetch, py::arg("num_bytes"))
+      .def("fetch", &SlotWork::fetch, py::arg("spans"))
       .def("wait", &SlotWork::wait, py::call_guard<py::gil_scoped_release>())
       .def("is_done_within", &SlotWork::is_done_within, py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def("times", &SlotWork::times);

@@ -65,7 +65,17 @@ class Entry(Promise[R], Generic[P, R]):
     Cancelling it takes a waiting request out of the queue; a running one is not stopped.
     """
 
-    __slots__ = ("_forget", "admitted_s", "deadline_s", "key", "num_tokens", "payload", "queued_s", "sequence")
+    __slots__ = (
+        "_forget",
+        "admitted_s",
+        "deadline_s",
+        "is_spent",
+        "key",
+        "num_tokens",
+        "payload",
+        "queued_s",
+        "sequence",
+    )
 
     def __init__(  # noqa: PLR0917 (made for every request, and keywords take time)
         self,
@@ -88,6 +98,8 @@ class Entry(Promise[R], Generic[P, R]):
         self.deadline_s = deadline_s
         self.queued_s = 0.0
         """From admission to the start of its batch; set when the batch is taken."""
+        self.is_spent = False
+        """Set by who launches: its answer may be on its way over what it is computed from, so it runs once."""
         self._forget = forget
 
     def _tell(self) -> None:
@@ -149,7 +161,7 @@ class Batcher(Generic[P, R]):
     """Queues requests and runs them in batches.
 
     launch: starts a batch; batches are finished in the order in which they were launched. When launching or finishing
-    raises, the members run again one by one, so that only those that fail alone get an error.
+    raises, the members run again one by one, so that only those that fail alone get an error, and those that are spent.
     clock: seconds, monotonic; deadlines are on its scale.
     """
 
@@ -235,6 +247,7 @@ class Batcher(Generic[P, R]):
             )
             self._next_sequence += 1
             if is_last and self._may_run_alone and not (deadline_s is not None and deadline_s <= now_s):
+                entry.set_running_or_notify_cancel()
                 self._alone = self._take_off(key, [entry], num_tokens)
                 self._running_tokens += num_tokens
                 self._running_requests += 1
@@ -674,18 +687,25 @@ class Batcher(Generic[P, R]):
                 self._launched.notify_all()
 
     def _fail_batch(self, batch: Batch[P, R], error: Exception) -> None:
-        """Fail a lone member; let several run again one by one, before all others: they are the oldest."""
-        is_final = len(batch.entries) == 1
+        """Fail a lone member and those that are spent; let the others run again one by one, before all others: they
+        are the oldest."""
+        is_lone = len(batch.entries) == 1
+        failed = [entry for entry in batch.entries if is_lone or entry.is_spent]
+        others = [entry for entry in batch.entries if not (is_lone or entry.is_spent)]
         with self._lock:
-            if not is_final and not self._stopped:
-                log.warning("a batch of %d requests failed, they run again one by one: %s", len(batch.entries), error)
-                self._again.extend(batch.entries)
+            if others and not self._stopped:
+                count = len(batch.entries)
+                log.warning("a batch of %d requests failed, %d run again one by one: %s", count, len(others), error)
+                self._again.extend(others)
                 self._due.notify_all()
-                return
-            self._account_left_running(len(batch.entries), batch.num_tokens)
+                others = []
+            over = failed + others
+            self._account_left_running(len(over), sum(entry.num_tokens for entry in over))
         _clear_frames(error)
-        for entry in batch.entries:
-            _fail(entry, error if is_final else _stopped())
+        for entry in failed:
+            _fail(entry, error)
+        for entry in others:
+            _fail(entry, _stopped())
 
     def _account_left_running(self, num_requests: int, num_tokens: int) -> None:
         if self._abandoned:  # nobody counts any more

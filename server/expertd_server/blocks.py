@@ -20,7 +20,7 @@ from expertd_server.timing import ForwardTiming
 from expertd_server.wire_answer import AnswerTensor
 from expertd_server.wire_check import ITEM_BYTES, CheckedRequest, Part
 
-__all__ = ["MAX_ERROR_BYTES", "block_bytes", "read_answer", "read_call", "read_error", "read_timing"]
+__all__ = ["MAX_ERROR_BYTES", "answer_place", "block_bytes", "read_answer", "read_call", "read_error", "read_timing"]
 __all__ += ["write_answer", "write_call", "write_error"]
 
 _ALIGNMENT: Final = 64
@@ -105,6 +105,11 @@ def write_answer(
             _write_absent(block, index)
         else:
             at = _write_tensor(block, index, *tensor, at)
+
+
+def answer_place(block: memoryview) -> memoryview:
+    """Where the elements of an answer's first tensor go, and what follows."""
+    return block[_DATA_AT:]
 
 
 def read_timing(block: memoryview) -> tuple[ForwardTiming, int, int]:

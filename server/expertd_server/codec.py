@@ -11,9 +11,10 @@ from expertd_server.compiled import CODEC
 from expertd_server.forward import ForwardCall, ForwardResult, Matrix
 from expertd_server.layer import MoELayer
 from expertd_server.messages import Message, check_message, read_message, read_stream_message
-from expertd_server.regions import AnswerPlace
+from expertd_server.regions import TENSORS, AnswerPlace
 from expertd_server.store import LayerStore
 from expertd_server.wire import WIRE_DTYPES, call_of, encode_response, encode_stream_response
+from expertd_server.wire_parse import RawRequest
 
 __all__ = ["Message", "read_message", "read_stream_message", "typed_call"]
 __all__ += ["write_answer", "write_stream_answer"]
@@ -26,7 +27,12 @@ def typed_call(
     layer, request = check_message(
         message, store, max_batch_tokens=max_batch_tokens, max_message_bytes=max_message_bytes
     )
-    return call_of(layer, request)
+    call = call_of(layer, request)
+    if not isinstance(message, RawRequest):
+        place = message.bound(len(TENSORS))  # the answer_slice, which a stream has found in its regions
+        if isinstance(place, memoryview):
+            call.place = place
+    return call
 
 
 def write_answer(result: ForwardResult, queue_depth_tokens: int) -> bytes:

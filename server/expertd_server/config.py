@@ -80,6 +80,7 @@ _RANGES: Final = {
     "max_stream_answer_bytes": (1, _UNBOUNDED),
     "max_unary_requests": (1, 4096),
     "max_region_bytes": (4096, _UNBOUNDED),
+    "max_pinned_bytes": (0, _UNBOUNDED),
     "frontends": (0, 64),
     "frontend_arena_bytes": (1, _UNBOUNDED),
 }
@@ -162,6 +163,10 @@ class Config:
     """Take memory of any user. Off: of the user that the server runs as."""
     max_region_bytes: int = field(default=1073741824, metadata=_in(_SHARED_MEMORY, "BYTES"))
     """Most bytes that one stream may share. The memory is its caller's: pages count where they are first written."""
+    max_pinned_bytes: int = field(default=4294967296, metadata=_in(_SHARED_MEMORY, "BYTES"))
+    """On a Hopper GPU: most bytes of shared memory, of callers and of front-ends, that are pinned, so that the GPU
+    copies large tensors from there by itself, and answers to there; in pieces of 4 MiB, where requests lie. 0: the
+    processor copies."""
 
     frontends: int = field(default=0, metadata=_in(_PROCESSES, "N"))
     """Answer gRPC in this many processes that share the port, apart from the one that computes; for throughput beyond

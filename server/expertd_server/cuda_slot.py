@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from expertd_server.pinning import Pinner
+from expertd_server.spans import Span
 from expertd_server.staging import GraphTable, SlotTimes
 
 try:
@@ -23,7 +25,15 @@ try:
 except ImportError:  # a GPU without kernels of its own
     _cuda = None  # type: ignore[assignment]
 
-__all__ = ["CudaSlot", "CudaStreams"]
+__all__ = ["CudaSlot", "CudaStreams", "pinner_of"]
+
+
+def pinner_of(device: torch.device, max_bytes: int) -> Pinner | None:
+    """What pins shared memory for the copies of a device's slots; None where they cannot use it, or max_bytes is 0."""
+    if device.type != "cuda" or _cuda is None or not max_bytes:
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return Pinner(partial(_cuda.pin, index), partial(_cuda.unpin, index), max_bytes)
 
 
 class CudaStreams:
@@ -79,9 +89,9 @@ class CudaSlot:
         else:
             self._work.place(*(tensor.data_ptr() for tensor in memory))
 
-    def send(self, nbytes: int) -> None:
+    def send(self, spans: list[Span]) -> None:
         """See `Slot`."""
-        self._work.send(nbytes)
+        self._work.send(spans)
 
     def compute(self) -> AbstractContextManager[None]:
         """See `Slot`; returns at once."""
@@ -97,9 +107,9 @@ class CudaSlot:
         """See `Slot`."""
         return torch.cuda.stream(self._streams.compute)
 
-    def fetch(self, nbytes: int) -> None:
+    def fetch(self, spans: list[Span]) -> None:
         """See `Slot`."""
-        self._work.fetch(nbytes)
+        self._work.fetch(spans)
 
     def wait(self) -> None:
         """See `Slot`. The interpreter is free meanwhile."""
@@ -136,11 +146,11 @@ class _TorchWork:
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(5)]  # type: ignore[no-untyped-call]
         self._begun, self._sent, self._started, self._computed, self._fetched = self._events
 
-    def send(self, num_bytes: int) -> None:
+    def send(self, spans: list[Span]) -> None:
         host_in, device_in, _, _ = self.memory
         self._begun.record(self._streams.copy_in)
         with torch.cuda.stream(self._streams.copy_in):
-            device_in[:num_bytes].copy_(host_in[:num_bytes], non_blocking=True)
+            self._copy(device_in, host_in, spans)
         self._sent.record(self._streams.copy_in)
         self._streams.compute.wait_event(self._sent)
 
@@ -150,12 +160,18 @@ class _TorchWork:
     def end(self) -> None:
         self._computed.record(self._streams.compute)
 
-    def fetch(self, num_bytes: int) -> None:
+    def fetch(self, spans: list[Span]) -> None:
         _, _, device_out, host_out = self.memory
         self._streams.copy_out.wait_event(self._computed)
         with torch.cuda.stream(self._streams.copy_out):
-            host_out[:num_bytes].copy_(device_out[:num_bytes], non_blocking=True)
+            self._copy(host_out, device_out, spans)
         self._fetched.record(self._streams.copy_out)
+
+    @staticmethod
+    def _copy(to: torch.Tensor, source: torch.Tensor, spans: list[Span]) -> None:
+        for start, num_bytes, address in spans:
+            assert not address, "nothing is pinned without the compiled module"
+            to[start : start + num_bytes].copy_(source[start : start + num_bytes], non_blocking=True)
 
     def wait(self) -> None:
         self._fetched.synchronize()

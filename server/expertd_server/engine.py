@@ -4,7 +4,8 @@ On the CPU requests share a batch as widely as their arithmetic allows, see `gat
 rounded from float32 once.
 
 A GPU rounds for itself, faster than the host and not always to the same last bit. There, requests share a batch when
-their types agree; the batch is one copy in, one graph and one copy out, and two batches are in flight.
+their types agree; the batch is one copy in, one graph and one copy out, and two batches are in flight. What lies in
+pinned memory of others, see `pinning.py`, is copied by the GPU from there, and answers to there.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from expertd_server.layout import (
 from expertd_server.native import copy_bytes
 from expertd_server.promise import Promise
 from expertd_server.running import BatchReport, RunningBatch, unexpected
+from expertd_server.scatter import scatter
 from expertd_server.staging import HostSlot, Slot, SlotPool
 from expertd_server.timing import ForwardTiming
 from expertd_server.types import LayerSpec
@@ -212,10 +214,10 @@ class Engine:
         start_s = self.clock()
         views = self._views_of(slot)
         inputs, outputs, arguments = views.plan(layer.spec, kind, num_rows)
-        gather(views.host_in, inputs, layer, calls)
+        spans = gather(views.host_in, inputs, layer, calls)
         if not slot.is_host:
             copy_bytes(views.host_in, 0, num_tokens.to_bytes(NUM_VALID_BYTES, "little"))
-            slot.send(inputs.nbytes(num_tokens))
+            slot.send(spans)
         sent_s = self.clock()
         answer: MoEOutput | None = None
         with slot.compute():
@@ -232,13 +234,30 @@ class Engine:
                 with slot.stream():
                     copy = outputs.expert_weights.view(slot.device_out, num_tokens)
                     copy.copy_(expert_weights[:num_tokens], non_blocking=True)
+        places: list[int] = []
         if not slot.is_host:
-            slot.fetch(outputs.nbytes(num_tokens) if answer is None else 0)
+            spans = []
+            if answer is None:
+                spans, places = scatter(outputs, calls, num_tokens)
+                for entry, place in zip(batch.entries, places, strict=True):
+                    entry.is_spent = place != 0
+            slot.fetch(spans)
         if self.graphs is not None and do_finalize and graph is None:
             self.graphs.capture_unforeseen(slot, layer, kind, num_tokens)
         graph_rows = None if graph is None else graph.num_rows
         return RunningBatch(
-            batch, layer, self.slots, slot, outputs, answer, sent_s - start_s, graph_rows, self.clock, self.on_batch
+            batch,
+            layer,
+            self.slots,
+            slot,
+            calls,
+            places,
+            outputs,
+            answer,
+            sent_s - start_s,
+            graph_rows,
+            self.clock,
+            self.on_batch,
         )
 
 

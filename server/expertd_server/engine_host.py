@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from expertd_server.admin_endpoint import AdminEndpoint
 from expertd_server.backend import Backend, select_backend
 from expertd_server.batcher import Limits
 from expertd_server.config import Config
+from expertd_server.cuda_slot import pinner_of
 from expertd_server.engine import BatchReport, Engine
 from expertd_server.errors import ConfigError
 from expertd_server.layer import MoELayer
@@ -61,10 +63,15 @@ class EngineHost:
             max_graph_tokens=config.max_graph_tokens,
             on_batch=self._observe_batch,
         )
+        self._pinner = pinner_of(self.backend.device, config.max_pinned_bytes)
         self._on_hang = on_hang
         self._watchdog: Watchdog | None = None
         if config.engine_hang_timeout_s:
             self._watchdog = Watchdog(self.engine.batcher.oldest_work, config.engine_hang_timeout_s, self._tell_of_hang)
+
+    def share(self, mapped: mmap.mmap) -> memoryview:
+        """A view of memory that callers share, so that the device copies straight from and to it where it can."""
+        return memoryview(mapped) if self._pinner is None else self._pinner.share(mapped)
 
     def start(self, soon: Callable[[Callable[[], object]], object]) -> None:
         """Start the batcher and the metrics; there are no layers yet.
@@ -86,6 +93,8 @@ class EngineHost:
         """Look after the engine no more: nothing of it runs, or the process ends anyway."""
         if self._watchdog is not None:
             self._watchdog.stop()
+        if self._pinner is not None:
+            self._pinner.close()
 
     def load(self, hold: Callable[[MoELayer], None], is_stopped: Callable[[], bool]) -> bool:
         """Load every layer and capture its graphs; False when it was stopped before.

@@ -61,7 +61,12 @@ class EngineProcess:
             on_hang=self._leave,
         )
         self.gate = EngineGate(
-            self.host.engine, self.host.store, mailbox, backend=self.host.backend.name, device=self.host.device_name
+            self.host.engine,
+            self.host.store,
+            mailbox,
+            backend=self.host.backend.name,
+            device=self.host.device_name,
+            share=self.host.share,
         )
         if is_draining:
             self._drain(0)

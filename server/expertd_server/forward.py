@@ -55,6 +55,9 @@ class ForwardCall:
     """What to make of the answer where it lies, in whichever thread finishes the batch. The promise is then kept with
     what this returns, when the copies that this noted are done; the tensors it is given are valid until then. None:
     with the ForwardResult."""
+    place: memoryview | None = None
+    """Together with encode: where the output alone may be written before that is called, at the start; the call's own
+    tensors may lie there too. It is this call's until its promise is kept."""
 
     @property
     def num_tokens(self) -> int:
@@ -103,6 +106,7 @@ class ForwardResult:
     __slots__ = (
         "_matrix",
         "_output",
+        "_place",
         "_rows",
         "copies",
         "expanded_idx_to_permuted_idx",
@@ -135,6 +139,8 @@ class ForwardResult:
         self._rows: slice | None = None
         """Of _output, where that is a whole batch's."""
         self._matrix: Matrix | None = None
+        self._place: memoryview | None = None
+        """What holds the output where there is no tensor yet."""
 
     def lies_in(self, output: torch.Tensor, whole: Matrix | None, first: int, num_rows: int) -> None:
         """Say that its output is these rows of a batch's. whole: where that lies, if it is dense."""
@@ -142,16 +148,25 @@ class ForwardResult:
         self._rows = slice(first, first + num_rows)
         self._matrix = None if whole is None else whole.rows(first, num_rows)
 
+    def lies_at(self, matrix: Matrix, place: memoryview) -> None:
+        """Say that its output is in place already. place: the memory, from the matrix on."""
+        self._matrix, self._place = matrix, place
+
     @property
     def output(self) -> torch.Tensor | None:
         """[T, H] in the asked dtype."""
+        if self._place is not None:
+            assert self._matrix is not None
+            dtype, num_rows, num_columns, _ = self._matrix
+            rows = torch.frombuffer(self._place, dtype=dtype, count=num_rows * num_columns)
+            self._output, self._place = rows.view(num_rows, num_columns), None
         if self._rows is not None and self._output is not None:
             self._output, self._rows = self._output[self._rows], None
         return self._output
 
     @output.setter
     def output(self, output: torch.Tensor | None) -> None:
-        self._output, self._rows, self._matrix = output, None, None
+        self._output, self._rows, self._matrix, self._place = output, None, None, None
 
     @property
     def matrix(self) -> Matrix | None:

@@ -17,12 +17,13 @@ from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import Any, Final
 
-from expertd_server.blocks import MAX_ERROR_BYTES, read_call, write_error
+from expertd_server.blocks import MAX_ERROR_BYTES, answer_place, read_call, write_error
 from expertd_server.calls import CallEngine
 from expertd_server.control import Control
 from expertd_server.engine import ForwardResult
 from expertd_server.errors import UnavailableError
 from expertd_server.layer import MoELayer
+from expertd_server.pinning import Share
 from expertd_server.promise import Promise
 from expertd_server.remote import ANSWERED, CANCEL, FAILED, Applied, EngineState, Hello
 from expertd_server.remote_layer import RemoteLayer
@@ -45,6 +46,7 @@ class EngineGate:
     """Serves every front-end that says hello. One thread reads all that they send; it never waits for any of them.
 
     store: what to serve, see `publish`. mailbox: see `RemoteEngine`. backend, device: as GetServerInfo tells them.
+    share: see `Channel.open`.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class EngineGate:
         *,
         backend: str,
         device: str,
+        share: Share = memoryview,
     ) -> None:
+        self._share = share
         self._engine = engine
         self._store = store
         self._mailbox = mailbox
@@ -196,7 +200,7 @@ class EngineGate:
             connected = undo.enter_context(socket.socket(fileno=fds[3]))
             del fds[3]
             channel = Channel(hello.arena_bytes, hello.max_requests, *fds)
-            peer = _Peer(hello.name, channel, Control(connected))
+            peer = _Peer(hello.name, channel, Control(connected), self._share)
             fds.clear()
             undo.callback(peer.close)
             with self._changed:
@@ -234,6 +238,7 @@ class EngineGate:
                 )
             call = call_of(layer, request)
             call.encode = asked.answer
+            call.place = answer_place(asked.block)
             promise = self._engine.submit(call, deadline_s)
         except Exception as error:
             asked.fail(error)
@@ -297,9 +302,9 @@ class _Asked:
 class _Peer:
     """A front-end process."""
 
-    def __init__(self, name: str, channel: Channel, control: Control) -> None:
+    def __init__(self, name: str, channel: Channel, control: Control, share: Share) -> None:
         self.name = name
-        self.from_frontend, self.to_frontend, self.memory = channel.open()
+        self.from_frontend, self.to_frontend, self.memory = channel.open(share)
         self.control = control
         self.read_fds = (self.from_frontend.eventfd, control.fileno())
         self.promises: dict[int, Promise[Any]] = {}

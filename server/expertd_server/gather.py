@@ -1,5 +1,7 @@
 """Many calls become one batch's input: which types it computes with, and every call's rows in a slot's memory.
 
+What lies in memory that a GPU can copy from stays there until it does.
+
 On the CPU requests share a batch as widely as their arithmetic allows. Hidden states become FP8 and logits become ids
 and bfloat16 weights row by row, exactly as the backend would do it, so callers with different input types, routed by
 the server or by themselves, still run together.
@@ -17,8 +19,9 @@ from expertd_server import routing
 from expertd_server.forward import ForwardCall, HostTensor
 from expertd_server.fp8 import quantize_fp8
 from expertd_server.layer import MoELayer
-from expertd_server.layout import BatchKind, InputLayout
+from expertd_server.layout import NUM_VALID_BYTES, BatchKind, InputLayout, Part
 from expertd_server.native import Copies, copy_bytes
+from expertd_server.spans import Span, Spans, direct_address
 
 __all__ = ["gather", "kind_of"]
 
@@ -38,36 +41,58 @@ def kind_of(calls: Sequence[ForwardCall]) -> BatchKind:
     return BatchKind(hidden_dtype, is_routed, output_dtype)
 
 
-def gather(flat: npt.NDArray[np.uint8], layout: InputLayout, layer: MoELayer, calls: Sequence[ForwardCall]) -> None:
-    """Write what a batch computes on into a slot's host memory."""
+def gather(
+    flat: npt.NDArray[np.uint8], layout: InputLayout, layer: MoELayer, calls: Sequence[ForwardCall]
+) -> list[Span]:
+    """Write what a batch computes on into a slot's host memory, but for what a GPU copies from where it lies.
+
+    The copies that bring all of it to the device, the number of valid tokens included.
+    """
     copies = Copies() if len(calls) > 1 else None  # to note a copy takes as long as to do a small one
     add = copy_bytes if copies is None else copies.add
-    first = 0
-    for call in calls:
-        hidden_states = call.hidden_states
-        if hidden_states.dtype != layout.hidden_states.dtype:
-            assert layer.hidden_states_scale is not None, "the service refuses such a call"
-            hidden_states = _host_tensor(quantize_fp8(hidden_states.to_tensor(), layer.hidden_states_scale))
-        add(flat, layout.hidden_states.end(first), hidden_states.data)
-        for (_, part), tensor in zip(layout.routing, _routing_of(call, layer, layout), strict=True):
-            # float32 holds every bfloat16 logit exactly; weights are rounded to bfloat16 on entry anyway.
-            same = tensor if tensor.dtype == part.dtype else _host_tensor(tensor.to_tensor().to(part.dtype))
-            add(flat, part.end(first), same.data)
-        first += call.num_tokens
+    given = [(*_routing_of(call, layer, layout), _hidden_states_of(call, layer, layout)) for call in calls]
+    spans = Spans(NUM_VALID_BYTES)
+    for column, part in enumerate(layout.parts):
+        start = part.offset
+        for tensors in given:
+            data = tensors[column].data
+            nbytes = len(data)
+            address = direct_address(data, nbytes)
+            if address:
+                spans.add_direct(start, nbytes, address)
+            else:
+                add(flat, start, data)
+                spans.add(start, nbytes)
+            start += nbytes
     if copies is not None:
         copies.run()
+    return spans.copies
+
+
+def _hidden_states_of(call: ForwardCall, layer: MoELayer, layout: InputLayout) -> HostTensor:
+    """Quantised here, as the CPU backend does it, where only others in the batch are."""
+    if call.hidden_states.dtype == layout.hidden_states.dtype:
+        return call.hidden_states
+    assert layer.hidden_states_scale is not None, "the service refuses such a call"
+    return _host_tensor(quantize_fp8(call.hidden_states.to_tensor(), layer.hidden_states_scale))
 
 
 def _routing_of(call: ForwardCall, layer: MoELayer, layout: InputLayout) -> tuple[HostTensor, ...]:
     """The logits, or ids and weights: routed here, as the CPU backend does it, where only others in the batch are."""
-    if call.routing_logits is None:
-        assert call.topk_ids is not None
-        assert call.topk_weights is not None
-        return call.topk_ids, call.topk_weights
     if len(layout.routing) == 1:
-        return (call.routing_logits,)
-    ids, weights = routing.route(layer.spec, call.routing_logits.to_tensor(), layer.routing_bias)
-    return _host_tensor(ids), _host_tensor(weights)
+        assert call.routing_logits is not None
+        return (_typed(call.routing_logits, layout.parts[0]),)
+    if call.routing_logits is not None:
+        ids, weights = routing.route(layer.spec, call.routing_logits.to_tensor(), layer.routing_bias)
+        return _host_tensor(ids), _host_tensor(weights)
+    assert call.topk_ids is not None
+    assert call.topk_weights is not None
+    return _typed(call.topk_ids, layout.parts[0]), _typed(call.topk_weights, layout.parts[1])
+
+
+def _typed(tensor: HostTensor, part: Part) -> HostTensor:
+    """float32 holds every bfloat16 logit exactly; weights are rounded to bfloat16 on entry anyway."""
+    return tensor if tensor.dtype == part.dtype else _host_tensor(tensor.to_tensor().to(part.dtype))
 
 
 def _host_tensor(tensor: torch.Tensor) -> HostTensor:

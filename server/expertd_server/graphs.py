@@ -23,6 +23,7 @@ from expertd_server.cuda_slot import CudaStreams
 from expertd_server.errors import BackendError
 from expertd_server.layer import MoELayer
 from expertd_server.layout import NUM_VALID_BYTES, BatchKind, input_layout, num_valid_tokens, output_layout
+from expertd_server.spans import whole
 from expertd_server.staging import Graph, Slot, SlotPool
 from expertd_server.types import LayerSpec
 
@@ -250,10 +251,10 @@ class Graphs:
 def _no_tokens(slot: Slot) -> Iterator[None]:
     """Inside, what is started computes on nothing but padding; it has run when the block is over."""
     slot.host_in[:NUM_VALID_BYTES] = 0
-    slot.send(NUM_VALID_BYTES)
+    slot.send(whole(NUM_VALID_BYTES))
     with slot.compute(), slot.stream():
         yield
-    slot.fetch(0)
+    slot.fetch([])
     slot.wait()
 
 

@@ -1,6 +1,6 @@
 """How a batch lies in memory: which part is where, for requests of any size in any company.
 
-The same layout holds on the host and on the device, so that a batch is copied in one piece.
+The same layout holds on the host and on the device, so that what lies in the slot is copied in one piece.
 """
 
 from __future__ import annotations
@@ -73,6 +73,11 @@ class InputLayout:
     """routing_logits [rows, E] float32, or topk_ids [rows, K] int32 and topk_weights [rows, K] bfloat16."""
     hidden_states: Part
     """[rows, H]."""
+    parts: tuple[Part, ...] = field(init=False)
+    """All of them, as they lie."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", (*(part for _, part in self.routing), self.hidden_states))
 
     def nbytes(self, num_tokens: int) -> int:
         """Bytes from the start that a batch of num_tokens fills, at most the rows that it was laid out for."""

@@ -9,7 +9,12 @@ import numpy.typing as npt
 
 from expertd_server.compiled import CODEC
 
-__all__ = ["Copies", "HostIds", "copy_bytes", "count_ids", "count_tensor_ids"]
+__all__ = ["Copies", "HostIds", "address_of", "copy_bytes", "count_ids", "count_tensor_ids"]
+
+
+def _address_of(memory: Any) -> int:
+    """Where a buffer's bytes lie."""
+    return int(np.frombuffer(memory, np.uint8).ctypes.data)
 
 
 def _copy_bytes(destination: Any, offset: int, source: Any) -> None:
@@ -60,4 +65,5 @@ if TYPE_CHECKING:
     from expertd_server._codec import Copies
 else:
     Copies = _Copies if CODEC is None else CODEC.Copies
+address_of = _address_of if CODEC is None else CODEC.address_of
 copy_bytes = _copy_bytes if CODEC is None else CODEC.copy

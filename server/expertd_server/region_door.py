@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from expertd_server.errors import ConfigError
+from expertd_server.pinning import Share
 from expertd_server.threads import ended
 
 __all__ = ["PROOF_BYTES", "RegionDoor", "RegionRefusedError", "map_memory"]
@@ -68,11 +69,19 @@ class RegionDoor:
 
     directory: where to put the socket, for callers in other network namespaces that have this directory too; None: an
     abstract one, which every process of this network namespace can reach and which leaves no file.
-    any_user: take memory of other users than the one that runs this process. Raises ConfigError when it cannot listen.
+    any_user: take memory of other users than the one that runs this process. share: see `map_memory`.
+    Raises ConfigError when it cannot listen.
     """
 
-    def __init__(self, directory: Path | None = None, *, any_user: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path | None = None,
+        *,
+        any_user: bool = False,
+        share: Share = memoryview,
+    ) -> None:
         self._any_user = any_user
+        self._share = share
         self._lock = threading.Lock()
         self._expected: dict[bytes, _Expected] = {}
         name = f"{_SOCKET_PREFIX}{secrets.token_hex(8)}"
@@ -219,15 +228,16 @@ class RegionDoor:
                 del self._expected[old]
         if expected is None or expected.until_s <= now_s:
             raise RegionRefusedError("the ticket is unknown, used or older than 10 s; register the region again")
-        view = map_memory(fd, expected.nbytes)
+        view = map_memory(fd, expected.nbytes, self._share)
         expected.take(view)
         return bytes(view[:PROOF_BYTES])
 
 
-def map_memory(fd: int, nbytes: int) -> memoryview:
+def map_memory(fd: int, nbytes: int, share: Share = memoryview) -> memoryview:
     """The first nbytes of a sealed memfd, mapped for reading and writing as long as any view of them lives.
 
-    Raises RegionRefusedError unless every byte of it can be touched safely from now on, whatever its owner does.
+    share: makes the view that all others are of. Raises RegionRefusedError unless every byte of it can be touched
+    safely from now on, whatever its owner does.
     """
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
@@ -242,7 +252,7 @@ def map_memory(fd: int, nbytes: int) -> memoryview:
     if status.st_size < nbytes:
         raise RegionRefusedError(f"the memfd has {status.st_size} bytes, expected the {nbytes} that were registered")
     try:
-        return memoryview(mmap.mmap(fd, nbytes))
+        return share(mmap.mmap(fd, nbytes))
     except (OSError, ValueError) as error:
         raise RegionRefusedError(f"the memfd cannot be mapped for reading and writing: {error}") from None
 

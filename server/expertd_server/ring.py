@@ -23,6 +23,7 @@ import threading
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from expertd_server.compiled import BLOCKS
+from expertd_server.pinning import Share
 
 __all__ = ["ALIGNMENT_BYTES", "Arena", "Block", "Channel", "Descriptor", "Ring", "ring_bytes", "shared_bytes"]
 
@@ -131,13 +132,13 @@ class Channel:
                 os.close(fd)
             raise
 
-    def open(self) -> tuple[Ring, Ring, memoryview]:
+    def open(self, share: Share = memoryview) -> tuple[Ring, Ring, memoryview]:
         """The ring to the engine, the ring to the front-end, and the arena's memory, mapped into this process.
 
         To be called once in each process, after the file descriptors were handed over: they are the rings' from then
-        on. The mapping lives as long as any view of it.
+        on. The mapping lives as long as any view of it. share: makes the view that all others are of.
         """
-        memory = memoryview(mmap.mmap(self.fds[0], shared_bytes(self.arena_bytes, self.max_requests)))
+        memory = share(mmap.mmap(self.fds[0], shared_bytes(self.arena_bytes, self.max_requests)))
         os.close(self.fds[0])
         first, second = _ring_bytes(self.max_requests)
         return (

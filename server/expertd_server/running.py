@@ -45,6 +45,10 @@ class RunningBatch:
     slots: SlotPool
     """Where the slot goes back to."""
     slot: Slot
+    calls: list[ForwardCall]
+    """Of the batch's entries. Kept to the end, whatever becomes of those: the device may use their memory till then."""
+    places: list[int]
+    """Where the device puts each call's output, see `scatter`; empty where the answer does not lie in the slot."""
     outputs: OutputLayout
     answer: MoEOutput | None
     """None where the answer lies in the slot, by `outputs`."""
@@ -111,12 +115,16 @@ class RunningBatch:
         copies = Copies() if num_requests > 1 else None  # see gather
         parts: list[ForwardResult] = []
         first = 0
-        for entry in entries:
-            call = entry.payload
+        for number, (entry, call) in enumerate(zip(entries, self.calls, strict=True)):
+            place = self.places[number] if self.places else 0
             queue_us = round((entry.queued_s + wait_s) * 1e6)
             timing = ForwardTiming(queue_us, copy_in_us, compute_us, 0, num_tokens, num_requests)
             part = ForwardResult(version, timing, copies=copies)
-            if output is not None and (call.encode is None or call.output_dtype != output.dtype):
+            if place:
+                assert whole is not None
+                assert call.place is not None
+                part.lies_at(Matrix(whole.dtype, entry.num_tokens, whole.num_columns, place), call.place)
+            elif output is not None and (call.encode is None or call.output_dtype != output.dtype):
                 # In memory of its own: a slow reader must not hold the whole batch's output.
                 rows = output if num_requests == 1 else output[first : first + entry.num_tokens]
                 part.output = _own(rows, call.output_dtype, is_owned=is_owned)
@@ -130,9 +138,9 @@ class RunningBatch:
         # Last, and then nothing may go wrong any more: the batch must not run again, because answers may have been
         # written over what they were computed from.
         answers: list[Any] = []
-        for entry, part in zip(entries, parts, strict=True):
+        for call, part in zip(self.calls, parts, strict=True):
             part.timing.copy_out_us = copy_out_us
-            encode = entry.payload.encode
+            encode = call.encode
             try:
                 answers.append(part if encode is None else encode(part))
             except Exception as error:  # its own alone

@@ -69,6 +69,7 @@ class Server:
                 max_queue_tokens=config.max_queue_tokens,
                 instance_id=self.instance_id,
             ),
+            share=self._host.share,
         )
 
     def startup(self) -> bool:

@@ -20,6 +20,7 @@ import torch
 from expertd_server.errors import BackendError
 from expertd_server.layer import MoELayer
 from expertd_server.layout import BatchKind
+from expertd_server.spans import Span
 
 __all__ = ["Graph", "GraphTable", "HostSlot", "Slot", "SlotPool", "SlotTimes"]
 
@@ -77,8 +78,8 @@ class Slot(Protocol):
         """Have at least this much memory each way. Growing forgets the slot's graphs."""
         ...
 
-    def send(self, nbytes: int) -> None:
-        """Copy the first nbytes of host_in to device_in; what is computed next waits for it."""
+    def send(self, spans: list[Span]) -> None:
+        """Copy to device_in, from host_in and memory of others; what is computed next waits for it."""
         ...
 
     def compute(self) -> AbstractContextManager[None]:
@@ -90,8 +91,8 @@ class Slot(Protocol):
         """Inside `compute`: has torch start things where graphs are started."""
         ...
 
-    def fetch(self, nbytes: int) -> None:
-        """Copy the first nbytes of device_out to host_out once they are computed."""
+    def fetch(self, spans: list[Span]) -> None:
+        """Copy from device_out, to host_out and memory of others, what is computed by then."""
         ...
 
     def wait(self) -> None:
@@ -144,7 +145,7 @@ class HostSlot:
             self.host_in = self.device_in = torch.empty(in_bytes, dtype=torch.uint8)
             self._in_bytes = in_bytes
 
-    def send(self, nbytes: int) -> None:
+    def send(self, spans: list[Span]) -> None:
         """Nothing: the device reads the host's memory."""
 
     def compute(self) -> HostSlot:
@@ -161,7 +162,7 @@ class HostSlot:
     def __exit__(self, *_: object) -> None:
         self._compute_s = self._clock() - self._start_s
 
-    def fetch(self, nbytes: int) -> None:
+    def fetch(self, spans: list[Span]) -> None:
         """Nothing: the answer is on the host."""
 
     def wait(self) -> None:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from engine_calls import check, make_call
+from shared_calls import SharedMemory, by_bytes, everything
 
+from expertd.v1 import expertd_pb2 as pb
+from expertd_server import spans
 from expertd_server.batcher import Limits
+from expertd_server.cuda_slot import pinner_of
 from expertd_server.engine import Engine, ForwardCall, HostTensor
 from expertd_server.layer import MoELayer
+from expertd_server.pinning import PIECE_BYTES, Pinner
 from expertd_server.synthetic import synthetic_layers
 
 if TYPE_CHECKING:
@@ -46,6 +54,16 @@ def served(shared_backend: CudaBackend) -> Iterator[tuple[Engine, list[MoELayer]
     engine.batcher.start()
     yield engine, layers
     assert engine.batcher.stop(PATIENCE_S)
+
+
+@pytest.fixture
+def pinner(shared_backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pinner]:
+    """Whose memory is used for tensors of any size."""
+    monkeypatch.setattr(spans, "_MIN_DIRECT_BYTES", 1)
+    pinner = pinner_of(shared_backend.device, 1 << 28)
+    assert pinner is not None
+    yield pinner
+    pinner.close()
 
 
 def test_answers_of_shared_batches_equal_the_operator_alone(served: tuple[Engine, list[MoELayer]]) -> None:
@@ -93,3 +111,56 @@ def test_every_graph_bucket_gives_the_operators_bits(served: tuple[Engine, list[
         assert answer.output is not None
         assert lone is not None
         assert torch.equal(lone.cpu().view(torch.uint8), answer.output.view(torch.uint8)), num_tokens
+
+
+def test_shared_memory_gives_the_same_bits_in_any_company_and_is_let_go(
+    served: tuple[Engine, list[MoELayer]], pinner: Pinner
+) -> None:
+    """Some calls lie in pinned memory and others do not; some are cancelled, and callers leave while theirs run."""
+    engine, layers = served
+    chance = random.Random(11)
+    num_direct = 0
+    for turn in range(20):
+        calls = [
+            replace(
+                make_call(chance.choice(layers), chance.randrange(1, 120), turn * 100 + n, usual=True),
+                return_routing=chance.random() < 0.2,
+            )
+            for n in range(24)
+        ]
+        lone = [engine.submit(by_bytes(call)).result(PATIENCE_S) for call in calls[:6]]
+        memory = SharedMemory(pinner, 1 << 24).pin()
+        given = [memory.placed(call) if chance.random() < 0.7 else call for call in calls]
+        num_direct += sum(call.place is not None for call in given[:6])
+        promises = [engine.submit(call) for call in given]
+        for promise in promises[6:]:
+            if chance.random() < 0.5:
+                promise.cancel()
+        del given
+        for call, expected, promise in zip(calls, lone, promises, strict=False):
+            answer = promise.result(PATIENCE_S)
+            if isinstance(answer, bytes):
+                assert memory.read(answer) == everything(pb.ForwardResponse.FromString(expected)), turn
+            else:
+                check(call, answer, f"turn {turn}")
+        del memory, calls, promises, promise
+    assert num_direct > 40
+    assert engine.batcher.drain(PATIENCE_S)
+    until_s = time.monotonic() + PATIENCE_S
+    while pinner.pinned_bytes and time.monotonic() < until_s:
+        time.sleep(0.01)
+    assert pinner.pinned_bytes == 0
+
+
+def test_pinning_goes_on_while_batches_run(served: tuple[Engine, list[MoELayer]], pinner: Pinner) -> None:
+    """From memory that is not pinned yet to memory that is: the same bits all the way, a copy may be in two pieces."""
+    engine, layers = served
+    memory = SharedMemory(pinner, 6 * PIECE_BYTES)
+    calls = [make_call(layers[0], 100, seed, usual=True) for seed in range(8)]
+    expected = [engine.submit(by_bytes(call)).result(PATIENCE_S) for call in calls]
+    for turn in range(48):
+        placed = [memory.placed(call) for call in calls]
+        for message, promise in zip(expected, [engine.submit(call) for call in placed], strict=True):
+            answer = memory.read(promise.result(PATIENCE_S))
+            assert answer == everything(pb.ForwardResponse.FromString(message)), turn
+    assert pinner.pinned_bytes > PIECE_BYTES

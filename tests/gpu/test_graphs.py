@@ -20,6 +20,7 @@ from expertd_server.cuda_slot import CudaSlot, CudaStreams  # noqa: E402
 from expertd_server.graphs import CudaCapturer, Graphs  # noqa: E402
 from expertd_server.layer import MoELayer  # noqa: E402
 from expertd_server.layout import BatchKind, input_layout, num_valid_tokens, output_layout, slot_bytes  # noqa: E402
+from expertd_server.spans import whole  # noqa: E402
 from expertd_server.staging import SlotPool  # noqa: E402
 
 KIND = BatchKind(torch.float8_e4m3fn, False, torch.bfloat16)
@@ -53,10 +54,10 @@ def test_a_replay_reads_and_writes_the_tokens_and_nothing_else(backend: CudaBack
         num_valid_tokens(slot.host_in).fill_(tokens)
         slot.device_out.fill_(0x55)
         torch.cuda.synchronize()
-        slot.send(inputs.nbytes(rows))
+        slot.send(whole(inputs.nbytes(rows)))
         with slot.compute():
             graph.replay()
-        slot.fetch(outputs.nbytes(rows))
+        slot.fetch(whole(outputs.nbytes(rows)))
         slot.wait()
         output = outputs.output.view(slot.host_out, rows)
         assert expected is not None
@@ -88,10 +89,10 @@ def test_capturing_beside_replays_changes_neither(backend: CudaBackend) -> None:
     while capturing.is_alive() or not rounds:
         slot.device_out.fill_(0x55)
         torch.cuda.current_stream().synchronize()
-        slot.send(slot.host_in.numel())
+        slot.send(whole(slot.host_in.numel()))
         with slot.compute():
             graph.replay()
-        slot.fetch(slot.host_out.numel())
+        slot.fetch(whole(slot.host_out.numel()))
         slot.wait()
         output = output_layout(layers[0].spec, KIND, 64).output.view(slot.host_out, 64)
         assert expected is not None

@@ -262,6 +262,40 @@ def test_a_poisoned_request_fails_alone() -> None:
     assert bench.finished == [1, 1, 1], "those that were computed"
 
 
+@pytest.mark.parametrize("stops", [False, True])
+def test_what_is_spent_does_not_run_again(stops: bool) -> None:
+    """Two of four say at launch that their answers may be written over what they are computed from."""
+    launched: list[list[str]] = []
+
+    def launch(batch: Batch[str, str]) -> Done:
+        members = [entry.payload for entry in batch.entries]
+        launched.append(members)
+        for entry in batch.entries:
+            entry.is_spent = entry.payload.startswith("spent")
+        if len(members) == 1:
+            return Done([f"{members[0]} done"])
+        if stops:
+            batcher.stop(0.0)
+        raise RuntimeError("too late")
+
+    limits = Limits(max_batch_tokens=10, max_queue_tokens=10, max_queue_requests=10)
+    batcher: Batcher[str, str] = Batcher(launch, limits)
+    promises = [batcher.submit("a", name, 1) for name in ("spent 1", "other 1", "spent 2", "other 2")]
+    while batcher.run_once():
+        pass
+    for promise in promises[::2]:
+        with pytest.raises(RuntimeError, match="too late"):
+            promise.result(0)
+    for number, promise in enumerate(promises[1::2], start=1):
+        if stops:
+            with pytest.raises(UnavailableError, match="stopped"):
+                promise.result(0)
+        else:
+            assert promise.result(0) == f"other {number} done"
+    assert launched[1:] == ([] if stops else [["other 1"], ["other 2"]])
+    assert batcher.drain(0.0)
+
+
 def test_a_batch_that_fails_whole_reaches_each_of_its_waiters_and_no_other() -> None:
     bench = Bench()
     failing = [bench.submit(RuntimeError(f"device {n}")) for n in range(4)]

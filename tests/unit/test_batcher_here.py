@@ -102,6 +102,21 @@ class TestInOneThread:
         assert promises[2].result(0) == "z done"
         assert batcher.drain(0.0)
 
+    def test_a_lone_request_that_runs_already_is_not_given_up(
+        self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]]
+    ) -> None:
+        """Its answer may be on its way into memory that would be somebody else's if it were."""
+        batcher, here, launched = bench
+        promise = batcher.submit("a", "x", 1, is_last=True)
+        assert not promise.cancel(), "it is a batch by now"
+        batcher.hurry()
+        assert [batch.members for batch in launched] == [["x"]]
+        assert not promise.cancel()
+        assert promise.payload == "x"
+        launched[0].over.set()
+        here.step_until(promise.done)
+        assert promise.result(0) == "x done"
+
     def test_an_idle_device_gets_the_next_batch_before_answers_are_made(
         self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]]
     ) -> None:

@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -415,6 +416,13 @@ def test_ids_are_counted_alike(dtype: type) -> None:
     _count_ids(ids, 8, theirs)
     assert (ours == theirs).all()
     assert ours.sum() == 48 + ((ids >= 8) & (ids < 24)).sum()
+
+
+@pytest.mark.parametrize("address_of", [native._address_of, native.address_of], ids=["Python", "in use"])
+def test_an_address_is_that_of_the_first_byte(address_of: Callable[[Any], int]) -> None:
+    array = np.arange(100, dtype=np.uint8)
+    assert address_of(array) == address_of(memoryview(array)) == array.ctypes.data
+    assert address_of(memoryview(array)[10:20][5:]) == array.ctypes.data + 15
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32])

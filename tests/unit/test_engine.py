@@ -19,6 +19,7 @@ from expertd_server.batcher import Limits
 from expertd_server.engine import BatchReport, Engine, ForwardCall, ForwardResult
 from expertd_server.errors import BackendError
 from expertd_server.layer import MoELayer
+from expertd_server.spans import whole
 from expertd_server.synthetic import synthetic_layers
 
 PATIENCE_S = 30.0
@@ -142,12 +143,12 @@ def test_a_batch_is_one_copy_in_and_one_copy_out_and_padding_is_not_copied() -> 
     bench = Bench()
     bench.engine.capture(bench.layers)
     slot = bench.slots[-1]
-    slot.sent_bytes.clear()
-    slot.fetched_bytes.clear()
+    slot.sent.clear()
+    slot.fetched.clear()
     bench.run(*(make_call(bench.layers[0], 3, seed, usual=True) for seed in range(3)))
     # In: the count, 16 rows of 8 float32, 9 of 256 bytes. Out: 16 rows of 2 int16 and 2 bfloat16, 9 of 256 bfloat16.
-    assert slot.sent_bytes == [256 + 16 * 8 * 4 + 9 * 256]
-    assert slot.fetched_bytes == [256 + 256 + 9 * 256 * 2]
+    assert slot.sent == [whole(256 + 16 * 8 * 4 + 9 * 256)]
+    assert slot.fetched == [whole(256 + 256 + 9 * 256 * 2)]
     assert bench.reports == [(3, 9, 16)]
 
 

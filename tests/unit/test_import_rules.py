@@ -28,6 +28,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "host_memory",
             "memory",
             "native",
+            "pinning",
             "metrics",
             "metrics_endpoint",
             "promise",
@@ -70,7 +71,21 @@ LEVELS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"layer", "remote_layer", "store"}),
-    frozenset({"batcher", "cuda_slot", "engine", "forward", "gather", "graphs", "layout", "running", "staging"}),
+    frozenset(
+        {
+            "batcher",
+            "cuda_slot",
+            "engine",
+            "forward",
+            "gather",
+            "graphs",
+            "layout",
+            "running",
+            "scatter",
+            "spans",
+            "staging",
+        }
+    ),
     frozenset(
         {
             "calls",

@@ -1,12 +1,14 @@
 """A GPU for tests that have none: two memories, copies that happen late, graphs that run again what they were shown.
 
 Copies in happen when something is computed next, copies out when somebody waits: until then host and device disagree,
-as on a GPU, and reading too early shows as wrong bytes.
+as on a GPU, and reading too early shows as wrong bytes. Memory of others is read and written only where it is pinned
+when a copy happens.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import threading
 import weakref
@@ -17,17 +19,53 @@ import torch
 
 from expertd_server.backend import MoEOutput, PreparedLayer
 from expertd_server.backend_cpu import TorchBackend
+from expertd_server.pinning import Pinner
+from expertd_server.spans import Span
 from expertd_server.staging import GraphTable, SlotTimes
 from expertd_server.types import LayerSpec
 from expertd_server.weights import ExpertWeights
 
+PATIENCE_S = 30.0
+
 
 class FakeDevice:
-    """Work that was started and is not done, in order."""
+    """Work that was started and is not done, in order; and the memory of others that it may touch."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._started: list[Callable[[], None]] = []
+        self.pinned: dict[int, int] = {}
+        """Bytes by address."""
+        self.num_pinned = 0
+        """Of all times."""
+        self.failure: Exception | None = None
+        """What pinning raises."""
+        self.may_pin = threading.Event()
+        """Pinning waits for it."""
+        self.may_pin.set()
+        self.may_end = threading.Event()
+        """Nobody is told before that a batch is over, and its answers are on their way."""
+        self.may_end.set()
+
+    def pinner(self, max_bytes: int = 1 << 30) -> Pinner:
+        return Pinner(self._pin, self._unpin, max_bytes)
+
+    def _pin(self, address: int, nbytes: int) -> None:
+        assert self.may_pin.wait(PATIENCE_S), "the test never let it go on"
+        if self.failure is not None:
+            raise self.failure
+        ctypes.string_at(address, nbytes)  # it is mapped
+        self.pinned[address] = nbytes
+        self.num_pinned += 1
+
+    def _unpin(self, address: int) -> None:
+        ctypes.string_at(address, self.pinned.pop(address))
+
+    def memory(self, address: int, nbytes: int) -> torch.Tensor:
+        """[nbytes] uint8 of others."""
+        inside = any(start <= address and address + nbytes <= start + size for start, size in self.pinned.items())
+        assert inside, "the device touches memory that is not pinned"
+        return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
 
     def start(self, work: Callable[[], None]) -> None:
         with self._lock:
@@ -48,10 +86,10 @@ class FakeSlot:
         self.index = index
         self.host_in = self.device_in = self.host_out = self.device_out = torch.empty(0, dtype=torch.uint8)
         self.graphs: GraphTable = weakref.WeakKeyDictionary()
-        self.sent_bytes: list[int] = []
-        self.fetched_bytes: list[int] = []
+        self.sent: list[list[Span]] = []
+        self.fetched: list[list[Span]] = []
         self.settled = 0
-        self._device = device
+        self.device = device
 
     @property
     def device_nbytes(self) -> int:
@@ -65,27 +103,29 @@ class FakeSlot:
         self.host_in, self.device_in = (torch.full((in_bytes,), 0x7F, dtype=torch.uint8) for _ in range(2))
         self.host_out, self.device_out = (torch.full((out_bytes,), 0x7F, dtype=torch.uint8) for _ in range(2))
 
-    def send(self, nbytes: int) -> None:
-        self.sent_bytes.append(nbytes)
-        self._device.start(lambda: self._copy(self.device_in, self.host_in, nbytes))
+    def send(self, spans: list[Span]) -> None:
+        self.sent.append(spans)
+        self.device.start(lambda: self._copy_in(spans))
 
     @contextlib.contextmanager
     def compute(self) -> Iterator[None]:
-        self._device.get_done()
+        self.device.get_done()
         yield
 
     def stream(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def fetch(self, nbytes: int) -> None:
-        self.fetched_bytes.append(nbytes)
-        self._device.start(lambda: self._copy(self.host_out, self.device_out, nbytes))
+    def fetch(self, spans: list[Span]) -> None:
+        self.fetched.append(spans)
+        self.device.start(lambda: self._copy_out(spans))
 
     def wait(self) -> None:
-        self._device.get_done()
+        assert self.is_done_within(PATIENCE_S), "the test never let it end"
 
     def is_done_within(self, seconds: float) -> bool:
-        self._device.get_done()
+        if not self.device.may_end.wait(seconds):
+            return False
+        self.device.get_done()
         return True
 
     def times(self) -> SlotTimes:
@@ -96,11 +136,18 @@ class FakeSlot:
 
     def settle(self) -> None:
         self.settled += 1
-        self._device.get_done()
+        self.device.get_done()
 
-    @staticmethod
-    def _copy(to: torch.Tensor, source: torch.Tensor, nbytes: int) -> None:
-        to[:nbytes] = source[:nbytes]
+    def _copy_in(self, spans: list[Span]) -> None:
+        for start, nbytes, address in spans:
+            mine = slice(start, start + nbytes)
+            self.device_in[mine] = self.device.memory(address, nbytes) if address else self.host_in[mine]
+
+    def _copy_out(self, spans: list[Span]) -> None:
+        for start, nbytes, address in spans:
+            mine = slice(start, start + nbytes)
+            to = self.device.memory(address, nbytes) if address else self.host_out[mine]
+            to.copy_(self.device_out[mine])
 
 
 class FakeCapturer:

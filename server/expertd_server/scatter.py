@@ -1,0 +1,41 @@
+"""A batch's output goes to the host: into the slot's memory, or by the device straight to where an answer is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from expertd_server.forward import ForwardCall
+from expertd_server.layout import OutputLayout
+from expertd_server.spans import Span, Spans, direct_address
+
+__all__ = ["scatter"]
+
+
+def scatter(layout: OutputLayout, calls: Sequence[ForwardCall], num_tokens: int) -> tuple[list[Span], list[int]]:
+    """The copies that bring a batch's output to the host, and for each call the address where they put its rows.
+
+    0: in the slot's host memory. num_tokens: of all calls.
+    """
+    wants_routing = any(call.return_routing for call in calls)
+    # NOTE: the ids come in any case, for metrics.
+    spans = Spans((layout.expert_weights if wants_routing else layout.topk_ids).end(num_tokens))
+    places = []
+    start, row_bytes = layout.output.offset, layout.output.row_bytes
+    for call in calls:
+        nbytes = call.num_tokens * row_bytes
+        place = _place_of(call, nbytes)
+        if place:
+            spans.add_direct(start, nbytes, place)
+        else:
+            spans.add(start, nbytes)
+        places.append(place)
+        start += nbytes
+    return spans.copies, places
+
+
+def _place_of(call: ForwardCall, nbytes: int) -> int:
+    """Where a call's rows may go at once; 0: they may not."""
+    place = call.place
+    if place is None or call.encode is None or nbytes > len(place) or call.return_routing:
+        return 0
+    return direct_address(place, nbytes)
