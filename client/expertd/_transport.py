@@ -28,6 +28,7 @@ from expertd._base import (
     unary_outcome,
     unasked_ticket,
 )
+from expertd._ring_reader import RingReader
 from expertd._shm import StreamMemory, WantedMemory
 from expertd._wire import Encoded, encode_stream_request
 from expertd._wire_read import Response
@@ -176,7 +177,10 @@ class StreamTransport:
 
 
 class _Stream:
-    """One open ForwardStream: a sender (gRPC's own thread, through _requests) and a reader thread."""
+    """One open ForwardStream: a sender (gRPC's own thread, through _requests) and a reader thread.
+
+    With rings whoever sends a request puts it in, and a thread takes answers out. gRPC says when the stream is over.
+    """
 
     def __init__(
         self,
@@ -198,6 +202,10 @@ class _Stream:
         self._memory_settled = threading.Event()
         self._pieces: dict[int, Piece] = {}
         """Memory of requests that were sent and not answered, abandoned ones too: the server may be at it."""
+        self._rings: RingReader | None = None
+        self._ring_failure: ProtocolError | None = None
+        self._is_over = False
+        """gRPC has said how the stream has ended; no rings are opened any more."""
         self._end: ExpertdError | None = None
         if wanted_memory is not None:
             self._memory = StreamMemory(wanted_memory, next(self._ids))
@@ -257,8 +265,9 @@ class _Stream:
             if piece is not None:
                 self._pieces[request_id] = piece
             self._pending[request_id] = on_done
-            self._to_send[request_id] = message
-            self._sendable.notify()
+            if self._rings is None or not self._rings.put(message):
+                self._to_send[request_id] = message
+                self._sendable.notify()
         return _StreamTicket(self, request_id)
 
     def abandon(self, request_id: int) -> None:
@@ -311,7 +320,7 @@ class _Stream:
         end: ExpertdError = UnavailableError("the server ended the stream")
         try:
             for data in self._call:
-                self._deliver(*stream_outcome(data, self._request_id))
+                self._deliver_bytes(data)
         except grpc.RpcError as error:
             end = error_from_rpc(self._call, request_id=self._request_id)
             error.with_traceback(None)  # it is the call itself, whose frames know it: leave no cycle, see join
@@ -319,6 +328,8 @@ class _Stream:
             end = error
             self._call.cancel()
         finally:
+            self._finish_rings()
+            end = self._ring_failure or end
             self._fail_all(ClosedError(CLOSED_IN_FLIGHT) if self._closing else stream_broken(end))
 
     def _fail_all(self, failure: ExpertdError) -> None:
@@ -334,6 +345,9 @@ class _Stream:
         for on_done in pending.values():
             self._release()
             on_done(copy.copy(failure))  # an exception carries the traceback of the one caller that raises it
+
+    def _deliver_bytes(self, data: bytes) -> None:
+        self._deliver(*stream_outcome(data, self._request_id))
 
     def _deliver(self, number: int, outcome: Outcome | pb.RegionTicket) -> None:
         memory = self._memory
@@ -360,7 +374,25 @@ class _Stream:
 
     def _share(self, memory: StreamMemory, answer: Outcome | pb.RegionTicket) -> None:
         memory.take(answer)
+        if memory.rings is not None:
+            with self._lock:
+                if self._is_over:
+                    memory.rings.close()
+                else:
+                    self._rings = RingReader(memory.rings, self._deliver_bytes, self._break)
         self._memory_settled.set()
+
+    def _finish_rings(self) -> None:
+        """The stream is over: take what the server has answered before, and nothing from then on."""
+        with self._lock:
+            self._is_over = True
+            rings, self._rings = self._rings, None
+        if rings is not None:
+            rings.finish()
+
+    def _break(self, failure: ProtocolError) -> None:
+        self._ring_failure = failure
+        self._call.cancel()
 
 
 class _OverTicket:
