@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -56,13 +57,17 @@ class Ticket(Protocol):
     def abandon(self) -> None:
         """Forget the request: its place is free at once and its answer, should it still come, is dropped."""
 
+    def read_for(self, settled: queue.SimpleQueue[Any], until_s: float) -> None:
+        """Do in this thread what makes its answer come, if there is such a thing: see `RingReader.read_for`."""
+
 
 class Transport(Protocol):
     """Puts encoded requests on the wire. Thread-safe."""
 
-    def submit(self, body: Encoded, deadline: float, on_done: OnDone) -> Ticket:
+    def submit(self, body: Encoded, deadline: float, on_done: OnDone, *, reads: bool = False) -> Ticket:
         """Send one request. deadline: on time.monotonic(). Waits for a place among max_in_flight.
 
+        reads: whether the caller will wait for nothing else before its ticket's `read_for`.
         Raises TimeoutError when no place was free by the deadline, ClosedError after close().
         """
 
@@ -79,9 +84,11 @@ class Slots:
         self._closed = False
         self._changed = threading.Condition()
 
-    def acquire(self, deadline: float) -> None:
+    def acquire(self, deadline: float, before_waiting: Callable[[], object] | None = None) -> None:
         """Take a place. Raises TimeoutError when none was free by the deadline, ClosedError after close()."""
         with self._changed:
+            if before_waiting is not None and not self._free:
+                before_waiting()
             self._changed.wait_for(lambda: self._closed or self._free > 0, deadline - time.monotonic())
             if self._closed:
                 raise ClosedError("the client is closed")
@@ -128,9 +135,9 @@ class StreamTransport:
         self._retiring: list[_Stream] = []
         self._closed = False
 
-    def submit(self, body: Encoded, deadline: float, on_done: OnDone) -> Ticket:
+    def submit(self, body: Encoded, deadline: float, on_done: OnDone, *, reads: bool = False) -> Ticket:
         """See Transport."""
-        self._slots.acquire(deadline)
+        self._slots.acquire(deadline, self._have_read)
         try:
             while True:
                 stream = self._least_loaded()
@@ -139,7 +146,7 @@ class StreamTransport:
                     self._slots.release()
                     on_done(failure)
                     return _OverTicket()
-                ticket = stream.send(body, timeout_ms(deadline - time.monotonic()), on_done)
+                ticket = stream.send(body, timeout_ms(deadline - time.monotonic()), on_done, reads)
                 if ticket is not None:
                     return ticket
         except BaseException:
@@ -155,6 +162,13 @@ class StreamTransport:
             stream.close()
         for stream in streams:
             stream.join()
+
+    def _have_read(self) -> None:
+        """Places become free when answers are taken, and whoever has promised to take some may not be at it yet."""
+        with self._lock:
+            streams = [*self._retiring, *(stream for stream in self._streams if stream is not None)]
+        for stream in streams:
+            stream.have_read()
 
     def _least_loaded(self) -> _Stream:
         with self._lock:
@@ -249,7 +263,7 @@ class _Stream:
         memory.check()
         return None
 
-    def send(self, body: Encoded, timeout_ms: int, on_done: OnDone) -> Ticket | None:
+    def send(self, body: Encoded, timeout_ms: int, on_done: OnDone, reads: bool) -> Ticket | None:
         """Queue a request; None when the stream takes no more. The queue is bounded by the places (Slots)."""
         request_id = next(self._ids)
         # Encoding copies the tensors: not under the lock, where it would hold up the reader.
@@ -268,6 +282,8 @@ class _Stream:
             if self._rings is None or not self._rings.put(message):
                 self._to_send[request_id] = message
                 self._sendable.notify()
+        if not reads:
+            self.have_read()
         return _StreamTicket(self, request_id)
 
     def abandon(self, request_id: int) -> None:
@@ -279,6 +295,19 @@ class _Stream:
                 self._pieces.pop(request_id, None)
             self._end_if_idle()
         self._release()
+        self.have_read()  # the memory is free again when its answer was taken
+
+    def have_read(self) -> None:
+        """Answers are awaited, and not by who takes them itself."""
+        rings = self._rings
+        if rings is not None:
+            rings.need()
+
+    def read_for(self, settled: queue.SimpleQueue[Any], until_s: float) -> None:
+        """See Ticket."""
+        rings = self._rings
+        if rings is not None:
+            rings.read_for(settled, until_s)
 
     def close(self) -> None:
         """Take no more requests and end the call; the reader then fails what is in flight."""
@@ -321,6 +350,8 @@ class _Stream:
         try:
             for data in self._call:
                 self._deliver_bytes(data)
+                if self._rings is not None:
+                    self._rings.look()
         except grpc.RpcError as error:
             end = error_from_rpc(self._call, request_id=self._request_id)
             error.with_traceback(None)  # it is the call itself, whose frames know it: leave no cycle, see join
@@ -379,8 +410,11 @@ class _Stream:
                 if self._is_over:
                     memory.rings.close()
                 else:
-                    self._rings = RingReader(memory.rings, self._deliver_bytes, self._break)
+                    self._rings = RingReader(memory.rings, self._deliver_bytes, self._is_awaited, self._break)
         self._memory_settled.set()
+
+    def _is_awaited(self) -> bool:
+        return bool(self._pending or self._pieces)
 
     def _finish_rings(self) -> None:
         """The stream is over: take what the server has answered before, and nothing from then on."""
@@ -401,6 +435,9 @@ class _OverTicket:
     def abandon(self) -> None:
         """See Ticket."""
 
+    def read_for(self, settled: queue.SimpleQueue[Any], until_s: float) -> None:
+        """See Ticket."""
+
 
 class _StreamTicket:
     __slots__ = ("_request_id", "_stream")
@@ -412,6 +449,10 @@ class _StreamTicket:
     def abandon(self) -> None:
         """See Ticket."""
         self._stream.abandon(self._request_id)
+
+    def read_for(self, settled: queue.SimpleQueue[Any], until_s: float) -> None:
+        """See Ticket."""
+        self._stream.read_for(settled, until_s)
 
 
 class UnaryTransport:
@@ -426,7 +467,7 @@ class UnaryTransport:
         self._closed = False
         self._calls: set[Any] = set()
 
-    def submit(self, body: Encoded, deadline: float, on_done: OnDone) -> Ticket:
+    def submit(self, body: Encoded, deadline: float, on_done: OnDone, *, reads: bool = False) -> Ticket:
         """See Transport."""
         self._slots.acquire(deadline)
         try:
@@ -479,3 +520,6 @@ class _UnaryTicket:
     def abandon(self) -> None:
         """See Ticket."""
         self._call.cancel()
+
+    def read_for(self, settled: queue.SimpleQueue[Any], until_s: float) -> None:
+        """See Ticket."""
