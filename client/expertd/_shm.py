@@ -19,7 +19,7 @@ import numpy as np
 from expertd._arena import MIN_ARENA_BYTES, Arena, Piece, aligned
 from expertd._rings import END, StreamRings, wanted_rings
 from expertd._wire import Encoded, encode_placed_request
-from expertd._wire_read import TENSOR_FIELDS, Answer, AnswerTensor, Response, nbytes_of
+from expertd._wire_read import TENSOR_FIELDS, Answer, AnswerTensor, Response, answer_of
 from expertd.errors import ExpertdError, ProtocolError, SharedMemoryError
 from expertd.v1 import expertd_pb2 as pb
 
@@ -141,25 +141,23 @@ class StreamMemory:
         answer = (_REGION, piece.offset, piece.nbytes)
         return encode_placed_request(request_id, body, slices, answer, timeout_ms), piece
 
-    def response(self, message: pb.ForwardResponse, piece: Piece) -> Answer | ProtocolError:
+    def response(self, response: Response, piece: Piece) -> Answer | ProtocolError:
         """An answer to a request that was placed; an error when it names memory of others.
 
         Its tensors stay where they are while there is plenty of room, else they are copied: answers that are kept for
         long never leave the next requests without.
         """
-        answer = Answer(timing=message.timing, weights_version=message.weights_version, nbytes=nbytes_of(message))
+        answer = answer_of(response)
         for name in TENSOR_FIELDS:
-            tensor: pb.Tensor = getattr(message, name)
-            if not tensor.HasField("slice"):
-                setattr(answer, name, AnswerTensor(tensor.dtype, tuple(tensor.shape), tensor.data))
+            tensor: AnswerTensor = getattr(answer, name)
+            if tensor.slice is None:
                 continue
-            where = tensor.slice
-            stop = where.offset + where.nbytes
-            if where.region != _REGION or not piece.offset <= where.offset <= stop <= piece.offset + piece.nbytes:
+            region, offset, nbytes = tensor.slice
+            if region != _REGION or not piece.offset <= offset <= offset + nbytes <= piece.offset + piece.nbytes:
                 return ProtocolError(f"{name}.slice of the answer is outside of the request's answer_slice")
-            data = piece.array(where.offset, where.nbytes)
+            data = piece.array(offset, nbytes)
             is_roomy = self._arena is not None and self._arena.is_half_free
-            setattr(answer, name, AnswerTensor(tensor.dtype, tuple(tensor.shape), data if is_roomy else data.copy()))
+            setattr(answer, name, AnswerTensor(tensor.dtype, tensor.shape, data if is_roomy else data.copy()))
         return answer
 
 

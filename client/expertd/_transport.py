@@ -396,7 +396,7 @@ class _Stream:
                 self._open = False
             self._end_if_idle()
         if on_done is not None:  # None: abandoned
-            if memory is not None and piece is not None and isinstance(outcome, pb.ForwardResponse):
+            if memory is not None and piece is not None and not isinstance(outcome, ExpertdError):
                 outcome = memory.response(outcome, piece)
             self._release()
             on_done(outcome)

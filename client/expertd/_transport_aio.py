@@ -248,7 +248,7 @@ class _Stream:
             self._open = False
         answer = self._pending.get(number)
         if answer is not None and not answer.done():  # otherwise the caller has left
-            if memory is not None and piece is not None and isinstance(outcome, pb.ForwardResponse):
+            if memory is not None and piece is not None and not isinstance(outcome, ExpertdError):
                 outcome = memory.response(outcome, piece)
             answer.set_result(outcome)
         elif not isinstance(outcome, ExpertdError):
