@@ -16,14 +16,12 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from expertd._rings import StreamRings
+from expertd._rings import HUNG_UP_S, StreamRings, hung_up
 from expertd.errors import ProtocolError
 
 __all__ = ["RingReader"]
 
 _JOIN_TIMEOUT_S: Final = 5.0
-# A server hangs up when it ends the stream. One that does not end it within this time is not as it should be.
-_HUNG_UP_S: Final = 5.0
 
 
 class RingReader:
@@ -132,6 +130,6 @@ class RingReader:
                 os.eventfd_read(fd)
             elif not self._rings.silence():
                 self._poll.unregister(fd)
-                self._hung_up_until_s = time.monotonic() + _HUNG_UP_S
+                self._hung_up_until_s = time.monotonic() + HUNG_UP_S
         if time.monotonic() >= self._hung_up_until_s:
-            raise ProtocolError("the server has left the rings of a stream that goes on")
+            raise hung_up()

@@ -10,7 +10,7 @@ from expertd.errors import ProtocolError
 from expertd.v1 import expertd_pb2 as pb
 from expertd.v1.message_ring import IS_SUPPORTED, RingBrokenError, RingReader, RingWriter, ring_nbytes
 
-__all__ = ["END", "StreamRings", "wanted_rings"]
+__all__ = ["END", "HUNG_UP_S", "StreamRings", "hung_up", "wanted_rings"]
 
 _NUM_SLOTS: Final = 64  # as many as max_in_flight by default, twice
 _SLOT_NBYTES: Final = 1024  # of a request some 200 are used, of an answer 100; an error that is longer goes over gRPC
@@ -19,12 +19,20 @@ _OFFSET: Final = 64  # behind the proof
 END: Final = _OFFSET + 2 * _RING_NBYTES
 """Where the rest of the region starts."""
 
+HUNG_UP_S: Final = 5.0
+"""A server hangs up when it ends the stream. One that does not end it within this time is not as it should be."""
+
 _NUM_BELLS: Final = 2
 
 
 def wanted_rings() -> pb.MessageRings | None:
     """What to ask the server for; None: this machine cannot."""
     return pb.MessageRings(offset=_OFFSET, num_slots=_NUM_SLOTS, slot_nbytes=_SLOT_NBYTES) if IS_SUPPORTED else None
+
+
+def hung_up() -> ProtocolError:
+    """What is wrong HUNG_UP_S after the server has hung up."""
+    return ProtocolError("the server has left the rings of a stream that goes on")
 
 
 class StreamRings:
@@ -54,7 +62,7 @@ class StreamRings:
         return self._answers.bell_fd
 
     def silence(self) -> bool:
-        """Make the bell stop; False: the server has hung up."""
+        """Make the bell stop; False: the server has hung up, and the bell is not to be listened to any more."""
         return self._answers.silence()
 
     def take(self) -> bytes | None:

@@ -23,7 +23,7 @@ from expertd._base import (
     unary_outcome,
     unasked_ticket,
 )
-from expertd._rings import StreamRings
+from expertd._rings import HUNG_UP_S, StreamRings, hung_up
 from expertd._shm import StreamMemory, WantedMemory
 from expertd._wire import Encoded, encode_stream_request
 from expertd._wire_read import Response
@@ -260,37 +260,42 @@ class _Stream:
             if self._end is None:
                 self._rings = memory.rings
                 asyncio.get_running_loop().add_reader(self._rings.bell_fd, self._rung)
-                self._take_from(self._rings)  # which has the bell ring from then on
+                self._take_from_rings()  # which has the bell ring from then on
             else:
                 memory.rings.close()
         self._memory_settled.set()
 
     def _rung(self) -> None:
-        rings = self._rings
-        if rings is None:
+        if self._rings is None:
             return
-        if not rings.silence():  # the server ends the stream, and gRPC will say how
-            asyncio.get_running_loop().remove_reader(rings.bell_fd)
-        self._take_from(rings)
+        if not self._rings.silence():  # the server ends the stream, and gRPC will say how
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._rings.bell_fd)
+            loop.call_later(HUNG_UP_S, self._break, hung_up())
+        self._take_from_rings()
 
-    def _take_from(self, rings: StreamRings) -> None:
+    def _take_from_rings(self) -> None:
         """Every answer that is there."""
         try:
-            while (data := rings.take()) is not None:
+            while self._rings is not None and (data := self._rings.take()) is not None:
                 self._deliver(*stream_outcome(data, self._request_id))
         except ProtocolError as error:
-            self._ring_failure = error
+            self._break(error)
+
+    def _break(self, failure: ProtocolError) -> None:
+        """Have the stream end, unless it has."""
+        if self._end is None and self._ring_failure is None:
+            self._ring_failure = failure
             self._call.cancel()
 
     def _close_rings(self) -> None:
         """The stream is over: take what the server has answered before."""
-        rings, self._rings = self._rings, None
-        if rings is None:
-            return
-        asyncio.get_running_loop().remove_reader(rings.bell_fd)
-        if self._ring_failure is None:
-            self._take_from(rings)
-        rings.close()
+        if self._rings is not None:
+            if self._ring_failure is None:
+                self._take_from_rings()
+            asyncio.get_running_loop().remove_reader(self._rings.bell_fd)
+            self._rings.close()
+            self._rings = None
 
 
 class AsyncUnaryTransport:
