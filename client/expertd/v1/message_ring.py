@@ -7,10 +7,11 @@ is a pipe, of which each side has an end of its own: nobody else can make a writ
 Why this is right without instructions for it in Python, on x86-64, and so offered there alone:
   * An aligned item of a memoryview is stored and loaded by one instruction, so a count is never half of two.
   * Stores are seen in their order and loads are done in theirs. So whoever sees a count sees the slots that it counts,
-    and whoever sees that a slot was taken writes to it when it has been copied.
+    and whoever sees that a slot was taken writes to it when it has been copied. Large tensors may be copied by stores
+    that keep no order: a fence comes between what a message speaks of and the count.
   * Only a load may overtake a store before it, and that matters once: the writer stores `written` and loads
     `wants_bell`, the reader stores `wants_bell` and loads `written`. If both loads came early, the reader would sleep
-    over a message. Between the two each takes a lock, which is a locked instruction, a full fence. So one of them at
+    over a message. Between the two each takes a lock, a locked instruction, which is a full fence. So one of them at
     least sees what the other has stored: the writer rings, or the reader stays.
   * The writer takes `wants_bell` back before it rings. Should the reader set it again in between, it is taken back as
     well, and the bell rings after that: the reader wakes, looks, and sets it once more. No message waits longer.
@@ -89,6 +90,8 @@ class RingWriter(_Ring):
         self._slots[start + _MESSAGE_AT : start + _MESSAGE_AT + nbytes] = message
         self._lengths[start >> 2] = nbytes
         self._count = count + 1
+        with self._fence:
+            pass
         head[_WRITTEN] = count + 1
         with self._fence:
             pass
