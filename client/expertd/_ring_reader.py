@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from expertd._rings import HUNG_UP_S, StreamRings, hung_up
-from expertd.errors import ProtocolError
+from expertd.errors import ExpertdError, ProtocolError, UnavailableError
 
 __all__ = ["RingReader"]
 
@@ -28,7 +28,7 @@ class RingReader:
     """Reads from when it is made until `finish`, which must follow. Thread-safe.
 
     deliver: called with each answer; may raise ProtocolError. is_awaited: whether others still are. on_broken: called
-    with the ProtocolError after which nothing more is read.
+    with the error after which nothing more is read.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class RingReader:
         rings: StreamRings,
         deliver: Callable[[bytes], None],
         is_awaited: Callable[[], bool],
-        on_broken: Callable[[ProtocolError], None],
+        on_broken: Callable[[ExpertdError], None],
     ) -> None:
         self.put = rings.put
         """See `StreamRings.put`; not to be called once `finish` is."""
@@ -95,32 +95,43 @@ class RingReader:
         self._thread.join(_JOIN_TIMEOUT_S)
 
     def _run(self) -> None:
-        while not self._is_over:
-            self._needed.wait()
-            self._needed.clear()
+        try:
+            while not self._is_over:
+                self._needed.wait()
+                self._needed.clear()
+                with self._turn:
+                    self._read(lambda: not self._is_awaited(), math.inf)
             with self._turn:
-                self._read(lambda: not self._is_awaited(), math.inf)
-        with self._turn:
-            self._read(lambda: True, 0.0)
-            self._rings.close()
-            with self._look_lock:
+                self._read(lambda: True, 0.0)
+        finally:
+            self._is_over = True
+            with self._turn, self._look_lock:
+                self._rings.close()
                 self._is_look_fd_open = False
                 os.close(self._look_fd)
 
     def _read(self, is_done: Callable[[], bool], until_s: float) -> None:
         """Whose turn it is: deliver what is there and what comes, until it is done."""
+        is_whole = True
         try:
             while not self._is_broken:
-                answer = self._rings.take()
-                if answer is not None:
+                is_whole = False
+                while (answer := self._rings.take()) is not None:
                     self._deliver(answer)
-                elif is_done() or self._is_over:
+                is_whole = True
+                if is_done() or self._is_over:
                     return
-                else:
-                    self._wait(until_s)
+                self._wait(until_s)
         except ProtocolError as error:
-            self._is_broken = True
-            self._on_broken(error)
+            self._break(error)
+        except BaseException:  # KeyboardInterrupt, most likely, which comes to the main thread anywhere
+            if not is_whole:
+                self._break(UnavailableError("whoever took answers was interrupted, and one may be lost"))
+            raise
+
+    def _break(self, failure: ExpertdError) -> None:
+        self._is_broken = True
+        self._on_broken(failure)
 
     def _wait(self, until_s: float) -> None:
         until_s = min(until_s, self._hung_up_until_s)

@@ -217,7 +217,7 @@ class _Stream:
         self._pieces: dict[int, Piece] = {}
         """Memory of requests that were sent and not answered, abandoned ones too: the server may be at it."""
         self._rings: RingReader | None = None
-        self._ring_failure: ProtocolError | None = None
+        self._ring_failure: ExpertdError | None = None
         self._is_over = False
         """gRPC has said how the stream has ended; no rings are opened any more."""
         self._end: ExpertdError | None = None
@@ -424,7 +424,7 @@ class _Stream:
         if rings is not None:
             rings.finish()
 
-    def _break(self, failure: ProtocolError) -> None:
+    def _break(self, failure: ExpertdError) -> None:
         self._ring_failure = failure
         self._call.cancel()
 

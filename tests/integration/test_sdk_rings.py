@@ -343,6 +343,27 @@ class TestWhoReads:
             forward(driver, a_request())
             assert readers[-1] == "MainThread"
 
+    def test_an_interrupt_while_answers_are_taken_fails_those_that_it_may_have_lost(
+        self, server: Running, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        deliver = _transport._Stream._deliver_bytes
+        interrupts: list[type[BaseException]] = []
+
+        def interrupted(stream: Any, data: bytes) -> None:
+            if interrupts:
+                raise interrupts.pop()
+            deliver(stream, data)
+
+        monkeypatch.setattr(_transport._Stream, "_deliver_bytes", interrupted)
+        with connected("sync", server.server.port) as driver:
+            expected = forward(driver, a_request())
+            (first,) = driver.client._transport._streams
+            interrupts.append(KeyboardInterrupt)
+            with pytest.raises(KeyboardInterrupt):
+                forward(driver, a_request())
+            eventually(lambda: first.is_open, False)
+            assert forward(driver, a_request()) == expected
+
     def test_close_wakes_whoever_reads(self) -> None:
         backend = SteeredBackend()
         with running(backend) as one, connected("sync", one.server.port) as driver:
