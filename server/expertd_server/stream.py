@@ -255,7 +255,7 @@ class Stream:
         if self._is_gone:
             pair.close()
             return
-        self._rings = StreamRings(pair)
+        self._rings = StreamRings(pair, self._calls)
         self._readers.append(self._loop.create_task(self._read(self._rings.read, self._rings.put)))
 
     def _has_room(self, num_tokens: int) -> bool:

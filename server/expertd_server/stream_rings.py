@@ -6,6 +6,7 @@ import asyncio
 from typing import Final
 
 from expertd.v1.message_ring import RingBrokenError
+from expertd_server.calls import Calls
 from expertd_server.errors import InvalidArgumentError
 from expertd_server.ring_pair import RingPair
 
@@ -15,10 +16,16 @@ _MESSAGES_A_ROUND: Final = 16
 
 
 class StreamRings:
-    """Messages as they come, one task reads them, and room for answers. `close` must follow."""
+    """Messages as they come, one task reads them, and room for answers. `close` must follow.
 
-    def __init__(self, pair: RingPair) -> None:
+    It counts itself among `Calls.unread_rings`: an event loop in which a message is handled at once, and its answer not
+    written but put, would else take each of many that are there for the only one.
+    """
+
+    def __init__(self, pair: RingPair, calls: Calls) -> None:
         self._pair = pair
+        self._calls = calls
+        self._is_unread = False
         self._loop = asyncio.get_running_loop()
         self._left = _MESSAGES_A_ROUND
         self._bell: asyncio.Future[None] | None = None
@@ -38,8 +45,10 @@ class StreamRings:
             except RingBrokenError as error:
                 raise InvalidArgumentError.of("register_region.rings", f"make no sense: {error}") from None
             if message is not None:
+                self._count_unread(requests.has_more)
                 return message
             if requests.may_sleep():
+                self._count_unread(False)
                 self._bell = self._loop.create_future()
                 await self._bell
                 self._left = _MESSAGES_A_ROUND
@@ -50,6 +59,7 @@ class StreamRings:
 
     def close(self) -> None:
         """Let go of the memory and the bells. Nobody reads any more."""
+        self._count_unread(False)
         self._loop.remove_reader(self._pair.requests.bell_fd)
         self._pair.close()
 
@@ -58,4 +68,9 @@ class StreamRings:
             # The caller's process has ended, and its stream will, or it has closed the bell and nothing comes this way.
             self._loop.remove_reader(self._pair.requests.bell_fd)
         elif self._bell is not None and not self._bell.done():
+            self._count_unread(True)
             self._bell.set_result(None)
+
+    def _count_unread(self, is_unread: bool) -> None:
+        self._calls.unread_rings += is_unread - self._is_unread
+        self._is_unread = is_unread

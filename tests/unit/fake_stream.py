@@ -29,7 +29,7 @@ class FakeCalls:
     codec = codec
 
     def __init__(self, *, refuses: bool = False) -> None:
-        self.in_flight = 0
+        self.in_flight = self.unread_rings = 0
         self.promises: list[Promise[bytes]] = []
         self.encodes: list[Callable[[ForwardResult], bytes]] = []
         """What makes an answer out of a result, by promise."""

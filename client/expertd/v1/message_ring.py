@@ -122,6 +122,11 @@ class RingReader(_Ring):
         self._head[_TAKEN] = count + 1
         return message
 
+    @property
+    def has_more(self) -> bool:
+        """Whether `take` would return a message, or raise."""
+        return self._head[_WRITTEN] != self._count
+
     def may_sleep(self) -> bool:
         """Have the writer ring from now on; False: a message is there, and it need not."""
         head = self._head
