@@ -72,6 +72,7 @@ class RingReader:
         Returns without when somebody else reads, when the stream is over, and at until_s, on time.monotonic().
         """
         if not self._turn.acquire(blocking=False):
+            self.need()  # whoever reads may have seen that nothing is awaited, just before this was
             return
         try:
             if not self._is_over:

@@ -6,6 +6,7 @@ unless the request is abandoned first.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import queue
@@ -30,6 +31,7 @@ from expertd._base import (
     unasked_ticket,
 )
 from expertd._ring_reader import RingReader
+from expertd._rings import StreamRings
 from expertd._shm import StreamMemory, WantedMemory
 from expertd._wire import Encoded, encode_stream_request
 from expertd._wire_read import Response
@@ -406,12 +408,16 @@ class _Stream:
     def _share(self, memory: StreamMemory, answer: Outcome | pb.RegionTicket) -> None:
         memory.take(answer)
         if memory.rings is not None:
-            with self._lock:
-                if self._is_over:
-                    memory.rings.close()
-                else:
-                    self._rings = RingReader(memory.rings, self._deliver_bytes, self._is_awaited, self._break)
+            self._open_rings(memory.rings)
         self._memory_settled.set()
+
+    def _open_rings(self, rings: StreamRings) -> None:
+        with self._lock:
+            if not self._is_over:
+                with contextlib.suppress(OSError):  # no file descriptor is left: messages go on over gRPC
+                    self._rings = RingReader(rings, self._deliver_bytes, self._is_awaited, self._break)
+                    return
+        rings.close()
 
     def _is_awaited(self) -> bool:
         return bool(self._pending or self._pieces)

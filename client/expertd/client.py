@@ -373,7 +373,7 @@ class _Pipeline:
         while self._waiting and self._waiting[0][0] <= now:
             self._submit(heapq.heappop(self._waiting)[2])
         wake_at = min(operation.deadline, self._waiting[0][0] if self._waiting else operation.deadline)
-        ticket = next(iter(operation.runs)).ticket
+        ticket = next((run.ticket for run in operation.runs), None)
         if self._reads and ticket is not None:
             ticket.read_for(self._settled, wake_at)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import struct
@@ -363,6 +364,28 @@ class TestWhoReads:
                 forward(driver, a_request())
             eventually(lambda: first.is_open, False)
             assert forward(driver, a_request()) == expected
+
+    def test_a_caller_that_comes_when_the_thread_is_about_to_leave(self, server: Running) -> None:
+        """It finds that somebody reads, who has just seen that nothing is awaited."""
+        with connected("sync", server.server.port) as driver:
+            forward(driver, a_request())
+            (stream,) = driver.client._transport._streams
+            assert stream._rings._turn.acquire(timeout=PATIENCE_S)
+            threading.Timer(0.2, stream._rings._turn.release).start()
+            begin_s = time.monotonic()
+            forward(driver, a_request())
+            assert time.monotonic() - begin_s < SOON_S
+
+    def test_without_a_file_descriptor_to_wait_with(
+        self, server: Running, spy: Spy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def none_left(*_: Any) -> int:
+            raise OSError(errno.EMFILE, "no more")
+
+        monkeypatch.setattr(_ring_reader.os, "eventfd", none_left)
+        with connected("sync", server.server.port) as driver, connected("sync", server.server.port, "grpc") as grpc:
+            assert forward(driver, a_request()) == forward(grpc, a_request())
+        assert spy.put == 0
 
     def test_close_wakes_whoever_reads(self) -> None:
         backend = SteeredBackend()
