@@ -137,6 +137,27 @@ def test_errors_are_those_of_the_stream(channel: grpc.Channel) -> None:
         assert rings.ask(request=good).HasField("response")
 
 
+def test_requests_are_counted_and_errors_logged_as_those_of_the_stream(caplog: pytest.LogCaptureFixture) -> None:
+    good, poisoned = (request(np.random.default_rng(SEED), 1) for _ in range(2))
+    poisoned.hidden_states.data = bytes([SteeredBackend.POISON]) * HIDDEN_SIZE
+    backend = SteeredBackend()
+    backend.gate.set()
+
+    def counted(code: str, name: str = "expertd_requests_total") -> float:
+        labels = {"method": "ForwardStream", "code": code}
+        return server.server.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    with running(backend) as server, RawRings(server.channel) as rings:
+        for ask in (rings.stream.ask, rings.ask):
+            before = [counted(code) for code in ("OK", "NOT_FOUND", "INTERNAL")]
+            assert ask(request=good).HasField("response")
+            assert ask(request=pb.ForwardRequest(layer="nowhere")).error.code
+            caplog.clear()
+            assert ask(request=poisoned).error.code == grpc.StatusCode.INTERNAL.value[0]
+            assert sum("poisoned" in record.getMessage() for record in caplog.records) >= 1
+            eventually(lambda: [counted(code) for code in ("OK", "NOT_FOUND", "INTERNAL")], [n + 1 for n in before])
+
+
 def test_regions_may_be_registered_through_the_ring(channel: grpc.Channel) -> None:
     other = Memory(1 << 16)
     asked = request(np.random.default_rng(SEED), 2)
