@@ -83,7 +83,7 @@ class Point:
     requests_per_s: float
     latency_us: dict[str, float]
     cpu_us_per_request: dict[str, float]
-    """By role of process, and "all"."""
+    """By role of the server's processes, "all" of them, and "clients", all of those."""
     rss_mib: dict[str, float]
     """Of the largest process of each role."""
     errors: dict[str, int]
@@ -131,7 +131,9 @@ def measure(target: Target, shape: RequestShape, layers: list[str], load: Load, 
             tell(client, {"begin_s": begin_s, "end_s": end_s})
         time.sleep(max(0.0, begin_s - time.monotonic()))
         before, batches_before, from_s = target.usage(), target.batches(), time.monotonic()
+        clients_from_s = cpu_s_of(clients)
         time.sleep(max(0.0, end_s - time.monotonic()))
+        clients_to_s = cpu_s_of(clients)
         after, batches_after, to_s = target.usage(), target.batches(), time.monotonic()
         errors: dict[str, int] = {}
         for client in clients:
@@ -154,11 +156,18 @@ def measure(target: Target, shape: RequestShape, layers: list[str], load: Load, 
     return Point(
         requests_per_s=answered / seconds,
         latency_us={f"p{p:g}": float(np.percentile(latencies_us, p)) for p in PERCENTILES},
-        cpu_us_per_request=cpu_us | {"all": sum(cpu_us.values())},
+        cpu_us_per_request=cpu_us
+        | {"all": sum(cpu_us.values()), "clients": (clients_to_s - clients_from_s) * 1e6 / answered},
         rss_mib={role: used.rss_mib for role, used in after.items()},
         errors=errors,
         batches=between(batches_before, batches_after, to_s - from_s) if batches_before and batches_after else {},
     )
+
+
+def cpu_s_of(clients: list[subprocess.Popen[str]]) -> float:
+    """Processor time of all of them so far."""
+    times = [psutil.Process(client.pid).cpu_times() for client in clients]
+    return sum(each.user + each.system for each in times)
 
 
 def tell(client: subprocess.Popen[str], what: dict[str, Any]) -> None:

@@ -10,7 +10,9 @@ request got the error it should get), anything else went wrong and has the error
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import queue
 import random
 import sys
@@ -27,6 +29,7 @@ import ml_dtypes
 import numpy as np
 
 import expertd
+from expertd._rings import END, wanted_rings
 from expertd._shm import _shared
 from expertd.v1 import expertd_pb2 as pb
 
@@ -175,7 +178,7 @@ def malformed(worker: Worker) -> None:
     """Requests that are wrong in every way, as bytes and through memory; each must get its error, and nothing else."""
     chance = random.Random(worker.seed)
     while not worker.is_over.is_set():
-        for misdeed in (wrong_fields, wrong_bytes, wrong_slices):
+        for misdeed in (wrong_fields, wrong_bytes, wrong_slices, wrong_rings):
             options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
             with grpc.insecure_channel(worker.target, options=options) as channel:
                 try:
@@ -227,7 +230,7 @@ def wrong_slices(worker: Worker, channel: grpc.Channel, chance: random.Random) -
         return pb.ForwardStreamResponse.FromString(next(answers))
 
     granted = ask(1, register_region=pb.RegisterRegion(region=1, nbytes=REGION_BYTES))
-    memory = _shared(granted.region_ticket, REGION_BYTES).memory
+    memory = _shared(granted.region_ticket, REGION_BYTES)[0].memory
     for number, (region, offset) in enumerate(
         ((1, REGION_BYTES), (1, 2**64 - 1), (7, 0), (1, REGION_BYTES - 1)), start=2
     ):
@@ -251,6 +254,34 @@ def wrong_slices(worker: Worker, channel: grpc.Channel, chance: random.Random) -
     worker.count("refused")
     to_send.put(None)
     list(answers)
+
+
+def wrong_rings(worker: Worker, channel: grpc.Channel, chance: random.Random) -> None:
+    """Rings whose every byte may change at any time, their counts at last to what cannot be."""
+    to_send: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    answers: Any = channel.stream_stream(FORWARD_STREAM, None, None)(iter(to_send.get, None), timeout=TIMEOUT_S)
+    asked = pb.RegisterRegion(region=1, nbytes=REGION_BYTES, rings=wanted_rings())
+    to_send.put(pb.ForwardStreamRequest(id=1, register_region=asked).SerializeToString())
+    granted = pb.ForwardStreamResponse.FromString(next(answers))
+    arena, rings = _shared(granted.region_ticket, REGION_BYTES)
+    if rings is None:
+        worker.count("wrong_rings: none")
+        return
+    good = pb.ForwardStreamRequest(id=2, request=pb.ForwardRequest(layer=worker.layer)).SerializeToString()
+    for _ in range(chance.randrange(100)):
+        rings.put(good if chance.random() < 0.9 else chance.randbytes(chance.randrange(1000)))
+        at = chance.randrange(64, END)
+        arena.memory[at : at + 8] = chance.randrange(256)
+    arena.memory[64:72] = 0xFF
+    with contextlib.suppress(OSError):  # the stream may have ended already
+        os.write(rings._requests.bell_fd, b"\0")
+    try:
+        list(answers)
+    except grpc.RpcError as error:
+        is_right = error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        worker.count("refused" if is_right else f"wrong_rings: {error.code().name}")
+    rings.close()
+    to_send.put(None)
 
 
 def message_of(worker: Worker, chance: random.Random) -> pb.ForwardRequest:

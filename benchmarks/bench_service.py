@@ -15,7 +15,7 @@ Server: `expertd-server serve` as users start it, with the no-op backend unless 
 measured is the service. Echo: `_echo.py`, a Python gRPC server that answers with a constant of the answer's size, in as
 many processes. Clients: processes of `_load.py`, the same for both; prepared messages, so that they cost little.
 --transports: stream and unary send such messages; sdk-stream, sdk-shm and sdk-unary are `expertd.Client` with that
-transport, which encodes every request and decodes every answer.
+transport, which encodes every request and decodes every answer; with sdk-shm all of it goes through shared memory.
 
 --peer: other servers with an operator that computes nothing, each in an environment of its own, over unary gRPC with
 the V2 inference protocol, the same bytes in and out; beside them expertd and the echo, by turns. A peer that is not
@@ -23,8 +23,9 @@ there is left out, with its reason. --transports without a value: nothing else.
 
 lone: one request in flight. saturated: `--clients` processes with `--streams` streams of `--in-flight` requests each.
 open loop: requests due at random times at a share of the saturated rate; latencies count from when a request was due.
-CPU µs/req: of all processes of the server, then of its front-ends, of its engine, and of the echo. MiB: resident memory
-of the largest front-end, or of the server that has none; pages of memory shared with the engine count.
+CPU µs/req: of all processes of the server, then of its front-ends, of its engine, of the echo, and of the server's
+clients. MiB: resident memory of the largest front-end, or of the server that has none; pages of memory shared with the
+engine count.
 tok/batch, device: mean batch of the server, what its device alone would do with batches of that kind one after the
 other (tokens over the time that it computed), and how much of that was reached. A no-op device has no time to speak of.
 echo ratio: latency over the echo's, or throughput over the echo's. Rounds alternate between the two; medians.

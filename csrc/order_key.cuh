@@ -16,27 +16,27 @@ __device__ __forceinline__ float key_value(uint32_t key) {
 
 // Batcher's odd-even merge sort, one step and all that follow. NOTE: a template, because unrolled loops over the steps
 // leave the larger arrays in local memory.
-template <int kN, int kP, int kK>
-__device__ __forceinline__ void merge_descending(uint32_t (&keys)[kN]) {
+template <int kP, int kK, int kN, class Key>
+__device__ __forceinline__ void merge_descending(Key (&keys)[kN]) {
 #pragma unroll
   for (int i = 0; i + kK < kN; ++i) {
     const bool compares = i >= kK % kP && (i - kK % kP) / kK % 2 == 0 && i / (2 * kP) == (i + kK) / (2 * kP);
     if (compares) {
-      const uint32_t a = keys[i], b = keys[i + kK];
+      const Key a = keys[i], b = keys[i + kK];
       keys[i] = max(a, b);
       keys[i + kK] = min(a, b);
     }
   }
   if constexpr (kK > 1) {
-    merge_descending<kN, kP, kK / 2>(keys);
+    merge_descending<kP, kK / 2>(keys);
   } else if constexpr (2 * kP < kN) {
-    merge_descending<kN, 2 * kP, 2 * kP>(keys);
+    merge_descending<2 * kP, 2 * kP>(keys);
   }
 }
 
 template <int kN>
 __device__ __forceinline__ void sort_descending(uint32_t (&keys)[kN]) {
-  if constexpr (kN > 1) merge_descending<kN, 1, 1>(keys);
+  if constexpr (kN > 1) merge_descending<1, 1>(keys);
 }
 
 }  // namespace expertd

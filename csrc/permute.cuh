@@ -17,6 +17,20 @@ struct Extent {
   int rows, tiles, own;
 };
 
+// How many of a block's tokens chose an expert, whose bits these are.
+template <int kWords>
+__device__ __forceinline__ int num_bits(const uint32_t (&bitmap)[kWords]) {
+  int count = 0;
+#pragma unroll
+  for (const uint32_t word : bitmap) count += __popc(word);
+  return count;
+}
+
+// An expert whose tiles the block writes.
+struct WrittenExpert {
+  int rows, first_row, first_tile;
+};
+
 // Shared memory of a block of up to 32 * kWords tokens.
 template <int kWords>
 struct RouteSmem {
@@ -27,11 +41,15 @@ struct RouteSmem {
   std::conditional_t<kWords == 2, int, int16_t> ids[32 * kWords * kMaxTopK];
   Extent warp_extents[kMaxThreads / 32];
 
-  __device__ __forceinline__ int count(int expert) const {
-    int count = 0;
-    for (const uint32_t word : bitmaps[expert]) count += __popc(word);
-    return count;
-  }
+  __device__ __forceinline__ int count(int expert) const { return num_bits(bitmaps[expert]); }
+};
+
+// More of it where there are many tokens, whose rows are written in their order.
+struct ByRowSmem {
+  uint16_t slots[kRouteBlockTokens * kMaxTopK];  // the block's slots of local experts, ordered by row
+  int num_slots;
+  uint32_t before_words[kMaxExperts];  // of each expert: how many of its bits lie before each of its words, a byte each
+  WrittenExpert written[kMaxExperts / (kManyBlocks / 2)];  // every so manieth
 };
 
 // The tokens of one block.
@@ -45,84 +63,98 @@ __device__ __forceinline__ Share share_of(const RouteParams& p) {
   return {block, static_cast<int>(gridDim.x), first, min(p.block_tokens, tokens - first)};
 }
 
-// What lies before this thread's experts, and `total`, what all have.
-template <bool kByRow, int kWords>
-__device__ __forceinline__ Extent block_scan(RouteSmem<kWords>& smem, Extent mine, Extent& total) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  Extent inclusive = mine;
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    const int rows = __shfl_up_sync(kAllLanes, inclusive.rows, d),
-              tiles = __shfl_up_sync(kAllLanes, inclusive.tiles, d),
-              own = kByRow ? __shfl_up_sync(kAllLanes, inclusive.own, d) : 0;
-    if (lane >= d) inclusive.rows += rows, inclusive.tiles += tiles, inclusive.own += own;
-  }
-  if (lane == 31) smem.warp_extents[warp] = inclusive;
-  __syncthreads();
-  const Extent other = lane < blockDim.x / 32 ? smem.warp_extents[lane] : Extent{0, 0, 0};
-  const auto add = [](int v) { return static_cast<int>(__reduce_add_sync(kAllLanes, v)); };
-  total = {add(other.rows), add(other.tiles), kByRow ? add(other.own) : 0};
-  const bool earlier = lane < warp;
-  return {inclusive.rows - mine.rows + add(earlier ? other.rows : 0),
-          inclusive.tiles - mine.tiles + add(earlier ? other.tiles : 0),
-          kByRow ? inclusive.own - mine.own + add(earlier ? other.own : 0) : 0};
-}
-
 // n / divisor, from the divisor's inverse (RouteParams).
 __device__ __forceinline__ int divide(int n, uint32_t inverse) { return inverse == 0 ? n : __umulhi(n, inverse); }
 
 __device__ __forceinline__ int num_tiles(const RouteParams& p, int rows) {
   const int tiles = divide(rows + p.tile_n - 1, p.tile_n_inverse);
-  return p.cluster == 1 ? tiles : (tiles + p.cluster - 1) / p.cluster * p.cluster;
+  return (tiles + p.cluster - 1) & -p.cluster;
 }
 
-// Near-equal tiles: 130 rows in tiles of up to 128 become 96 + 34 rather than 128 + 2.
-__device__ __forceinline__ void write_tiles(const RouteParams& p, int expert, int rows, int row0, int tile0) {
+// Tiles first, first + step, ... of an expert, whose rows begin at row0 and whose tiles at tile0. Near-equal ones: 130
+// rows in tiles of up to 128 become 96 + 34 rather than 128 + 2.
+__device__ __forceinline__ void write_tiles(const RouteParams& p, int expert, int rows, int row0, int tile0, int first,
+                                            int step) {
   const int tiles = num_tiles(p, rows);
   if (tiles <= 1) {
-    if (tiles == 1) p.tile_ready[tile0] = 0, p.tiles[tile0] = make_int4(expert | 1 << 16, row0, rows, tile0);
+    if (first < tiles) p.tile_ready[tile0] = 0, p.tiles[tile0] = make_int4(expert | 1 << 16, row0, rows, tile0);
     return;
   }
   const int units = divide(rows + p.tile_quantum - 1, p.tile_quantum_inverse);
   const int quotient = units / tiles, longer = units - quotient * tiles;
-  int at = 0, first = 0;
 #pragma unroll 1
-  for (int i = 0; i < tiles; ++i) {
+  for (int i = first; i < tiles; i += step) {
+    const int at = min(p.tile_quantum * (quotient * i + min(i, longer)), rows);
     const int count = min(p.tile_quantum * (quotient + (i < longer)), rows - at);  // may be 0 in a cluster's last
-    if (i - first == p.tiles_per_block) first = i;
+    const int block = divide(i, p.tiles_per_block_inverse) * p.tiles_per_block;
     p.tile_ready[tile0 + i] = 0;
     p.tiles[tile0 + i] =
-        make_int4(expert | min(p.tiles_per_block, tiles - first) << 16, row0 + min(at, rows - 1), count, tile0 + first);
-    at += count;
+        make_int4(expert | min(p.tiles_per_block, tiles - block) << 16, row0 + min(at, rows - 1), count, tile0 + block);
   }
 }
 
 // Needs bitmaps, row_start (rows of earlier blocks), total and ids of the block in shared memory, behind a barrier.
-// Many tokens: `by_row` has room for the block's slots, so that rows that follow each other are written together.
+// With `by_row` rows that follow each other are written together.
 template <bool kByRow, int kWords>
 __device__ __forceinline__ void write_permutation(const RouteParams& p, RouteSmem<kWords>& smem, const Share& share,
-                                                  uint16_t* by_row = nullptr) {
+                                                  ByRowSmem* by_row = nullptr) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  constexpr bool kOneEach = kWords > 2;  // there are as many threads as experts
   int per_thread = 1;
-  while (per_thread * static_cast<int>(blockDim.x) < p.num_local) ++per_thread;
+  while (!kOneEach && per_thread * static_cast<int>(blockDim.x) < p.num_local) ++per_thread;
   const int first_expert = threadIdx.x * per_thread, end_expert = min(first_expert + per_thread, p.num_local);
-  Extent mine = {0, 0, 0}, all;
+  const bool has_experts = warp * 32 * per_thread < p.num_local;  // the warp
+  Extent mine = {0, 0, 0}, at;                                    // of the thread's experts; of those before them
+  if (has_experts) {
 #pragma unroll 1
-  for (int e = first_expert; e < end_expert; ++e) {
-    mine.rows += smem.total[e], mine.tiles += num_tiles(p, smem.total[e]);
-    if constexpr (kByRow) mine.own += smem.count(e);
+    for (int e = first_expert; e < end_expert; ++e) {
+      mine.rows += smem.total[e], mine.tiles += num_tiles(p, smem.total[e]);
+      if constexpr (kByRow) {
+        uint32_t before = 0;
+#pragma unroll
+        for (int word = 0; word < kWords; ++word) {
+          before |= static_cast<uint32_t>(mine.own) << (8 * word);
+          mine.own += __popc(smem.bitmaps[e][word]);
+        }
+        by_row->before_words[e] = before;
+      }
+    }
+    at = mine;
+#pragma unroll
+    for (int d = 1; d < 32; d <<= 1) {
+      const int rows = __shfl_up_sync(kAllLanes, at.rows, d), tiles = __shfl_up_sync(kAllLanes, at.tiles, d),
+                own = kByRow ? __shfl_up_sync(kAllLanes, at.own, d) : 0;
+      if (lane >= d) at.rows += rows, at.tiles += tiles, at.own += own;
+    }
+    if (lane == 31) smem.warp_extents[warp] = at;
   }
-  Extent at = block_scan<kByRow>(smem, mine, all);
+  __syncthreads();
   const int writers = 1 << (31 - __clz(share.num_blocks));  // blocks that write tiles: a power of two of them
+  if (has_experts) {
+    const Extent earlier = lane < warp ? smem.warp_extents[lane] : Extent{0, 0, 0};
+    const auto add = [](int v) { return static_cast<int>(__reduce_add_sync(kAllLanes, v)); };
+    at.rows += add(earlier.rows) - mine.rows, at.tiles += add(earlier.tiles) - mine.tiles;
+    if constexpr (kByRow) at.own += add(earlier.own) - mine.own;
 #pragma unroll 1
-  for (int e = first_expert; e < end_expert; ++e) {
-    const int rows = smem.total[e];
-    smem.row_start[e] += at.rows;
-    smem.total[e] = at.own;
-    if ((e & (writers - 1)) == share.block) write_tiles(p, e, rows, at.rows, at.tiles);
-    at.rows += rows, at.tiles += num_tiles(p, rows);
-    if constexpr (kByRow) at.own += smem.count(e);
+    for (int e = first_expert; e < end_expert; ++e) {
+      const int rows = kOneEach ? mine.rows : smem.total[e];
+      smem.row_start[e] += at.rows;
+      smem.total[e] = at.own;
+      if ((e & (writers - 1)) == share.block) {
+        if constexpr (kByRow) {
+          by_row->written[e / writers] = {rows, at.rows, at.tiles};
+        } else {
+          write_tiles(p, e, rows, at.rows, at.tiles, 0, 1);
+        }
+      }
+      at.rows += rows, at.tiles += kOneEach ? mine.tiles : num_tiles(p, rows);
+      if constexpr (kByRow) at.own += mine.own;
+    }
+    if (first_expert < end_expert && end_expert == p.num_local) {
+      if constexpr (kByRow) by_row->num_slots = at.own;
+      if (share.block == 0) *p.schedule = Schedule{at.tiles, at.rows, {0, 0}};
+    }
   }
-  if (share.block == 0 && threadIdx.x == 0) *p.schedule = Schedule{all.tiles, all.rows, {0, 0}};
   __syncthreads();
 
   const size_t first_slot = static_cast<size_t>(share.first_token) * p.top_k;
@@ -137,15 +169,16 @@ __device__ __forceinline__ void write_permutation(const RouteParams& p, RouteSme
     const int local = smem.ids[i], t = divide(i, p.top_k_inverse);
     int row = -1;
     if (local >= 0) {
-      int earlier = 0;  // of the block's tokens before t, those that chose the expert
-#pragma unroll
-      for (int word = 0; word < kWords; ++word) {
-        const uint32_t chosen = smem.bitmaps[local][word];
-        earlier += __popc(t >= 32 * word + 32 ? chosen : t > 32 * word ? chosen & ((1u << (t - 32 * word)) - 1) : 0);
+      // Of the block's tokens before t, those that chose the expert.
+      int earlier = __popc(smem.bitmaps[local][t >> 5] & ((1u << (t & 31)) - 1));
+      if constexpr (kByRow) {
+        earlier += by_row->before_words[local] >> (8 * (t >> 5)) & 0xff;
+      } else if constexpr (kWords == 2) {
+        earlier += t < 32 ? 0 : __popc(smem.bitmaps[local][0]);
       }
       row = smem.row_start[local] + earlier;
       if constexpr (kByRow) {
-        by_row[smem.total[local] + earlier] = i;
+        by_row->slots[smem.total[local] + earlier] = i;
       } else {
         write_row(row, i);
       }
@@ -153,10 +186,15 @@ __device__ __forceinline__ void write_permutation(const RouteParams& p, RouteSme
     p.expanded_to_row[first_slot + i] = row;
   }
   if constexpr (kByRow) {
+#pragma unroll 1
+    for (int i = warp; share.block < writers && i * writers + share.block < p.num_local; i += blockDim.x / 32) {
+      const WrittenExpert written = by_row->written[i];
+      write_tiles(p, i * writers + share.block, written.rows, written.first_row, written.first_tile, lane, 32);
+    }
     __syncthreads();
 #pragma unroll 1
-    for (int n = threadIdx.x; n < all.own; n += blockDim.x) {
-      const int i = by_row[n], local = smem.ids[i];
+    for (int n = threadIdx.x; n < by_row->num_slots; n += blockDim.x) {
+      const int i = by_row->slots[n], local = smem.ids[i];
       write_row(smem.row_start[local] + n - smem.total[local], i);
     }
   }

@@ -9,6 +9,7 @@
 #include "expert_groups.cuh"
 #include "order_key.cuh"
 #include "params.h"
+#include "sm90.cuh"
 #include "warp.cuh"
 
 namespace expertd {
@@ -64,11 +65,7 @@ __device__ __forceinline__ void load_floats(const void* data, DType dtype, size_
 }
 
 // NOTE: __fdividef(1, y) to the bit, without what it does for y below the normal numbers, since here y >= 1.
-__device__ __forceinline__ float sigmoid(float x) {
-  float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(__fadd_rn(1.0f, expf(-x))));
-  return inverse;
-}
+__device__ __forceinline__ float sigmoid(float x) { return sm90::rcp_approx(__fadd_rn(1.0f, expf(-x))); }
 
 // The sum of the values of the lanes below n; those of the others must be zeros. `warp_sum` to the bit in these lanes.
 __device__ __forceinline__ float sum_of_first(float v, int n) {
@@ -116,6 +113,28 @@ __device__ __forceinline__ void pick(uint32_t (&sorted)[kPer], int lane, uint32_
   const uint32_t greatest = pop<kSlots - 1 - k>(sorted, lane, lanes);
   if (lane == k) key = greatest, heads = lanes;
   if constexpr (k + 1 < kSlots) pick<kSlots, k + 1>(sorted, lane, key, heads);
+}
+
+// A slot's weight, before its rounding. `value`: what it is made of, the logit or score by kScore, without bias. Lane k
+// of each kLanes holds slot k of their token; `active`: there is one.
+template <Score kScore, int kLanes>
+__device__ __forceinline__ float slot_weight(const RouteParams& p, float value, bool active) {
+  float weight = active ? value : 0.0f;
+  if constexpr (kScore == kBySoftmax) {
+    if (p.method == kRenormalizeNaive && p.norm_topk_prob) weight = __fdividef(weight, sum_of_first(weight, p.top_k));
+  } else if constexpr (kScore == kByLogit) {
+    if (p.method == kLlama4) return active ? sigmoid(value) : 0.0f;
+    if (p.method == kRenormalize) {
+      const float greatest = __shfl_sync(kAllLanes, value, 0, kLanes);  // NOTE: by all lanes, so not in the condition
+      const float e = active ? expf(__fsub_rn(value, greatest)) : 0.0f;
+      weight = __fdividef(e, sum_of_first(e, p.top_k));
+    }
+  } else {
+    const bool shares = p.method != kSigmoid && (p.method != kSigmoidRenorm || p.norm_topk_prob);
+    if (shares) weight = __fdividef(weight, __fadd_rn(sum_of_first(weight, p.top_k), 1e-20f));
+    if (p.method == kDeepSeekV3 || p.method == kMiniMax2) weight = __fmul_rn(weight, p.routed_scaling_factor);
+  }
+  return active ? weight : 0.0f;
 }
 
 // Lane k returns the expert of slot k, and its weight; lanes past top_k return 0 for both.
@@ -192,29 +211,11 @@ __device__ __forceinline__ int route_logits(const RouteParams& p, int token, con
   const int id = active ? my_owner * kPer + __ffs(candidates) - 1 : 0;
   tell(id);
 
-  // Weights: lane k < top_k holds slot k, the others zeros.
-  if constexpr (kScore == kBySoftmax) {
-    weight = active ? key_value(my_key) : 0.0f;
-    if (p.method == kRenormalizeNaive && p.norm_topk_prob) weight = __fdividef(weight, sum_of_first(weight, p.top_k));
-  } else if constexpr (kScore == kByLogit) {
-    const float logit = active ? key_value(my_key) : 0.0f;
-    weight = logit;
-    if (p.method == kLlama4) weight = active ? sigmoid(logit) : 0.0f;
-    if (p.method == kRenormalize) {
-      const float greatest = __shfl_sync(kAllLanes, logit, 0);  // NOTE: by all lanes, so not inside the condition
-      const float e = active ? expf(__fsub_rn(logit, greatest)) : 0.0f;
-      weight = __fdividef(e, sum_of_first(e, p.top_k));
-    }
-  } else {
-    // With a bias the key is not the score any more.
-    const size_t row = static_cast<size_t>(token) * p.num_experts;
-    const float score = p.bias == nullptr ? key_value(my_key) : sigmoid(load_float(p.logits, p.logits_dtype, row + id));
-    weight = active ? score : 0.0f;
-    const bool shares = p.method != kSigmoid && (p.method != kSigmoidRenorm || p.norm_topk_prob);
-    if (shares) weight = __fdividef(weight, __fadd_rn(sum_of_first(weight, p.top_k), 1e-20f));
-    if (p.method == kDeepSeekV3 || p.method == kMiniMax2) weight = __fmul_rn(weight, p.routed_scaling_factor);
+  float value = key_value(my_key);
+  if (kScore == kBySigmoid && p.bias != nullptr) {  // with a bias the key is not the score any more
+    value = sigmoid(load_float(p.logits, p.logits_dtype, static_cast<size_t>(token) * p.num_experts + id));
   }
-  if (!active) weight = 0.0f;
+  weight = slot_weight<kScore, 32>(p, value, active);
   return id;
 }
 

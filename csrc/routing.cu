@@ -1,9 +1,10 @@
 // Routing: logits (or ready ids) -> ids, weights, and the permutation that groups (token, expert) pairs by local
 // expert.
 //
-// A block owns up to 64 tokens (128 where there are many), a warp one token at a time. Each block keeps a word of bits
-// per local expert: bit t is set where its token t chose the expert. A token's place among the rows of an expert is
-// then a prefix of counts plus a popcount: no sort, no order of arrival, the same rows in every run.
+// A block owns up to 64 tokens (128 where there are many), a warp one token at a time, or four of many. Each block
+// keeps a word of bits per local expert: bit t is set where its token t chose the expert. A token's place among the
+// rows of an expert is then a prefix of counts plus a popcount: no sort, no order of arrival, the same rows in every
+// run.
 //
 // Few tokens: one launch, the blocks are a cluster and send each other their counts. Many: the blocks leave their
 // counts in memory, a second launch adds them up.
@@ -13,6 +14,7 @@
 #include "params.h"
 #include "permute.cuh"
 #include "route_few.cuh"
+#include "route_four.cuh"
 #include "route_token.cuh"
 #include "sm90.cuh"
 #include "warp.cuh"
@@ -47,11 +49,25 @@ struct WaySmem<kCluster> : RouteSmem<2> {
 
 // ---- kernels
 
-template <class Smem>
-__device__ __forceinline__ void clear_bitmaps(Smem& smem, int num_local) {
+template <int kWords>
+__device__ __forceinline__ void clear_bitmaps(uint32_t (*bitmaps)[kWords], int num_local) {
   for (int e = threadIdx.x; e < num_local; e += blockDim.x) {
-    for (uint32_t& word : smem.bitmaps[e]) word = 0;
+    for (uint32_t& word : bitmaps[e]) word = 0;
   }
+}
+
+// What a slot of the block's token t says: its expert, and its weight.
+template <int kWords>
+__device__ __forceinline__ void write_slot(const RouteParams& p, uint32_t (*bitmaps)[kWords], const Share& share, int t,
+                                           int k, int id, float weight) {
+  const size_t slot = static_cast<size_t>(share.first_token + t) * p.top_k + k;
+  const int local = id - p.local_offset;
+  if (static_cast<unsigned>(local) < static_cast<unsigned>(p.num_local)) {
+    atomicOr(&bitmaps[local][t >> 5], 1u << (t & 31));
+  }
+  p.topk_ids[slot] = id;
+  reinterpret_cast<__nv_bfloat16*>(p.topk_weights)[slot] = __float2bfloat16_rn(weight);
+  if (p.replay != nullptr) p.replay[slot] = static_cast<int16_t>(id);
 }
 
 template <Score kScore, int kPer, Way kWay>
@@ -84,13 +100,11 @@ __device__ __forceinline__ void route_tokens(const RouteParams& p, WaySmem<kWay>
       weight = load_float(p.in_weights, p.in_weights_dtype, slot);
     }
     if (lane < p.top_k) {
-      const int local = id - p.local_offset;
-      const bool held = static_cast<unsigned>(local) < static_cast<unsigned>(p.num_local);
-      if (kWay == kCluster) smem.ids[t * p.top_k + lane] = held ? local : -1;
-      if (held) atomicOr(&smem.bitmaps[local][t >> 5], 1u << (t & 31));
-      p.topk_ids[slot] = id;
-      reinterpret_cast<__nv_bfloat16*>(p.topk_weights)[slot] = __float2bfloat16_rn(weight);
-      if (p.replay != nullptr) p.replay[slot] = static_cast<int16_t>(id);
+      if constexpr (kWay == kCluster) {
+        const int local = id - p.local_offset;
+        smem.ids[t * p.top_k + lane] = static_cast<unsigned>(local) < static_cast<unsigned>(p.num_local) ? local : -1;
+      }
+      write_slot(p, smem.bitmaps, share, t, lane, id, weight);
     }
   }
 }
@@ -128,6 +142,13 @@ __device__ __forceinline__ void exchange_counts(const RouteParams& p, WaySmem<kC
 // Where a block leaves its count of an expert: those of 16 blocks lie together, as one lane reads them.
 __device__ __forceinline__ size_t count_at(int block, int expert, int num_local) {
   return (static_cast<size_t>(block / kCountBlocks) * num_local + expert) * kCountBlocks + block % kCountBlocks;
+}
+
+template <int kWords>
+__device__ __forceinline__ void leave_counts(const RouteParams& p, const uint32_t (*bitmaps)[kWords], int block) {
+  for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) {
+    p.counts[count_at(block, e, p.num_local)] = num_bits(bitmaps[e]);
+  }
 }
 
 // A byte of 1 for each of the first n of four blocks.
@@ -176,7 +197,7 @@ __global__ void __launch_bounds__(max_warps(kPer) * 32, 1) route_kernel(const __
       sm90::cluster_arrive();
     }
   }
-  clear_bitmaps(smem, p.num_local);
+  clear_bitmaps(smem.bitmaps, p.num_local);
   __syncthreads();
   sm90::griddepcontrol_wait();
   sm90::griddepcontrol_launch_dependents();
@@ -188,16 +209,68 @@ __global__ void __launch_bounds__(max_warps(kPer) * 32, 1) route_kernel(const __
     write_permutation<false>(p, smem, share);
   } else {
     __syncthreads();
-    for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) {
-      p.counts[count_at(share.block, e, p.num_local)] = smem.count(e);
+    leave_counts(p, smem.bitmaps, share.block);
+  }
+}
+
+// Shared memory of a block that routes four tokens in each warp.
+template <int kPer>
+struct FourBlockSmem {
+  uint32_t bitmaps[32 * kPer][kRouteBlockTokens / 32];  // as RouteSmem
+  alignas(16) float bias[32 * kPer];
+  FourSmem warps[kRouteBlockTokens / kFour];
+};
+
+// Many tokens whose layer allows it: the first launch.
+template <Score kScore, int kPer>
+__global__ void __launch_bounds__(kRouteBlockTokens / kFour * 32, 1)
+    route_four_kernel(const __grid_constant__ RouteParams p) {
+  __shared__ FourBlockSmem<kPer> smem;
+  extern __shared__ uint4 logits[];  // [warps, four, num_experts]
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  FourSmem& own = smem.warps[warp];
+  void* own_logits = logits + warp * kFour * bytes_of_row(p) / sizeof(uint4);
+  if (lane == 0) {
+    sm90::mbarrier_init(sm90::smem_address(&own.logits_here), 1);
+    sm90::fence_mbarrier_init();
+  }
+  sm90::griddepcontrol_wait();
+  sm90::griddepcontrol_launch_dependents();
+  const Share share = share_of(p);
+  const int first = warp * kFour, count = min(kFour, share.num_tokens - first);
+  if (count > 0 && lane == 0) fetch_logits(p, share.first_token + first, count, own_logits, own);
+  clear_bitmaps(smem.bitmaps, p.num_local);
+  if constexpr (kScore == kBySigmoid) {
+    for (int e = threadIdx.x; e < 32 * kPer; e += blockDim.x) {
+      const float bias = p.bias == nullptr ? 0.0f : load_float(p.bias, p.bias_dtype, min(e, p.num_experts - 1));
+      smem.bias[e] = e < p.num_experts ? bias : -INFINITY;
     }
   }
+  __syncthreads();
+  if (count > 0) {
+    sm90::mbarrier_wait(sm90::smem_address(&own.logits_here), 0);
+    int id;
+    float weight;
+    const unsigned other_way = route_four<kScore, kPer>(p, count, own_logits, smem.bias, own, lane, id, weight);
+    const int token = lane / kTokenLanes, k = lane % kTokenLanes;
+    if (token < count && k < p.top_k && (other_way >> lane & 1) == 0) {
+      write_slot(p, smem.bitmaps, share, first + token, k, id, weight);
+    }
+#pragma unroll 1
+    for (int t = 0; t < count; ++t) {
+      if ((other_way >> t * kTokenLanes & 1) == 0) continue;
+      id = route_token<kScore, kPer>(p, share.first_token + first + t, nullptr, lane, weight, [](int) {});
+      if (lane < p.top_k) write_slot(p, smem.bitmaps, share, first + t, lane, id, weight);
+    }
+  }
+  __syncthreads();
+  leave_counts(p, smem.bitmaps, share.block);
 }
 
 __global__ void __launch_bounds__(kMaxThreads, 1) permute_kernel(const __grid_constant__ RouteParams p) {
   __shared__ WaySmem<kMany> smem;
-  __shared__ uint16_t by_row[kMaxSlots];
-  clear_bitmaps(smem, p.num_local);
+  __shared__ ByRowSmem by_row;
+  clear_bitmaps(smem.bitmaps, p.num_local);
   __syncthreads();
   sm90::griddepcontrol_wait();
   sm90::griddepcontrol_launch_dependents();
@@ -220,7 +293,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) permute_kernel(const __grid_co
   }
   __syncthreads();
   if (p.block_tokens >= kByRowTokens) {
-    write_permutation<true>(p, smem, share, by_row);
+    write_permutation<true>(p, smem, share, &by_row);
   } else {
     write_permutation<false>(p, smem, share);
   }
@@ -228,27 +301,44 @@ __global__ void __launch_bounds__(kMaxThreads, 1) permute_kernel(const __grid_co
 
 // ---- launch
 
-template <Score kScore, int kPer>
-void launch_one(void (*kernel)(RouteParams), const RouteParams& p, int blocks, int warps, const LaunchConfig& launch) {
-  const bool odd_groups = p.logits != nullptr && p.n_group > 1 && lanes_per_group<kPer>(p) == 0;
-  const int memory = odd_groups ? warps * (p.num_experts + p.n_group) * 4 : 0;
+void launch_one(void (*kernel)(RouteParams), const RouteParams& p, int blocks, int warps, int memory,
+                const LaunchConfig& launch) {
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory),
              "raising the shared memory limit of the routing kernel");
   check_cuda(launch_kernel(kernel, blocks, warps * 32, memory, launch, p), "launching the routing kernel");
 }
 
+// The first launch of many tokens, if they can be routed four in a warp.
+template <Score kScore, int kPer>
+bool launch_four(const RouteParams& p, int blocks, const LaunchConfig& launch) {
+  if constexpr (kScore != kBySoftmax && (kPer == 4 || kPer == 8)) {
+    if (!routes_four<kScore, kPer>(p)) return false;
+    const int warps = (p.block_tokens + kFour - 1) / kFour;
+    launch_one(route_four_kernel<kScore, kPer>, p, blocks, warps, warps * kFour * bytes_of_row(p), launch);
+    return true;
+  }
+  return false;
+}
+
 template <Score kScore, int kPer>
 void launch_size(const RouteParams& p, int blocks, const LaunchConfig& launch) {
+  const bool odd_groups = p.logits != nullptr && p.n_group > 1 && lanes_per_group<kPer>(p) == 0;
+  const auto memory = [&](int warps) { return odd_groups ? warps * (p.num_experts + p.n_group) * 4 : 0; };
   const int warps = std::clamp(p.block_tokens, kMinWarps, max_warps(kPer));
   if (p.num_tokens <= kFewTokens && p.cluster == 1) {
-    launch_one<kScore, kPer>(route_few_kernel<kScore, kPer>, p, 1, 2 * p.num_tokens, launch);
-  } else if (p.num_tokens <= cluster_tokens(p.num_experts)) {
-    launch_one<kScore, kPer>(route_kernel<kScore, kPer, kCluster>, p, blocks, warps,
-                             {launch.stream, launch.pdl, blocks});
-  } else {
-    launch_one<kScore, kPer>(route_kernel<kScore, kPer, kMany>, p, blocks, warps, launch);
-    check_cuda(launch_kernel(permute_kernel, blocks, kMaxThreads, 0, launch, p), "launching the permutation kernel");
+    const int routing = p.num_tokens;
+    return launch_one(route_few_kernel<kScore, kPer>, p, 1, 2 * routing, memory(routing), launch);
   }
+  if (p.num_tokens <= cluster_tokens(p.num_experts)) {
+    return launch_one(route_kernel<kScore, kPer, kCluster>, p, blocks, warps, memory(warps),
+                      {launch.stream, launch.pdl, blocks});
+  }
+  if (!launch_four<kScore, kPer>(p, blocks, launch)) {
+    launch_one(route_kernel<kScore, kPer, kMany>, p, blocks, warps, memory(warps), launch);
+  }
+  // Its launch always overlaps, because both are ours.
+  check_cuda(launch_kernel(permute_kernel, blocks, kMaxThreads, 0, {launch.stream, true}, p),
+             "launching the permutation kernel");
 }
 
 template <Score kScore>
@@ -274,7 +364,8 @@ int max_route_blocks(int num_tokens) {
 void launch_route(RouteParams p, const LaunchConfig& launch) {
   require(p.num_experts >= 1 && p.num_experts <= kMaxExperts, "num_experts must be 1 to 1024");
   require(p.top_k >= 1 && p.top_k <= std::min(kMaxTopK, p.num_experts), "top_k must be 1 to min(num_experts, 32)");
-  require(p.cluster >= 1 && p.tiles_per_block % p.cluster == 0, "tiles_per_block must be a multiple of cluster");
+  require(p.cluster >= 1 && (p.cluster & (p.cluster - 1)) == 0 && p.tiles_per_block % p.cluster == 0,
+          "cluster must be a power of two, and tiles_per_block a multiple of it");
   require(p.local_offset >= 0 && p.num_local >= 1 && p.local_offset + p.num_local <= p.num_experts,
           "the local experts must lie inside 0 ... num_experts - 1");
   int blocks = 1;
@@ -289,6 +380,7 @@ void launch_route(RouteParams p, const LaunchConfig& launch) {
   p.top_k_inverse = inverse_of(p.top_k);
   p.tile_n_inverse = inverse_of(p.tile_n);
   p.tile_quantum_inverse = inverse_of(p.tile_quantum);
+  p.tiles_per_block_inverse = inverse_of(p.tiles_per_block);
   switch (p.method) {
     case kRenormalize:
     case kLlama4:

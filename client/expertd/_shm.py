@@ -17,8 +17,9 @@ from typing import Final
 import numpy as np
 
 from expertd._arena import MIN_ARENA_BYTES, Arena, Piece, aligned
+from expertd._rings import END, StreamRings, wanted_rings
 from expertd._wire import Encoded, encode_placed_request
-from expertd._wire_read import TENSOR_FIELDS, Answer, AnswerTensor, Response, nbytes_of
+from expertd._wire_read import TENSOR_FIELDS, Answer, AnswerTensor, Response, answer_of
 from expertd.errors import ExpertdError, ProtocolError, SharedMemoryError
 from expertd.v1 import expertd_pb2 as pb
 
@@ -30,6 +31,7 @@ _REGION: Final = 1  # the number of a stream's only region
 _PROOF_BYTES: Final = 16
 _HAND_IN_S: Final = 5.0
 _MAX_REASON_BYTES: Final = 1024
+_MAX_FDS: Final = 2
 _SOCKET_PREFIX: Final = "expertd-regions-"
 
 
@@ -63,6 +65,8 @@ class StreamMemory:
         self.request_id = request_id
         self._wanted = wanted
         self._arena: Arena | None = None
+        self.rings: StreamRings | None = None
+        """For messages, once there is memory, where the server has rings; whoever takes them closes them."""
         self.failure: str | None = None
         """Why there is none, once that is known."""
         self._nbytes = min(wanted.nbytes, wanted.limit)
@@ -98,7 +102,7 @@ class StreamMemory:
 
     def opening(self) -> bytes:
         """The message that asks for it."""
-        register = pb.RegisterRegion(region=_REGION, nbytes=self._nbytes)
+        register = pb.RegisterRegion(region=_REGION, nbytes=self._nbytes, rings=wanted_rings())
         return pb.ForwardStreamRequest(id=self.request_id, register_region=register).SerializeToString()
 
     def take(self, answer: pb.RegionTicket | Response | ExpertdError) -> None:
@@ -107,8 +111,9 @@ class StreamMemory:
             self.fail(str(answer) if isinstance(answer, ExpertdError) else "the server answers with something else")
             return
         try:
-            self._arena = _shared(answer, self._nbytes)
-            self._wanted.say(f"tensors go through shared memory, {self._nbytes} bytes on each stream")
+            self._arena, self.rings = _shared(answer, self._nbytes)
+            what = "tensors" if self.rings is None else "requests and answers"
+            self._wanted.say(f"{what} go through shared memory, {self._nbytes} bytes on each stream")
         except (OSError, ValueError) as error:
             self.fail(f"{error}; it may run on another machine or in another container")
 
@@ -136,50 +141,55 @@ class StreamMemory:
         answer = (_REGION, piece.offset, piece.nbytes)
         return encode_placed_request(request_id, body, slices, answer, timeout_ms), piece
 
-    def response(self, message: pb.ForwardResponse, piece: Piece) -> Answer | ProtocolError:
+    def response(self, response: Response, piece: Piece) -> Answer | ProtocolError:
         """An answer to a request that was placed; an error when it names memory of others.
 
         Its tensors stay where they are while there is plenty of room, else they are copied: answers that are kept for
         long never leave the next requests without.
         """
-        answer = Answer(timing=message.timing, weights_version=message.weights_version, nbytes=nbytes_of(message))
+        answer = answer_of(response)
         for name in TENSOR_FIELDS:
-            tensor: pb.Tensor = getattr(message, name)
-            if not tensor.HasField("slice"):
-                setattr(answer, name, AnswerTensor(tensor.dtype, tuple(tensor.shape), tensor.data))
+            tensor: AnswerTensor = getattr(answer, name)
+            if tensor.slice is None:
                 continue
-            where = tensor.slice
-            stop = where.offset + where.nbytes
-            if where.region != _REGION or not piece.offset <= where.offset <= stop <= piece.offset + piece.nbytes:
+            region, offset, nbytes = tensor.slice
+            if region != _REGION or not piece.offset <= offset <= offset + nbytes <= piece.offset + piece.nbytes:
                 return ProtocolError(f"{name}.slice of the answer is outside of the request's answer_slice")
-            data = piece.array(where.offset, where.nbytes)
+            data = piece.array(offset, nbytes)
             is_roomy = self._arena is not None and self._arena.is_half_free
-            setattr(answer, name, AnswerTensor(tensor.dtype, tuple(tensor.shape), data if is_roomy else data.copy()))
+            setattr(answer, name, AnswerTensor(tensor.dtype, tensor.shape, data if is_roomy else data.copy()))
         return answer
 
 
-def _shared(ticket: pb.RegionTicket, nbytes: int) -> Arena:
-    """Memory that the server has mapped too. Raises OSError, or ValueError with the server's reason."""
+def _shared(ticket: pb.RegionTicket, nbytes: int) -> tuple[Arena, StreamRings | None]:
+    """Memory that the server has mapped too, and the rings in it, if it has them.
+
+    Raises OSError, or ValueError with the server's reason.
+    """
     import fcntl  # noqa: PLC0415 (there is none on Windows, nor anything else of this)
 
     fd = os.memfd_create("expertd-region", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        memory = np.frombuffer(mmap.mmap(fd, nbytes), np.uint8)
+        region = memoryview(mmap.mmap(fd, nbytes))
         proof = secrets.token_bytes(_PROOF_BYTES)
-        memory[:_PROOF_BYTES] = np.frombuffer(proof, np.uint8)
-        answer = _hand_in(ticket, fd)
+        region[:_PROOF_BYTES] = proof
+        answer, bells = _hand_in(ticket, fd)
     finally:
         os.close(fd)
-    if answer[:1] != b"\0":
-        raise ValueError(answer[1:].decode(errors="replace") or "the server does not say why")
-    if answer[1:] != proof:
+    if answer == b"\0" + proof:
+        rings = StreamRings(region, bells) if bells else None
+        return Arena(np.frombuffer(region, np.uint8), first=_PROOF_BYTES if rings is None else END), rings
+    for bell in bells:
+        os.close(bell)
+    if answer[:1] == b"\0":
         raise ValueError("the server has mapped other memory than it was given")
-    return Arena(memory, first=_PROOF_BYTES)
+    raise ValueError(answer[1:].decode(errors="replace") or "the server does not say why")
 
 
-def _hand_in(ticket: pb.RegionTicket, fd: int) -> bytes:
+def _hand_in(ticket: pb.RegionTicket, fd: int) -> tuple[bytes, list[int]]:
+    """What the server says to it, and the file descriptors that it gives."""
     address = ticket.socket
     # NOTE: whatever is not a server's door gets nothing from here, however a server calls it.
     if not os.path.basename(address.removeprefix("@")).startswith(_SOCKET_PREFIX):
@@ -188,4 +198,5 @@ def _hand_in(ticket: pb.RegionTicket, fd: int) -> bytes:
         door.settimeout(_HAND_IN_S)
         door.connect("\0" + address[1:] if address.startswith("@") else address)
         socket.send_fds(door, [ticket.ticket], [fd], socket.MSG_NOSIGNAL)
-        return door.recv(_MAX_REASON_BYTES)
+        answer, fds, _, _ = socket.recv_fds(door, _MAX_REASON_BYTES, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        return answer, fds

@@ -6,8 +6,10 @@ unless the request is abandoned first.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +30,8 @@ from expertd._base import (
     unary_outcome,
     unasked_ticket,
 )
+from expertd._ring_reader import RingReader
+from expertd._rings import StreamRings
 from expertd._shm import StreamMemory, WantedMemory
 from expertd._wire import Encoded, encode_stream_request
 from expertd._wire_read import Response
@@ -55,13 +59,17 @@ class Ticket(Protocol):
     def abandon(self) -> None:
         """Forget the request: its place is free at once and its answer, should it still come, is dropped."""
 
+    def read_for(self, settled: queue.SimpleQueue[Any], until_s: float) -> None:
+        """Do in this thread what makes its answer come, if there is such a thing: see `RingReader.read_for`."""
+
 
 class Transport(Protocol):
     """Puts encoded requests on the wire. Thread-safe."""
 
-    def submit(self, body: Encoded, deadline: float, on_done: OnDone) -> Ticket:
+    def submit(self, body: Encoded, deadline: float, on_done: OnDone, *, reads: bool = False) -> Ticket:
         """Send one request. deadline: on time.monotonic(). Waits for a place among max_in_flight.
 
+        reads: whether the caller will wait for nothing else before its ticket's `read_for`.
         Raises TimeoutError when no place was free by the deadline, ClosedError after close().
         """
 
@@ -78,9 +86,11 @@ class Slots:
         self._closed = False
         self._changed = threading.Condition()
 
-    def acquire(self, deadline: float) -> None:
+    def acquire(self, deadline: float, before_waiting: Callable[[], object] | None = None) -> None:
         """Take a place. Raises TimeoutError when none was free by the deadline, ClosedError after close()."""
         with self._changed:
+            if before_waiting is not None and not self._free:
+                before_waiting()
             self._changed.wait_for(lambda: self._closed or self._free > 0, deadline - time.monotonic())
             if self._closed:
                 raise ClosedError("the client is closed")
@@ -127,9 +137,9 @@ class StreamTransport:
         self._retiring: list[_Stream] = []
         self._closed = False
 
-    def submit(self, body: Encoded, deadline: float, on_done: OnDone) -> Ticket:
+    def submit(self, body: Encoded, deadline: float, on_done: OnDone, *, reads: bool = False) -> Ticket:
         """See Transport."""
-        self._slots.acquire(deadline)
+        self._slots.acquire(deadline, self._have_read)
         try:
             while True:
                 stream = self._least_loaded()
@@ -138,7 +148,7 @@ class StreamTransport:
                     self._slots.release()
                     on_done(failure)
                     return _OverTicket()
-                ticket = stream.send(body, timeout_ms(deadline - time.monotonic()), on_done)
+                ticket = stream.send(body, timeout_ms(deadline - time.monotonic()), on_done, reads)
                 if ticket is not None:
                     return ticket
         except BaseException:
@@ -154,6 +164,13 @@ class StreamTransport:
             stream.close()
         for stream in streams:
             stream.join()
+
+    def _have_read(self) -> None:
+        """Places become free when answers are taken, and whoever has promised to take some may not be at it yet."""
+        with self._lock:
+            streams = [*self._retiring, *(stream for stream in self._streams if stream is not None)]
+        for stream in streams:
+            stream.have_read()
 
     def _least_loaded(self) -> _Stream:
         with self._lock:
@@ -176,7 +193,10 @@ class StreamTransport:
 
 
 class _Stream:
-    """One open ForwardStream: a sender (gRPC's own thread, through _requests) and a reader thread."""
+    """One open ForwardStream: a sender (gRPC's own thread, through _requests) and a reader thread.
+
+    With rings whoever sends a request puts it in, and a thread takes answers out. gRPC says when the stream is over.
+    """
 
     def __init__(
         self,
@@ -198,6 +218,10 @@ class _Stream:
         self._memory_settled = threading.Event()
         self._pieces: dict[int, Piece] = {}
         """Memory of requests that were sent and not answered, abandoned ones too: the server may be at it."""
+        self._rings: RingReader | None = None
+        self._ring_failure: ExpertdError | None = None
+        self._is_over = False
+        """gRPC has said how the stream has ended; no rings are opened any more."""
         self._end: ExpertdError | None = None
         if wanted_memory is not None:
             self._memory = StreamMemory(wanted_memory, next(self._ids))
@@ -241,7 +265,7 @@ class _Stream:
         memory.check()
         return None
 
-    def send(self, body: Encoded, timeout_ms: int, on_done: OnDone) -> Ticket | None:
+    def send(self, body: Encoded, timeout_ms: int, on_done: OnDone, reads: bool) -> Ticket | None:
         """Queue a request; None when the stream takes no more. The queue is bounded by the places (Slots)."""
         request_id = next(self._ids)
         # Encoding copies the tensors: not under the lock, where it would hold up the reader.
@@ -257,8 +281,11 @@ class _Stream:
             if piece is not None:
                 self._pieces[request_id] = piece
             self._pending[request_id] = on_done
-            self._to_send[request_id] = message
-            self._sendable.notify()
+            if self._rings is None or not self._rings.put(message):
+                self._to_send[request_id] = message
+                self._sendable.notify()
+        if not reads:
+            self.have_read()
         return _StreamTicket(self, request_id)
 
     def abandon(self, request_id: int) -> None:
@@ -270,6 +297,19 @@ class _Stream:
                 self._pieces.pop(request_id, None)
             self._end_if_idle()
         self._release()
+        self.have_read()  # the memory is free again when its answer was taken
+
+    def have_read(self) -> None:
+        """Answers are awaited, and not by who takes them itself."""
+        rings = self._rings
+        if rings is not None:
+            rings.need()
+
+    def read_for(self, settled: queue.SimpleQueue[Any], until_s: float) -> None:
+        """See Ticket."""
+        rings = self._rings
+        if rings is not None:
+            rings.read_for(settled, until_s)
 
     def close(self) -> None:
         """Take no more requests and end the call; the reader then fails what is in flight."""
@@ -311,7 +351,9 @@ class _Stream:
         end: ExpertdError = UnavailableError("the server ended the stream")
         try:
             for data in self._call:
-                self._deliver(*stream_outcome(data, self._request_id))
+                self._deliver_bytes(data)
+                if self._rings is not None:
+                    self._rings.look()
         except grpc.RpcError as error:
             end = error_from_rpc(self._call, request_id=self._request_id)
             error.with_traceback(None)  # it is the call itself, whose frames know it: leave no cycle, see join
@@ -319,6 +361,8 @@ class _Stream:
             end = error
             self._call.cancel()
         finally:
+            self._finish_rings()
+            end = self._ring_failure or end
             self._fail_all(ClosedError(CLOSED_IN_FLIGHT) if self._closing else stream_broken(end))
 
     def _fail_all(self, failure: ExpertdError) -> None:
@@ -334,6 +378,9 @@ class _Stream:
         for on_done in pending.values():
             self._release()
             on_done(copy.copy(failure))  # an exception carries the traceback of the one caller that raises it
+
+    def _deliver_bytes(self, data: bytes) -> None:
+        self._deliver(*stream_outcome(data, self._request_id))
 
     def _deliver(self, number: int, outcome: Outcome | pb.RegionTicket) -> None:
         memory = self._memory
@@ -351,7 +398,7 @@ class _Stream:
                 self._open = False
             self._end_if_idle()
         if on_done is not None:  # None: abandoned
-            if memory is not None and piece is not None and isinstance(outcome, pb.ForwardResponse):
+            if memory is not None and piece is not None and not isinstance(outcome, ExpertdError):
                 outcome = memory.response(outcome, piece)
             self._release()
             on_done(outcome)
@@ -360,13 +407,41 @@ class _Stream:
 
     def _share(self, memory: StreamMemory, answer: Outcome | pb.RegionTicket) -> None:
         memory.take(answer)
+        if memory.rings is not None:
+            self._open_rings(memory.rings)
         self._memory_settled.set()
+
+    def _open_rings(self, rings: StreamRings) -> None:
+        with self._lock:
+            if not self._is_over:
+                with contextlib.suppress(OSError):  # no file descriptor is left: messages go on over gRPC
+                    self._rings = RingReader(rings, self._deliver_bytes, self._is_awaited, self._break)
+                    return
+        rings.close()
+
+    def _is_awaited(self) -> bool:
+        return bool(self._pending or self._pieces)
+
+    def _finish_rings(self) -> None:
+        """The stream is over: take what the server has answered before, and nothing from then on."""
+        with self._lock:
+            self._is_over = True
+            rings, self._rings = self._rings, None
+        if rings is not None:
+            rings.finish()
+
+    def _break(self, failure: ExpertdError) -> None:
+        self._ring_failure = failure
+        self._call.cancel()
 
 
 class _OverTicket:
     __slots__ = ()
 
     def abandon(self) -> None:
+        """See Ticket."""
+
+    def read_for(self, settled: queue.SimpleQueue[Any], until_s: float) -> None:
         """See Ticket."""
 
 
@@ -381,6 +456,10 @@ class _StreamTicket:
         """See Ticket."""
         self._stream.abandon(self._request_id)
 
+    def read_for(self, settled: queue.SimpleQueue[Any], until_s: float) -> None:
+        """See Ticket."""
+        self._stream.read_for(settled, until_s)
+
 
 class UnaryTransport:
     """One Forward call for each request."""
@@ -394,7 +473,7 @@ class UnaryTransport:
         self._closed = False
         self._calls: set[Any] = set()
 
-    def submit(self, body: Encoded, deadline: float, on_done: OnDone) -> Ticket:
+    def submit(self, body: Encoded, deadline: float, on_done: OnDone, *, reads: bool = False) -> Ticket:
         """See Transport."""
         self._slots.acquire(deadline)
         try:
@@ -447,3 +526,6 @@ class _UnaryTicket:
     def abandon(self) -> None:
         """See Ticket."""
         self._call.cancel()
+
+    def read_for(self, settled: queue.SimpleQueue[Any], until_s: float) -> None:
+        """See Ticket."""

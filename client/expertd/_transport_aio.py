@@ -23,6 +23,7 @@ from expertd._base import (
     unary_outcome,
     unasked_ticket,
 )
+from expertd._rings import HUNG_UP_S, StreamRings, hung_up
 from expertd._shm import StreamMemory, WantedMemory
 from expertd._wire import Encoded, encode_stream_request
 from expertd._wire_read import Response
@@ -118,6 +119,8 @@ class _Stream:
         self._sharing: asyncio.Task[None] | None = None
         self._pieces: dict[int, Piece] = {}
         """Memory of requests that were sent and not answered, abandoned ones too: the server may be at it."""
+        self._rings: StreamRings | None = None
+        self._ring_failure: ProtocolError | None = None
         self._end: ExpertdError | None = None
         if wanted_memory is not None:
             self._memory = StreamMemory(wanted_memory, next(self._ids))
@@ -161,12 +164,15 @@ class _Stream:
         left_ms = timeout_ms(deadline - loop.time())
         placed = None if self._memory is None else self._memory.place(request_id, body, left_ms)
         if placed is None:
-            self._to_send[request_id] = encode_stream_request(request_id, body, left_ms)
+            message = encode_stream_request(request_id, body, left_ms)
         else:
-            self._to_send[request_id], self._pieces[request_id] = placed
+            message, self._pieces[request_id] = placed
             del placed
         self._pending[request_id] = answer
-        self._wake_sender.set()
+        if self._rings is None or not self._rings.put(message):
+            self._to_send[request_id] = message
+            self._wake_sender.set()
+        del message  # the wait may be long, and the message large
         try:
             return await answer
         finally:
@@ -215,9 +221,11 @@ class _Stream:
             self._call.cancel()
         finally:
             self._open = False
+            self._close_rings()
             self._to_send.clear()
             self._pieces.clear()
             self._memory = None
+            end = self._ring_failure or end
             failure = ClosedError(CLOSED_IN_FLIGHT) if self._closing else stream_broken(end)
             for answer in self._pending.values():
                 if not answer.done():
@@ -240,7 +248,7 @@ class _Stream:
             self._open = False
         answer = self._pending.get(number)
         if answer is not None and not answer.done():  # otherwise the caller has left
-            if memory is not None and piece is not None and isinstance(outcome, pb.ForwardResponse):
+            if memory is not None and piece is not None and not isinstance(outcome, ExpertdError):
                 outcome = memory.response(outcome, piece)
             answer.set_result(outcome)
         elif not isinstance(outcome, ExpertdError):
@@ -248,7 +256,46 @@ class _Stream:
 
     async def _share(self, memory: StreamMemory, answer: Outcome | pb.RegionTicket) -> None:
         await asyncio.to_thread(memory.take, answer)
+        if memory.rings is not None:
+            if self._end is None:
+                self._rings = memory.rings
+                asyncio.get_running_loop().add_reader(self._rings.bell_fd, self._rung)
+                self._take_from_rings()  # which has the bell ring from then on
+            else:
+                memory.rings.close()
         self._memory_settled.set()
+
+    def _rung(self) -> None:
+        if self._rings is None:
+            return
+        if not self._rings.silence():  # the server ends the stream, and gRPC will say how
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._rings.bell_fd)
+            loop.call_later(HUNG_UP_S, self._break, hung_up())
+        self._take_from_rings()
+
+    def _take_from_rings(self) -> None:
+        """Every answer that is there."""
+        try:
+            while self._rings is not None and (data := self._rings.take()) is not None:
+                self._deliver(*stream_outcome(data, self._request_id))
+        except ProtocolError as error:
+            self._break(error)
+
+    def _break(self, failure: ProtocolError) -> None:
+        """Have the stream end, unless it has."""
+        if self._end is None and self._ring_failure is None:
+            self._ring_failure = failure
+            self._call.cancel()
+
+    def _close_rings(self) -> None:
+        """The stream is over: take what the server has answered before."""
+        if self._rings is not None:
+            if self._ring_failure is None:
+                self._take_from_rings()
+            asyncio.get_running_loop().remove_reader(self._rings.bell_fd)
+            self._rings.close()
+            self._rings = None
 
 
 class AsyncUnaryTransport:

@@ -90,17 +90,12 @@ def encode_placed_request(
     """A ForwardStreamRequest whose tensors lie in a region. slices, answer_slice: the fields of each RegionSlice."""
     parts = [request.head]
     for (number, tensor), where in zip(request.tensors, slices, strict=True):
-        shape = b"".join(_varint(extent) for extent in tensor.shape)
-        parts.append(_delimited(number, _uint(1, tensor.dtype) + _delimited(2, shape) + _delimited(4, _slice(where))))
-    parts += (request.tail, _delimited(8, _slice(answer_slice)))
+        parts.append(_placed_tensor(number, tensor.dtype, tensor.shape, where))
+    parts += (request.tail, _slice(8, answer_slice))
     return _uint(1, request_id) + _delimited(2, b"".join(parts)) + _uint(3, timeout_ms)
 
 
-def _slice(where: tuple[int, int, int]) -> bytes:
-    return b"".join(_uint(number, value) for number, value in enumerate(where, start=1))
-
-
-# What lies between the tensors is the same for many requests.
+# What lies between the tensors is the same for many requests, and memory that is taken first is taken again and again.
 
 
 @functools.lru_cache(_CACHED)
@@ -122,6 +117,18 @@ def _tensor_head(number: int, dtype: int, shape: tuple[int, ...], nbytes: int) -
     if nbytes:
         head += _key(3, _LENGTH) + _varint(nbytes)
     return _key(number, _LENGTH) + _varint(len(head) + nbytes) + head
+
+
+@functools.lru_cache(_CACHED)
+def _placed_tensor(number: int, dtype: int, shape: tuple[int, ...], where: tuple[int, int, int]) -> bytes:
+    extents = b"".join(map(_varint, shape))
+    return _delimited(number, _uint(1, dtype) + _delimited(2, extents) + _slice(4, where))
+
+
+@functools.lru_cache(_CACHED)
+def _slice(number: int, where: tuple[int, int, int]) -> bytes:
+    """A RegionSlice as field `number`."""
+    return _delimited(number, b"".join(_uint(field, value) for field, value in enumerate(where, start=1)))
 
 
 def _delimited(number: int, payload: bytes) -> bytes:

@@ -15,7 +15,16 @@ from google.protobuf.message import DecodeError
 
 from expertd.v1 import expertd_pb2 as pb
 
-__all__ = ["TENSOR_FIELDS", "Answer", "AnswerTensor", "Response", "nbytes_of", "read_answer", "read_stream_answer"]
+__all__ = [
+    "TENSOR_FIELDS",
+    "Answer",
+    "AnswerTensor",
+    "Response",
+    "answer_of",
+    "nbytes_of",
+    "read_answer",
+    "read_stream_answer",
+]
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +35,8 @@ class AnswerTensor:
     shape: tuple[int, ...] = ()
     data: Any = b""
     """The elements: bytes, or a view of the message or of shared memory."""
+    slice: tuple[int, int, int] | None = None
+    """Where they lie instead, until somebody looks there: region, offset and nbytes of a RegionSlice."""
 
 
 _NONE: Final = AnswerTensor()
@@ -56,6 +67,19 @@ def nbytes_of(response: Response) -> int:
         return response.nbytes
     placed = sum(int(getattr(response, name).slice.nbytes) for name in TENSOR_FIELDS)
     return response.ByteSize() + placed
+
+
+def answer_of(response: Response) -> Answer:
+    """The same, however it was read."""
+    if isinstance(response, Answer):
+        return response
+    answer = Answer(timing=response.timing, weights_version=response.weights_version, nbytes=nbytes_of(response))
+    for name in TENSOR_FIELDS:
+        tensor: pb.Tensor = getattr(response, name)
+        where = tensor.slice
+        placed = (where.region, where.offset, where.nbytes) if tensor.HasField("slice") else None
+        setattr(answer, name, AnswerTensor(tensor.dtype, tuple(tensor.shape), tensor.data, placed))
+    return answer
 
 
 def read_answer(data: bytes) -> Answer | None:
@@ -93,7 +117,8 @@ _TENSORS: Final = {
 }
 TENSOR_FIELDS: Final = tuple(_TENSORS.values())
 _TIMING, _VERSION = 0x32, 0x38
-_DTYPE, _SHAPE, _DATA = 0x08, 0x12, 0x1A
+_DTYPE, _SHAPE, _DATA, _SLICE = 0x08, 0x12, 0x1A, 0x22
+_REGION, _OFFSET, _NBYTES = 0x08, 0x10, 0x18
 _MAX_LENGTH_BYTES: Final = 5
 """Of a length: protobuf refuses one that has more, whatever its value."""
 
@@ -111,7 +136,10 @@ def _answer(data: bytes, view: memoryview, pos: int, end: int) -> Answer:
             continue
         start, pos = _span(data, pos + 1, end)
         if key in _TENSORS:
-            setattr(result, _TENSORS[key], _tensor(data, view, start, pos))
+            tensor = _tensor(data, view, start, pos)
+            setattr(result, _TENSORS[key], tensor)
+            if tensor.slice is not None:
+                result.nbytes += tensor.slice[2]
         elif key == _TIMING:
             try:
                 result.timing = pb.Timing.FromString(data[start:pos])
@@ -146,9 +174,30 @@ def _tensor(data: bytes, view: memoryview, pos: int, end: int) -> AnswerTensor:
                     raise _UnusualError
                 extents.append(extent)
             result.shape = tuple(extents)
+        elif key == _SLICE:
+            result.slice = _slice(data, start, pos)
         else:
             raise _UnusualError
     return result
+
+
+def _slice(data: bytes, pos: int, end: int) -> tuple[int, int, int]:
+    region = offset = nbytes = last = 0
+    while pos < end:
+        key = data[pos]
+        if key <= last:
+            raise _UnusualError
+        last = key
+        value, pos = _varint(data, pos + 1, end)
+        if key == _REGION and value < 2**32:
+            region = value
+        elif key == _OFFSET:
+            offset = value
+        elif key == _NBYTES:
+            nbytes = value
+        else:
+            raise _UnusualError
+    return region, offset, nbytes
 
 
 def _varint(data: bytes, pos: int, end: int) -> tuple[int, int]:

@@ -115,7 +115,7 @@ class Client(BaseClient):
             weights_version=weights_version,
             timeout_s=timeout_s,
         )
-        with _Pipeline(self) as pipeline:
+        with _Pipeline(self, reads=True) as pipeline:
             return pipeline.wait(pipeline.start(request))
 
     @overload
@@ -310,8 +310,10 @@ class _Operation:
 class _Pipeline:
     """The operations of one caller. Used by the caller's thread alone, but for the queue that answers come in by."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, *, reads: bool = False) -> None:
+        """reads: whether the caller waits for each operation as soon as it is started."""
         self._client = client
+        self._reads = reads
         self._settled: queue.SimpleQueue[tuple[_Run, Outcome] | None] = queue.SimpleQueue()
         self._operations: set[_Operation] = set()
         self._waiting: list[tuple[float, int, _Run]] = []
@@ -371,6 +373,9 @@ class _Pipeline:
         while self._waiting and self._waiting[0][0] <= now:
             self._submit(heapq.heappop(self._waiting)[2])
         wake_at = min(operation.deadline, self._waiting[0][0] if self._waiting else operation.deadline)
+        ticket = next((run.ticket for run in operation.runs), None)
+        if self._reads and ticket is not None:
+            ticket.read_for(self._settled, wake_at)
         try:
             settled = self._settled.get(timeout=max(0.0, wake_at - time.monotonic()))
         except queue.Empty:
@@ -424,7 +429,8 @@ class _Pipeline:
         if run not in run.operation.runs:
             return
         on_done = functools.partial(self._arrived, run)
+        reads = self._reads and len(run.operation.runs) == 1
         try:
-            run.ticket = self._client._transport.submit(run.part.encode(), run.operation.deadline, on_done)
+            run.ticket = self._client._transport.submit(run.part.encode(), run.operation.deadline, on_done, reads=reads)
         except ExpertdError as error:
             run.operation.fail(error)

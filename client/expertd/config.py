@@ -81,8 +81,8 @@ class ClientConfig:
     retry: RetryPolicy = RetryPolicy()
     """When and how often to try again."""
     transport: Literal["auto", "grpc", "shm", "stream", "unary"] = "auto"
-    """How Forward travels. "auto": on open bidirectional streams, its tensors through memory that is shared with the
-    server where that runs on this machine and takes it, else as bytes. "grpc" (also "stream"): on streams, always as
+    """How Forward travels. "auto": on open bidirectional streams, through memory that is shared with the server
+    where that runs on this machine and takes it, else as bytes. "grpc" (also "stream"): on streams, always as
     bytes. "shm": as auto, but fail with SharedMemoryError where no memory can be shared. "unary": as one call for each
     request."""
     shared_memory_bytes: int = 256 * 1024 * 1024

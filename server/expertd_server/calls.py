@@ -89,6 +89,13 @@ class Calls:
         self.clock = clock
         self.in_flight = 0
         """Requests that have arrived and are not answered; changed in the event loop alone."""
+        self.unread_rings = 0
+        """Rings with messages in them that will arrive next; likewise."""
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether the request that has just arrived is the only one, and no other is about to."""
+        return self.in_flight == 1 and not self.unread_rings
 
     @property
     def queue_depth_tokens(self) -> int:
@@ -113,11 +120,11 @@ class Calls:
         )
         call.encode = encode
         deadline_s = arrived_s + min(timeout_s, self.request_timeout_s)
-        return self.engine.submit(call, deadline_s, on_done, self.in_flight == 1)
+        return self.engine.submit(call, deadline_s, on_done, self._is_alone)
 
     def hurry(self) -> None:
         """To be called when a request was admitted and its promise is known: see `CallEngine.hurry`."""
-        if self.in_flight == 1:
+        if self._is_alone:
             self.engine.hurry()
 
     def answered(self, method: str, arrived_s: float, ready_s: float, timing: ForwardTiming) -> None:

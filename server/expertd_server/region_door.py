@@ -19,7 +19,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -53,7 +53,7 @@ class RegionRefusedError(Exception):
 @dataclass(frozen=True, slots=True)
 class _Expected:
     nbytes: int
-    take: Callable[[memoryview], None]
+    take: Callable[[memoryview], Sequence[int]]
     until_s: float
 
 
@@ -107,11 +107,11 @@ class RegionDoor:
         self._thread = threading.Thread(target=self._run, name="expertd-region-door", daemon=True)
         self._thread.start()
 
-    def expect(self, nbytes: int, take: Callable[[memoryview], None]) -> bytes:
+    def expect(self, nbytes: int, take: Callable[[memoryview], Sequence[int]]) -> bytes:
         """A ticket for memory of at least nbytes.
 
         take: called with the mapped bytes, in the door's thread, before the caller is told; whatever it raises as
-        RegionRefusedError is told instead.
+        RegionRefusedError is told instead. The file descriptors that it returns go to the caller and are closed here.
         """
         ticket = secrets.token_bytes(_TICKET_BYTES)
         with self._lock:
@@ -213,14 +213,16 @@ class RegionDoor:
                 raise RegionRefusedError(refusal)
             if len(fds) != 1 or flags & socket.MSG_CTRUNC:
                 raise RegionRefusedError(f"{len(fds)} file descriptors came with the ticket, expected 1")
-            _say(visitor, _TAKEN + self._take(ticket, fds[0]))
+            proof, given = self._take(ticket, fds[0])
+            _say(visitor, _TAKEN + proof, given)
+            _close_all(given)
         except RegionRefusedError as error:
             _say(visitor, _REFUSED + str(error).encode())
         finally:
-            for fd in fds:
-                os.close(fd)
+            _close_all(fds)
 
-    def _take(self, ticket: bytes, fd: int) -> bytes:
+    def _take(self, ticket: bytes, fd: int) -> tuple[bytes, Sequence[int]]:
+        """The bytes that prove what is mapped, and file descriptors for the caller."""
         now_s = time.monotonic()
         with self._lock:
             expected = self._expected.pop(ticket, None)
@@ -229,8 +231,8 @@ class RegionDoor:
         if expected is None or expected.until_s <= now_s:
             raise RegionRefusedError("the ticket is unknown, used or older than 10 s; register the region again")
         view = map_memory(fd, expected.nbytes, self._share)
-        expected.take(view)
-        return bytes(view[:PROOF_BYTES])
+        proof = bytes(view[:PROOF_BYTES])
+        return proof, expected.take(view)
 
 
 def map_memory(fd: int, nbytes: int, share: Share = memoryview) -> memoryview:
@@ -265,9 +267,17 @@ def _memfd_device() -> int:
         os.close(fd)
 
 
-def _say(visitor: socket.socket, message: bytes) -> None:
+def _say(visitor: socket.socket, message: bytes, fds: Sequence[int] = ()) -> None:
     with contextlib.suppress(OSError):  # it left
-        visitor.send(message, socket.MSG_NOSIGNAL)
+        if fds:
+            socket.send_fds(visitor, [message], fds, socket.MSG_NOSIGNAL)
+        else:
+            visitor.send(message, socket.MSG_NOSIGNAL)
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _sweep(directory: Path) -> None:

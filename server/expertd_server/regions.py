@@ -8,7 +8,7 @@ and are read once, into the batch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +16,7 @@ from expertd.v1 import expertd_pb2 as pb
 from expertd_server.errors import FieldViolation, InvalidArgumentError, RequestCancelledError, SharedMemoryOffError
 from expertd_server.native import copy_bytes
 from expertd_server.region_door import PROOF_BYTES, RegionDoor, RegionRefusedError
+from expertd_server.ring_pair import RingPair, RingPlace
 from expertd_server.wire_parse import RawRequest, RawSlice, RawStreamRequest, RawTensor, parse_stream_request
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class _Region:
     number: int
     nbytes: int
     ticket: bytes
+    rings: RingPlace | None = None
+    """Where messages go through it, if they do."""
     view: memoryview | None = None
     """None: the memory was not handed in yet."""
 
@@ -117,14 +120,17 @@ class StreamRegions:
         self._leases: set[Lease] = set()
         self._is_closed = False
 
-    def obey(self, message: RawStreamRequest) -> RegionReply:
-        """Do what a message about a region says. Raises InvalidArgumentError and SharedMemoryOffError."""
+    def obey(self, message: RawStreamRequest, on_rings: Callable[[RingPair], object]) -> RegionReply:
+        """Do what a message about a region says. Raises InvalidArgumentError and SharedMemoryOffError.
+
+        on_rings: is given the rings that the caller has asked for, in the door's thread, when the memory is handed in.
+        """
         if message.request is not None or (message.register_region and message.unregister_region):
             raise InvalidArgumentError.of(
                 "register_region", "is not alone, expected one of request, register_region and unregister_region"
             )
         if message.register_region is not None:
-            return self._register(message.register_region.region, message.register_region.nbytes)
+            return self._register(message.register_region, on_rings)
         assert message.unregister_region is not None
         return self._unregister(message.unregister_region.region)
 
@@ -223,9 +229,11 @@ class StreamRegions:
         for region in regions:
             self._forget(region)
 
-    def _register(self, number: int, nbytes: int) -> pb.RegionTicket:
+    def _register(self, asked: pb.RegisterRegion, on_rings: Callable[[RingPair], object]) -> pb.RegionTicket:
         if self._door is None:
             raise SharedMemoryOffError("this server shares no memory (shared_memory is off); send the tensors' data")
+        number, nbytes = asked.region, asked.nbytes
+        rings = RingPlace.asked_for(asked)
         with self._lock:
             if self._is_closed:
                 raise RequestCancelledError("the caller left")
@@ -242,23 +250,38 @@ class StreamRegions:
                     f"is {nbytes} beside {taken} bytes of other regions, expected at least {PROOF_BYTES} and together "
                     f"at most {self._max_bytes} (max_region_bytes)",
                 )
-            region = _Region(number, nbytes, b"")
-            region.ticket = self._door.expect(nbytes, lambda view: self._handed_in(region, view))
+            if rings is not None and any(region.rings is not None for region in self._regions.values()):
+                raise InvalidArgumentError.of("register_region.rings", "are a second pair, expected one on a stream")
+            region = _Region(number, nbytes, b"", rings)
+            region.ticket = self._door.expect(nbytes, lambda view: self._handed_in(region, view, on_rings))
             self._regions[number] = region
         return pb.RegionTicket(socket=self._door.address, ticket=region.ticket)
 
-    def _handed_in(self, region: _Region, view: memoryview) -> None:
-        """In the door's thread."""
+    def _handed_in(self, region: _Region, view: memoryview, on_rings: Callable[[RingPair], object]) -> tuple[int, ...]:
+        """In the door's thread; the file descriptors that the caller gets."""
         with self._lock:
             if self._is_closed or self._regions.get(region.number) is not region:
                 raise RegionRefusedError("the stream has ended, or gave the region up")
             region.view = view
+        if region.rings is None:
+            return ()
+        pair, fds = region.rings.open(view)
+        if pair is not None:
+            on_rings(pair)
+        return fds
 
     def _unregister(self, number: int) -> pb.RegionUnregistered:
         with self._lock:
-            region = self._regions.pop(number, None)
-        if region is None:
-            raise InvalidArgumentError.of("unregister_region.region", f"is {number}, which this stream does not have")
+            region = self._regions.get(number)
+            if region is None:
+                raise InvalidArgumentError.of(
+                    "unregister_region.region", f"is {number}, which this stream does not have"
+                )
+            if region.rings is not None and region.view is not None:
+                raise InvalidArgumentError.of(
+                    "unregister_region.region", f"is {number}, whose rings last as long as the stream"
+                )
+            del self._regions[number]
         self._forget(region)
         return pb.RegionUnregistered()
 

@@ -1,18 +1,19 @@
-"""One open ForwardStream: a task reads and admits requests, answers are written as they complete.
+"""One open ForwardStream: tasks read and admit requests, answers are sent as they complete.
 
-What is read but not answered is bounded, in requests, in tokens and in bytes of answers that nobody took, so a caller
-who does not read its answers is not read from either: HTTP/2 flow control then holds it back, and the server's memory
-stays where it is.
+Messages come from gRPC and, where the caller has asked for it, through rings in its memory; an answer goes the way its
+request came, as long as there is room. What is read but not answered is bounded, in requests, in tokens and in bytes of
+answers that nobody took, so a caller who does not read its answers is not read from either: HTTP/2 flow control then
+holds it back, and the server's memory stays where it is.
 
-Everything here runs in the event loop but `_Pending.encode`, which is called where the answer is computed.
+Everything here runs in the event loop but `_Pending.encode`, which is called where the answer is computed, and
+`Stream._rings_came`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError
 from functools import partial
 from typing import Any
@@ -26,7 +27,10 @@ from expertd_server.event_loop import Inbox
 from expertd_server.messages import read_stream_message
 from expertd_server.promise import Promise
 from expertd_server.regions import Lease, StreamRegions
+from expertd_server.ring_pair import RingPair
 from expertd_server.status import status_of, stream_error_of
+from expertd_server.stream_rings import StreamRings
+from expertd_server.stream_writer import StreamWriter
 from expertd_server.timing import ForwardTiming
 from expertd_server.wire_answer import encode_region_reply, encode_stream_error
 from expertd_server.wire_parse import RawStreamRequest
@@ -44,18 +48,29 @@ class _Pending:
         "lease",
         "num_tokens",
         "promise",
+        "put",
         "ready_s",
         "request_id",
         "stream",
         "timing",
     )
 
-    def __init__(self, stream: Stream, calls: Calls, request_id: int, arrived_s: float, num_tokens: int) -> None:
+    def __init__(  # noqa: PLR0917 (called for every request, and keywords take time)
+        self,
+        stream: Stream,
+        calls: Calls,
+        request_id: int,
+        arrived_s: float,
+        num_tokens: int,
+        put: Callable[[bytes], bool] | None,
+    ) -> None:
         self.stream = stream
         self.calls = calls
         self.request_id = request_id
         self.arrived_s = arrived_s
         self.num_tokens = num_tokens
+        self.put = put
+        """Sends the answer the way that the request came, if it can; None: that is gRPC's."""
         self.promise: Promise[bytes] | None = None
         """None: not admitted yet, or answered; its result need not wait for the answer to be written."""
         self.lease: Lease | None = None
@@ -116,20 +131,22 @@ class Stream:
         self._max_answer_bytes = max_answer_bytes
         self._log_id = log_id
         self._loop = asyncio.get_running_loop()
+        time_remaining_s = context.time_remaining()
+        self._until_s = math.inf if time_remaining_s is None else calls.clock() + time_remaining_s
         self._pending: set[_Pending] = set()
         self._pending_tokens = 0
         self._answer_bytes = 0
-        self._done: deque[_Pending] = deque()  # holds no more than _pending does
         self._is_reading = True
         self._is_closing = False
         self._is_gone = False
         self._broken: Exception | None = None
-        self._write: Coroutine[Any, Any, None] | None = None
-        """Of the answer that is being written, if any is."""
         self._over: asyncio.Future[None] = self._loop.create_future()
         """Nothing will be written any more."""
-        self._reader: asyncio.Future[None] | None = None
-        """What the reading task waits for, if it waits for room."""
+        self._writer: StreamWriter[_Pending] = StreamWriter(context, self._answered, self._over)
+        self._readers: list[asyncio.Task[None]] = []
+        self._room: asyncio.Future[None] | None = None
+        """What reading tasks wait for, if they wait for room."""
+        self._rings: StreamRings | None = None
 
     async def run(self) -> None:
         """Answer requests, in completion order, until the caller or the server has had enough.
@@ -137,12 +154,11 @@ class Stream:
         Raises InvalidArgumentError, after the answers in flight, when a message was no ForwardStreamRequest at all, and
         UnavailableError when the server drains.
         """
-        reading = self._loop.create_task(self._read())
+        self._readers.append(self._loop.create_task(self._read(self._context.read)))
         try:
             await self._over
         finally:
             self._abandon()
-            reading.cancel()
 
     def close(self) -> None:
         """End the call as soon as nothing is in flight."""
@@ -154,55 +170,19 @@ class Stream:
         if self._is_gone:
             pending.promise = None  # whom nobody asks; it may hold much
             return
-        self._done.append(pending)
+        answer = self._answer(pending)
         self._answer_bytes += pending.answer_bytes
-        if self._write is None:
-            self._write_next()
-
-    # A write begins here and now, and not, as a task would, in the loop's next round: what remains to be done for a
-    # batch whose answer is there must not keep its caller waiting.
-
-    def _write_next(self) -> None:
-        """Write answers until one must wait for gRPC, or none is left."""
-        while self._done and not self._is_gone:
-            pending = self._done.popleft()
-            self._write = self._context.write(self._answer(pending))
-            if not self._advance(pending):
-                return
-        if not self._pending:
-            self._end_if_idle()
-
-    def _advance(self, pending: _Pending) -> bool:
-        """Go on with a write as far as it goes; whether it is done."""
-        assert self._write is not None
-        try:
-            waits_for = self._write.send(None)
-        except StopIteration:
-            self._write = None
-            # Not before: gRPC has taken this one, and will not take the next before the caller reads.
-            self._leave(pending)
-            if pending.timing is not None:
-                self._calls.answered("ForwardStream", pending.arrived_s, pending.ready_s, pending.timing)
-            return True
-        except (asyncio.CancelledError, grpc.aio.InternalError):
-            # What gRPC makes of a write to a caller who has just gone, if the call's end is not told yet.
-            self._write = None
-            if not self._over.done():
-                self._over.cancel("the caller left")
-        except Exception as error:
-            self._write = None
-            if not self._over.done():
-                self._over.set_exception(error)
+        if pending.put is not None and pending.put(answer):
+            self._answered(pending)
         else:
-            waits_for.add_done_callback(partial(self._resume, pending))
-        return False
+            self._writer.write(pending, answer)
 
-    def _resume(self, pending: _Pending, waited_for: asyncio.Future[None]) -> None:
-        if self._write is None:  # the call is over; nobody else asks how this write went
-            if not waited_for.cancelled():
-                waited_for.exception()
-        elif self._advance(pending):
-            self._write_next()
+    def _answered(self, pending: _Pending) -> None:
+        """The answer is on its way."""
+        self._leave(pending)
+        if pending.timing is not None:
+            self._calls.answered("ForwardStream", pending.arrived_s, pending.ready_s, pending.timing)
+        self._end_if_idle()
 
     def _end_if_idle(self) -> None:
         """End the call when nothing is in flight and nothing more comes."""
@@ -215,9 +195,10 @@ class Stream:
         elif self._is_closing:
             self._over.set_exception(_closing())
 
-    async def _read(self) -> None:
+    async def _read(self, read: Callable[[], Awaitable[Any]], put: Callable[[bytes], bool] | None = None) -> None:
+        """The life of a reading task. put: see `_Pending`."""
         try:
-            await self._take_all()
+            await self._take_all(read, put)
         except (InvalidArgumentError, UnavailableError) as error:
             self._broken = error
         except Exception as error:
@@ -228,13 +209,11 @@ class Stream:
             self._is_reading = False
             self._end_if_idle()
 
-    async def _take_all(self) -> None:
-        calls, read, clock = self._calls, self._context.read, self._calls.clock
-        time_remaining_s = self._context.time_remaining()
-        until_s = math.inf if time_remaining_s is None else clock() + time_remaining_s
+    async def _take_all(self, read: Callable[[], Awaitable[Any]], put: Callable[[bytes], bool] | None) -> None:
+        calls, clock = self._calls, self._calls.clock
         while True:
             data: Any = await read()
-            if data is grpc.aio.EOF:  # type: ignore[attr-defined]
+            if data is grpc.aio.EOF or not self._is_reading:  # type: ignore[attr-defined]
                 return
             if self._is_closing:  # the message is lost, which the stream's status says
                 raise _closing()
@@ -242,9 +221,10 @@ class Stream:
             request_id, timeout_ms, num_tokens, request = read_stream_message(data)
             num_tokens = min(num_tokens, self._max_tokens)
             while self._pending and not self._has_room(num_tokens):
-                self._reader = self._loop.create_future()
-                await self._reader
-            pending = _Pending(self, calls, request_id, arrived_s, num_tokens)
+                if self._room is None or self._room.done():
+                    self._room = self._loop.create_future()
+                await self._room
+            pending = _Pending(self, calls, request_id, arrived_s, num_tokens, put)
             self._pending.add(pending)
             self._pending_tokens += num_tokens
             calls.in_flight += 1
@@ -253,11 +233,11 @@ class Stream:
                     raise InvalidArgumentError.of("request", "is missing, expected a ForwardRequest")
                 if isinstance(request, RawStreamRequest):
                     Promise[bytes](pending.done).set_result(
-                        encode_region_reply(request_id, self._regions.obey(request))
+                        encode_region_reply(request_id, self._regions.obey(request, self._rings_came))
                     )
                 else:
                     pending.lease = self._regions.lease(request)
-                    timeout_s = until_s - arrived_s
+                    timeout_s = self._until_s - arrived_s
                     if timeout_ms:
                         timeout_s = min(timeout_s, timeout_ms / 1e3)
                     pending.promise = calls.admit(request, arrived_s, timeout_s, pending.encode, pending.done)
@@ -266,6 +246,17 @@ class Stream:
                 Promise[bytes](pending.done).set_exception(error)
             # The wait for the next message may be long, and this one large; an error knows this frame.
             del data, request, pending
+
+    def _rings_came(self, pair: RingPair) -> None:
+        """In the door's thread."""
+        self.inbox.post(partial(self._open_rings, pair))
+
+    def _open_rings(self, pair: RingPair) -> None:
+        if self._is_gone:
+            pair.close()
+            return
+        self._rings = StreamRings(pair, self._calls)
+        self._readers.append(self._loop.create_task(self._read(self._rings.read, self._rings.put)))
 
     def _has_room(self, num_tokens: int) -> bool:
         """Where something is pending; without, there always is."""
@@ -282,21 +273,23 @@ class Stream:
         self._pending_tokens -= pending.num_tokens
         self._answer_bytes -= pending.answer_bytes
         self._calls.in_flight -= 1
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
 
     def _abandon(self) -> None:
         """The call is over, however it ended: cancel what waits."""
         self._is_gone = True
-        write, self._write = self._write, None
-        if write is not None:
-            write.close()
+        while self._readers:
+            self._readers.pop().cancel()
+        self._writer.close()
         for pending in list(self._pending):
             promise, pending.promise = pending.promise, None
             pending.lease = None
             if promise is not None:
                 promise.cancel()
             self._leave(pending)
+        if self._rings is not None:
+            self._rings.close()
         self._regions.close()
 
     def _answer(self, pending: _Pending) -> bytes:

@@ -27,6 +27,11 @@ SHAPES = (
         "activation": Activation.RELU2,
     },
 )
+# Routing alone, of many tokens in the two sizes that four of them in a warp are compiled for, and in groups.
+ROUTED = (
+    {"routing_method": RoutingMethod.RENORMALIZE, "num_experts": 128, "top_k": 8},
+    {"routing_method": RoutingMethod.DEEPSEEK_V3, "num_experts": 256, "top_k": 8, "n_group": 8, "topk_group": 4},
+)
 
 
 def main() -> None:
@@ -48,6 +53,15 @@ def main() -> None:
             torch.cuda.synchronize()
             assert all(same_bits(outputs[0], other) for other in outputs[1:]), f"T {num_tokens}, {fields}"
             print(f"shape {seed}, T {num_tokens}: {len(outputs)} families agree", flush=True)
+    for seed, fields in enumerate(ROUTED):
+        spec = make_spec(hidden_size=16, intermediate_size=16, **fields)
+        layer = backend.prepare(spec, make_weights(spec, seed), max_num_tokens=4100)
+        for num_tokens in (300, 4100):
+            hidden_states, logits = make_inputs(spec, num_tokens, seed)
+            logits[::7] = logits[::7].round()  # equal scores
+            backend.forward(layer, hidden_states, routing_logits=logits, do_finalize=False)
+            torch.cuda.synchronize()
+            print(f"routed {seed}, T {num_tokens}", flush=True)
 
 
 if __name__ == "__main__":

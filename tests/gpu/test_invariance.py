@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -40,6 +40,50 @@ def test_batch_size_and_family(backend: CudaBackend, activation: Activation) -> 
                 assert result.output is not None
                 assert same_bits(result.output, expected.output[order]), f"{family}, T {num_tokens}"
                 assert same_bits(result.expert_weights, expected.expert_weights[order]), f"{family}, T {num_tokens}"
+
+
+ROUTINGS: tuple[dict[str, Any], ...] = (
+    {"routing_method": RoutingMethod.RENORMALIZE, "num_experts": 128, "top_k": 8},
+    {"routing_method": RoutingMethod.TOPK, "num_experts": 64, "top_k": 3},
+    {"routing_method": RoutingMethod.SIGMOID_RENORM, "num_experts": 100, "top_k": 8},
+    {"routing_method": RoutingMethod.MINIMAX2, "num_experts": 160, "top_k": 8},
+    {"routing_method": RoutingMethod.DEEPSEEK_V3, "num_experts": 256, "top_k": 8, "n_group": 8, "topk_group": 4},
+    {"routing_method": RoutingMethod.DEEPSEEK_V3, "num_experts": 256, "top_k": 3, "n_group": 8, "topk_group": 2},
+    {"routing_method": RoutingMethod.DEEPSEEK_V3, "num_experts": 256, "top_k": 8, "n_group": 8, "topk_group": 1},
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fields", ROUTINGS, ids=lambda f: f"{f['routing_method'].name} {f['num_experts']}")
+def test_routing_of_many_tokens(backend: CudaBackend, fields: dict[str, Any], dtype: torch.dtype) -> None:
+    """Four tokens share a warp where there are many, if a layer allows it; one has a warp of its own in small calls."""
+    layer = prepared(backend, 31, max_num_tokens=4100, hidden_size=16, intermediate_size=16, **fields)
+    _, logits = make_inputs(layer.spec, 4100, 10)
+    logits = logits.float()
+    draw = torch.rand(logits.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+    logits[1::8] = (4 * draw[1::8]).floor()  # many equal scores, so too many that may be chosen
+    logits[2::8] = (logits[2::8] * 2).round() / 2  # some
+    logits[3::8] = torch.where(draw[3::8] < 0.2, 0.0, -0.0)
+    logits[4::8] *= 30  # scores that are 0 or 1
+    logits[5::8] = torch.where(draw[5::8] < 0.01, float("nan"), logits[5::8])
+    logits[6::8] = torch.where(
+        draw[6::8] < 0.1, float("inf"), torch.where(draw[6::8] < 0.3, -float("inf"), logits[6::8])
+    )
+    logits[7::8] = torch.where(draw[7::8] < 0.9, -float("inf"), logits[7::8])
+    logits = logits.to(dtype)
+    hidden_states = torch.zeros(4100, 16, device="cuda").to(torch.float8_e4m3fn)
+    many = backend.forward(layer, hidden_states, routing_logits=logits, do_finalize=False)
+    for start in range(0, 4100, 100):
+        part = slice(start, start + 100)
+        few = backend.forward(layer, hidden_states[part], routing_logits=logits[part], do_finalize=False)
+        assert torch.equal(many.topk_ids[part], few.topk_ids)
+        assert same_bits(many.expert_weights[part], few.expert_weights)
+    # The rows are those of a stable sort by expert.
+    ids = many.topk_ids.flatten()
+    rows = torch.empty_like(ids)
+    rows[ids.argsort(stable=True)] = torch.arange(len(ids), dtype=torch.int32, device="cuda")
+    assert many.expanded_idx_to_permuted_idx is not None
+    assert torch.equal(many.expanded_idx_to_permuted_idx.flatten(), rows)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 8, 300])

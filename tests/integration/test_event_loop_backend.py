@@ -9,6 +9,7 @@ from queue import Queue
 import grpc
 import numpy as np
 import pytest
+from raw_rings import RawRings
 from serving import HIDDEN_SIZE, PATIENCE_S, Running, SteeredBackend, request, running, tensor
 
 from expertd.v1 import expertd_pb2 as pb
@@ -140,3 +141,23 @@ def test_a_caller_who_leaves_while_its_request_runs_harms_nobody(live: Running, 
     stayer.end()
     assert live.server.engine.batcher.drain(PATIENCE_S)
     assert live.server.engine.slots.in_use == 0
+
+
+def test_what_waits_in_rings_while_a_batch_runs_shares_batches(live: Running, backend: SteeredBackend) -> None:
+    """Of several streams: each of their messages is read alone, and none must be taken for the only one."""
+    with RawRings(live.channel) as one, RawRings(live.channel) as two, RawRings(live.channel) as three:
+        one.ask(request=message(0).request)  # every server's end waits for its bell
+        backend.batches.clear()
+        backend.gate.clear()
+        one.send(request=message(0, 1).request)
+        for _ in range(2):
+            backend.wait_started()
+        for caller in (one, two, three):
+            for _ in range(2):
+                caller.send(request=message(0, 2).request)
+        backend.gate.set()
+        for caller, count in ((one, 3), (two, 2), (three, 2)):
+            for _ in range(count):
+                assert caller.receive().HasField("response")
+        assert sum(backend.batches) == 13
+        assert len(backend.batches) <= 3, backend.batches  # the rest of the first's ring, and what rang meanwhile

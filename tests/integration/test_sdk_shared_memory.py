@@ -281,7 +281,7 @@ class TestFallback:
     def test_a_server_that_maps_something_else(
         self, server: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(RegionDoor, "_take", lambda *_: bytes(16))
+        monkeypatch.setattr(RegionDoor, "_take", lambda *_: (bytes(16), ()))
         self.check(server.server.port, "sync", caplog, "other memory")
 
     def test_a_system_without_memfd(

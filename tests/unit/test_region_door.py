@@ -82,8 +82,9 @@ class Taken:
     def __init__(self) -> None:
         self.views: list[memoryview] = []
 
-    def __call__(self, view: memoryview) -> None:
+    def __call__(self, view: memoryview) -> tuple[int, ...]:
         self.views.append(view)
+        return ()
 
 
 def test_both_sides_see_the_same_memory(door: RegionDoor) -> None:

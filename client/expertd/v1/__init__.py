@@ -1,1 +1,1 @@
-"""Generated protobuf messages and gRPC stubs of `expertd.v1`; see proto/expertd/v1/expertd.proto."""
+"""The wire contract, see proto/expertd/v1/expertd.proto: generated messages and stubs, and by hand `message_ring`."""

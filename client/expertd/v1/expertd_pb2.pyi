@@ -172,12 +172,24 @@ class ForwardStreamRequest(_message.Message):
     def __init__(self, id: _Optional[int] = ..., request: _Optional[_Union[ForwardRequest, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., register_region: _Optional[_Union[RegisterRegion, _Mapping]] = ..., unregister_region: _Optional[_Union[UnregisterRegion, _Mapping]] = ...) -> None: ...
 
 class RegisterRegion(_message.Message):
-    __slots__ = ("region", "nbytes")
+    __slots__ = ("region", "nbytes", "rings")
     REGION_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
+    RINGS_FIELD_NUMBER: _ClassVar[int]
     region: int
     nbytes: int
-    def __init__(self, region: _Optional[int] = ..., nbytes: _Optional[int] = ...) -> None: ...
+    rings: MessageRings
+    def __init__(self, region: _Optional[int] = ..., nbytes: _Optional[int] = ..., rings: _Optional[_Union[MessageRings, _Mapping]] = ...) -> None: ...
+
+class MessageRings(_message.Message):
+    __slots__ = ("offset", "num_slots", "slot_nbytes")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    NUM_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SLOT_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    num_slots: int
+    slot_nbytes: int
+    def __init__(self, offset: _Optional[int] = ..., num_slots: _Optional[int] = ..., slot_nbytes: _Optional[int] = ...) -> None: ...
 
 class RegionTicket(_message.Message):
     __slots__ = ("socket", "ticket")

@@ -83,7 +83,8 @@ class ExpertServiceServicer(object):
         fails alone: its answer holds an error and the stream lives on.
 
         A caller on the server's own machine can share memory with it, and then send where its tensors lie instead of their
-        bytes; see RegisterRegion. Regions belong to the stream that registered them and end with it.
+        bytes; see RegisterRegion. Regions belong to the stream that registered them and end with it. The messages
+        themselves may go through that memory as well, see MessageRings.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

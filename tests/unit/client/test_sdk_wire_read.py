@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from expertd._base import stream_outcome, unary_outcome
-from expertd._wire_read import Answer, nbytes_of, read_answer, read_stream_answer
+from expertd._wire_read import Answer, answer_of, nbytes_of, read_answer, read_stream_answer
 from expertd.errors import ProtocolError, UnavailableError
 from expertd.tensors import from_message
 from expertd.v1 import expertd_pb2 as pb
@@ -41,13 +41,17 @@ answers = st.builds(pb.ForwardStreamResponse, id=st.integers(0, 2**64 - 1), resp
 
 
 def same(answer: Answer, response: pb.ForwardResponse) -> None:
-    for name in FIELDS:
-        mine, theirs = getattr(answer, name), getattr(response, name)
-        assert (mine.dtype, mine.shape, bytes(mine.data)) == (theirs.dtype, tuple(theirs.shape), theirs.data), name
-        assert not theirs.HasField("slice"), name
-    assert answer.timing == response.timing
-    assert answer.weights_version == response.weights_version
-    assert nbytes_of(answer) >= nbytes_of(response) == response.ByteSize()  # more where the sender was verbose
+    for each in (answer, answer_of(response)):
+        for name in FIELDS:
+            mine, theirs = getattr(each, name), getattr(response, name)
+            assert (mine.dtype, mine.shape, bytes(mine.data)) == (theirs.dtype, tuple(theirs.shape), theirs.data), name
+            where = theirs.slice
+            placed = (where.region, where.offset, where.nbytes) if theirs.HasField("slice") else None
+            assert mine.slice == placed, name
+        assert each.timing == response.timing
+        assert each.weights_version == response.weights_version
+    assert nbytes_of(answer) >= nbytes_of(response) >= response.ByteSize()  # more where the sender was verbose
+    assert nbytes_of(answer_of(response)) == nbytes_of(response)
 
 
 def check(data: bytes) -> None:
@@ -122,6 +126,15 @@ def test_what_servers_send_is_not_copied_where_it_lies_well(number: int) -> None
     array = from_message("output", tensor).numpy()
     assert (array == values).all()
     assert array.flags.aligned, "elements at odd addresses are moved"
+
+
+def test_answers_in_shared_memory_are_read_by_hand() -> None:
+    tensor = pb.Tensor(dtype=pb.DATA_TYPE_BFLOAT16, shape=(3, 5), slice=pb.RegionSlice(region=1, offset=64, nbytes=30))
+    response = pb.ForwardResponse(output=tensor, timing=pb.Timing(compute_us=3), weights_version=2)
+    found = read_stream_answer(pb.ForwardStreamResponse(id=4, response=response).SerializeToString())
+    assert found is not None
+    assert found[1].output.slice == (1, 64, 30)
+    assert nbytes_of(found[1]) == response.ByteSize() + 30
 
 
 def test_errors_go_to_protobuf() -> None:

@@ -1,0 +1,285 @@
+// Four tokens in one warp, eight lanes each, where there are many tokens: a third to a half of the instructions for
+// each.
+//
+// No score is sorted. A bound is found that at least eight of a token's scores reach, and hardly more; the few that do,
+// its candidates, are listed in shared memory, and a candidate's slot is how many others are better.
+//
+// A lane owns every eighth four of consecutive experts. Its two best fours give two values, and the eighth of a token's
+// sixteen values is the bound: so many different experts reach it. In groups of experts, which are such fours of all
+// lanes, the groups' second scores are known, and the least of those that stay is one.
+//
+// NOTE: scores are compared as floats here, by instructions that ignore NaN. A NaN is greater than any score, so that
+// the bound only gets lower; and it is always a candidate, as the sign of what it gives less the bound is plus.
+#pragma once
+#include <cstdint>
+
+#include "order_key.cuh"
+#include "params.h"
+#include "route_token.cuh"
+#include "sm90.cuh"
+#include "warp.cuh"
+
+namespace expertd {
+
+constexpr int kFour = 4, kTokenLanes = 32 / kFour;
+constexpr int kFourSlots = 8;       // of a token, at most
+constexpr int kMaxCandidates = 32;  // of a token; there are 9 to 11 on average, and more than these if scores are equal
+constexpr int kFourGroupSize = 32;  // experts of a group: a four of each lane
+
+// Shared memory of a warp. Candidates are {~id, key}: the greater is better, and {0, 0} is none.
+struct FourSmem {
+  alignas(16) uint2 candidates[kFour][kMaxCandidates + 2];  // two more: no bank conflicts
+  uint2 slots[kFour][kFourSlots];
+  alignas(8) uint64_t logits_here;
+};
+
+__host__ __device__ __forceinline__ int bytes_of_row(const RouteParams& p) {
+  return p.num_experts * (p.logits_dtype == DType::kFloat32 ? 4 : 2);
+}
+
+// Whether tokens can be routed in this way by kPer fours a lane.
+template <Score kScore, int kPer>
+bool routes_four(const RouteParams& p) {
+  const bool copies = reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 && bytes_of_row(p) % 16 == 0;
+  const bool groups = p.n_group == kTokenLanes && p.num_experts == kTokenLanes * kFourGroupSize && kPer == kTokenLanes;
+  return p.logits != nullptr && p.top_k <= kFourSlots && copies &&
+         (kScore != kBySigmoid || p.n_group <= 1 || (groups && p.top_k <= 2 * p.topk_group));
+}
+
+// Starts the copy of the logits of `count` tokens into the warp's shared memory, in one piece, as they lie in a row. By
+// one lane; all have to wait for smem.logits_here.
+__device__ __forceinline__ void fetch_logits(const RouteParams& p, int first_token, int count, void* logits,
+                                             FourSmem& smem) {
+  const uint32_t bar = sm90::smem_address(&smem.logits_here);
+  const int row = bytes_of_row(p);
+  sm90::mbarrier_arrive_expect_tx(bar, count * row);
+  sm90::cp_async_bulk(sm90::smem_address(logits),
+                      static_cast<const char*>(p.logits) + static_cast<size_t>(first_token) * row, count * row, bar);
+}
+
+// The two greatest of some values.
+struct Two {
+  float first, second;
+};
+__device__ __forceinline__ Two two(float a, float b) { return {fmaxf(a, b), fminf(a, b)}; }
+__device__ __forceinline__ Two greatest_two(Two a, Two b) {
+  return {fmaxf(a.first, b.first), fmaxf(fminf(a.first, b.first), fmaxf(a.second, b.second))};
+}
+template <int kN>
+__device__ __forceinline__ Two greatest_two(const float (&values)[kN]) {
+  Two best = two(values[0], values[1]);
+#pragma unroll
+  for (int i = 2; i < kN; i += 2) best = greatest_two(best, two(values[i], values[i + 1]));
+  return best;
+}
+// The same with NaN greater than all.
+__device__ __forceinline__ Two nan_two(float a, float b) { return {sm90::max_nan(a, b), sm90::min_nan(a, b)}; }
+__device__ __forceinline__ Two nan_greatest_two(Two a, Two b) {
+  return {sm90::max_nan(a.first, b.first),
+          sm90::max_nan(sm90::min_nan(a.first, b.first), sm90::max_nan(a.second, b.second))};
+}
+
+__device__ __forceinline__ float from_lane_xor(float v, int mask) { return __shfl_xor_sync(kAllLanes, v, mask); }
+
+// What eight scores of a token reach at least: the eighth greatest of its lanes' two values each.
+__device__ __forceinline__ float eighth(Two own) {
+  float four[4] = {own.first, own.second, from_lane_xor(own.first, 1), from_lane_xor(own.second, 1)};
+  merge_descending<2, 2>(four);
+  float eight[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) eight[i] = four[i], eight[i + 4] = from_lane_xor(four[i], 2);
+  merge_descending<4, 4>(eight);
+  float least = fmaxf(eight[0], from_lane_xor(eight[7], 4));
+#pragma unroll
+  for (int i = 1; i < 8; ++i) least = fminf(least, fmaxf(eight[i], from_lane_xor(eight[7 - i], 4)));
+  return least;
+}
+
+// The bound of routing in groups; `kept`: a bit for each group that stays.
+// `scores`: a four of each of the groups. The lanes of a token end up with a group each.
+__device__ __forceinline__ float bound_of_groups(const RouteParams& p, const float (&scores)[4 * kTokenLanes], int lane,
+                                                 uint32_t& kept) {
+  const int group = lane % kTokenLanes;
+  Two best[kTokenLanes];
+#pragma unroll
+  for (int i = 0; i < kTokenLanes; ++i) {
+    best[i] =
+        nan_greatest_two(nan_two(scores[4 * i], scores[4 * i + 1]), nan_two(scores[4 * i + 2], scores[4 * i + 3]));
+  }
+#pragma unroll
+  for (int half = kTokenLanes / 2; half > 0;
+       half /= 2) {  // each lane passes on half of its groups, and gets the others
+    const bool upper = (lane & half) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const Two sent = upper ? best[i] : best[i + half], own = upper ? best[i + half] : best[i];
+      best[i] = nan_greatest_two(own, {from_lane_xor(sent.first, half), from_lane_xor(sent.second, half)});
+    }
+  }
+  // NOTE: less one, so that there is a key above that of NaN. Equal groups: the lower one is better.
+  const uint32_t mine = order_key(__fadd_rn(best[0].first, best[0].second)) - 1;
+  const auto least_better = [&](int bit) { return mine + ((group & bit) == 0 ? 1 : 0); };
+  const uint32_t if_1 = least_better(1), if_2 = least_better(2), if_4 = least_better(4);
+  int better = 0;
+#pragma unroll
+  for (int mask = 1; mask < kTokenLanes; ++mask) {
+    better += __shfl_xor_sync(kAllLanes, mine, mask) >= (mask < 2 ? if_1 : mask < 4 ? if_2 : if_4);
+  }
+  const bool stays = better < p.topk_group;
+  kept = __ballot_sync(kAllLanes, stays) >> (lane - group) & 0xffu;
+  float least = stays ? best[0].second : INFINITY;
+#pragma unroll
+  for (int mask = 1; mask < kTokenLanes; mask *= 2) least = sm90::min_nan(least, from_lane_xor(least, mask));
+  return least;
+}
+
+// Four times each of eight bits.
+__device__ __forceinline__ uint32_t four_times_each(uint32_t bits) {
+  bits = (bits | bits << 12) & 0x000f000fu;
+  bits = (bits | bits << 6) & 0x03030303u;
+  bits = (bits | bits << 3) & 0x11111111u;
+  return bits * 15;
+}
+
+// The first expert of a lane's four i.
+__device__ __forceinline__ int first_of_four(int i, int part) { return i * kFourGroupSize + part * 4; }
+
+// A lane's logits of a token, -infinity past the last expert.
+template <DType kType, int kN>
+__device__ __forceinline__ void load_fours(const RouteParams& p, const void* row, int part, float (&logits)[kN]) {
+#pragma unroll
+  for (int i = 0; i < kN / 4; ++i) {
+    const int first = first_of_four(i, part);
+    float* four = logits + 4 * i;
+    if (first >= p.num_experts) {
+      four[0] = four[1] = four[2] = four[3] = -INFINITY;
+    } else if constexpr (kType == DType::kFloat32) {
+      const float4 v = *reinterpret_cast<const float4*>(static_cast<const float*>(row) + first);
+      four[0] = v.x, four[1] = v.y, four[2] = v.z, four[3] = v.w;
+    } else {
+      const uint2 v = *reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(row) + first);
+      four[0] = __uint_as_float(v.x << 16), four[1] = __uint_as_float(v.x & 0xffff0000u);
+      four[2] = __uint_as_float(v.y << 16), four[3] = __uint_as_float(v.y & 0xffff0000u);
+    }
+  }
+}
+
+__device__ __forceinline__ float logit_of(const RouteParams& p, const void* row, int expert) {
+  return p.logits_dtype == DType::kFloat32 ? static_cast<const float*>(row)[expert]
+                                           : __bfloat162float(static_cast<const __nv_bfloat16*>(row)[expert]);
+}
+
+__device__ __forceinline__ bool is_better(uint2 candidate, uint2 than) {
+  return (static_cast<uint64_t>(candidate.y) << 32 | candidate.x) > (static_cast<uint64_t>(than.y) << 32 | than.x);
+}
+
+// `count` tokens of a warp, up to four, whose logits lie in shared memory. Lane 8 t + k returns the expert of slot k of
+// token t, and its weight. Returns a bit for each lane of a token that has too many candidates to be routed in this
+// way. bias: [32 * kPer] in shared memory, only for kBySigmoid; -infinity past the last expert.
+template <Score kScore, int kPer>
+__device__ __forceinline__ unsigned route_four(const RouteParams& p, int count, const void* logits, const float* bias,
+                                               FourSmem& smem, int lane, int& id, float& weight) {
+  const int token = lane / kTokenLanes, part = lane % kTokenLanes;
+  const void* row = static_cast<const char*>(logits) + min(token, count - 1) * bytes_of_row(p);
+  float scores[4 * kPer];
+  if (p.logits_dtype == DType::kFloat32) {
+    load_fours<DType::kFloat32>(p, row, part, scores);
+  } else {
+    load_fours<DType::kBFloat16>(p, row, part, scores);
+  }
+  if constexpr (kScore == kBySigmoid) {
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const float4 b = *reinterpret_cast<const float4*>(bias + first_of_four(i, part));
+      const float biases[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) scores[4 * i + j] = __fadd_rn(sigmoid(scores[4 * i + j]), biases[j]);
+    }
+  }
+
+  uint32_t allowed = 0xffffffffu;
+  float bound;
+  if (kPer == kTokenLanes && kScore == kBySigmoid && p.n_group > 1) {
+    if constexpr (kPer == kTokenLanes) {
+      bound = bound_of_groups(p, scores, lane, allowed);
+      allowed = four_times_each(allowed);
+    }
+  } else {
+    float fours[kPer];
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      fours[i] = fmaxf(fmaxf(scores[4 * i], scores[4 * i + 1]), fmaxf(scores[4 * i + 2], scores[4 * i + 3]));
+    }
+    bound = eighth(greatest_two(fours));
+  }
+  const float less_bound = __fsub_rn(0.0f, bound);  // of a bound of zero +0, so that -0 reaches it
+  uint32_t below = kPer < kTokenLanes ? ~0u : 0u;
+#pragma unroll
+  for (int n = 4 * kPer - 1; n >= 0; --n) {
+    below = __funnelshift_l(__float_as_uint(__fadd_rn(scores[n], less_bound)), below, 1);
+  }
+  uint32_t reached = ~below & allowed;
+
+  const int own = __popc(reached);
+  int upto = own;
+#pragma unroll
+  for (int d = 1; d < kTokenLanes; d *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, upto, d, kTokenLanes);
+    upto += part >= d ? other : 0;
+  }
+  const int candidates = __shfl_sync(kAllLanes, upto, kTokenLanes - 1, kTokenLanes);
+  const bool too_many = candidates > kMaxCandidates;
+  if (too_many) reached = 0;
+  const int most = __reduce_max_sync(kAllLanes, too_many ? 0 : candidates);
+#pragma unroll 1
+  for (int at = upto - own; reached != 0; ++at) {
+    const int n = 31 - __clz(reached);
+    reached ^= 1u << n;
+    smem.candidates[token][at].x = ~(first_of_four(n / 4, part) + n % 4);
+  }
+  __syncwarp();
+
+  // Their keys: a lane has one of each eight, two at a time. Empty ones behind them.
+  const int listed = too_many ? 0 : candidates;
+#pragma unroll 1
+  for (int first = part; first < most + part; first += 2 * kTokenLanes) {
+#pragma unroll
+    for (int at = first; at < first + 2 * kTokenLanes; at += kTokenLanes) {
+      const int candidate = at < listed ? ~smem.candidates[token][at].x : p.num_experts;
+      const bool exists = candidate < p.num_experts;  // those past the last reach a bound of -infinity
+      const int expert = exists ? candidate : 0;
+      const float logit = logit_of(p, row, expert);
+      const uint32_t key = order_key(kScore == kBySigmoid ? __fadd_rn(sigmoid(logit), bias[expert]) : logit);
+      smem.candidates[token][at] = exists ? make_uint2(~expert, key) : make_uint2(0, 0);
+    }
+  }
+  __syncwarp();
+#pragma unroll 1
+  for (int first = part; first < most + part; first += 2 * kTokenLanes) {
+    const uint2 own[2] = {smem.candidates[token][first], smem.candidates[token][first + kTokenLanes]};
+    int better[2] = {};
+#pragma unroll 1
+    for (int n = 0; n < most; n += 4) {
+#pragma unroll
+      for (int m = n; m < n + 4; m += 2) {
+        const uint4 others = *reinterpret_cast<const uint4*>(&smem.candidates[token][m]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          better[i] += is_better({others.x, others.y}, own[i]) + is_better({others.z, others.w}, own[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (own[i].y != 0 && better[i] < p.top_k) smem.slots[token][better[i]] = own[i];
+    }
+  }
+  __syncwarp();
+  const bool active = part < p.top_k && !too_many;
+  const uint2 slot = smem.slots[token][part];
+  id = active ? ~slot.x : 0;
+  const float value = kScore == kBySigmoid ? sigmoid(logit_of(p, row, id)) : key_value(slot.y);
+  weight = slot_weight<kScore, kTokenLanes>(p, value, active);
+  return __ballot_sync(kAllLanes, too_many && token < count);
+}
+
+}  // namespace expertd
