@@ -234,6 +234,7 @@ __global__ void __launch_bounds__(kRouteBlockTokens / kFour * 32, 1)
     sm90::mbarrier_init(sm90::smem_address(&own.logits_here), 1);
     sm90::fence_mbarrier_init();
   }
+  __syncthreads();  // the copy of logits arrives there, and it is none of the threads
   sm90::griddepcontrol_wait();
   sm90::griddepcontrol_launch_dependents();
   const Share share = share_of(p);

@@ -140,7 +140,7 @@ class Config:
     """Most requests that may wait."""
     max_queue_delay_us: int = field(default=0, metadata=_in(_BATCHING, "MICROSECONDS"))
     """How long a request may wait for company while the backend is free. 0: a batch is what waits anyway."""
-    max_graph_tokens: int = field(default=1024, metadata=_in(_BATCHING, "N"))
+    max_graph_tokens: int = field(default=4096, metadata=_in(_BATCHING, "N"))
     """On a GPU: batches of up to this many tokens run as CUDA graphs, captured at start. 0: no graphs."""
     max_streams: int = field(default=64, metadata=_in(_BATCHING, "N"))
     """Most open ForwardStream calls; beyond, RESOURCE_EXHAUSTED."""

@@ -353,8 +353,20 @@ class _Link:
             self._listen(poll, on_state, is_closed)
         finally:
             if self._loop is not None:
-                self._loop.run(_call(partial(self._loop.loop.remove_reader, fd)), _LOOK_UP_S)
+                self._hear_no_more(fd, self._loop)
         self._take()  # what the engine had answered before its end
+
+    @staticmethod
+    def _hear_no_more(fd: int, loop: EventLoop) -> None:
+        is_done = threading.Event()
+
+        def leave() -> None:
+            loop.loop.remove_reader(fd)
+            is_done.set()
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and hears nothing any more
+            loop.soon(leave)
+            is_done.wait(_LOOK_UP_S)
 
     def _listen(
         self, poll: select.poll, on_state: Callable[[_Link, EngineState], None], is_closed: Callable[[], bool]
@@ -468,10 +480,6 @@ class _Link:
 def _fail(promise: Promise[Any], error: Exception) -> None:
     if promise.set_running_or_notify_cancel():
         promise.set_exception(error)
-
-
-async def _call(function: Callable[[], object]) -> None:
-    function()
 
 
 def _no_engine() -> UnavailableError:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -35,6 +36,7 @@ from expertd_server.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
+from expertd_server.event_loop import EventLoop
 from expertd_server.gate import EngineGate
 from expertd_server.layer import MoELayer
 from expertd_server.remote import EngineState, Hello, RemoteEngine
@@ -554,6 +556,25 @@ class TestEnds:
         future = side.remote.submit(side.call())
         rig.engine.wait(1).set_result(result_of(3))
         future.result(PATIENCE_S)
+
+    @pytest.mark.parametrize("is_closed", [False, True])
+    def test_who_listened_in_an_event_loop_stops_whether_or_not_that_still_runs(self, is_closed: bool) -> None:
+        """A front-end's thread may outlive the loop by a moment."""
+        loop, fd = EventLoop(), os.eventfd(0)
+        loop.soon(partial(loop.loop.add_reader, fd, lambda: None))
+        try:
+            if is_closed:
+                loop.loop.call_soon_threadsafe(loop.loop.stop)
+                loop._thread.join(PATIENCE_S)
+                assert loop.loop.is_closed()
+            remote._Link._hear_no_more(fd, loop)
+            if not is_closed:
+                assert not loop.loop.remove_reader(fd), "it is gone already"
+        finally:
+            if not is_closed:
+                loop.loop.call_soon_threadsafe(loop.loop.stop)
+                loop._thread.join(PATIENCE_S)
+            os.close(fd)
 
     def test_when_a_front_end_ends_the_others_go_on(self, rig: Rig) -> None:
         dying, living = rig.side(), rig.side()
