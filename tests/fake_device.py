@@ -46,6 +46,8 @@ class FakeDevice:
         self.may_end = threading.Event()
         """Nobody is told before that a batch is over, and its answers are on their way."""
         self.may_end.set()
+        self.has_held = threading.Event()
+        """Somebody has asked for a batch that may not end."""
 
     def pinner(self, max_bytes: int = 1 << 30) -> Pinner:
         return Pinner(self._pin, self._unpin, max_bytes)
@@ -123,6 +125,8 @@ class FakeSlot:
         assert self.is_done_within(PATIENCE_S), "the test never let it end"
 
     def is_done_within(self, seconds: float) -> bool:
+        if not self.device.may_end.is_set():
+            self.device.has_held.set()
         if not self.device.may_end.wait(seconds):
             return False
         self.device.get_done()

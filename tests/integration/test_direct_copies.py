@@ -219,7 +219,7 @@ def test_a_killed_client_leaves_nothing(rig: Rig) -> None:
             while rig.num_direct()[1] < 5:
                 assert client.stdout.readline() == "answered\n"
             rig.device.may_end.clear()
-            eventually(lambda: server.server.engine.slots.in_use, 1)
+            assert rig.device.has_held.wait(PATIENCE_S)
             client.send_signal(signal.SIGKILL)
         eventually(lambda: server.server.metrics.registry.get_sample_value("expertd_in_flight_requests"), 0)
         assert rig.is_pinned()
