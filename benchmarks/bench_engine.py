@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from expertd_server.backend_cuda import CudaBackend
-from expertd_server.batcher import Limits
+from expertd_server.batch import Limits
 from expertd_server.cuda_slot import pinner_of
 from expertd_server.engine import BatchReport, Engine, ForwardCall, ForwardResult, HostTensor
 from expertd_server.event_loop import EventLoop

@@ -16,22 +16,22 @@ import logging
 import threading
 import time
 import traceback
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Generic, NoReturn, Protocol, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
+from expertd_server.batch import Batch, Entry, Flight, Limits, Running
 from expertd_server.errors import ExpertdServerError, OverloadedError, RequestTimeoutError, UnavailableError
 from expertd_server.promise import Promise
+from expertd_server.waiting import Waiting
 
-__all__ = ["Batch", "Batcher", "Entry", "Limits", "Running"]
+__all__ = ["Batcher"]
 
 log = logging.getLogger(__name__)
 
 P = TypeVar("P")
 R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
 
 # An idle scheduler looks up this often; nothing depends on it, it only bounds every wait.
 _IDLE_WAIT_S = 1.0
@@ -43,118 +43,6 @@ _MAX_RETRY_DELAY_S = 10.0
 _BRIEFLY_S = 0.0005
 # Weight of the newest batch in the moving average of the drain rate.
 _RATE_SMOOTHING = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What may wait, and what may run together."""
-
-    max_batch_tokens: int
-    max_queue_tokens: int
-    """Tokens that may wait, over all keys; batches in flight do not count."""
-    max_queue_requests: int
-    max_queue_delay_s: float = 0.0
-    """How long the first request of a batch may wait for company while there is room in flight."""
-    max_in_flight: int = 1
-    """Batches that are launched and not computed yet."""
-
-
-class Entry(Promise[R], Generic[P, R]):
-    """One admitted request, and the promise of its result.
-
-    Cancelling it takes a waiting request out of the queue; a running one is not stopped.
-    """
-
-    __slots__ = (
-        "_forget",
-        "admitted_s",
-        "deadline_s",
-        "is_spent",
-        "key",
-        "num_tokens",
-        "payload",
-        "queued_s",
-        "sequence",
-    )
-
-    def __init__(  # noqa: PLR0917 (made for every request, and keywords take time)
-        self,
-        sequence: int,
-        key: Hashable,
-        payload: P,
-        num_tokens: int,
-        admitted_s: float,
-        deadline_s: float | None,
-        forget: Callable[[Entry[P, R]], None],
-        on_done: Callable[[Entry[P, R]], object] | None,
-    ) -> None:
-        super().__init__(on_done)
-        self.sequence = sequence
-        self.key = key
-        self.payload = payload
-        """What is to be computed; None when it is over."""
-        self.num_tokens = num_tokens
-        self.admitted_s = admitted_s
-        self.deadline_s = deadline_s
-        self.queued_s = 0.0
-        """From admission to the start of its batch; set when the batch is taken."""
-        self.is_spent = False
-        """Set by who launches: its answer may be on its way over what it is computed from, so it runs once."""
-        self._forget = forget
-
-    def _tell(self) -> None:
-        # Whoever keeps the promise keeps the result alone, not the request's tensors and its layer.
-        self.payload = None  # type: ignore[assignment]
-        if self.cancelled():
-            self._forget(self)
-        super()._tell()
-
-
-@dataclass(eq=False, slots=True)
-class Batch(Generic[P, R]):
-    """Requests of one key that run together, in order of arrival; at least one."""
-
-    key: Hashable
-    entries: list[Entry[P, R]]
-    num_tokens: int
-    """Of all members."""
-    number: int
-    """Of no other batch of its batcher."""
-
-
-class Running(Protocol[R_co]):
-    """A batch that was launched. Its methods are called in this order, by one thread."""
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Return when it is computed, or when so much time has passed; whether it is. Raises what went wrong."""
-        ...
-
-    def results(self) -> Sequence[R_co]:
-        """One for each entry, in order; an exception among them fails its entry alone. Raises what went wrong."""
-        ...
-
-    def close(self) -> None:
-        """Called last, in any case, when its waiters have been served: what need not keep them waiting."""
-        ...
-
-
-@dataclass(eq=False, slots=True)
-class _Flight(Generic[P, R]):
-    batch: Batch[P, R]
-    running: Running[R]
-    launched_s: float
-    error: Exception | None = None
-    """What waiting for it raised."""
-    is_handed_out: bool = False
-    """Or about to be."""
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """See `Running.wait`; what it raises is kept."""
-        try:
-            return self.running.wait(seconds)
-        except Exception as error:
-            self.error = error
-            return True
 
 
 class Batcher(Generic[P, R]):
@@ -181,16 +69,11 @@ class Batcher(Generic[P, R]):
         self._due = threading.Condition(lock)
         self._left = threading.Condition(lock)
         self._launched = threading.Condition(lock)
-        # Every key here has at least one entry; the key whose first entry is oldest comes first.
-        self._queues: dict[Hashable, OrderedDict[int, Entry[P, R]]] = {}
-        self.queue_tokens = 0
-        """Tokens that wait; for others to read."""
-        self.queue_requests = 0
-        """Requests that wait; likewise."""
+        self._waiting: Waiting[P, R] = Waiting(limits)
         # Members of batches that failed, to run again alone.
         self._again: deque[Entry[P, R]] = deque()
-        self._flights: deque[_Flight[P, R]] = deque()
-        self._unwatched: deque[_Flight[P, R]] = deque()
+        self._flights: deque[Flight[P, R]] = deque()
+        self._unwatched: deque[Flight[P, R]] = deque()
         """Those of them that the thread that waits has not come to, where there is one."""
         self._num_in_flight = 0
         self._num_taken = 0
@@ -214,6 +97,16 @@ class Batcher(Generic[P, R]):
         self._alone: Batch[P, R] | None = None
         """Taken at once, for `hurry` to run: to queue a lone request would take as long as all else."""
 
+    @property
+    def queue_tokens(self) -> int:
+        """Tokens that wait."""
+        return self._waiting.num_tokens
+
+    @property
+    def queue_requests(self) -> int:
+        """Requests that wait."""
+        return self._waiting.num_requests
+
     def submit(  # noqa: PLR0917 (called for every request, and keywords take time)
         self,
         key: Hashable,
@@ -236,10 +129,7 @@ class Batcher(Generic[P, R]):
         with self._lock:
             if self._draining:
                 raise UnavailableError("the server is draining and takes no new requests; try another server")
-            if (
-                self.queue_requests >= limits.max_queue_requests
-                or self.queue_tokens + num_tokens > limits.max_queue_tokens
-            ):
+            if not self._waiting.has_room(num_tokens):
                 self._refuse(num_tokens)
             now_s = self._clock()
             entry: Entry[P, R] = Entry(
@@ -257,12 +147,7 @@ class Batcher(Generic[P, R]):
 
     def _enqueue(self, entry: Entry[P, R]) -> None:
         """Under the lock."""
-        queue = self._queues.get(entry.key)
-        if queue is None:
-            queue = self._queues[entry.key] = OrderedDict()
-        queue[entry.sequence] = entry
-        self.queue_tokens += entry.num_tokens
-        self.queue_requests += 1
+        self._waiting.add(entry)
         if self._soon is None:
             if self._num_in_flight < self._limits.max_in_flight:
                 self._due.notify_all()
@@ -297,7 +182,7 @@ class Batcher(Generic[P, R]):
     @property
     def _may_run_alone(self) -> bool:
         """Under the lock: whether a request that comes now would be a batch by itself, which no thread would run."""
-        return self._soon is not None and not (self._queues or self._again or self._taken)
+        return self._soon is not None and not (self._waiting or self._again or self._taken)
 
     def hurry(self) -> None:
         """Nobody else is about to submit: run here and now what waits, where no thread does it.
@@ -306,7 +191,7 @@ class Batcher(Generic[P, R]):
         """
         self._run_alone()
         if self._is_split:
-            if self.queue_requests == 1 and not self._num_in_flight:
+            if self._waiting.num_requests == 1 and not self._num_in_flight:
                 self._guarded(self._run_briefly)
             self._run_due()
 
@@ -324,7 +209,7 @@ class Batcher(Generic[P, R]):
     def _run_briefly(self) -> None:
         self._finish_briefly(self._launch_due(0.0)[0])
 
-    def _finish_briefly(self, flight: _Flight[P, R] | None) -> None:
+    def _finish_briefly(self, flight: Flight[P, R] | None) -> None:
         """Wait for a batch, but not for long: another thread that waits takes a while to say that it is over."""
         if flight is None:
             return
@@ -390,14 +275,14 @@ class Batcher(Generic[P, R]):
             self._put(flight)
         return has_taken
 
-    def _put(self, flight: _Flight[P, R]) -> None:
+    def _put(self, flight: Flight[P, R]) -> None:
         with self._lock:
             self._flights.append(flight)
             if self._is_split:
                 self._unwatched.append(flight)
             self._launched.notify()
 
-    def _launch_due(self, timeout_s: float) -> tuple[_Flight[P, R] | None, bool]:
+    def _launch_due(self, timeout_s: float) -> tuple[Flight[P, R] | None, bool]:
         """What was launched, and whether anything was taken from the queue."""
         batch, expired = self._take(timeout_s)
         for entry in expired:
@@ -409,11 +294,11 @@ class Batcher(Generic[P, R]):
         finally:
             del batch  # an error knows the frames that called the one that it holds, see _clear_frames
 
-    def _start(self, batch: Batch[P, R]) -> _Flight[P, R] | None:
+    def _start(self, batch: Batch[P, R]) -> Flight[P, R] | None:
         """What was launched; None: it failed."""
         launched_s = self._clock()
         try:
-            return _Flight(batch, self._launch(batch), launched_s)
+            return Flight(batch, self._launch(batch), launched_s)
         except Exception as error:
             self._leave_flight()
             self._taken.pop(batch.number, None)
@@ -430,17 +315,17 @@ class Batcher(Generic[P, R]):
         del flight  # see _clear_frames
         return True
 
-    def _next_flight(self, timeout_s: float) -> _Flight[P, R] | None:
+    def _next_flight(self, timeout_s: float) -> Flight[P, R] | None:
         with self._lock:
             if not self._flights:
                 self._launched.wait_for(lambda: self._flights or self._is_over, timeout_s)
             return self._flights.popleft() if self._flights else None
 
-    def _finish(self, flight: _Flight[P, R]) -> None:
+    def _finish(self, flight: Flight[P, R]) -> None:
         flight.wait()
         self._hand_out(flight)
 
-    def _hand_out(self, flight: _Flight[P, R]) -> None:
+    def _hand_out(self, flight: Flight[P, R]) -> None:
         """Serve the waiters of a batch that is over; one that waits is launched before, where nothing is in flight."""
         batch, running = flight.batch, flight.running
         flight.is_handed_out = True
@@ -480,7 +365,7 @@ class Batcher(Generic[P, R]):
         with self._lock:
             self._draining = True
             self._due.notify_all()
-            return self._left.wait_for(lambda: not (self.queue_requests or self._running_requests), timeout_s)
+            return self._left.wait_for(lambda: not (self._waiting.num_requests or self._running_requests), timeout_s)
 
     def stop(self, timeout_s: float) -> bool:
         """Refuse new requests, fail those that wait with UnavailableError, and end the threads.
@@ -503,7 +388,7 @@ class Batcher(Generic[P, R]):
         taken = list(self._taken)  # made at once, whatever other threads do to the batches
         if taken:
             return taken[0]
-        return self._num_taken + 1 if self.queue_requests or self._again else None
+        return self._num_taken + 1 if self._waiting.num_requests or self._again else None
 
     def in_flight(self, number: int) -> Batch[P, R] | None:
         """The batch of this number, unless it is over."""
@@ -527,7 +412,7 @@ class Batcher(Generic[P, R]):
     @property
     def _has_work(self) -> bool:
         """Whether a thread could launch something, now or when it has waited for company."""
-        return bool(self._queues or self._again) and self._num_in_flight < self._limits.max_in_flight
+        return bool(self._waiting or self._again) and self._num_in_flight < self._limits.max_in_flight
 
     @property
     def _is_over(self) -> bool:
@@ -536,9 +421,7 @@ class Batcher(Generic[P, R]):
     def _empty(self) -> tuple[list[Entry[P, R]], list[Entry[P, R]]]:
         """Under the lock: take nothing more, and give up what waits, for the first time and to run again."""
         self._draining = self._stopped = True
-        left = [entry for queue in self._queues.values() for entry in queue.values()]
-        self._queues.clear()
-        self.queue_tokens = self.queue_requests = 0
+        left = self._waiting.clear()
         again = list(self._again)
         self._again.clear()
         self._account_left_running(len(again), sum(entry.num_tokens for entry in again))
@@ -558,11 +441,11 @@ class Batcher(Generic[P, R]):
             log.exception("the batch loop caught an unexpected error and goes on")
 
     def _refuse(self, num_tokens: int) -> NoReturn:
-        limits = self._limits
-        if self.queue_requests >= limits.max_queue_requests:
-            what = f"{self.queue_requests} requests wait, at most {limits.max_queue_requests} may"
+        limits, waiting = self._limits, self._waiting
+        if waiting.num_requests >= limits.max_queue_requests:
+            what = f"{waiting.num_requests} requests wait, at most {limits.max_queue_requests} may"
         else:
-            what = f"{self.queue_tokens} tokens wait and {num_tokens} come, at most {limits.max_queue_tokens} may"
+            what = f"{waiting.num_tokens} tokens wait and {num_tokens} come, at most {limits.max_queue_tokens} may"
         delay_s = self._retry_delay_s()
         raise OverloadedError(f"the queue is full: {what}; come back in {delay_s:.3f} s", delay_s)
 
@@ -570,25 +453,14 @@ class Batcher(Generic[P, R]):
         """When the queue of now will have drained, by the rate of late."""
         if not self._tokens_per_s:
             return _FIRST_RETRY_DELAY_S
-        delay_s = (self.queue_tokens + self._running_tokens) / self._tokens_per_s
+        delay_s = (self._waiting.num_tokens + self._running_tokens) / self._tokens_per_s
         return min(max(delay_s, _MIN_RETRY_DELAY_S), _MAX_RETRY_DELAY_S)
 
     def _forget(self, entry: Entry[P, R]) -> None:
         """Take a cancelled entry out of its queue, so that its room is free at once."""
         with self._lock:
-            queue = self._queues.get(entry.key)
-            if queue is not None and queue.pop(entry.sequence, None) is not None:
-                self.queue_tokens -= entry.num_tokens
-                self.queue_requests -= 1
-                self._shrunk(entry.key)
+            if self._waiting.remove(entry):
                 self._tell_left()
-
-    def _shrunk(self, key: Hashable) -> None:
-        """A queue has lost its first entries, or others: keep the keys in order."""
-        if not self._queues[key]:
-            del self._queues[key]
-        elif len(self._queues) > 1:
-            self._queues = dict(sorted(self._queues.items(), key=lambda item: next(iter(item[1]))))
 
     def _take(self, timeout_s: float) -> tuple[Batch[P, R] | None, list[Entry[P, R]]]:
         """The batch that is due, if any, and the entries whose deadline passed while they waited."""
@@ -599,7 +471,7 @@ class Batcher(Generic[P, R]):
                 if self._num_in_flight < self._limits.max_in_flight:
                     if self._again:
                         return self._pop_again(now_s)
-                    key, due_s = self._first_due()
+                    key, due_s = self._waiting.first_due(may_delay=not self._draining)
                     if key is not None and due_s <= now_s:
                         return self._pop(key, now_s)
                 left_s = min(give_up_s - time.monotonic(), due_s - now_s)
@@ -610,54 +482,15 @@ class Batcher(Generic[P, R]):
                 self._due.wait_for(lambda: self._is_over, timeout_s)
             return None, []
 
-    def _first_due(self) -> tuple[Hashable | None, float]:
-        """The key to run next and when: among those due first, the one whose first entry is oldest."""
-        if not self._limits.max_queue_delay_s:
-            return (next(iter(self._queues)), float("-inf")) if self._queues else (None, float("inf"))
-        best: tuple[float, int, Hashable] | None = None
-        for key, queue in self._queues.items():
-            head = next(iter(queue.values()))
-            due_s = head.admitted_s + (self._limits.max_queue_delay_s if self._may_wait(queue) else 0.0)
-            if best is None or (due_s, head.sequence) < best[:2]:
-                best = (due_s, head.sequence, key)
-        return (None, float("inf")) if best is None else (best[2], best[0])
-
-    def _may_wait(self, queue: OrderedDict[int, Entry[P, R]]) -> bool:
-        """Whether this queue gains by waiting for company: not when it is full, nor when a deadline is that near."""
-        delay_s = self._limits.max_queue_delay_s
-        if not delay_s or self._draining:
-            return False
-        until_s = next(iter(queue.values())).admitted_s + delay_s
-        return sum(e.num_tokens for e in queue.values()) < self._limits.max_batch_tokens and not any(
-            e.deadline_s is not None and e.deadline_s <= until_s for e in queue.values()
-        )
-
     def _pop(self, key: Hashable, now_s: float) -> tuple[Batch[P, R] | None, list[Entry[P, R]]]:
-        queue = self._queues[key]
-        members: list[Entry[P, R]] = []
-        expired: list[Entry[P, R]] = []
-        tokens = 0
-        while queue:
-            entry = next(iter(queue.values()))
-            if tokens + entry.num_tokens > self._limits.max_batch_tokens:
-                break  # no later, smaller request passes this one: order of arrival is what bounds its wait
-            del queue[entry.sequence]
-            self.queue_tokens -= entry.num_tokens
-            self.queue_requests -= 1
-            if not entry.set_running_or_notify_cancel():
-                continue
-            entry.queued_s = now_s - entry.admitted_s
-            if entry.deadline_s is not None and entry.deadline_s <= now_s:
-                expired.append(entry)
-                continue
-            members.append(entry)
-            tokens += entry.num_tokens
-        self._shrunk(key)
-        if members:
-            self._running_tokens += tokens
-            self._running_requests += len(members)
+        members, expired = self._waiting.pop(key, now_s)
         self._tell_left()
-        return (self._take_off(key, members, tokens) if members else None), expired
+        if not members:
+            return None, expired
+        num_tokens = sum(entry.num_tokens for entry in members)
+        self._running_tokens += num_tokens
+        self._running_requests += len(members)
+        return self._take_off(key, members, num_tokens), expired
 
     def _pop_again(self, now_s: float) -> tuple[Batch[P, R] | None, list[Entry[P, R]]]:
         """A member of a batch that failed, alone."""

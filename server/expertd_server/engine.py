@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from expertd_server.backend import Backend, MoEOutput
-from expertd_server.batcher import Batch, Batcher, Limits
+from expertd_server.batch import Batch, Limits
+from expertd_server.batcher import Batcher
 from expertd_server.cuda_slot import CudaSlot, CudaStreams
 from expertd_server.errors import ExpertdServerError
 from expertd_server.forward import ForwardCall, ForwardResult, HostTensor

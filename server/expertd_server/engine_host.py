@@ -14,7 +14,7 @@ from expertd_server import __version__
 from expertd_server.admin import AdminService
 from expertd_server.admin_endpoint import AdminEndpoint
 from expertd_server.backend import Backend, select_backend
-from expertd_server.batcher import Limits
+from expertd_server.batch import Limits
 from expertd_server.config import Config
 from expertd_server.cuda_slot import pinner_of
 from expertd_server.engine import BatchReport, Engine

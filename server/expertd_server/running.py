@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from expertd_server.backend import MoEOutput
-from expertd_server.batcher import Batch
+from expertd_server.batch import Batch
 from expertd_server.errors import BackendError, ExpertdServerError
 from expertd_server.forward import ForwardCall, ForwardResult, Matrix
 from expertd_server.layer import MoELayer
@@ -38,7 +38,7 @@ class BatchReport:
 
 @dataclass(eq=False, slots=True)
 class RunningBatch:
-    """A batch that was launched, see `batcher.Running`."""
+    """A batch that was launched, see `batch.Running`."""
 
     batch: Batch[ForwardCall, Any]
     layer: MoELayer

@@ -15,7 +15,7 @@ from shared_calls import SharedMemory, by_bytes, everything
 
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server import spans
-from expertd_server.batcher import Limits
+from expertd_server.batch import Limits
 from expertd_server.cuda_slot import pinner_of
 from expertd_server.engine import Engine, ForwardCall, HostTensor
 from expertd_server.layer import MoELayer

@@ -13,7 +13,8 @@ from typing import Generic, TypeVar
 
 import pytest
 
-from expertd_server.batcher import Batch, Batcher, Limits
+from expertd_server.batch import Batch, Limits
+from expertd_server.batcher import Batcher
 from expertd_server.errors import OverloadedError, RequestTimeoutError, UnavailableError
 from expertd_server.event_loop import EventLoop
 

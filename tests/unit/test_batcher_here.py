@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from test_batcher import PATIENCE_S, Bench, Done, FailsLate, OnDevice, Payload
 
-from expertd_server.batcher import Batch, Batcher, Limits
+from expertd_server.batch import Batch, Limits
+from expertd_server.batcher import Batcher
 from expertd_server.errors import OverloadedError, RequestTimeoutError, UnavailableError
 from expertd_server.promise import Promise
 

@@ -17,7 +17,7 @@ from shared_calls import SharedMemory, by_bytes, everything
 
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server import pinning, spans
-from expertd_server.batcher import Limits
+from expertd_server.batch import Limits
 from expertd_server.engine import Engine
 from expertd_server.errors import BackendError
 from expertd_server.forward import ForwardCall

@@ -15,7 +15,7 @@ from fake_device import FakeCapturer, FakeCudaBackend, fake_slots
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server import codec
 from expertd_server.backend_cpu import TorchBackend
-from expertd_server.batcher import Limits
+from expertd_server.batch import Limits
 from expertd_server.engine import BatchReport, Engine, ForwardCall, ForwardResult
 from expertd_server.errors import BackendError
 from expertd_server.layer import MoELayer

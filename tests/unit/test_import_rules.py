@@ -74,6 +74,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"layer", "remote_layer", "store"}),
     frozenset(
         {
+            "batch",
             "batcher",
             "cuda_slot",
             "engine",
@@ -85,6 +86,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "scatter",
             "spans",
             "staging",
+            "waiting",
         }
     ),
     frozenset(
@@ -210,7 +212,7 @@ def test_the_batcher_knows_neither_torch_nor_grpc_and_few_know_the_rest(module: 
     roots = {name.partition(".")[0] for name in imports_of(PACKAGE / f"{module}.py")}
     for package, allowed in ONLY_IN.items():
         assert package not in roots or module in allowed, f"{module} imports {package}"
-    if module == "batcher":
+    if module in {"batch", "batcher", "waiting"}:
         assert not roots & {"torch", "numpy", "google", "expertd"}
 
 
