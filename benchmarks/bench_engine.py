@@ -14,7 +14,6 @@ others share with it, which the GPU copies from and to.
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import mmap
 import random
@@ -40,6 +39,7 @@ from expertd_server.batch import Limits
 from expertd_server.cuda_slot import pinner_of
 from expertd_server.engine import BatchReport, Engine, ForwardCall, ForwardResult, HostTensor
 from expertd_server.event_loop import EventLoop
+from expertd_server.garbage import look_rarely
 from expertd_server.layer import MoELayer
 from expertd_server.layout import BatchKind, input_layout, num_valid_tokens
 from expertd_server.native import Copies
@@ -390,7 +390,7 @@ def main() -> int:
 
     loop = EventLoop.acquire()
     engine.batcher.start(loop.soon)
-    gc.freeze()
+    look_rarely()
     checked = check(engine, [layers[0], layers[-1]], [0, 1, 3, 64, 100, 1000, 1024, 1500, 4096])
     console.print(f"{checked} answers equal the operator's, byte for byte")
     cells = measure(engine, loop, tally, layers, args)

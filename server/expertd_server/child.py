@@ -6,7 +6,6 @@ to, or when the supervisor is gone.
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
@@ -19,6 +18,7 @@ from typing import Any, Final, Protocol
 
 from expertd_server.control import Collect, Collected, Control, Draining, Hangs, Serving, Start, Stop
 from expertd_server.exits import end_with
+from expertd_server.garbage import look_rarely
 from expertd_server.logs import configure_logging
 
 __all__ = ["ENGINE", "Child", "start_child"]
@@ -115,7 +115,7 @@ def _main() -> int:
         from expertd_server.engine_process import run_engine as role  # noqa: PLC0415
     else:
         from expertd_server.frontend import run_frontend as role  # noqa: PLC0415
-    gc.freeze()  # what was imported stays: looking through torch for garbage takes tens of milliseconds
+    look_rarely()
     return role(Child(name, control, mailbox, start))
 
 

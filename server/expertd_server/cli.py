@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import logging
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from expertd_server.cluster_cli import add_cluster_command
 from expertd_server.config import Config, add_flags, config_from
 from expertd_server.errors import ConfigError
 from expertd_server.exits import EXIT_CUT_OFF, EXIT_FAILED, end_hung, end_with, exit_code_of
+from expertd_server.garbage import look_rarely
 from expertd_server.logs import configure_logging
 from expertd_server.malloc import reexec_with_settings
 from expertd_server.plan_cli import add_plan_command
@@ -84,7 +84,7 @@ def _serve_in_this_process(config: Config) -> NoReturn:
     configure_logging(config.log_level, config.log_format)
     from expertd_server.server import Server, stop_on_signals  # noqa: PLC0415 (torch: --help should not wait for it)
 
-    gc.freeze()  # what was imported stays: looking through torch for garbage takes tens of milliseconds
+    look_rarely()
     server = Server(config)
     stop_on_signals(server)
 

@@ -14,8 +14,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -214,7 +214,7 @@ class Engine:
 
         start_s = self.clock()
         views = self._views_of(slot)
-        inputs, outputs, arguments = views.plan(layer.spec, kind, num_rows)
+        inputs, outputs, arguments, in_slot = views.plan(layer.spec, kind, num_rows)
         spans = gather(views.host_in, inputs, layer, calls)
         if not slot.is_host:
             copy_bytes(views.host_in, 0, num_tokens.to_bytes(NUM_VALID_BYTES, "little"))
@@ -253,7 +253,7 @@ class Engine:
             slot,
             calls,
             places,
-            outputs,
+            in_slot,
             answer,
             sent_s - start_s,
             graph_rows,
@@ -262,28 +262,40 @@ class Engine:
         )
 
 
-_Plan: TypeAlias = tuple[InputLayout, OutputLayout, dict[str, torch.Tensor]]
-"""Where a batch's inputs and outputs lie, and the inputs as `Backend.forward` takes them."""
+class _Plan(NamedTuple):
+    """Where a batch lies in a slot's memory, padding included."""
+
+    inputs: InputLayout
+    outputs: OutputLayout
+    arguments: dict[str, torch.Tensor]
+    """The inputs on the device, as `Backend.forward` takes them."""
+    in_slot: MoEOutput | None
+    """The outputs on the host; None on the CPU, where each answer has memory of its own."""
 
 
 class _SlotViews:
-    """A slot's memory as it is asked for; made once, because to make a tensor takes as long as to copy a small one."""
+    """A slot's memory as it is asked for; made once, because to make a tensor takes as long as to copy a small one, and
+    torch lets other threads have the interpreter meanwhile."""
 
     def __init__(self, slot: Slot) -> None:
         self.memory = slot.host_in
         self.host_in = slot.host_in.numpy()
-        self._device_in = slot.device_in
+        self._slot = slot
         self._plans: dict[tuple[int, BatchKind, int], tuple[LayerSpec, _Plan]] = {}
         """By spec, kind and rows; it keeps the spec, whose id is in the key: to hash it takes longer than all else."""
 
     def plan(self, spec: LayerSpec, kind: BatchKind, num_rows: int) -> _Plan:
-        """How a batch of num_rows lies in the slot's memory, padding included."""
+        """How a batch of num_rows lies in the slot."""
         key = id(spec), kind, num_rows
         found = self._plans.get(key)
         if found is None:
             if len(self._plans) >= _MOST_VIEWS:
                 self._plans.clear()
-            inputs = input_layout(spec, kind, num_rows)
-            plan = inputs, output_layout(spec, kind, num_rows), inputs.arguments(self._device_in, num_rows)
+            slot, inputs, outputs = self._slot, input_layout(spec, kind, num_rows), output_layout(spec, kind, num_rows)
+            in_slot = None
+            if not slot.is_host:
+                parts = {field.name: getattr(outputs, field.name) for field in fields(outputs)}
+                in_slot = MoEOutput(**{name: part.view(slot.host_out, num_rows) for name, part in parts.items()})
+            plan = _Plan(inputs, outputs, inputs.arguments(slot.device_in, num_rows), in_slot)
             found = self._plans[key] = spec, plan
         return found[1]

@@ -13,7 +13,6 @@ from expertd_server.batch import Batch
 from expertd_server.errors import BackendError, ExpertdServerError
 from expertd_server.forward import ForwardCall, ForwardResult, Matrix
 from expertd_server.layer import MoELayer
-from expertd_server.layout import OutputLayout
 from expertd_server.native import Copies
 from expertd_server.staging import Slot, SlotPool
 from expertd_server.timing import ForwardTiming
@@ -49,9 +48,10 @@ class RunningBatch:
     """Of the batch's entries. Kept to the end, whatever becomes of those: the device may use their memory till then."""
     places: list[int]
     """Where the device puts each call's output, see `scatter`; empty where the answer does not lie in the slot."""
-    outputs: OutputLayout
+    in_slot: MoEOutput | None
+    """The outputs as they lie in the slot's host memory, padding included."""
     answer: MoEOutput | None
-    """None where the answer lies in the slot, by `outputs`."""
+    """None where the answer is `in_slot`."""
     gather_s: float
     """What the host took until the copy in was started."""
     graph_rows: int | None
@@ -107,7 +107,9 @@ class RunningBatch:
         entries, num_tokens, version = batch.entries, batch.num_tokens, self.layer.weights_version
         num_requests = len(entries)
         copy_in_s, wait_s, compute_s, copy_out_s = self.slot.times()
-        self.compute_s, self.topk_ids = compute_s, answer.topk_ids
+        is_padded = self.graph_rows is not None and self.graph_rows != num_tokens
+        self.compute_s = compute_s
+        self.topk_ids = answer.topk_ids[:num_tokens] if is_padded else answer.topk_ids
         copy_in_us, compute_us = round((self.gather_s + copy_in_s) * 1e6), round(compute_s * 1e6)
         output = answer.output
         whole = None if output is None else Matrix.of(output)
@@ -126,7 +128,8 @@ class RunningBatch:
                 part.lies_at(Matrix(whole.dtype, entry.num_tokens, whole.num_columns, place), call.place)
             elif output is not None and (call.encode is None or call.output_dtype != output.dtype):
                 # In memory of its own: a slow reader must not hold the whole batch's output.
-                rows = output if num_requests == 1 else output[first : first + entry.num_tokens]
+                is_whole = num_requests == 1 and not is_padded
+                rows = output if is_whole else output[first : first + entry.num_tokens]
                 part.output = _own(rows, call.output_dtype, is_owned=is_owned)
             elif output is not None:
                 part.lies_in(output, whole, first, entry.num_tokens)
@@ -164,14 +167,11 @@ class RunningBatch:
             part.topk_ids = answer.topk_ids[mine].to(torch.int32, copy=True)
 
     def _host_answer(self) -> MoEOutput:
-        """The whole batch's answer, brought to the host; where it lies in the slot, as views."""
-        slot, outputs, num_tokens = self.slot, self.outputs, self.batch.num_tokens
+        """The whole batch's answer, brought to the host; padding may follow it."""
+        slot = self.slot
         if self.answer is None:
-            return MoEOutput(
-                topk_ids=outputs.topk_ids.view(slot.host_out, num_tokens),
-                expert_weights=outputs.expert_weights.view(slot.host_out, num_tokens),
-                output=outputs.output.view(slot.host_out, num_tokens),
-            )
+            assert self.in_slot is not None
+            return self.in_slot
         on_host: dict[str, Any] = {
             name: None if tensor is None else slot.read(tensor) for name, tensor in vars(self.answer).items()
         }

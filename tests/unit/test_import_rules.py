@@ -22,6 +22,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "event_loop",
             "exits",
             "fp8",
+            "garbage",
             "histograms",
             "logs",
             "malloc",
