@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import pytest
 from fake_service import FakeServer
 from sdk_cases import FLAVOURS, QUICK, Connect, Driver
-from serving import Running, running
+from serving import Running, running, split
 
 import expertd
 
@@ -43,3 +44,14 @@ def connect(request: pytest.FixtureRequest, server: FakeServer) -> Iterator[Conn
     yield make
     for driver in drivers:
         driver.shut()
+
+
+@pytest.fixture(scope="module", params=["one process", "front-ends"])
+def channel(request: pytest.FixtureRequest) -> Iterator[grpc.Channel]:
+    """To a server, or to a front-end of one."""
+    if request.param == "one process":
+        with running() as server:
+            yield server.channel
+    else:
+        with split(1) as server:
+            yield server.channels[0]

@@ -26,7 +26,6 @@ from serving import (
     insecure_channel,
     request,
     running,
-    split,
     stream_failure_of,
     tensor,
 )
@@ -46,17 +45,6 @@ from expertd.v1 import expertd_pb2 as pb
 
 SEED = 20261126
 NBYTES = 1 << 20
-
-
-@pytest.fixture(scope="module", params=["one process", "front-ends"])
-def channel(request: pytest.FixtureRequest) -> Iterator[grpc.Channel]:
-    """To a server, or to a front-end of one."""
-    if request.param == "one process":
-        with running() as server:
-            yield server.channel
-    else:
-        with split(1) as server:
-            yield server.channels[0]
 
 
 @pytest.fixture
