@@ -208,6 +208,7 @@ class TestLeaving:
             message = pb.ForwardStreamRequest(id=1, request=request(chance, 2), timeout_ms=1)
             answers = stub.ForwardStream(iter([message]))
             wait_for(lambda: engine.batcher.queue_requests == 1)
+            threading.Event().wait(0.002)  # the request's millisecond, on the real clock
             backend.gate.set()
             assert stream_failure_of(next(answers).error).code == grpc.StatusCode.DEADLINE_EXCEEDED
             held.result(PATIENCE_S)

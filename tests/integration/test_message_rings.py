@@ -202,8 +202,9 @@ class TestEnds:
         with RawRings(server.channel) as rings:
             first = rings.send(request=request(chance, 1))
             backend.wait_started()
-            late = rings.send(request=request(chance, 1), timeout_ms=50)
-            time.sleep(0.1)
+            late = rings.send(request=request(chance, 1), timeout_ms=1)
+            eventually(lambda: server.server.engine.batcher.queue_requests, 1)
+            time.sleep(0.002)
             backend.gate.set()
             answers = {answer.id: answer for answer in (rings.receive(), rings.receive())}
             assert answers[first].HasField("response")
