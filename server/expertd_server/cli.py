@@ -16,6 +16,7 @@ from expertd_server.config import Config, add_flags, config_from
 from expertd_server.errors import ConfigError
 from expertd_server.exits import EXIT_CUT_OFF, EXIT_FAILED, end_hung, end_with, exit_code_of
 from expertd_server.garbage import look_rarely
+from expertd_server.grpc_polling import read_where_messages_are_awaited
 from expertd_server.logs import configure_logging
 from expertd_server.malloc import reexec_with_settings
 from expertd_server.plan_cli import add_plan_command
@@ -72,6 +73,7 @@ def _serve(options: argparse.Namespace) -> int:
     config = config_from(vars(options))
     if config.tune_malloc:
         reexec_with_settings()
+    read_where_messages_are_awaited()
     if config.frontends:
         configure_logging(config.log_level, config.log_format, "supervisor")
         from expertd_server.supervisor import Supervisor  # noqa: PLC0415

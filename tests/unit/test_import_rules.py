@@ -23,6 +23,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "exits",
             "fp8",
             "garbage",
+            "grpc_polling",
             "histograms",
             "logs",
             "malloc",
