@@ -389,7 +389,7 @@ def main() -> int:
     )
 
     loop = EventLoop.acquire()
-    engine.batcher.start(loop.soon)
+    engine.batcher.start(loop)
     look_rarely()
     checked = check(engine, [layers[0], layers[-1]], [0, 1, 3, 64, 100, 1000, 1024, 1500, 4096])
     console.print(f"{checked} answers equal the operator's, byte for byte")

@@ -14,6 +14,7 @@
 
 #include "address.h"
 #include "check.h"
+#include "ringer.h"
 
 namespace py = pybind11;
 
@@ -22,9 +23,6 @@ namespace {
 
 struct DestroyGraph {
   void operator()(cudaGraphExec_t graph) const { cudaGraphExecDestroy(graph); }
-};
-struct DestroyEvent {
-  void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
 };
 
 // An executable copy of a captured graph, which remains the caller's. What it was captured on must outlive it.
@@ -92,12 +90,9 @@ class SlotWork {
       : copy_in_(pointer<CUstream_st>(copy_in)),
         compute_(pointer<CUstream_st>(compute)),
         copy_out_(pointer<CUstream_st>(copy_out)) {
-    // Waiting for them spins: a thread that sleeps instead wakes 10 to 30 us later, a fifth of a small batch.
-    for (auto& owner : events_) {
-      cudaEvent_t event;
-      check_cuda(cudaEventCreate(&event), "making a CUDA event");
-      owner.reset(event);
-    }
+    for (auto& owner : events_) owner.reset(new_event());
+    fetched_->event.reset(new_event());
+    check_cuda(cudaGetDevice(&fetched_->device), "asking for the CUDA device");
   }
 
   // Where batches lie, from the next one on.
@@ -127,16 +122,26 @@ class SlotWork {
       copies_.add(host ? host : host_out_ + offset, device_out_ + offset, num_bytes);
     }
     copies_.start(copy_out_);
-    record(kFetched, copy_out_);
+    ++fetched_->batch;
+    check_cuda(cudaEventRecord(fetched_->event.get(), copy_out_), "recording a CUDA event");
   }
 
-  void wait() const { check_cuda(cudaEventSynchronize(events_[kFetched].get()), "waiting for a batch"); }
+  void wait() const { check_cuda(cudaEventSynchronize(fetched_->event.get()), "waiting for a batch"); }
+
+  // Write to an eventfd when the batch that was fetched last is over.
+  void ring_when_done(int eventfd) {
+    if (eventfd != bell_fd_) {
+      bell_ = std::make_shared<const BellFile>(eventfd);
+      bell_fd_ = eventfd;
+    }
+    Ringer::shared().ring_after(fetched_, bell_);
+  }
 
   // Whether the batch is over, or is so within so long. Looks all the time, as wait does.
   bool is_done_within(double seconds) const {
     const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
     while (true) {
-      const cudaError_t status = cudaEventQuery(events_[kFetched].get());
+      const cudaError_t status = cudaEventQuery(fetched_->event.get());
       if (status != cudaErrorNotReady) {
         check_cuda(status, "waiting for a batch");
         return true;
@@ -148,17 +153,25 @@ class SlotWork {
 
   // Seconds: copy in, wait, compute, copy out.
   py::tuple times() const {
-    std::array<double, kNumEvents - 1> seconds;
-    for (int i = 0; i + 1 < kNumEvents; ++i) {
+    std::array<double, kNumEvents> seconds;
+    for (int i = 0; i < kNumEvents; ++i) {
       float ms = 0.0f;
-      check_cuda(cudaEventElapsedTime(&ms, events_[i].get(), events_[i + 1].get()), "reading a batch's times");
+      const cudaEvent_t end = i + 1 < kNumEvents ? events_[i + 1].get() : fetched_->event.get();
+      check_cuda(cudaEventElapsedTime(&ms, events_[i].get(), end), "reading a batch's times");
       seconds[i] = ms / 1e3;
     }
     return py::make_tuple(seconds[0], seconds[1], seconds[2], seconds[3]);
   }
 
  private:
-  enum Event { kBegun, kSent, kStarted, kComputed, kFetched, kNumEvents };
+  enum Event { kBegun, kSent, kStarted, kComputed, kNumEvents };
+
+  // Waiting for it spins: a thread that sleeps instead wakes 10 to 30 us later, a fifth of a small batch.
+  static cudaEvent_t new_event() {
+    cudaEvent_t event;
+    check_cuda(cudaEventCreate(&event), "making a CUDA event");
+    return event;
+  }
 
   void record(Event event, cudaStream_t stream) {
     check_cuda(cudaEventRecord(events_[event].get(), stream), "recording a CUDA event");
@@ -172,6 +185,9 @@ class SlotWork {
   cudaStream_t copy_in_, compute_, copy_out_;
   Address host_in_ = 0, device_in_ = 0, device_out_ = 0, host_out_ = 0;
   std::array<std::unique_ptr<CUevent_st, DestroyEvent>, kNumEvents> events_;
+  std::shared_ptr<BatchEvent> fetched_ = std::make_shared<BatchEvent>();
+  std::shared_ptr<const BellFile> bell_;
+  int bell_fd_ = -1;  // what bell_ is a copy of
 };
 
 }  // namespace
@@ -191,6 +207,7 @@ void bind_slot(py::module_& m) {
       .def("end", &SlotWork::end)
       .def("fetch", &SlotWork::fetch, py::arg("spans"))
       .def("wait", &SlotWork::wait, py::call_guard<py::gil_scoped_release>())
+      .def("ring_when_done", &SlotWork::ring_when_done, py::arg("eventfd"))
       .def("is_done_within", &SlotWork::is_done_within, py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def("times", &SlotWork::times);
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -131,6 +132,16 @@ class FakeSlot:
             return False
         self.device.get_done()
         return True
+
+    def ring_when_done(self, fd: int) -> None:
+        bell = os.dup(fd)
+
+        def ring() -> None:
+            self.device.may_end.wait(PATIENCE_S)
+            os.eventfd_write(bell, 1)
+            os.close(bell)
+
+        threading.Thread(target=ring, daemon=True).start()
 
     def times(self) -> SlotTimes:
         return SlotTimes(0.001, 0.002, 0.004, 0.008)

@@ -99,6 +99,11 @@ class Running(Protocol[R_co]):
         """Return when it is computed, or when so much time has passed; whether it is. Raises what went wrong."""
         ...
 
+    def ring_when_over(self, fd: int) -> None:
+        """Write to an eventfd when `wait` would return at once, from whatever thread; see `Bell`. Called once, before
+        `wait` without an end."""
+        ...
+
     def results(self) -> Sequence[R_co]:
         """One for each entry, in order; an exception among them fails its entry alone. Raises what went wrong."""
         ...
@@ -117,8 +122,6 @@ class Flight(Generic[P, R]):
     launched_s: float
     error: Exception | None = None
     """What waiting for it raised."""
-    is_handed_out: bool = False
-    """Or about to be."""
 
     def wait(self, seconds: float | None = None) -> bool:
         """See `Running.wait`; what it raises is kept."""

@@ -22,6 +22,7 @@ from functools import partial
 from typing import Generic, NoReturn, TypeVar
 
 from expertd_server.batch import Batch, Entry, Flight, Limits, Running
+from expertd_server.bell import Bell, ServingThread
 from expertd_server.errors import ExpertdServerError, OverloadedError, RequestTimeoutError, UnavailableError
 from expertd_server.promise import Promise
 from expertd_server.waiting import Waiting
@@ -73,8 +74,6 @@ class Batcher(Generic[P, R]):
         # Members of batches that failed, to run again alone.
         self._again: deque[Entry[P, R]] = deque()
         self._flights: deque[Flight[P, R]] = deque()
-        self._unwatched: deque[Flight[P, R]] = deque()
-        """Those of them that the thread that waits has not come to, where there is one."""
         self._num_in_flight = 0
         self._num_taken = 0
         self._taken: dict[int, Batch[P, R]] = {}
@@ -89,10 +88,10 @@ class Batcher(Generic[P, R]):
         self._stopped = False
         self._abandoned = False
         self._threads: list[threading.Thread] = []
-        self._soon: Callable[[Callable[[], object]], object] | None = None
+        self._here: ServingThread | None = None
+        self._bell: Bell | None = None
+        """Rung by each batch that is over, where the serving thread launches and hands out and does not wait."""
         self._is_called = False
-        # Whether `soon` calls what launches and what finishes, and a thread waits in between.
-        self._is_split = False
         self._caller: threading.Thread | None = None
         self._alone: Batch[P, R] | None = None
         """Taken at once, for `hurry` to run: to queue a lone request would take as long as all else."""
@@ -148,28 +147,27 @@ class Batcher(Generic[P, R]):
     def _enqueue(self, entry: Entry[P, R]) -> None:
         """Under the lock."""
         self._waiting.add(entry)
-        if self._soon is None:
+        if self._here is None:
             if self._num_in_flight < self._limits.max_in_flight:
                 self._due.notify_all()
         elif not self._is_called:
             self._is_called = True
-            self._soon(self._run_due)
+            self._here.soon(self._run_due)
 
-    def start(self, soon: Callable[[Callable[[], object]], object] | None = None) -> None:
+    def start(self, here: ServingThread | None = None) -> None:
         """Start the threads: one that launches and finishes, or one for each where there is more than one in flight.
 
-        soon: instead, this is asked to call functions that launch and finish, always in the same thread; by any thread,
-        and it must not call them at once. Threads that share an interpreter keep each other waiting. With one batch in
-        flight everything is done there, which is for what computes in no time; with more, a thread is left that waits
-        for what was launched. Not together with max_queue_delay_s.
+        here: instead, this one launches and finishes. Threads that share an interpreter keep each other waiting. With
+        one batch in flight it waits for it, which is for what computes in no time; with more, each rings when it is
+        over. Not together with max_queue_delay_s.
         """
         several = self._limits.max_in_flight > 1
-        loops: dict[str, Callable[[float], object]]
-        if soon is not None:
+        loops: dict[str, Callable[[float], object]] = {}
+        if here is not None:
             if self._limits.max_queue_delay_s:
                 raise ValueError("without a thread nobody can wait for company: max_queue_delay_s must be 0")
-            self._soon, self._is_split = soon, several
-            loops = {"expertd-waiter": self._await_once} if several else {}
+            self._here = here
+            self._bell = here.bell(partial(self._guarded, self._hand_out_next)) if several else None
         elif several:
             loops = {"expertd-launcher": self.launch_once, "expertd-finisher": self.finish_once}
         else:
@@ -182,15 +180,15 @@ class Batcher(Generic[P, R]):
     @property
     def _may_run_alone(self) -> bool:
         """Under the lock: whether a request that comes now would be a batch by itself, which no thread would run."""
-        return self._soon is not None and not (self._waiting or self._again or self._taken)
+        return self._here is not None and not (self._waiting or self._again or self._taken)
 
     def hurry(self) -> None:
         """Nobody else is about to submit: run here and now what waits, where no thread does it.
 
-        For the thread in which `soon` calls. A lone request that takes no time is answered before this returns.
+        For the serving thread. A lone request that takes no time is answered before this returns.
         """
         self._run_alone()
-        if self._is_split:
+        if self._bell is not None:
             if self._waiting.num_requests == 1 and not self._num_in_flight:
                 self._guarded(self._run_briefly)
             self._run_due()
@@ -210,10 +208,10 @@ class Batcher(Generic[P, R]):
         self._finish_briefly(self._launch_due(0.0)[0])
 
     def _finish_briefly(self, flight: Flight[P, R] | None) -> None:
-        """Wait for a batch, but not for long: another thread that waits takes a while to say that it is over."""
+        """Wait for a batch, but not for long: that it is over is heard a while later where it rings."""
         if flight is None:
             return
-        if flight.wait(_BRIEFLY_S if self._is_split else None):
+        if flight.wait(None if self._bell is None else _BRIEFLY_S):
             self._hand_out(flight)
         else:
             self._put(flight)
@@ -223,27 +221,12 @@ class Batcher(Generic[P, R]):
         self._caller = self._caller or threading.current_thread()
         self._run_alone()
         while self._has_work and not self._stopped:
-            self._guarded(self.launch_once if self._is_split else self.run_once)
+            self._guarded(self.run_once if self._bell is None else self.launch_once)
 
     @property
     def threads(self) -> list[threading.Thread]:
         """That launch and finish, as far as they are known by now."""
         return self._threads if self._caller is None else [*self._threads, self._caller]
-
-    def _await_once(self, timeout_s: float) -> bool:
-        """Wait for what was launched first, and have it handed out where it was launched."""
-        with self._lock:
-            if not self._unwatched:
-                self._launched.wait_for(lambda: self._unwatched or self._is_over, timeout_s)
-            flight = self._unwatched.popleft() if self._unwatched else None
-        if flight is None:
-            return False
-        if not flight.is_handed_out:
-            flight.wait()
-        if not flight.is_handed_out:
-            assert self._soon is not None
-            self._soon(self._hand_out_next)
-        return True
 
     def _hand_out_next(self) -> None:
         """Hand out what was launched first, if it is over, and launch what waits."""
@@ -253,9 +236,9 @@ class Batcher(Generic[P, R]):
             self._guarded(partial(self._hand_out, flight))
             self._run_due()
             if self._flights and self._flights[0].wait(0.0):
-                # The thread that waits would say so too, but not before this one lets it. Others go first.
-                assert self._soon is not None
-                self._soon(self._hand_out_next)
+                # Its ring was heard together with this one's. Others go first.
+                assert self._here is not None
+                self._here.soon(self._hand_out_next)
 
     def run_once(self, timeout_s: float = 0.0) -> bool:
         """Wait up to timeout_s for a batch to be due, launch it and finish it; False when none was.
@@ -278,9 +261,18 @@ class Batcher(Generic[P, R]):
     def _put(self, flight: Flight[P, R]) -> None:
         with self._lock:
             self._flights.append(flight)
-            if self._is_split:
-                self._unwatched.append(flight)
             self._launched.notify()
+        if self._bell is not None:
+            self._have_it_ring(flight, self._bell)
+
+    @staticmethod
+    def _have_it_ring(flight: Flight[P, R], bell: Bell) -> None:
+        try:
+            flight.running.ring_when_over(bell.fd)
+        except Exception:  # nobody else would say that it is over
+            log.exception("a batch cannot ring when it is over; it is waited for")
+            flight.wait()
+            bell.ring()
 
     def _launch_due(self, timeout_s: float) -> tuple[Flight[P, R] | None, bool]:
         """What was launched, and whether anything was taken from the queue."""
@@ -328,9 +320,8 @@ class Batcher(Generic[P, R]):
     def _hand_out(self, flight: Flight[P, R]) -> None:
         """Serve the waiters of a batch that is over; one that waits is launched before, where nothing is in flight."""
         batch, running = flight.batch, flight.running
-        flight.is_handed_out = True
         self._leave_flight()
-        if self._is_split and self._has_work and not self._num_in_flight:
+        if self._bell is not None and self._has_work and not self._num_in_flight:
             self._guarded(self.launch_once)
         try:
             if flight.error is not None:
@@ -379,7 +370,16 @@ class Batcher(Generic[P, R]):
         until_s = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, until_s - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        if any(thread.is_alive() for thread in self._threads):
+            return False
+        if self._bell is not None:
+            with self._lock:
+                self._left.wait_for(lambda: not self._running_requests, until_s - time.monotonic())
+                if self._running_requests or (self._abandoned and self._num_in_flight):
+                    return False
+            bell, self._bell = self._bell, None
+            bell.close()
+        return True
 
     def oldest_work(self) -> int | None:
         """Number of the batch that was taken first and is not over; of the next one when none is under way, but
@@ -514,7 +514,7 @@ class Batcher(Generic[P, R]):
     def _leave_flight(self) -> None:
         with self._lock:
             self._num_in_flight -= 1
-            if self._soon is None and (self._has_work or self._stopped):
+            if self._here is None and (self._has_work or self._stopped):
                 self._due.notify_all()
             if self._stopped and not self._num_in_flight:
                 self._launched.notify_all()

@@ -119,6 +119,11 @@ class CudaSlot:
         """See `Slot`. The interpreter is free meanwhile."""
         return self._work.is_done_within(seconds)
 
+    def ring_when_done(self, fd: int) -> None:
+        """See `Slot`. Not without the compiled module: batches are then waited for in a thread of the batcher's."""
+        assert not isinstance(self._work, _TorchWork)
+        self._work.ring_when_done(fd)
+
     def times(self) -> SlotTimes:
         """See `Slot`."""
         return SlotTimes(*self._work.times())

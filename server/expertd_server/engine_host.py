@@ -15,6 +15,7 @@ from expertd_server.admin import AdminService
 from expertd_server.admin_endpoint import AdminEndpoint
 from expertd_server.backend import Backend, select_backend
 from expertd_server.batch import Limits
+from expertd_server.bell import ServingThread
 from expertd_server.config import Config
 from expertd_server.cuda_slot import pinner_of
 from expertd_server.engine import BatchReport, Engine
@@ -73,10 +74,10 @@ class EngineHost:
         """A view of memory that callers share, so that the device copies straight from and to it where it can."""
         return memoryview(mapped) if self._pinner is None else self._pinner.share(mapped)
 
-    def start(self, soon: Callable[[Callable[[], object]], object]) -> None:
+    def start(self, here: ServingThread) -> None:
         """Start the batcher and the metrics; there are no layers yet.
 
-        soon: see `Batcher.start`; for backends that start a batch in no time.
+        here: see `Batcher.start`; for backends that start a batch in no time.
         """
         self.metrics.set_server(version=__version__, backend=self.backend.name, device=self.device_name)
         batcher = self.engine.batcher
@@ -85,7 +86,7 @@ class EngineHost:
         self.metrics.watch_device(lambda: self.engine.slots.in_use, self.engine.device_memory)
         # To start a batch takes no time with these two. With torch it does on a GPU as well, which is asked for counts.
         starts_at_once = self.backend.name in {"noop", "cuda"}
-        batcher.start(soon if starts_at_once and not self._config.max_queue_delay_us else None)
+        batcher.start(here if starts_at_once and not self._config.max_queue_delay_us else None)
         if self._watchdog is not None:
             self._watchdog.start()
 

@@ -77,7 +77,7 @@ class EngineProcess:
         Raises ConfigError and CheckpointError; call `shutdown` then too.
         """
         self._admin = self.host.admin_endpoint(hold=self.host.hold, forget=self.host.forget, drain=self.drain)
-        self.host.start(self.gate.soon)
+        self.host.start(self.gate)
         self.gate.start()
         return self.host.load(self.host.hold, is_stopped)
 

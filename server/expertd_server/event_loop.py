@@ -8,7 +8,10 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Final, TypeVar
+
+from expertd_server.bell import Bell
 
 __all__ = ["EventLoop", "Inbox"]
 
@@ -70,6 +73,22 @@ class EventLoop:
             self.loop.call_soon(function)
         else:
             self.loop.call_soon_threadsafe(function)
+
+    def bell(self, function: Callable[[], object]) -> Bell:
+        """A bell that has the loop call a function; from any thread."""
+        bell = Bell(function, self._silence)
+        self.soon(partial(self.loop.add_reader, bell.fd, bell.answer))
+        return bell
+
+    def _silence(self, bell: Bell) -> None:
+        def leave() -> None:
+            self.loop.remove_reader(bell.fd)
+            bell.discard()
+
+        try:
+            self.soon(leave)
+        except RuntimeError:  # the loop is closed, and hears nothing any more
+            bell.discard()
 
     def _run(self) -> None:
         self._ident = threading.get_ident()

@@ -17,6 +17,7 @@ from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import Any, Final
 
+from expertd_server.bell import Bell
 from expertd_server.blocks import MAX_ERROR_BYTES, answer_place, read_call, write_error
 from expertd_server.calls import CallEngine
 from expertd_server.control import Control
@@ -78,6 +79,8 @@ class EngineGate:
         self._is_draining = False
         self._is_closed = False
         self._due: deque[Callable[[], object]] = deque()
+        self._bells: dict[int, Bell] = {}
+        """By their files."""
         self._thread = threading.Thread(target=self._run, name="expertd-gate", daemon=True)
 
     def start(self) -> None:
@@ -148,6 +151,19 @@ class EngineGate:
                 if self._wake_fd >= 0:
                     os.eventfd_write(self._wake_fd, 1)
 
+    def bell(self, function: Callable[[], object]) -> Bell:
+        """A bell that has the gate's thread call a function; from any thread."""
+        bell = Bell(function, self._silence)
+        self._bells[bell.fd] = bell
+        self._epoll.register(bell.fd, select.EPOLLIN)
+        return bell
+
+    def _silence(self, bell: Bell) -> None:
+        del self._bells[bell.fd]
+        if not self._epoll.closed:
+            self._epoll.unregister(bell.fd)
+        bell.discard()
+
     def _run(self) -> None:
         while not self._is_closed:
             for _ in range(len(self._due)):  # what these ask for has to wait until others have been read
@@ -158,6 +174,10 @@ class EngineGate:
                     continue
                 if fd == self._mailbox.fileno():
                     self._welcome()
+                    continue
+                bell = self._bells.get(fd)
+                if bell is not None:
+                    bell.answer()
                     continue
                 peer = self._peers.get(fd)
                 if peer is None:  # it was dropped a moment ago, or the gate is closed

@@ -73,6 +73,9 @@ class RunningBatch:
             raise unexpected(error, self.layer, self.batch.num_tokens) from error
         return True
 
+    def ring_when_over(self, fd: int) -> None:
+        self.slot.ring_when_done(fd)
+
     def results(self) -> list[Any]:
         try:
             return self._split()

@@ -90,7 +90,7 @@ class Server:
         self._admin_endpoint = self._host.admin_endpoint(hold=self._hold, forget=self._forget, drain=self.drain)
         if self._admin_endpoint is not None:
             self.admin_port = self._admin_endpoint.port
-        self._host.start(self._listener.loop.soon)
+        self._host.start(self._listener.loop)
         self._listener.start()
         if not self._host.load(self._hold, self._stop_requested.is_set):
             return False

@@ -7,6 +7,7 @@ both sides are the same memory and nothing is copied.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -103,6 +104,11 @@ class Slot(Protocol):
         """Whether `wait` would return by then; waits for that. Raises what `wait` does."""
         ...
 
+    def ring_when_done(self, fd: int) -> None:
+        """Write to an eventfd when `wait` would return at once, from a thread that the interpreter does not keep
+        waiting; after `fetch`. The file may be closed before."""
+        ...
+
     def times(self) -> SlotTimes:
         """After `wait`."""
         ...
@@ -171,6 +177,10 @@ class HostSlot:
     def is_done_within(self, seconds: float) -> bool:
         """It was computed at once."""
         return True
+
+    def ring_when_done(self, fd: int) -> None:
+        """It was computed at once."""
+        os.eventfd_write(fd, 1)
 
     def times(self) -> SlotTimes:
         """See `Slot`."""

@@ -18,6 +18,7 @@ from expertd_server import spans
 from expertd_server.batch import Limits
 from expertd_server.cuda_slot import pinner_of
 from expertd_server.engine import Engine, ForwardCall, HostTensor
+from expertd_server.event_loop import EventLoop
 from expertd_server.layer import MoELayer
 from expertd_server.pinning import PIECE_BYTES, Pinner
 from expertd_server.synthetic import synthetic_layers
@@ -40,8 +41,8 @@ def host(tensor: torch.Tensor) -> HostTensor:
     return HostTensor(tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes())
 
 
-@pytest.fixture
-def served(shared_backend: CudaBackend) -> Iterator[tuple[Engine, list[MoELayer]]]:
+@pytest.fixture(params=["in threads", "in one thread"])
+def served(shared_backend: CudaBackend, request: pytest.FixtureRequest) -> Iterator[tuple[Engine, list[MoELayer]]]:
     layers = [
         MoELayer(name, shared_backend.prepare(spec, weights.to("cuda")), shared_backend)
         for name, spec, weights in synthetic_layers("tiny", 2)
@@ -51,9 +52,11 @@ def served(shared_backend: CudaBackend) -> Iterator[tuple[Engine, list[MoELayer]
     engine.capture(layers)
     assert engine.graphs is not None
     assert len(engine.graphs) > 0
-    engine.batcher.start()
+    loop = EventLoop.acquire()
+    engine.batcher.start(loop if request.param == "in one thread" else None)
     yield engine, layers
     assert engine.batcher.stop(PATIENCE_S)
+    loop.release()
 
 
 @pytest.fixture

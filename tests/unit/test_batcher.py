@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import threading
 import weakref
@@ -42,6 +43,9 @@ class Done(Generic[R]):
 
     def wait(self, seconds: float | None = None) -> bool:
         return True
+
+    def ring_when_over(self, fd: int) -> None:
+        os.eventfd_write(fd, 1)
 
     def results(self) -> list[R]:
         return self.answers
@@ -455,7 +459,7 @@ def test_the_threads_outlive_a_hook_that_raises(max_in_flight: int, here: bool, 
         lambda batch: Done(["done"] * len(batch.entries), hook),
         Limits(max_batch_tokens=10, max_queue_tokens=10, max_queue_requests=10, max_in_flight=max_in_flight),
     )
-    batcher.start(loop.soon if here else None)
+    batcher.start(loop if here else None)
     try:
         for _ in range(3):
             assert batcher.submit("a", "x", 1).result(PATIENCE_S) == "done"
@@ -477,6 +481,9 @@ class OnDevice:
             if isinstance(payload, Exception):
                 raise payload
         return True
+
+    def ring_when_over(self, fd: int) -> None:
+        os.eventfd_write(fd, 1)
 
     def results(self) -> list[str]:
         self.steps.append("results")
@@ -658,7 +665,7 @@ def test_accounts_balance_under_eight_threads_that_submit_cancel_and_expire(
 
     limits = Limits(max_batch_tokens=16, max_queue_tokens=200, max_queue_requests=40, max_in_flight=max_in_flight)
     batcher: Batcher[int, int] = Batcher(launch, limits)
-    batcher.start(loop.soon if here else None)
+    batcher.start(loop if here else None)
 
     def work(thread: int) -> None:
         chance = random.Random(seed + thread)
@@ -704,6 +711,9 @@ class FailsLate(Done[str]):
         if seconds is not None and not self.is_over:
             return False
         raise RuntimeError("bad")
+
+    def ring_when_over(self, fd: int) -> None:
+        """The test does."""
 
 
 @pytest.mark.parametrize("fails", ["never", "at launch", "while it computes", "cancelled"])

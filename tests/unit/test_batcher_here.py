@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
-import queue
+import os
+import select
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,6 +15,7 @@ from test_batcher import PATIENCE_S, Bench, Done, FailsLate, OnDevice, Payload
 
 from expertd_server.batch import Batch, Limits
 from expertd_server.batcher import Batcher
+from expertd_server.bell import Bell
 from expertd_server.errors import OverloadedError, RequestTimeoutError, UnavailableError
 from expertd_server.promise import Promise
 
@@ -22,26 +25,54 @@ class InTime(OnDevice):
 
     def __init__(self, batch: Batch[str | Exception, str]) -> None:
         super().__init__(batch)
-        self.over = threading.Event()
-        self.threads: set[str] = set()
+        self.is_over = False
+        self.waited_s: list[float | None] = []
+        self.bells: list[int] = []
+        self.cannot_ring = False
 
     def wait(self, seconds: float | None = None) -> bool:
-        self.threads.add(threading.current_thread().name)
-        is_over = self.over.wait(PATIENCE_S if seconds is None else 0.0)
-        return is_over and super().wait()
+        self.waited_s.append(seconds)
+        return (self.is_over or seconds is None) and super().wait()
+
+    def ring_when_over(self, fd: int) -> None:
+        if self.cannot_ring:
+            raise OSError("too many open files")
+        self.bells.append(fd)
+        if self.is_over:
+            os.eventfd_write(fd, 1)
+
+    def end(self) -> None:
+        if not self.is_over:
+            self.is_over = True
+            for fd in self.bells:
+                os.eventfd_write(fd, 1)
 
 
 class Here:
     """The thread that serves requests: the test's own, which does what it was asked for one by one."""
 
     def __init__(self) -> None:
-        self._asked: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._asked: deque[Callable[[], object]] = deque()
+        self.bells: list[Bell] = []
 
     def soon(self, function: Callable[[], object]) -> None:
-        self._asked.put(function)
+        self._asked.append(function)
+
+    def bell(self, function: Callable[[], object]) -> Bell:
+        self.bells.append(Bell(function, self._silence))
+        return self.bells[-1]
+
+    def _silence(self, bell: Bell) -> None:
+        self.bells.remove(bell)
+        bell.discard()
 
     def step(self) -> None:
-        self._asked.get(timeout=PATIENCE_S)()
+        if not self._asked:
+            for bell in self._rung(PATIENCE_S):
+                bell.answer()
+                return
+            raise TimeoutError("nothing was asked for, and nobody rang")
+        self._asked.popleft()()
 
     def step_until(self, is_so: Callable[[], bool]) -> None:
         while not is_so():
@@ -49,11 +80,15 @@ class Here:
 
     @property
     def is_idle(self) -> bool:
-        return self._asked.empty()
+        return not (self._asked or self._rung(0.0))
+
+    def _rung(self, timeout_s: float) -> list[Bell]:
+        files, _, _ = select.select([bell.fd for bell in self.bells], [], [], timeout_s)
+        return [bell for bell in self.bells if bell.fd in files]
 
 
 class TestInOneThread:
-    """Batches are launched and handed out where requests are submitted; a thread waits in between, and nothing else."""
+    """Batches are launched and handed out where requests are submitted, and ring in between."""
 
     @pytest.fixture
     def bench(self) -> Iterator[tuple[Batcher[str | Exception, str], Here, list[InTime]]]:
@@ -66,10 +101,10 @@ class TestInOneThread:
         limits = Limits(max_batch_tokens=10, max_queue_tokens=100, max_queue_requests=50, max_in_flight=2)
         batcher: Batcher[str | Exception, str] = Batcher(launch, limits)
         here = Here()
-        batcher.start(here.soon)
+        batcher.start(here)
         yield batcher, here, launched
         for batch in launched:
-            batch.over.set()
+            batch.end()
         stopping = threading.Thread(target=batcher.stop, args=(PATIENCE_S,))
         stopping.start()
         while stopping.is_alive():
@@ -77,7 +112,9 @@ class TestInOneThread:
                 stopping.join(0.001)
             else:
                 here.step()
-        assert not any(thread.is_alive() for thread in batcher.threads if thread is not threading.current_thread())
+        assert batcher.stop(0.0)
+        assert not here.bells
+        assert set(batcher.threads) <= {threading.current_thread()}, "it has none of its own"
 
     def test_two_are_in_flight_and_the_third_follows_the_first(
         self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]]
@@ -88,20 +125,64 @@ class TestInOneThread:
         here.step()
         assert [batch.members for batch in launched] == [["x"], ["y"]]
         assert here.is_idle
-        launched[1].over.set()
-        launched[0].over.set()
+        launched[1].end()
+        launched[0].end()
         here.step_until(promises[0].done)
         assert promises[0].result(0) == "x done"
         assert launched[0].steps[-2:] == ["results", "close"]
-        assert "expertd-waiter" in launched[0].threads
         assert [batch.members for batch in launched] == [["x"], ["y"], ["z"]]
         assert not promises[1].done(), "other things of the thread come in between"
         here.step_until(promises[1].done)
         assert promises[1].result(0) == "y done"
-        launched[2].over.set()
+        launched[2].end()
         here.step_until(promises[2].done)
         assert promises[2].result(0) == "z done"
+        assert all(set(batch.waited_s) == {0.0} for batch in launched), "nobody waits"
         assert batcher.drain(0.0)
+
+    def test_one_that_cannot_ring_is_waited_for(
+        self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]]
+    ) -> None:
+        batcher, here, launched = bench
+        launch = batcher._launch
+
+        def launch_mute(batch: Batch[str | Exception, str]) -> InTime:
+            running = launch(batch)
+            assert isinstance(running, InTime)
+            running.cannot_ring = running.is_over = True
+            return running
+
+        batcher._launch = launch_mute
+        promise = batcher.submit("a", "x", 10)
+        here.step_until(promise.done)
+        assert promise.result(0) == "x done"
+        assert launched[0].waited_s[0] is None
+
+    def test_stopping_waits_for_what_is_in_flight(
+        self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]]
+    ) -> None:
+        batcher, here, launched = bench
+        promise = batcher.submit("a", "x", 10)
+        here.step()
+        assert not batcher.stop(0.0)
+        launched[0].end()
+        here.step_until(promise.done)
+        assert batcher.stop(0.0)
+        assert promise.result(0) == "x done"
+
+    def test_what_hangs_is_there_after_stopping(
+        self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]]
+    ) -> None:
+        batcher, here, launched = bench
+        promise = batcher.submit("a", "x", 10)
+        here.step()
+        batcher.abandon()
+        with pytest.raises(UnavailableError, match="hangs"):
+            promise.result(0)
+        assert not batcher.stop(0.0)
+        launched[0].end()
+        here.step()
+        assert batcher.stop(0.0)
 
     def test_a_lone_request_that_runs_already_is_not_given_up(
         self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]]
@@ -114,7 +195,7 @@ class TestInOneThread:
         assert [batch.members for batch in launched] == [["x"]]
         assert not promise.cancel()
         assert promise.payload == "x"
-        launched[0].over.set()
+        launched[0].end()
         here.step_until(promise.done)
         assert promise.result(0) == "x done"
 
@@ -133,7 +214,7 @@ class TestInOneThread:
             return make()
 
         launched[0].results = results  # type: ignore[method-assign]
-        launched[0].over.set()
+        launched[0].end()
         here.step_until(lambda: bool(seen))
         assert seen == [2]
 
@@ -148,15 +229,15 @@ class TestInOneThread:
             running = launch(batch)
             assert isinstance(running, InTime)
             if is_short:
-                running.over.set()
+                running.end()
             return running
 
         batcher._launch = launch_short
         promise = batcher.submit("a", "x", 1)
         batcher.hurry()
         assert promise.done() == is_short
-        assert launched[0].threads >= {threading.current_thread().name}
-        launched[0].over.set()
+        assert launched[0].waited_s[0] == pytest.approx(0.0005)
+        launched[0].end()
         here.step_until(promise.done)
         assert promise.result(0) == "x done"
         assert launched[0].steps[-2:] == ["results", "close"], "once"
@@ -167,7 +248,7 @@ class TestInOneThread:
             batcher.submit("a", name, 10)
         batcher.hurry()
         assert len(launched) == 2
-        assert threading.current_thread().name not in launched[0].threads | launched[1].threads
+        assert launched[0].waited_s == launched[1].waited_s == []
 
     @pytest.mark.parametrize("is_alone", [True, False])
     def test_what_goes_wrong_on_the_device_is_told(
@@ -179,7 +260,7 @@ class TestInOneThread:
         batcher.hurry()
         while not bad.done() or not (good is None or good.done()):
             for batch in launched:
-                batch.over.set()
+                batch.end()
             here.step()
         with pytest.raises(ValueError, match="bad"):
             bad.result(0)
@@ -191,22 +272,22 @@ class TestInOneThread:
         limits = Limits(max_batch_tokens=1, max_queue_tokens=1, max_queue_requests=1, max_queue_delay_s=1.0)
         batcher: Batcher[str, str] = Batcher(lambda _: Done(["x"]), limits)
         with pytest.raises(ValueError, match="max_queue_delay_s"):
-            batcher.start(Here().soon)
+            batcher.start(Here())
 
 
-@pytest.mark.parametrize("how", ["at once", "briefly", "by the waiting thread"])
+@pytest.mark.parametrize("how", ["at once", "briefly", "when it rings"])
 def test_nor_does_one_that_fails_where_requests_are_served_live_on(how: str) -> None:
     launched: list[FailsLate] = []
 
     def launch(batch: Batch[Payload, str]) -> FailsLate:
         launched.append(FailsLate(["done"]))
-        launched[-1].is_over = how != "by the waiting thread"
+        launched[-1].is_over = how != "when it rings"
         return launched[-1]
 
     in_flight = 1 if how == "at once" else 2
     limits = Limits(max_batch_tokens=1, max_queue_tokens=10, max_queue_requests=10, max_in_flight=in_flight)
     batcher, here = Batcher(launch, limits), Here()
-    batcher.start(here.soon)
+    batcher.start(here)
     payload = Payload()
     alive = weakref.ref(payload)
     gc.disable()
@@ -217,8 +298,10 @@ def test_nor_does_one_that_fails_where_requests_are_served_live_on(how: str) -> 
             here.step()
         else:
             batcher.hurry()
-        assert promise.done() == (how != "by the waiting thread")
+        assert promise.done() == (how != "when it rings")
         launched[0].is_over = True
+        for bell in here.bells:
+            bell.ring()
         here.step_until(promise.done)
         with pytest.raises(RuntimeError, match="bad"):
             promise.result(0)
@@ -229,13 +312,16 @@ def test_nor_does_one_that_fails_where_requests_are_served_live_on(how: str) -> 
 
 
 class Loop:
-    """What `Batcher.start` is given where no thread runs what waits: calls wait until `turn`."""
+    """A serving thread whose calls wait until `turn`; of batches that are over when they were launched."""
 
     def __init__(self) -> None:
         self.calls: list[Callable[[], object]] = []
 
-    def __call__(self, function: Callable[[], object]) -> None:
+    def soon(self, function: Callable[[], object]) -> None:
         self.calls.append(function)
+
+    def bell(self, function: Callable[[], object]) -> Bell:
+        raise AssertionError("nothing rings here")
 
     def turn(self) -> None:
         calls, self.calls = self.calls, []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import queue
 import threading
 from collections.abc import Iterator
 
@@ -95,3 +97,35 @@ def test_what_comes_after_the_end_is_dropped() -> None:
     inbox = Inbox(loop)
     loop.release()
     inbox.post(lambda: None)
+
+
+class TestBell:
+    def test_whoever_rings_it_has_the_loop_call(self, loop: EventLoop) -> None:
+        called: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        bell = loop.bell(lambda: called.put(loop.is_here))
+        for _ in range(3):
+            bell.ring()
+            assert called.get(timeout=PATIENCE_S)
+        bell.close()
+
+    def test_a_closed_one_leaves_no_file(self, loop: EventLoop) -> None:
+        bell = loop.bell(lambda: None)
+        loop.run(nothing(), PATIENCE_S)
+        copy = os.dup(bell.fd)
+        try:
+            bell.close()
+            loop.run(nothing(), PATIENCE_S)
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(bell.fd)
+            os.eventfd_write(copy, 1)  # by who has not heard of it; nobody is told
+            loop.run(nothing(), PATIENCE_S)
+        finally:
+            os.close(copy)
+
+    def test_it_can_be_closed_after_the_loop(self) -> None:
+        loop = EventLoop.acquire()
+        bell = loop.bell(lambda: None)
+        loop.release()
+        bell.close()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(bell.fd)

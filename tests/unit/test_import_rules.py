@@ -15,6 +15,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "__init__",
+            "bell",
             "compiled",
             "config",
             "control",

@@ -1,0 +1,103 @@
+// Says when a batch is over: a thread that waits for the device and then writes to a file, which another thread reads.
+// It has no use for the interpreter, whose lock a thread of Python's would have to wait for, and keep others waiting.
+#pragma once
+#include <cuda_runtime.h>
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <utility>
+
+namespace expertd {
+
+struct DestroyEvent {
+  void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
+};
+
+// A copy of somebody's eventfd, which stays open when theirs is closed and its number another file's.
+class BellFile {
+ public:
+  explicit BellFile(int fd) : fd_(fcntl(fd, F_DUPFD_CLOEXEC, 0)) {
+    if (fd_ < 0) throw std::system_error(errno, std::generic_category(), "copying the file of a bell");
+  }
+  ~BellFile() { close(fd_); }
+  BellFile(const BellFile&) = delete;
+  BellFile& operator=(const BellFile&) = delete;
+
+  void ring() const {
+    const uint64_t one = 1;
+    (void)!write(fd_, &one, sizeof(one));  // fails where it has been rung 2^64 - 2 times and was not heard
+  }
+
+ private:
+  int fd_;
+};
+
+// An event that is recorded for one batch after the other, and of which it is now.
+struct BatchEvent {
+  std::unique_ptr<CUevent_st, DestroyEvent> event;
+  int device = 0;
+  std::atomic<uint64_t> batch{0};
+};
+
+class Ringer {
+ public:
+  // Of this process. Never destroyed: its thread waits in there while the process ends.
+  static Ringer& shared() {
+    static auto* ringer = new Ringer();
+    return *ringer;
+  }
+
+  // Rings when the batch that the event was recorded for last is over, or has failed. In the order of these calls.
+  void ring_after(std::shared_ptr<const BatchEvent> event, std::shared_ptr<const BellFile> bell) {
+    const uint64_t batch = event->batch.load();
+    {
+      std::lock_guard<std::mutex> lock(lock_);
+      if (!is_started_) std::thread(&Ringer::run, this).detach();
+      is_started_ = true;
+      due_.push_back({std::move(event), batch, std::move(bell)});
+    }
+    wake_.notify_one();
+  }
+
+ private:
+  struct Due {
+    std::shared_ptr<const BatchEvent> event;
+    uint64_t batch;
+    std::shared_ptr<const BellFile> bell;
+  };
+
+  void run() {
+    int device = -1;
+    while (true) {
+      const Due due = next();
+      if (due.event->device != device) (void)cudaSetDevice(device = due.event->device);
+      // Where somebody else saw that it was over, the event may be of a later batch, which has a call of its own.
+      if (due.event->batch.load() == due.batch) (void)cudaEventSynchronize(due.event->event.get());
+      due.bell->ring();  // an error is the end as well: whoever hears it asks, and is told
+    }
+  }
+
+  Due next() {
+    std::unique_lock<std::mutex> lock(lock_);
+    wake_.wait(lock, [this] { return !due_.empty(); });
+    Due due = std::move(due_.front());
+    due_.pop_front();
+    return due;
+  }
+
+  std::mutex lock_;
+  std::condition_variable wake_;
+  std::deque<Due> due_;  // no more than there are slots
+  bool is_started_ = false;
+};
+
+}  // namespace expertd
