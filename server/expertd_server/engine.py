@@ -24,7 +24,7 @@ from expertd_server.batch import Batch, Limits
 from expertd_server.batcher import Batcher
 from expertd_server.cuda_slot import CudaSlot, CudaStreams
 from expertd_server.errors import ExpertdServerError
-from expertd_server.forward import ForwardCall, ForwardResult, HostTensor
+from expertd_server.forward import ForwardCall, ForwardResult, HostTensor, Matrix
 from expertd_server.gather import gather, kind_of
 from expertd_server.graphs import Capturer, CudaCapturer, Graphs, progress_bar, run_layer
 from expertd_server.layer import MoELayer
@@ -39,7 +39,7 @@ from expertd_server.layout import (
 )
 from expertd_server.native import copy_bytes
 from expertd_server.promise import Promise
-from expertd_server.running import BatchReport, RunningBatch, unexpected
+from expertd_server.running import BatchReport, HostOutput, RunningBatch, unexpected
 from expertd_server.scatter import scatter
 from expertd_server.staging import HostSlot, Slot, SlotPool
 from expertd_server.timing import ForwardTiming
@@ -51,17 +51,14 @@ __all__ = ["BatchReport", "Engine", "ForwardCall", "ForwardResult", "ForwardTimi
 _IN_FLIGHT_ON_DEVICE = 2
 # Of inputs of different sizes, for each slot.
 _MOST_VIEWS = 256
+# Of what requests may have in common. Who is the first after so many meets no company that came before.
+_MOST_KEYS = 4096
 # Longer than any capture keeps a slot to itself.
 _SLOT_TIMEOUT_S = 30.0
 
 
-class _Key(NamedTuple):
-    """What requests must have in common to share a batch."""
-
-    layer: MoELayer
-    do_finalize: bool
-    kind: BatchKind | None
-    """None on the CPU, where any kind may run with any other."""
+class _Key:
+    """One for all requests that may share a batch; compared by identity, which takes no time."""
 
 
 class Engine:
@@ -102,6 +99,7 @@ class Engine:
         if capturer is not None:
             self.graphs = Graphs(self.slots, min(max_graph_tokens, limits.max_batch_tokens), capturer)
         self._views: dict[int, _SlotViews] = {}
+        self._keys: dict[tuple[object, ...], _Key] = {}
         self._met: dict[int, weakref.ref[MoELayer]] = {}
         """By id; what a layer's death leaves behind here is never taken for another."""
         self._met_lock = threading.Lock()  # a scrape of the metrics goes through them while batches add to them
@@ -123,8 +121,19 @@ class Engine:
 
         Errors, deadline, cancellation and the rest as in `Batcher.submit`.
         """
-        key = _Key(call.layer, call.do_finalize, None if self._is_host else kind_of((call,)))
-        return self.batcher.submit(key, call, call.num_tokens, deadline_s, on_done, is_last)
+        return self.batcher.submit(self._key_of(call), call, call.num_tokens, deadline_s, on_done, is_last)
+
+    def _key_of(self, call: ForwardCall) -> _Key:
+        """What the batcher knows of a call. On the CPU any kind may run with any other."""
+        common: tuple[object, ...] = id(call.layer), call.do_finalize  # the layer lives while a call to it waits
+        if not self._is_host:
+            common += call.hidden_states.dtype, call.topk_ids is None, call.output_dtype
+        key = self._keys.get(common)
+        if key is None:
+            if len(self._keys) >= _MOST_KEYS:
+                self._keys.clear()
+            key = self._keys.setdefault(common, _Key())
+        return key
 
     def hurry(self) -> None:
         """See `Batcher.hurry`."""
@@ -135,11 +144,13 @@ class Engine:
         batch = self.batcher.in_flight(number)
         if batch is None:
             return f"{self.batcher.queue_requests} requests wait, and none is taken"
-        assert isinstance(batch.key, _Key)
-        rows = None if self.graphs is None or not batch.key.do_finalize else self.graphs.bucket(batch.num_tokens)
+        call = batch.entries[0].payload
+        if call is None:
+            return f"a batch of {batch.num_tokens} tokens that is being handed out"
+        rows = None if self.graphs is None or not call.do_finalize else self.graphs.bucket(batch.num_tokens)
         bucket = "no graph" if rows is None else f"bucket {rows}"
         size = f"{len(batch.entries)} requests of {batch.num_tokens} tokens together"
-        return f"layer {batch.key.layer.name!r}, {size}, {bucket}"
+        return f"layer {call.layer.name!r}, {size}, {bucket}"
 
     def capture(self, layers: Sequence[MoELayer]) -> None:
         """Take the memory that these layers' batches need and capture their graphs, so that no request waits for it.
@@ -269,7 +280,7 @@ class _Plan(NamedTuple):
     outputs: OutputLayout
     arguments: dict[str, torch.Tensor]
     """The inputs on the device, as `Backend.forward` takes them."""
-    in_slot: MoEOutput | None
+    in_slot: HostOutput | None
     """The outputs on the host; None on the CPU, where each answer has memory of its own."""
 
 
@@ -295,7 +306,8 @@ class _SlotViews:
             in_slot = None
             if not slot.is_host:
                 parts = {field.name: getattr(outputs, field.name) for field in fields(outputs)}
-                in_slot = MoEOutput(**{name: part.view(slot.host_out, num_rows) for name, part in parts.items()})
+                views = {name: part.view(slot.host_out, num_rows) for name, part in parts.items()}
+                in_slot = HostOutput(MoEOutput(**views), Matrix.of(views["output"]), views["topk_ids"].numpy())
             plan = _Plan(inputs, outputs, inputs.arguments(slot.device_in, num_rows), in_slot)
             found = self._plans[key] = spec, plan
         return found[1]

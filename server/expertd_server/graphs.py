@@ -7,6 +7,7 @@ and the backend's scratch memory: they are replayed one after the other.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import logging
 import threading
@@ -146,7 +147,8 @@ class Graphs:
 
     def bucket(self, num_tokens: int) -> int | None:
         """The smallest bucket that takes num_tokens; None: there is none."""
-        return next((rows for rows in self.buckets if rows >= num_tokens), None)
+        index = bisect.bisect_left(self.buckets, num_tokens)
+        return self.buckets[index] if index < len(self.buckets) else None
 
     def find(self, slot: Slot, layer: MoELayer, kind: BatchKind, num_tokens: int) -> Graph | None:
         """The graph for a batch; None: there is none (yet)."""

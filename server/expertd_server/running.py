@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from expertd_server.backend import MoEOutput
@@ -31,8 +33,18 @@ class BatchReport:
     """Rows of the graph that was replayed, padding included; None: it ran without one."""
     compute_s: float
     """How long it had the device to itself."""
-    topk_ids: torch.Tensor
+    topk_ids: torch.Tensor | npt.NDArray[np.int16]
     """[T, K] int32 or int16 on the host, the experts that were selected; valid during the call alone."""
+
+
+class HostOutput(NamedTuple):
+    """A batch's outputs on the host, and what is asked of them for every batch: torch takes long to say it."""
+
+    tensors: MoEOutput
+    output_at: Matrix | None
+    """Where its output lies, if it has one and that is dense."""
+    topk_ids: torch.Tensor | npt.NDArray[np.int16]
+    """Those of the tensors."""
 
 
 @dataclass(eq=False, slots=True)
@@ -48,7 +60,7 @@ class RunningBatch:
     """Of the batch's entries. Kept to the end, whatever becomes of those: the device may use their memory till then."""
     places: list[int]
     """Where the device puts each call's output, see `scatter`; empty where the answer does not lie in the slot."""
-    in_slot: MoEOutput | None
+    in_slot: HostOutput | None
     """The outputs as they lie in the slot's host memory, padding included."""
     answer: MoEOutput | None
     """None where the answer is `in_slot`."""
@@ -59,7 +71,7 @@ class RunningBatch:
     on_batch: Callable[[BatchReport], None] | None
     """Called by `close` with what the batch did, where it has results."""
     compute_s: float = 0.0
-    topk_ids: torch.Tensor | None = None
+    topk_ids: torch.Tensor | npt.NDArray[np.int16] | None = None
     """As in `BatchReport`; None where the batch has no results."""
 
     def wait(self, seconds: float | None = None) -> bool:
@@ -104,18 +116,15 @@ class RunningBatch:
     def _split(self) -> list[Any]:
         batch, clock = self.batch, self.clock
         start_s = clock()
-        answer = self.answer
-        if answer is None or not self.slot.is_host:
-            answer = self._host_answer()
+        answer, whole, topk_ids = self._host_answer()
         entries, num_tokens, version = batch.entries, batch.num_tokens, self.layer.weights_version
         num_requests = len(entries)
         copy_in_s, wait_s, compute_s, copy_out_s = self.slot.times()
         is_padded = self.graph_rows is not None and self.graph_rows != num_tokens
         self.compute_s = compute_s
-        self.topk_ids = answer.topk_ids[:num_tokens] if is_padded else answer.topk_ids
+        self.topk_ids = topk_ids[:num_tokens] if is_padded else topk_ids
         copy_in_us, compute_us = round((self.gather_s + copy_in_s) * 1e6), round(compute_s * 1e6)
         output = answer.output
-        whole = None if output is None else Matrix.of(output)
         is_owned = num_requests == 1 and self.answer is not None
         copies = Copies() if num_requests > 1 else None  # see gather
         parts: list[ForwardResult] = []
@@ -169,16 +178,16 @@ class RunningBatch:
         if call.return_routing:
             part.topk_ids = answer.topk_ids[mine].to(torch.int32, copy=True)
 
-    def _host_answer(self) -> MoEOutput:
+    def _host_answer(self) -> HostOutput:
         """The whole batch's answer, brought to the host; padding may follow it."""
-        slot = self.slot
-        if self.answer is None:
+        slot, answer = self.slot, self.answer
+        if answer is None:
             assert self.in_slot is not None
             return self.in_slot
-        on_host: dict[str, Any] = {
-            name: None if tensor is None else slot.read(tensor) for name, tensor in vars(self.answer).items()
-        }
-        return MoEOutput(**on_host)
+        if not slot.is_host:
+            tensors = {name: None if tensor is None else slot.read(tensor) for name, tensor in vars(answer).items()}
+            answer = MoEOutput(**tensors)  # type: ignore[arg-type]
+        return HostOutput(answer, None if answer.output is None else Matrix.of(answer.output), answer.topk_ids)
 
 
 def unexpected(error: Exception, layer: MoELayer, num_tokens: int) -> BackendError:
