@@ -18,8 +18,9 @@ many processes. Clients: processes of `_load.py`, the same for both; prepared me
 transport, which encodes every request and decodes every answer; with sdk-shm all of it goes through shared memory.
 
 --peer: other servers with an operator that computes nothing, each in an environment of its own, over unary gRPC with
-the V2 inference protocol, the same bytes in and out; beside them expertd and the echo, by turns. A peer that is not
-there is left out, with its reason. --transports without a value: nothing else.
+the V2 inference protocol, the same bytes in and out; beside them expertd and the echo, by turns, and expertd as its SDK
+reaches it from the same machine. A peer that is not there is left out, with its reason. --transports without a value:
+nothing else.
 
 lone: one request in flight. saturated: `--clients` processes with `--streams` streams of `--in-flight` requests each.
 open loop: requests due at random times at a share of the saturated rate; latencies count from when a request was due.
@@ -111,6 +112,7 @@ def measure_peers(options: argparse.Namespace, num_tokens: int, console: Console
         expertd, layers = stack.enter_context(running_expertd(options, frontends, folder))
         echo = stack.enter_context(running_echo(max(1, frontends), shape.answer_bytes))
         entries = [("expertd, stream", expertd, "stream"), ("expertd, unary", expertd, "unary")]
+        entries += [("expertd, SDK through shared memory", expertd, "sdk-shm")]
         entries += [("echo, stream", echo, "stream"), ("echo, unary", echo, "unary")]
         for peer in options.peer:
             try:

@@ -80,10 +80,12 @@ class Waiting(Generic[P, R]):
         expired: list[Entry[P, R]] = []
         room = self._limits.max_batch_tokens
         while queue:
-            entry = next(iter(queue.values()))
+            sequence, entry = queue.popitem(last=False)
             if entry.num_tokens > room:
-                break  # no later, smaller request passes this one: order of arrival is what bounds its wait
-            del queue[entry.sequence]
+                # No later, smaller request passes this one: order of arrival is what bounds its wait.
+                queue[sequence] = entry
+                queue.move_to_end(sequence, last=False)
+                break
             self.num_tokens -= entry.num_tokens
             self.num_requests -= 1
             if not entry.set_running_or_notify_cancel():
