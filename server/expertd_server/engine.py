@@ -217,7 +217,8 @@ class Engine:
     def _start(self, batch: Batch[ForwardCall, Any], slot: Slot) -> RunningBatch:
         calls = [entry.payload for entry in batch.entries]
         layer, num_tokens = calls[0].layer, batch.num_tokens
-        kind, do_finalize = kind_of(calls), calls[0].do_finalize
+        kind = kind_of(calls if slot.is_host else calls[:1])  # on a GPU they are all alike
+        do_finalize, wants_routing = calls[0].do_finalize, any(call.return_routing for call in calls)
         graph = None
         if self.graphs is not None and do_finalize:
             graph = self.graphs.find(slot, layer, kind, num_tokens)
@@ -242,7 +243,7 @@ class Engine:
             else:
                 with slot.stream():
                     expert_weights = run_layer(slot, layer, kind, num_rows, is_padded=False).expert_weights
-            if answer is None and any(call.return_routing for call in calls):
+            if answer is None and wants_routing:
                 with slot.stream():
                     copy = outputs.expert_weights.view(slot.device_out, num_tokens)
                     copy.copy_(expert_weights[:num_tokens], non_blocking=True)
@@ -250,7 +251,7 @@ class Engine:
         if not slot.is_host:
             spans = []
             if answer is None:
-                spans, places = scatter(outputs, calls, num_tokens)
+                spans, places = scatter(outputs, calls, num_tokens, wants_routing=wants_routing)
                 for entry, place in zip(batch.entries, places, strict=True):
                     entry.is_spent = place != 0
             slot.fetch(spans)

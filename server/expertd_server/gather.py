@@ -50,12 +50,13 @@ def gather(
     """
     copies = Copies() if len(calls) > 1 else None  # to note a copy takes as long as to do a small one
     add = copy_bytes if copies is None else copies.add
-    given = [(*_routing_of(call, layer, layout), _hidden_states_of(call, layer, layout)) for call in calls]
+    routed = [_routing_of(call, layer, layout) for call in calls]
+    columns = [*zip(*routed, strict=True), [_hidden_states_of(call, layer, layout) for call in calls]]
     spans = Spans(NUM_VALID_BYTES)
-    for column, part in enumerate(layout.parts):
+    for part, tensors in zip(layout.parts, columns, strict=True):
         start = part.offset
-        for tensors in given:
-            data = tensors[column].data
+        for tensor in tensors:
+            data = tensor.data
             nbytes = len(data)
             address = direct_address(data, nbytes)
             if address:

@@ -11,18 +11,19 @@ from expertd_server.spans import Span, Spans, direct_address
 __all__ = ["scatter"]
 
 
-def scatter(layout: OutputLayout, calls: Sequence[ForwardCall], num_tokens: int) -> tuple[list[Span], list[int]]:
+def scatter(
+    layout: OutputLayout, calls: Sequence[ForwardCall], num_tokens: int, *, wants_routing: bool
+) -> tuple[list[Span], list[int]]:
     """The copies that bring a batch's output to the host, and for each call the address where they put its rows.
 
-    0: in the slot's host memory. num_tokens: of all calls.
+    0: in the slot's host memory. num_tokens: of all calls. wants_routing: whether any call does.
     """
-    wants_routing = any(call.return_routing for call in calls)
     # NOTE: the ids come in any case, for metrics.
     spans = Spans((layout.expert_weights if wants_routing else layout.topk_ids).end(num_tokens))
     places = []
     start, row_bytes = layout.output.offset, layout.output.row_bytes
     for call in calls:
-        nbytes = call.num_tokens * row_bytes
+        nbytes = call.hidden_states.shape[0] * row_bytes
         place = _place_of(call, nbytes)
         if place:
             spans.add_direct(start, nbytes, place)
