@@ -105,6 +105,7 @@ def run_frontend(options: argparse.Namespace, mailbox: socket.socket, engine_pid
         for _ in range(options.streams):
             context: Any = Context(message, options.in_flight, options.count)
             bounds: Any = {"regions": StreamRegions(None, 0), "max_requests": 256, "max_tokens": 2**20}
+            bounds |= {"max_answer_bytes": 2**30}
             streams.append(Stream(service._calls, context, service._inbox, **bounds, log_id="-"))
         profile: Any = cProfile.Profile() if options.profile else SimpleNamespace(enable=int, disable=int)
         engine_s, thread_s, wall_s = cpu_s(engine_pid), time.thread_time(), time.perf_counter()
