@@ -282,6 +282,8 @@ class _Stream:
         """See Transport."""
         memory = self._memory
         failure = self.await_memory(deadline, in_any_case=True)
+        if memory is None:  # it goes with the stream
+            failure = copy.copy(self._end)
         if failure is not None:
             try:
                 raise failure
