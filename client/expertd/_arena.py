@@ -127,11 +127,11 @@ class Arena:
 
     def find(self, data: Bytes) -> int | None:
         """Where in this memory contiguous bytes lie; None: elsewhere."""
-        start: int = data.__array_interface__["data"][0] - self.address
-        stop = start + data.nbytes
-        if not 0 <= start < stop <= self.memory.nbytes:
+        if not np.may_share_memory(data, self.memory):  # which is mostly so, and known sooner than the address
             return None
-        if any(start < end and begin < stop for begin, end in self._detached):
+        start: int = data.ctypes.data - self.address
+        stop = start + data.nbytes
+        if self._detached and any(start < end and begin < stop for begin, end in self._detached):
             return None
         return start
 

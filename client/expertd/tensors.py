@@ -79,6 +79,8 @@ class WireTensor:
 
     def rows(self, start: int, stop: int) -> WireTensor:
         """Rows start ... stop - 1, without a copy."""
+        if stop - start == self.shape[0]:
+            return self
         data = self.data[start * self.row_nbytes : stop * self.row_nbytes]
         return WireTensor(self.dtype, (stop - start, *self.shape[1:]), data)
 
