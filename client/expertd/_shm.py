@@ -110,7 +110,7 @@ class Placed:
 class StreamMemory:
     """The memory of one stream: asked for, handed in, used. `request_id` is that of its one message.
 
-    Not thread-safe but for `place`. Its memory is free when this and every array of an answer that lies in it are gone.
+    Not thread-safe but for `place` and `lend`. Its memory is free when this and every array that lies in it are gone.
     """
 
     def __init__(self, wanted: WantedMemory, request_id: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from typing import Any
@@ -184,6 +185,24 @@ class TestInPlace:
         assert start not in self.starts(arena)
         del there
         assert start in self.starts(arena)
+
+    def test_where_it_cannot_be_taken_away_the_log_says_so(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: int) -> None:
+            raise OSError(errno.ENOMEM, "no more")
+
+        memory, arena = a_shared_memory(1 << 18)
+        hidden, weights = self.lent(memory, HIDDEN_SIZE, ml_dtypes.bfloat16), self.lent(memory, 3, np.float32)
+        out = self.lent(memory, HIDDEN_SIZE, ml_dtypes.bfloat16)
+        there = memory.place(7, self.encoded(hidden, weights, out), 5)
+        assert there is not None
+        monkeypatch.setattr(arena._pages, "detach", fail)
+        there[1].give_up()
+        assert "drop the array" in caplog.text
+        again = memory.place(8, self.encoded(hidden, weights, out), 5, [there[1]])
+        assert again is not None
+        assert not again[1].is_out
 
     def starts(self, arena: Arena) -> list[int | None]:
         held = []
