@@ -86,7 +86,8 @@ class Placed:
     def bytes_at(self, offset: int, nbytes: int) -> Bytes:
         """[nbytes] uint8 of the memory that the answer goes to; offset: in the arena."""
         if self._out is not None:
-            return self._out[1][offset - self.offset :][:nbytes]
+            data = self._out[1]
+            return data if nbytes == data.nbytes else data[offset - self.offset :][:nbytes]
         assert self._piece is not None, "the answer has gone somewhere"
         return self._piece.array(offset, nbytes)
 

@@ -75,7 +75,7 @@ class WireTensor:
 
     def is_at(self, other: WireTensor) -> bool:
         """Whether its bytes start where those of the other do."""
-        return bool(self.data.ctypes.data == other.data.ctypes.data)
+        return self.data is other.data or bool(self.data.ctypes.data == other.data.ctypes.data)
 
     def rows(self, start: int, stop: int) -> WireTensor:
         """Rows start ... stop - 1, without a copy."""
@@ -210,7 +210,7 @@ def from_message(field: str, message: pb.Tensor | AnswerTensor) -> WireTensor:
     """
     shape = tuple(message.shape)
     dtype = _NUMPY_DTYPES.get(message.dtype)
-    data = np.frombuffer(message.data, dtype=np.uint8)
+    data = message.data if isinstance(message.data, np.ndarray) else np.frombuffer(message.data, dtype=np.uint8)
     if dtype is None or data.nbytes != math.prod(shape) * dtype.itemsize:
         name = _NAMES.get(message.dtype, f"dtype {message.dtype}")
         raise ProtocolError(f"{field} of the answer holds {data.nbytes} bytes, which is not {name} of shape {shape}")
