@@ -289,6 +289,7 @@ class AsyncClient(BaseClient):
         return int(answer.status)
 
     async def _lend(self, nbytes: int, deadline: float) -> Bytes | None:
+        """Memory for `empty`; None: there is none to share, or none to spare."""
         if self._wanted_memory is None:
             return None
         scope = asyncio.timeout_at(deadline)
@@ -309,6 +310,7 @@ class AsyncClient(BaseClient):
         return await self._retried(deadline, lambda: self._call_once(method, request, response, deadline))
 
     async def _retried(self, deadline: float, once: Callable[[], Coroutine[Any, Any, ResultT]]) -> ResultT:
+        """What `once` returns, called again while its errors leave hope."""
         retries = self._retries(deadline)
         while True:
             try:

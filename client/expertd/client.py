@@ -250,6 +250,7 @@ class Client(BaseClient):
         )
 
     def _lend(self, nbytes: int, deadline: float) -> Bytes | None:
+        """Memory for `empty`; None: there is none to share, or none to spare."""
         if self._wanted_memory is None:
             return None
         if self._known_server is None:
@@ -261,6 +262,7 @@ class Client(BaseClient):
         return self._retried(deadline, lambda: self._call_once(method, request, response, deadline))
 
     def _retried(self, deadline: float, once: Callable[[], ResultT]) -> ResultT:
+        """What `once` returns, called again while its errors leave hope."""
         retries = self._retries(deadline)
         while True:
             try:
