@@ -178,8 +178,11 @@ def out_to_wire(array: Any, dtype: int, shape: tuple[int, ...]) -> WireTensor:
         raise InvalidRequestError.of(
             "out.shape", f"is {list(tensor.shape)}, expected that of hidden_states, {list(shape)}"
         )
-    lies_at = array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr()
-    if tensor.nbytes and tensor.data.ctypes.data != lies_at:
+    if isinstance(array, np.ndarray):
+        is_dense = array.flags.c_contiguous and array.dtype.isnative
+    else:
+        is_dense = array.is_contiguous() and array.device.type == "cpu"
+    if not is_dense:
         raise InvalidRequestError.of(
             "out", "is not contiguous in this host's memory, expected elements in C order and in native byte order"
         )

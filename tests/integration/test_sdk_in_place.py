@@ -202,6 +202,17 @@ def test_out_on_every_transport(server: Running, flavour: str, transport: str) -
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_client_that_may_do_without_the_memory_waits_for_it_to_make_an_array(
+    server: Running, spy: Spy, flavour: str
+) -> None:
+    hidden, logits = values(20)
+    with connected(flavour, server.server.port, "auto") as driver:
+        out = an_out(driver, 20)
+        driver.forward(LAYER, lent(driver, hidden), routing_logits=logits, out=out)
+        assert (spy.num_inputs, spy.num_outs) == ([1], 1)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
 def test_neighbours_on_the_same_page_are_left_alone(server: Running, spy: Spy, flavour: str) -> None:
     """An output that shares a page comes as a copy: its page could not be taken from the server alone."""
     hidden, logits = values(3)
