@@ -32,6 +32,7 @@ from _v2 import v2_message
 
 _PATIENCE_S = 30.0
 _LONGEST_S = 3600.0
+_IN_PLACE = "-inplace"
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -47,8 +48,8 @@ class Job:
     method: str
     """Full method name, "/package.Service/Method"."""
     transport: str
-    """stream, unary, or sdk: expertd.Client with each of its transports as "sdk-stream", ...; v2-numbers and v2-bytes:
-    unary, in the V2 inference protocol, see _v2."""
+    """stream, unary, or sdk: expertd.Client with each of its transports as "sdk-stream", ..., and as "sdk-shm-inplace"
+    with arrays that lie in shared memory; v2-numbers and v2-bytes: unary, in the V2 inference protocol, see _v2."""
     layers: list[str]
     shape: dict[str, Any]
     """Fields of RequestShape."""
@@ -192,18 +193,28 @@ def run_sdk(job: Job, index: int, record: Record, gate: Gate) -> None:
     """expertd.Client, one thread for each place in flight."""
     import expertd  # noqa: PLC0415 (the raw clients do not need it)
 
-    arguments = RequestShape(**job.shape).arrays()
-    config = expertd.ClientConfig(job.target, transport=job.transport.removeprefix("sdk-"))  # type: ignore[arg-type]
-    with expertd.Client(config) as client:
+    shape = RequestShape(**job.shape)
+    transport: Any = job.transport.removeprefix("sdk-").removesuffix(_IN_PLACE)
+    with expertd.Client(expertd.ClientConfig(job.target, transport=transport)) as client:
 
-        def ask(layer: str) -> None:
+        def arguments() -> dict[str, Any]:
+            """Of one place in flight."""
+            arrays = shape.arrays()
+            if not job.transport.endswith(_IN_PLACE):
+                return arrays
+            copies = {name: client.empty(array.shape, array.dtype) for name, array in arrays.items()}
+            for name, copy in copies.items():
+                copy[...] = arrays[name]
+            return copies | {"out": client.empty((shape.num_tokens, shape.hidden_size), "bfloat16")}
+
+        def ask(layer: str, given: dict[str, Any]) -> None:
             try:
-                client.forward(layer, **arguments)
+                client.forward(layer, **given)
             except expertd.ExpertdError as error:
                 raise FailedError(type(error).__name__) from error
 
         layers = [job.layers[n % len(job.layers)] for n in range(job.in_flight)]
-        asks: list[Callable[[], None]] = [functools.partial(ask, layer) for layer in layers]
+        asks: list[Callable[[], None]] = [functools.partial(ask, layer, arguments()) for layer in layers]
         ask_in_threads(job, index, record, gate, asks)
 
 

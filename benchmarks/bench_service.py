@@ -15,7 +15,8 @@ Server: `expertd-server serve` as users start it, with the no-op backend unless 
 measured is the service. Echo: `_echo.py`, a Python gRPC server that answers with a constant of the answer's size, in as
 many processes. Clients: processes of `_load.py`, the same for both; prepared messages, so that they cost little.
 --transports: stream and unary send such messages; sdk-stream, sdk-shm and sdk-unary are `expertd.Client` with that
-transport, which encodes every request and decodes every answer; with sdk-shm all of it goes through shared memory.
+transport, which encodes every request and decodes every answer. With sdk-shm all of it goes through shared memory; with
+sdk-shm-inplace the caller's arrays lie there, one set for each request in flight, and nothing is copied.
 
 --peer: other servers with an operator that computes nothing, each in an environment of its own, over unary gRPC with
 the V2 inference protocol, the same bytes in and out; beside them expertd and the echo, by turns, and expertd as its SDK
@@ -210,7 +211,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=int, nargs="+", help="tokens of a request")
     parser.add_argument(
-        "--transports", nargs="*", default=["stream", "unary"], help="stream, unary, sdk-stream, sdk-shm, sdk-unary"
+        "--transports",
+        nargs="*",
+        default=["stream", "unary"],
+        help="stream, unary, sdk-stream, sdk-shm, sdk-shm-inplace, sdk-unary",
     )
     parser.add_argument(
         "--peer",

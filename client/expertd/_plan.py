@@ -12,7 +12,16 @@ import numpy as np
 from expertd._wire import Encoded, encode_forward_request
 from expertd._wire_read import Response
 from expertd.errors import InvalidRequestError, ProtocolError
-from expertd.tensors import ArrayKind, WireTensor, dtype_to_wire, from_message, join_rows, to_caller, to_wire
+from expertd.tensors import (
+    ArrayKind,
+    WireTensor,
+    dtype_to_wire,
+    from_message,
+    join_rows,
+    out_to_wire,
+    to_caller,
+    to_wire,
+)
 from expertd.types import ForwardRequest, ForwardResult, LayerInfo, Timing
 from expertd.v1 import expertd_pb2 as pb
 
@@ -39,6 +48,10 @@ class PreparedRequest:
     do_finalize: bool
     return_routing: bool
     weights_version: int
+    out: WireTensor | None = None
+    """The memory of `out_array`."""
+    out_array: Any = None
+    """The caller's, which the output is written to and handed back as."""
 
     @property
     def num_tokens(self) -> int:
@@ -104,6 +117,7 @@ class Part:
             do_finalize=request.do_finalize,
             return_routing=request.return_routing or self.needs_ids,
             weights_version=self.weights_version,
+            out=rows(request.out),
         )
 
 
@@ -153,12 +167,7 @@ class Plan:
         output = gemm2_output = expert_weights = topk_ids = permuted_idx = None
         split = len(answers) > 1
         if request.do_finalize:
-            output = self._joined("output", answers, (num_tokens, request.hidden_states.shape[1]))
-            expected = request.output_dtype or pb.DATA_TYPE_BFLOAT16
-            if output.dtype != expected:
-                raise ProtocolError(
-                    f"output of the answer is {output.dtype_name}, asked for {pb.DataType.Name(expected)}"
-                )
+            output = self._output(num_tokens, answers) if request.out is None else self._written(request.out, answers)
         if request.return_routing or not request.do_finalize:
             expert_weights = self._joined("expert_weights", answers, (num_tokens, None))
         if request.return_routing or (split and not request.do_finalize):
@@ -176,7 +185,7 @@ class Plan:
             return None if tensor is None else to_caller(tensor, kind)
 
         return ForwardResult(
-            output=deliver(output),
+            output=deliver(output) if request.out is None else request.out_array,
             gemm2_output=deliver(gemm2_output),
             expert_weights=deliver(expert_weights),
             topk_ids=deliver(topk_ids if request.return_routing else None),
@@ -184,6 +193,21 @@ class Plan:
             weights_version=answers[0].weights_version,
             timings=tuple(timing_of(answer.timing) for answer in answers),
         )
+
+    def _output(self, num_tokens: int, answers: Sequence[Response]) -> WireTensor:
+        output = self._joined("output", answers, (num_tokens, self.request.hidden_states.shape[1]))
+        expected = self.request.output_dtype or pb.DATA_TYPE_BFLOAT16
+        if output.dtype != expected:
+            raise ProtocolError(f"output of the answer is {output.dtype_name}, asked for {pb.DataType.Name(expected)}")
+        return output
+
+    def _written(self, out: WireTensor, answers: Sequence[Response]) -> WireTensor:
+        """The output where the caller wants it; what the server has written there is left as it is."""
+        for (start, stop), answer in zip(self._bounds, answers, strict=True):
+            part, rows = self._output(stop - start, [answer]), out.rows(start, stop)
+            if not part.is_at(rows):
+                np.copyto(rows.data, part.data)
+        return out
 
     def _joined(self, field: str, answers: Sequence[Response], expected: tuple[int | None, ...]) -> WireTensor:
         tensor = join_rows(field, [from_message(field, getattr(answer, field)) for answer in answers])
@@ -254,6 +278,16 @@ def prepare(request: ForwardRequest[Any]) -> PreparedRequest:
     topk_ids = _optional("topk_ids", request.topk_ids, ("int32",), (num_tokens, None))
     top_k = None if topk_ids is None else topk_ids.shape[1]
     topk_weights = _optional("topk_weights", request.topk_weights, _FLOATS, (num_tokens, top_k))
+    output_dtype = _output_dtype(request)
+    out = None
+    if request.out is not None:
+        inputs = {
+            "hidden_states": hidden_states,
+            "routing_logits": logits,
+            "topk_ids": topk_ids,
+            "topk_weights": topk_weights,
+        }
+        out = _out(request, output_dtype, inputs)
     return PreparedRequest(
         layer=request.layer,
         kind=kind,
@@ -261,10 +295,12 @@ def prepare(request: ForwardRequest[Any]) -> PreparedRequest:
         routing_logits=logits,
         topk_ids=topk_ids,
         topk_weights=topk_weights,
-        output_dtype=_output_dtype(request),
+        output_dtype=output_dtype,
         do_finalize=request.do_finalize,
         return_routing=request.return_routing,
         weights_version=_weights_version(request.weights_version),
+        out=out,
+        out_array=request.out,
     )
 
 
@@ -303,6 +339,20 @@ def _output_dtype(request: ForwardRequest[Any]) -> int:
             "output_dtype", f"is {request.output_dtype}, expected {' or '.join(_OUTPUT_DTYPES)}"
         )
     return code
+
+
+def _out(request: ForwardRequest[Any], output_dtype: int, inputs: dict[str, WireTensor | None]) -> WireTensor:
+    if not request.do_finalize:
+        raise InvalidRequestError.of("out", "is given with do_finalize=False, where there is no output; leave it out")
+    hidden_states = inputs["hidden_states"]
+    assert hidden_states is not None
+    out = out_to_wire(request.out, output_dtype or pb.DATA_TYPE_BFLOAT16, hidden_states.shape)
+    for field, tensor in inputs.items():
+        if tensor is not None and np.may_share_memory(out.data, tensor.data):
+            raise InvalidRequestError.of(
+                "out", f"shares memory with {field}, expected an array apart: what is sent may have to be sent again"
+            )
+    return out
 
 
 def _weights_version(version: int | None) -> int:

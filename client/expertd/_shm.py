@@ -11,19 +11,22 @@ import mmap
 import os
 import secrets
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
-from expertd._arena import MIN_ARENA_BYTES, Arena, Piece, aligned
+from expertd._arena import MIN_ARENA_BYTES, Arena, Bytes, Piece, aligned
+from expertd._pages import SharedPages
 from expertd._rings import END, StreamRings, wanted_rings
 from expertd._wire import Encoded, encode_placed_request
 from expertd._wire_read import TENSOR_FIELDS, Answer, AnswerTensor, Response, answer_of
 from expertd.errors import ExpertdError, ProtocolError, SharedMemoryError
+from expertd.tensors import WireTensor
 from expertd.v1 import expertd_pb2 as pb
 
-__all__ = ["StreamMemory", "WantedMemory"]
+__all__ = ["Placed", "StreamMemory", "WantedMemory"]
 
 log = logging.getLogger("expertd.client")
 
@@ -55,10 +58,60 @@ class WantedMemory:
             log.info("%s: %s", self.target, what)
 
 
+class Placed:
+    """The memory of one request, which is the server's until the request is answered or the stream has ended."""
+
+    def __init__(
+        self, arena: Arena, piece: Piece | None, out: tuple[int, Bytes] | None, inputs: list[tuple[int, Bytes]]
+    ) -> None:
+        """piece: what was taken for tensors that do not lie in the arena already; None: all do. out, inputs: offset and
+        bytes of those that do: where the answer's output goes (None: into the piece), and what is read.
+        """
+        self._arena = arena
+        self._piece = piece
+        self._out = out
+        self._inputs = inputs
+        self._is_given_up = False
+        if out is not None:
+            self.offset, self.nbytes = out[0], out[1].nbytes
+        else:
+            assert piece is not None, "the answer has to go somewhere"
+            self.offset, self.nbytes = piece.offset, piece.nbytes
+
+    @property
+    def is_out(self) -> bool:
+        """Whether the answer goes where the caller wants it."""
+        return self._out is not None
+
+    def bytes_at(self, offset: int, nbytes: int) -> Bytes:
+        """[nbytes] uint8 of the memory that the answer goes to; offset: in the arena."""
+        if self._out is not None:
+            data = self._out[1]
+            return data if nbytes == data.nbytes else data[offset - self.offset :][:nbytes]
+        assert self._piece is not None, "the answer has gone somewhere"
+        return self._piece.array(offset, nbytes)
+
+    def holds(self, offset: int, nbytes: int) -> bool:
+        """Whether the server may read or write any of these bytes, and they are the caller's."""
+        held = self._inputs if self._out is None else [self._out, *self._inputs]
+        return any(start < offset + nbytes and offset < start + data.nbytes for start, data in held)
+
+    def give_up(self) -> None:
+        """Nobody waits for the answer any more, which may still be written: let it not reach the caller's array."""
+        if self._out is None or self._is_given_up:
+            return
+        self._is_given_up = True
+        offset, data = self._out
+        try:
+            self._arena.detach(offset, data.nbytes)
+        except OSError as error:
+            log.error("the server may still write to the `out` of a request that has failed, drop the array: %s", error)
+
+
 class StreamMemory:
     """The memory of one stream: asked for, handed in, used. `request_id` is that of its one message.
 
-    Not thread-safe but for `place`. Its memory is free when this and every array of an answer that lies in it are gone.
+    Not thread-safe but for `place` and `lend`. Its memory is free when this and every array that lies in it are gone.
     """
 
     def __init__(self, wanted: WantedMemory, request_id: int) -> None:
@@ -117,35 +170,54 @@ class StreamMemory:
         except (OSError, ValueError) as error:
             self.fail(f"{error}; it may run on another machine or in another container")
 
-    def place(self, request_id: int, body: Encoded, timeout_ms: int) -> tuple[bytes, Piece] | None:
-        """A ForwardStreamRequest whose tensors were copied into the memory, and the piece that holds them.
+    def lend(self, nbytes: int) -> Bytes | None:
+        """[nbytes] uint8 of it for the caller to keep; None: there is none, or more than half of it is taken."""
+        return self._arena.lend(nbytes) if self._arena is not None and nbytes else None
 
-        None when there is no memory or no room in it. The piece is the server's until the request is answered.
+    def place(
+        self, request_id: int, body: Encoded, timeout_ms: int, unanswered: Iterable[Placed] = ()
+    ) -> tuple[bytes, Placed] | None:
+        """A ForwardStreamRequest whose tensors lie in the memory, and what is the server's until it is answered.
+
+        Those that lie there already stay where they are, the others are copied in. None when there is no memory or no
+        room in it. unanswered: what other requests of this stream were given.
         """
         arena = self._arena
         if arena is None:
             return None
-        sizes = [sum(each.nbytes for each in tensor.pieces) for _, tensor in body.tensors]
-        piece = arena.allocate(max(sum(map(aligned, sizes)), body.answer_nbytes))
-        if piece is None:
-            return None
-        # The answer is written when the request has been read, over it.
-        slices, at = [], piece.offset
-        for (_, tensor), nbytes in zip(body.tensors, sizes, strict=True):
+        found = [arena.find(tensor.data) if isinstance(tensor, WireTensor) else None for _, tensor in body.tensors]
+        out = self._out_of(body, arena, unanswered)
+        room = sum(aligned(tensor.nbytes) for (_, tensor), at in zip(body.tensors, found, strict=True) if at is None)
+        piece = None
+        if out is None or None in found:
+            # The answer is written when the request has been read, over what was copied.
+            piece = arena.allocate(max(room, body.answer_nbytes) if out is None else room)
+            if piece is None:
+                return None
+        slices: list[tuple[int, int, int]] = []
+        inputs: list[tuple[int, Bytes]] = []
+        at = 0 if piece is None else piece.offset
+        for (_, tensor), where in zip(body.tensors, found, strict=True):
+            if where is not None:
+                assert isinstance(tensor, WireTensor), "else it were not found"
+                inputs.append((where, tensor.data))
+                slices.append((_REGION, where, tensor.nbytes))
+                continue
+            slices.append((_REGION, at, tensor.nbytes))
             start = at
             for each in tensor.pieces:
-                np.copyto(arena.memory[at : at + each.nbytes], np.frombuffer(each, np.uint8))
-                at += each.nbytes
-            slices.append((_REGION, start, nbytes))
-            at = start + aligned(nbytes)
-        answer = (_REGION, piece.offset, piece.nbytes)
-        return encode_placed_request(request_id, body, slices, answer, timeout_ms), piece
+                np.copyto(arena.memory[start : start + each.nbytes], np.frombuffer(each, np.uint8))
+                start += each.nbytes
+            at += aligned(tensor.nbytes)
+        placed = Placed(arena, piece, out, inputs)
+        answer = (_REGION, placed.offset, placed.nbytes)
+        return encode_placed_request(request_id, body, slices, answer, timeout_ms), placed
 
-    def response(self, response: Response, piece: Piece) -> Answer | ProtocolError:
+    def response(self, response: Response, placed: Placed) -> Answer | ProtocolError:
         """An answer to a request that was placed; an error when it names memory of others.
 
         Its tensors stay where they are while there is plenty of room, else they are copied: answers that are kept for
-        long never leave the next requests without.
+        long never leave the next requests without. What went where the caller wants it stays there.
         """
         answer = answer_of(response)
         for name in TENSOR_FIELDS:
@@ -153,12 +225,25 @@ class StreamMemory:
             if tensor.slice is None:
                 continue
             region, offset, nbytes = tensor.slice
-            if region != _REGION or not piece.offset <= offset <= offset + nbytes <= piece.offset + piece.nbytes:
+            if region != _REGION or not placed.offset <= offset <= offset + nbytes <= placed.offset + placed.nbytes:
                 return ProtocolError(f"{name}.slice of the answer is outside of the request's answer_slice")
-            data = piece.array(offset, nbytes)
-            is_roomy = self._arena is not None and self._arena.is_half_free
-            setattr(answer, name, AnswerTensor(tensor.dtype, tensor.shape, data if is_roomy else data.copy()))
+            data = placed.bytes_at(offset, nbytes)
+            stays = placed.is_out or (self._arena is not None and self._arena.is_half_free)
+            setattr(answer, name, AnswerTensor(tensor.dtype, tensor.shape, data if stays else data.copy()))
         return answer
+
+    @staticmethod
+    def _out_of(body: Encoded, arena: Arena, unanswered: Iterable[Placed]) -> tuple[int, Bytes] | None:
+        """Where the caller wants the output, and may have it at once; None: the answer has to be copied there, if so.
+
+        What another request still holds the server would refuse: somebody who has given up had it read, say.
+        """
+        if body.out is None:
+            return None
+        offset = arena.find_detachable(body.out.data)
+        if offset is None or any(other.holds(offset, body.out.nbytes) for other in unanswered):
+            return None
+        return offset, body.out.data
 
 
 def _shared(ticket: pb.RegionTicket, nbytes: int) -> tuple[Arena, StreamRings | None]:
@@ -173,6 +258,8 @@ def _shared(ticket: pb.RegionTicket, nbytes: int) -> tuple[Arena, StreamRings | 
         os.ftruncate(fd, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         region = memoryview(mmap.mmap(fd, nbytes))
+        memory = np.frombuffer(region, np.uint8)
+        pages = SharedPages(memory.ctypes.data, fd)
         proof = secrets.token_bytes(_PROOF_BYTES)
         region[:_PROOF_BYTES] = proof
         answer, bells = _hand_in(ticket, fd)
@@ -180,7 +267,7 @@ def _shared(ticket: pb.RegionTicket, nbytes: int) -> tuple[Arena, StreamRings | 
         os.close(fd)
     if answer == b"\0" + proof:
         rings = StreamRings(region, bells) if bells else None
-        return Arena(np.frombuffer(region, np.uint8), first=_PROOF_BYTES if rings is None else END), rings
+        return Arena(memory, first=_PROOF_BYTES if rings is None else END, pages=pages), rings
     for bell in bells:
         os.close(bell)
     if answer[:1] == b"\0":

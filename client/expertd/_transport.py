@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias
 
 import grpc
 
-from expertd._arena import Piece
+from expertd._arena import Bytes
 from expertd._base import (
     CLOSED_IN_FLIGHT,
     FORWARD,
@@ -32,7 +32,7 @@ from expertd._base import (
 )
 from expertd._ring_reader import RingReader
 from expertd._rings import StreamRings
-from expertd._shm import StreamMemory, WantedMemory
+from expertd._shm import Placed, StreamMemory, WantedMemory
 from expertd._wire import Encoded, encode_stream_request
 from expertd._wire_read import Response
 from expertd.errors import (
@@ -71,6 +71,13 @@ class Transport(Protocol):
 
         reads: whether the caller will wait for nothing else before its ticket's `read_for`.
         Raises TimeoutError when no place was free by the deadline, ClosedError after close().
+        """
+
+    def lend(self, nbytes: int, deadline: float) -> Bytes | None:
+        """[nbytes] uint8 of memory that is shared with the server, for the caller to keep; None: there is none, or none
+        to spare. Waits until that is known.
+
+        Raises TimeoutError, SharedMemoryError, ClosedError, and what ended the stream meanwhile.
         """
 
     def close(self) -> None:
@@ -155,6 +162,10 @@ class StreamTransport:
             self._slots.release()
             raise
 
+    def lend(self, nbytes: int, deadline: float) -> Bytes | None:
+        """See Transport."""
+        return self._least_loaded().lend(nbytes, deadline)
+
     def close(self) -> None:
         """See Transport."""
         with self._lock:
@@ -216,7 +227,7 @@ class _Stream:
         self._ids = itertools.count(1)
         self._memory: StreamMemory | None = None
         self._memory_settled = threading.Event()
-        self._pieces: dict[int, Piece] = {}
+        self._placed: dict[int, Placed] = {}
         """Memory of requests that were sent and not answered, abandoned ones too: the server may be at it."""
         self._rings: RingReader | None = None
         self._ring_failure: ExpertdError | None = None
@@ -250,36 +261,51 @@ class _Stream:
         """Requests without an answer."""
         return len(self._pending)
 
-    def await_memory(self, deadline: float) -> ExpertdError | None:
+    def await_memory(self, deadline: float, *, in_any_case: bool = False) -> ExpertdError | None:
         """Return when requests may be sent: at once, unless they may go through shared memory alone.
 
-        Returns what ended the stream meanwhile, if anything. Raises SharedMemoryError, and TimeoutError.
+        in_any_case: when it is known whether there is memory. Returns what ended the stream meanwhile, if anything.
+        Raises SharedMemoryError where there has to be memory and is none, and TimeoutError.
         """
         memory = self._memory
-        if memory is None or not memory.is_required:
+        if memory is None or not (memory.is_required or in_any_case):
             return None
         if not self._memory_settled.wait(deadline - time.monotonic()):
             raise TimeoutError("the server had not taken the shared memory by the deadline")
         if self._end is not None:
             return copy.copy(self._end)
-        memory.check()
+        if memory.is_required:
+            memory.check()
         return None
+
+    def lend(self, nbytes: int, deadline: float) -> Bytes | None:
+        """See Transport."""
+        memory = self._memory
+        failure = self.await_memory(deadline, in_any_case=True)
+        if memory is None:  # it goes with the stream
+            failure = copy.copy(self._end)
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # it knows this frame: leave no cycle
+        return None if memory is None else memory.lend(nbytes)
 
     def send(self, body: Encoded, timeout_ms: int, on_done: OnDone, reads: bool) -> Ticket | None:
         """Queue a request; None when the stream takes no more. The queue is bounded by the places (Slots)."""
         request_id = next(self._ids)
         # Encoding copies the tensors: not under the lock, where it would hold up the reader.
-        memory, piece = self._memory, None
-        placed = None if memory is None else memory.place(request_id, body, timeout_ms)
-        if placed is None:
+        memory, placed = self._memory, None
+        there = None if memory is None else memory.place(request_id, body, timeout_ms, list(self._placed.values()))
+        if there is None:
             message = encode_stream_request(request_id, body, timeout_ms)
         else:
-            message, piece = placed
+            message, placed = there
         with self._lock:
             if not self._open:
                 return None
-            if piece is not None:
-                self._pieces[request_id] = piece
+            if placed is not None:
+                self._placed[request_id] = placed
             self._pending[request_id] = on_done
             if self._rings is None or not self._rings.put(message):
                 self._to_send[request_id] = message
@@ -294,7 +320,9 @@ class _Stream:
             if self._pending.pop(request_id, None) is None:
                 return
             if self._to_send.pop(request_id, None) is not None:
-                self._pieces.pop(request_id, None)
+                self._placed.pop(request_id, None)
+            elif (placed := self._placed.get(request_id)) is not None:
+                placed.give_up()
             self._end_if_idle()
         self._release()
         self.have_read()  # the memory is free again when its answer was taken
@@ -370,7 +398,9 @@ class _Stream:
             self._open = False
             pending, self._pending = self._pending, {}
             self._to_send.clear()
-            self._pieces.clear()
+            for placed in self._placed.values():
+                placed.give_up()  # the server may go on for a while, and never says when it is done
+            self._placed.clear()
             self._end = failure
             self._memory = None
             self._memory_settled.set()
@@ -391,15 +421,15 @@ class _Stream:
         if isinstance(outcome, pb.RegionTicket):
             outcome = unasked_ticket()
         with self._lock:
-            piece = self._pieces.pop(number, None)
+            placed = self._placed.pop(number, None)
             on_done = self._pending.pop(number, None)
             if isinstance(outcome, UnavailableError):
                 # This server starts or drains: new requests go on a new stream, which may reach another one.
                 self._open = False
             self._end_if_idle()
         if on_done is not None:  # None: abandoned
-            if memory is not None and piece is not None and not isinstance(outcome, ExpertdError):
-                outcome = memory.response(outcome, piece)
+            if memory is not None and placed is not None and not isinstance(outcome, ExpertdError):
+                outcome = memory.response(outcome, placed)
             self._release()
             on_done(outcome)
         elif not isinstance(outcome, ExpertdError):
@@ -420,7 +450,7 @@ class _Stream:
         rings.close()
 
     def _is_awaited(self) -> bool:
-        return bool(self._pending or self._pieces)
+        return bool(self._pending or self._placed)
 
     def _finish_rings(self) -> None:
         """The stream is over: take what the server has answered before, and nothing from then on."""
@@ -491,6 +521,10 @@ class UnaryTransport:
             raise
         call.add_done_callback(lambda done: self._finish(done, request_id, on_done))
         return _UnaryTicket(call)
+
+    def lend(self, nbytes: int, deadline: float) -> Bytes | None:
+        """See Transport."""
+        return None
 
     def close(self) -> None:
         """See Transport."""

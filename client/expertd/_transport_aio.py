@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import grpc
 
-from expertd._arena import Piece
+from expertd._arena import Bytes
 from expertd._base import (
     CLOSED_IN_FLIGHT,
     FORWARD,
@@ -24,7 +24,7 @@ from expertd._base import (
     unasked_ticket,
 )
 from expertd._rings import HUNG_UP_S, StreamRings, hung_up
-from expertd._shm import StreamMemory, WantedMemory
+from expertd._shm import Placed, StreamMemory, WantedMemory
 from expertd._wire import Encoded, encode_stream_request
 from expertd._wire_read import Response
 from expertd.errors import (
@@ -46,6 +46,13 @@ class AsyncTransport(Protocol):
     async def forward(self, body: Encoded, deadline: float) -> Outcome:
         """Send one request and wait for its answer. deadline: on the loop's clock, for the server; the caller's own
         waiting is bounded by the caller. Raises ClosedError after close()."""
+
+    async def lend(self, nbytes: int) -> Bytes | None:
+        """[nbytes] uint8 of memory that is shared with the server, for the caller to keep; None: there is none, or none
+        to spare. Waits until that is known.
+
+        Raises SharedMemoryError, ClosedError, and what ended the stream meanwhile.
+        """
 
     async def close(self) -> None:
         """Fail what is in flight with ClosedError, end all tasks."""
@@ -74,6 +81,20 @@ class AsyncStreamTransport:
 
     async def forward(self, body: Encoded, deadline: float) -> Outcome:
         """See AsyncTransport."""
+        return await self._least_loaded().forward(body, deadline)
+
+    async def lend(self, nbytes: int) -> Bytes | None:
+        """See AsyncTransport."""
+        return await self._least_loaded().lend(nbytes)
+
+    async def close(self) -> None:
+        """See AsyncTransport."""
+        self._closed = True
+        for stream in (*self._retiring, *self._streams):
+            if stream is not None:
+                await stream.close()
+
+    def _least_loaded(self) -> _Stream:
         if self._closed:
             raise ClosedError("the client is closed")
         loads = [0 if stream is None or not stream.is_open else stream.in_flight for stream in self._streams]
@@ -85,14 +106,7 @@ class AsyncStreamTransport:
             stream = self._streams[index] = _Stream(
                 self._methods[index], self._new_metadata(), self._on_unwanted, self._wanted_memory
             )
-        return await stream.forward(body, deadline)
-
-    async def close(self) -> None:
-        """See AsyncTransport."""
-        self._closed = True
-        for stream in (*self._retiring, *self._streams):
-            if stream is not None:
-                await stream.close()
+        return stream
 
 
 class _Stream:
@@ -117,7 +131,7 @@ class _Stream:
         self._memory: StreamMemory | None = None
         self._memory_settled = asyncio.Event()
         self._sharing: asyncio.Task[None] | None = None
-        self._pieces: dict[int, Piece] = {}
+        self._placed: dict[int, Placed] = {}
         """Memory of requests that were sent and not answered, abandoned ones too: the server may be at it."""
         self._rings: StreamRings | None = None
         self._ring_failure: ProtocolError | None = None
@@ -153,21 +167,20 @@ class _Stream:
     async def forward(self, body: Encoded, deadline: float) -> Outcome:
         """Send a request and wait for its answer. What waits to be sent is bounded by the places of the client."""
         loop = asyncio.get_running_loop()
-        if self._memory is not None and self._memory.is_required:
-            await self._memory_settled.wait()
-            if self._memory is not None:
-                self._memory.check()
-        if self._end is not None:
-            return copy.copy(self._end)
+        failure = await self._await_memory()
+        if failure is not None:
+            return failure
         request_id = next(self._ids)
         answer: asyncio.Future[Outcome] = loop.create_future()
         left_ms = timeout_ms(deadline - loop.time())
-        placed = None if self._memory is None else self._memory.place(request_id, body, left_ms)
-        if placed is None:
+        there = None
+        if self._memory is not None:
+            there = self._memory.place(request_id, body, left_ms, self._placed.values())
+        if there is None:
             message = encode_stream_request(request_id, body, left_ms)
         else:
-            message, self._pieces[request_id] = placed
-            del placed
+            message, self._placed[request_id] = there
+            del there
         self._pending[request_id] = answer
         if self._rings is None or not self._rings.put(message):
             self._to_send[request_id] = message
@@ -178,9 +191,21 @@ class _Stream:
         finally:
             self._pending.pop(request_id, None)
             if self._to_send.pop(request_id, None) is not None:
-                self._pieces.pop(request_id, None)
+                self._placed.pop(request_id, None)
+            elif (placed := self._placed.get(request_id)) is not None:  # the caller has left
+                placed.give_up()
             if not self._open and not self._pending:
                 self._wake_sender.set()  # nothing is left to send: it ends the call's sending side
+
+    async def lend(self, nbytes: int) -> Bytes | None:
+        """See AsyncTransport."""
+        failure = await self._await_memory(in_any_case=True)
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # it knows this frame: leave no cycle
+        return None if self._memory is None else self._memory.lend(nbytes)
 
     async def close(self) -> None:
         """Take no more requests, end the call and both tasks; what is in flight fails with ClosedError."""
@@ -190,6 +215,21 @@ class _Stream:
         self._wake_sender.set()
         tasks = [task for task in (self._reader, self._sender, self._sharing) if task is not None]
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _await_memory(self, *, in_any_case: bool = False) -> ExpertdError | None:
+        """Return when requests may be sent: at once, unless they may go through shared memory alone.
+
+        in_any_case: when it is known whether there is memory. Returns what has ended the stream, if anything. Raises
+        SharedMemoryError where there has to be memory and is none.
+        """
+        memory = self._memory
+        if memory is not None and (memory.is_required or in_any_case):
+            await self._memory_settled.wait()
+        if self._end is not None:
+            return copy.copy(self._end)
+        if memory is not None and memory.is_required:
+            memory.check()
+        return None
 
     async def _send(self) -> None:
         try:
@@ -223,7 +263,9 @@ class _Stream:
             self._open = False
             self._close_rings()
             self._to_send.clear()
-            self._pieces.clear()
+            for placed in self._placed.values():
+                placed.give_up()  # the server may go on for a while, and never says when it is done
+            self._placed.clear()
             self._memory = None
             end = self._ring_failure or end
             failure = ClosedError(CLOSED_IN_FLIGHT) if self._closing else stream_broken(end)
@@ -242,14 +284,14 @@ class _Stream:
             return
         if isinstance(outcome, pb.RegionTicket):
             outcome = unasked_ticket()
-        piece = self._pieces.pop(number, None)
+        placed = self._placed.pop(number, None)
         if isinstance(outcome, UnavailableError):
             # This server starts or drains: new requests go on a new stream, which may reach another one.
             self._open = False
         answer = self._pending.get(number)
         if answer is not None and not answer.done():  # otherwise the caller has left
-            if memory is not None and piece is not None and not isinstance(outcome, ExpertdError):
-                outcome = memory.response(outcome, piece)
+            if memory is not None and placed is not None and not isinstance(outcome, ExpertdError):
+                outcome = memory.response(outcome, placed)
             answer.set_result(outcome)
         elif not isinstance(outcome, ExpertdError):
             self._on_unwanted(outcome)
@@ -328,6 +370,10 @@ class AsyncUnaryTransport:
             raise
         finally:
             self._calls.discard(call)
+
+    async def lend(self, nbytes: int) -> Bytes | None:
+        """See AsyncTransport."""
+        return None
 
     async def close(self) -> None:
         """See AsyncTransport."""

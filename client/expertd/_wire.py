@@ -37,6 +37,8 @@ class Encoded:
     """The fields after them."""
     answer_nbytes: int
     """Bytes of the answer's output; 0 where the sum is not asked for, and nobody knows how much there will be."""
+    out: WireTensor | None = None
+    """Where the caller wants the output."""
 
     def to_bytes(self) -> bytes:
         """The message, with one copy of each piece."""
@@ -54,6 +56,7 @@ def encode_forward_request(
     do_finalize: bool = True,
     return_routing: bool = False,
     weights_version: int = 0,
+    out: WireTensor | None = None,
 ) -> Encoded:
     """A ForwardRequest. Defaults are left out, as protobuf does: do_finalize is written only when it is False."""
     head = _layer(layer)
@@ -71,7 +74,7 @@ def encode_forward_request(
     chunks.append(tail)
     itemsize = 4 if output_dtype == _FLOAT32 else 2
     answer_nbytes = math.prod(hidden_states.shape) * itemsize if do_finalize else 0
-    return Encoded(tuple(chunks), nbytes, head, tensors, tail, answer_nbytes)
+    return Encoded(tuple(chunks), nbytes, head, tensors, tail, answer_nbytes, out)
 
 
 def encode_stream_request(request_id: int, request: Encoded, timeout_ms: int) -> bytes:

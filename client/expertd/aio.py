@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
 
@@ -13,6 +13,7 @@ import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
+from expertd._arena import Bytes
 from expertd._base import (
     GET_LAYER,
     GET_SERVER_INFO,
@@ -42,6 +43,7 @@ from expertd.errors import (
     TimeoutError,
     UnavailableError,
 )
+from expertd.tensors import NewArray
 from expertd.types import Array, ArrayT, ForwardRequest, ForwardResult, LayerInfo, ServerInfo
 from expertd.v1 import expertd_pb2 as pb
 
@@ -86,6 +88,7 @@ class AsyncClient(BaseClient):
         return_routing: bool = False,
         weights_version: int | None = None,
         timeout_s: float | None = None,
+        out: ArrayT | None = None,
     ) -> ForwardResult[ArrayT]:
         """Run one layer on the caller's tokens. The arguments are the fields of ForwardRequest.
 
@@ -104,6 +107,7 @@ class AsyncClient(BaseClient):
                 return_routing=return_routing,
                 weights_version=weights_version,
                 timeout_s=timeout_s,
+                out=out,
             )
         )
 
@@ -153,6 +157,20 @@ class AsyncClient(BaseClient):
                 yield await next_result()
         finally:
             await _cancel(ahead)
+
+    async def empty(self, shape: int | Sequence[int], dtype: Any, *, timeout_s: float | None = None) -> Any:
+        """An array, not initialised, in the memory that is shared with the server, where that has some.
+
+        What lies there as a whole is not copied on its way to the server, nor is the output on its way to `out`. The
+        memory is reserved as long as the array or a view of it is there. Where none is shared, or half of it is taken,
+        this is an ordinary array, which serves as well; so does one whose stream has ended since.
+
+        shape: as numpy takes it. dtype: one that goes on the wire, as a name ("bfloat16") or a numpy dtype for a numpy
+        array, as a torch dtype for a tensor on the host. Connects if need be. Raises ExpertdError: see
+        `expertd.errors`.
+        """
+        array = NewArray(shape, dtype)
+        return array.on(await self._lend(array.nbytes, self._deadline(timeout_s)))
 
     async def layers(self, *, timeout_s: float | None = None) -> list[LayerInfo]:
         """Every layer that the server holds, sorted by name."""
@@ -270,12 +288,33 @@ class AsyncClient(BaseClient):
         )
         return int(answer.status)
 
+    async def _lend(self, nbytes: int, deadline: float) -> Bytes | None:
+        """Memory for `empty`; None: there is none to share, or none to spare."""
+        if self._wanted_memory is None:
+            return None
+        scope = asyncio.timeout_at(deadline)
+        try:
+            async with scope:
+                if self._known_server is None:
+                    await self._fetch_server(deadline)
+                return await self._retried(deadline, lambda: self._connected().lend(nbytes))
+        except builtins.TimeoutError as error:
+            if scope.expired():
+                raise TimeoutError("the server had not taken the shared memory by the deadline") from error
+            raise
+        finally:
+            del scope  # it knows the task, which may end with an error that knows this frame: leave no cycle
+
     async def _call(self, method: str, request: Message, response: type[MessageT], deadline: float) -> MessageT:
         """A small unary call, retried."""
+        return await self._retried(deadline, lambda: self._call_once(method, request, response, deadline))
+
+    async def _retried(self, deadline: float, once: Callable[[], Coroutine[Any, Any, ResultT]]) -> ResultT:
+        """What `once` returns, called again while its errors leave hope."""
         retries = self._retries(deadline)
         while True:
             try:
-                return await self._call_once(method, request, response, deadline)
+                return await once()
             except ExpertdError as error:
                 self._forget(error)
                 delay = retries.delay_s(error, asyncio.get_running_loop().time())

@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
 
@@ -17,6 +17,7 @@ import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
+from expertd._arena import Bytes
 from expertd._base import (
     CLOSED_IN_FLIGHT,
     GET_LAYER,
@@ -44,12 +45,14 @@ from expertd.errors import (
     UnavailableError,
     error_from_rpc,
 )
+from expertd.tensors import NewArray
 from expertd.types import Array, ArrayT, ForwardRequest, ForwardResult, LayerInfo, ServerInfo
 from expertd.v1 import expertd_pb2 as pb
 
 __all__ = ["Client"]
 
 MessageT = TypeVar("MessageT", bound=Message)
+ResultT = TypeVar("ResultT")
 
 
 class Client(BaseClient):
@@ -97,6 +100,7 @@ class Client(BaseClient):
         return_routing: bool = False,
         weights_version: int | None = None,
         timeout_s: float | None = None,
+        out: ArrayT | None = None,
     ) -> ForwardResult[ArrayT]:
         """Run one layer on the caller's tokens. The arguments are the fields of ForwardRequest.
 
@@ -114,6 +118,7 @@ class Client(BaseClient):
             return_routing=return_routing,
             weights_version=weights_version,
             timeout_s=timeout_s,
+            out=out,
         )
         with _Pipeline(self, reads=True) as pipeline:
             return pipeline.wait(pipeline.start(request))
@@ -149,6 +154,20 @@ class Client(BaseClient):
                         raise
                     result = error.with_traceback(None)  # which knows this frame: leave no cycle
                 yield result
+
+    def empty(self, shape: int | Sequence[int], dtype: Any, *, timeout_s: float | None = None) -> Any:
+        """An array, not initialised, in the memory that is shared with the server, where that has some.
+
+        What lies there as a whole is not copied on its way to the server, nor is the output on its way to `out`. The
+        memory is reserved as long as the array or a view of it is there. Where none is shared, or half of it is taken,
+        this is an ordinary array, which serves as well; so does one whose stream has ended since.
+
+        shape: as numpy takes it. dtype: one that goes on the wire, as a name ("bfloat16") or a numpy dtype for a numpy
+        array, as a torch dtype for a tensor on the host. Connects if need be. Raises ExpertdError: see
+        `expertd.errors`.
+        """
+        array = NewArray(shape, dtype)
+        return array.on(self._lend(array.nbytes, self._deadline(timeout_s)))
 
     def layers(self, *, timeout_s: float | None = None) -> list[LayerInfo]:
         """Every layer that the server holds, sorted by name."""
@@ -230,12 +249,24 @@ class Client(BaseClient):
             self._call(GET_LAYER, pb.GetLayerRequest(layer=name), pb.GetLayerResponse, deadline).layer
         )
 
+    def _lend(self, nbytes: int, deadline: float) -> Bytes | None:
+        """Memory for `empty`; None: there is none to share, or none to spare."""
+        if self._wanted_memory is None:
+            return None
+        if self._known_server is None:
+            self._fetch_server(deadline)
+        return self._retried(deadline, lambda: self._transport.lend(nbytes, deadline))
+
     def _call(self, method: str, request: Message, response: type[MessageT], deadline: float) -> MessageT:
         """A small unary call, retried."""
+        return self._retried(deadline, lambda: self._call_once(method, request, response, deadline))
+
+    def _retried(self, deadline: float, once: Callable[[], ResultT]) -> ResultT:
+        """What `once` returns, called again while its errors leave hope."""
         retries = self._retries(deadline)
         while True:
             try:
-                return self._call_once(method, request, response, deadline)
+                return once()
             except ExpertdError as error:
                 self._forget(error)
                 delay = retries.delay_s(error, time.monotonic())

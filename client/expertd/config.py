@@ -87,7 +87,8 @@ class ClientConfig:
     request."""
     shared_memory_bytes: int = 256 * 1024 * 1024
     """Most memory to share with the server on each stream; the server may take less. Pages are taken when first needed,
-    and kept as long as the stream is open; a request that finds no room goes as bytes."""
+    and kept as long as the stream is open; a request that finds no room goes as bytes. Arrays from `empty` take at most
+    half of it."""
     num_channels: int = 1
     """Connections, with one stream each. More than one spreads a busy client over several server processes."""
     max_in_flight: int = 32

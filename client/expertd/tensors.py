@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from expertd.v1 import expertd_pb2 as pb
 
 __all__ = [
     "ArrayKind",
+    "NewArray",
     "WireRows",
     "WireTensor",
     "dtype_to_wire",
     "from_message",
     "join_rows",
+    "out_to_wire",
     "to_caller",
     "to_wire",
 ]
@@ -70,8 +73,14 @@ class WireTensor:
         """The bytes, as WireRows has them."""
         return (self.data.data,)
 
+    def is_at(self, other: WireTensor) -> bool:
+        """Whether its bytes start where those of the other do."""
+        return self.data is other.data or bool(self.data.ctypes.data == other.data.ctypes.data)
+
     def rows(self, start: int, stop: int) -> WireTensor:
         """Rows start ... stop - 1, without a copy."""
+        if stop - start == self.shape[0]:
+            return self
         data = self.data[start * self.row_nbytes : stop * self.row_nbytes]
         return WireTensor(self.dtype, (stop - start, *self.shape[1:]), data)
 
@@ -108,6 +117,31 @@ class ArrayKind:
     """torch.device of the results; None: numpy."""
 
 
+class NewArray:
+    """An array that the caller wants made: its type and shape, checked."""
+
+    def __init__(self, shape: int | Sequence[int], dtype: Any) -> None:
+        """shape: as numpy takes it. dtype: a name, a numpy dtype, or a torch dtype, of which a tensor is made.
+
+        Raises InvalidRequestError naming `dtype` or `shape`.
+        """
+        torch = _loaded_torch()
+        self._kind = ArrayKind("cpu" if torch is not None and isinstance(dtype, torch.dtype) else None)
+        self._dtype = dtype_to_wire("dtype", dtype)
+        try:
+            self._shape = tuple(map(operator.index, shape if isinstance(shape, Sequence) else (shape,)))
+        except TypeError:
+            self._shape = (-1,)
+        if any(extent < 0 for extent in self._shape):
+            raise InvalidRequestError.of("shape", f"is {shape!r}, expected a number of elements or a tuple of them")
+        self.nbytes = math.prod(self._shape) * _NUMPY_DTYPES[self._dtype].itemsize
+
+    def on(self, memory: np.ndarray[Any, np.dtype[np.uint8]] | None) -> Any:
+        """The array, on memory of [nbytes]; None: on memory of its own. Its elements are whatever is there."""
+        data = np.empty(self.nbytes, np.uint8) if memory is None else memory
+        return to_caller(WireTensor(self._dtype, self._shape, data), self._kind)
+
+
 def to_wire(field: str, array: Any) -> tuple[WireTensor, ArrayKind]:
     """A numpy array or torch tensor as bytes: a view where it is contiguous and on the host, otherwise a copy.
 
@@ -128,6 +162,33 @@ def to_wire(field: str, array: Any) -> tuple[WireTensor, ArrayKind]:
         host = np.ascontiguousarray(array, dtype=_NUMPY_DTYPES[code]).reshape(array.shape)
         return WireTensor(code, host.shape, host.reshape(-1).view(np.uint8)), ArrayKind()
     raise InvalidRequestError.of(field, f"is a {type(array).__qualname__}, expected a numpy array or a torch tensor")
+
+
+def out_to_wire(array: Any, dtype: int, shape: tuple[int, ...]) -> WireTensor:
+    """The memory of an array that the caller wants an output in. dtype: a pb.DataType.
+
+    Raises InvalidRequestError naming `out` when it is of another dtype or shape, or cannot be written to as it lies.
+    """
+    tensor, _ = to_wire("out", array)
+    if tensor.dtype != dtype:
+        raise InvalidRequestError.of(
+            "out.dtype", f"is {tensor.dtype_name}, expected {_NAMES[dtype]}, the output_dtype of the request"
+        )
+    if tensor.shape != shape:
+        raise InvalidRequestError.of(
+            "out.shape", f"is {list(tensor.shape)}, expected that of hidden_states, {list(shape)}"
+        )
+    if isinstance(array, np.ndarray):
+        is_dense = array.flags.c_contiguous and array.dtype.isnative
+    else:
+        is_dense = array.is_contiguous() and array.device.type == "cpu"
+    if not is_dense:
+        raise InvalidRequestError.of(
+            "out", "is not contiguous in this host's memory, expected elements in C order and in native byte order"
+        )
+    if not tensor.data.flags.writeable:
+        raise InvalidRequestError.of("out", "is read-only, expected an array that may be written to")
+    return tensor
 
 
 def to_caller(tensor: WireTensor, kind: ArrayKind) -> Any:
@@ -152,7 +213,7 @@ def from_message(field: str, message: pb.Tensor | AnswerTensor) -> WireTensor:
     """
     shape = tuple(message.shape)
     dtype = _NUMPY_DTYPES.get(message.dtype)
-    data = np.frombuffer(message.data, dtype=np.uint8)
+    data = message.data if isinstance(message.data, np.ndarray) else np.frombuffer(message.data, dtype=np.uint8)
     if dtype is None or data.nbytes != math.prod(shape) * dtype.itemsize:
         name = _NAMES.get(message.dtype, f"dtype {message.dtype}")
         raise ProtocolError(f"{field} of the answer holds {data.nbytes} bytes, which is not {name} of shape {shape}")

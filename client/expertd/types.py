@@ -203,6 +203,9 @@ class ForwardRequest(Generic[ArrayT]):
     """Exactly this version of the layer's weights; None: the current one."""
     timeout_s: float | None = None
     """Deadline, retries included; None: that of the client."""
+    out: ArrayT | None = None
+    """[T, H] in output_dtype: where to write the output. Contiguous, on the host, and apart from what is sent. Leave it
+    alone until the result is there; its contents are undefined when the request fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +217,7 @@ class ForwardResult(Generic[ArrayT]):
     """
 
     output: ArrayT | MaybeNone
-    """[T, H] in output_dtype; None when do_finalize is False."""
+    """[T, H] in output_dtype, the request's `out` itself where it had one; None when do_finalize is False."""
     gemm2_output: ArrayT | MaybeNone
     """[P, H] bfloat16, one row per (token, local expert) pair, grouped by expert; only when do_finalize is False."""
     expert_weights: ArrayT | MaybeNone

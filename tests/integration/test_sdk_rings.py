@@ -339,7 +339,7 @@ class TestWhoReads:
                 forward(driver, a_request(), timeout_s=0.3)
             backend.gate.set()
             (stream,) = driver.client._transport._streams
-            eventually(lambda: len(stream._pieces), 0)
+            eventually(lambda: len(stream._placed), 0)
             assert readers[-1] == "expertd-ring-reader"
             forward(driver, a_request())
             assert readers[-1] == "MainThread"

@@ -25,9 +25,7 @@ from shared_memory import ANSWERED, eventually, forget_tests_before, mapped_regi
 
 import expertd
 from expertd import _shm
-from expertd._arena import Piece
-from expertd._shm import StreamMemory
-from expertd._wire import Encoded
+from expertd._shm import Placed, StreamMemory
 from expertd.types import ForwardRequest
 from expertd_server.region_door import RegionDoor
 
@@ -48,8 +46,8 @@ class Spy:
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     seen, place = Spy(), StreamMemory.place
 
-    def spied(memory: StreamMemory, request_id: int, body: Encoded, timeout_ms: int) -> tuple[bytes, Piece] | None:
-        result = place(memory, request_id, body, timeout_ms)
+    def spied(memory: StreamMemory, *arguments: Any) -> tuple[bytes, Placed] | None:
+        result = place(memory, *arguments)
         seen.placed += result is not None
         seen.refused += result is None
         return result
@@ -221,7 +219,7 @@ def test_memory_of_a_request_that_was_given_up_is_not_used_before_it_is_answered
             expected = grpc.forward(LAYER, other_hidden, routing_logits=other_logits)
         assert bits(answer.output) == bits(expected.output)
         (stream,) = shm.client._transport._streams
-        eventually(lambda: len(stream._pieces), 0)
+        eventually(lambda: len(stream._placed), 0)
     assert spy.placed == 2
 
 

@@ -7,10 +7,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 import expertd
 from expertd._base import layer_info, timeout_ms
 from expertd._plan import Plan, prepare
+from expertd.tensors import to_wire
 from expertd.v1 import expertd_pb2 as pb
 
 T, H, E, K = 5, 4, 6, 2
@@ -66,6 +68,79 @@ def test_argument_that_cannot_be_is_named(changes: dict[str, Any], message: str)
     with pytest.raises(expertd.InvalidRequestError, match=message) as raised:
         prepare(request(**changes))
     assert raised.value.violations
+
+
+OUT = np.zeros((T, H), ml_dtypes.bfloat16)
+BOTH = np.zeros(T * H * 2, np.uint8)
+OUT_OF_BOTH = BOTH.view(ml_dtypes.bfloat16).reshape(T, H)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out": OUT.astype(np.float32)}, r"out\.dtype: is float32, expected bfloat16, the output_dtype"),
+        ({"out": OUT, "output_dtype": "float32"}, r"out\.dtype: is bfloat16, expected float32"),
+        ({"out": OUT[:4]}, r"out\.shape: is \[4, 4\], expected that of hidden_states, \[5, 4\]"),
+        ({"out": OUT.reshape(-1)}, r"out\.shape: is \[20\]"),
+        ({"out": [[0.0]]}, r"out: is a list, expected a numpy array or a torch tensor"),
+        ({"out": np.zeros((H, T), ml_dtypes.bfloat16).T}, r"out: is not contiguous"),
+        ({"out": np.zeros((T, 2 * H), ml_dtypes.bfloat16)[:, ::2]}, r"out: is not contiguous"),
+        ({"out": np.zeros((T, H), ">f4"), "output_dtype": "float32"}, r"out: is not contiguous .* native byte order"),
+        ({"out": torch.zeros((H, T), dtype=torch.bfloat16).T}, r"out: is not contiguous"),
+        ({"out": np.broadcast_to(np.zeros((), ml_dtypes.bfloat16), (T, H))}, r"out: is not contiguous"),
+        ({"out": np.frombuffer(bytes(T * H * 2), ml_dtypes.bfloat16).reshape(T, H)}, r"out: is read-only"),
+        ({"out": OUT, "do_finalize": False}, r"out: is given with do_finalize=False"),
+        (
+            {
+                "out": OUT_OF_BOTH,
+                "hidden_states": BOTH[: T * H].view(FP8).reshape(T, H),
+            },
+            r"out: shares memory with hidden_states, expected an array apart",
+        ),
+        (
+            {
+                "out": OUT_OF_BOTH,
+                "routing_logits": BOTH[-T * 2 :].view(ml_dtypes.bfloat16).reshape(T, 1),
+            },
+            r"out: shares memory with routing_logits",
+        ),
+    ],
+)
+def test_out_that_cannot_be_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(expertd.InvalidRequestError, match=message) as raised:
+        prepare(request(**changes))
+    assert raised.value.violations
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["numpy", "torch", "a part of another"])
+def test_parts_of_the_output_are_written_where_the_caller_wants_them(max_rows: int, kind: str) -> None:
+    whole = np.full((T + 2, H), -1, ml_dtypes.bfloat16)
+    out: Any = np.full((T, H), -1, ml_dtypes.bfloat16)
+    if kind == "torch":
+        out = torch.full((T, H), -1.0, dtype=torch.bfloat16)
+    elif kind == "a part of another":
+        out = whole[1:-1]
+    plan = Plan(prepare(request(out=out)), max_rows)
+    rows = np.arange(T * H).reshape(T, H).astype(ml_dtypes.bfloat16)
+    for index, part in plan.unanswered().items():
+        assert part.encode().to_bytes() == Plan(prepare(request()), max_rows).unanswered()[index].encode().to_bytes()
+        data = rows[part.start : part.stop].tobytes()
+        output = pb.Tensor(dtype=pb.DATA_TYPE_BFLOAT16, shape=[part.stop - part.start, H], data=data)
+        plan.answer(index, pb.ForwardResponse(output=output, weights_version=1))
+    assert plan.result().output is out
+    assert np.array_equal(to_wire("out", out)[0].numpy(), rows)
+    assert (whole[[0, -1]] == -1).all()
+
+
+def test_an_answer_that_does_not_fit_is_not_written() -> None:
+    for wrong in (answer(T + 1), answer(dtype=pb.DATA_TYPE_FLOAT32)):
+        out = np.full((T, H), -1, ml_dtypes.bfloat16)
+        plan = Plan(prepare(request(out=out)), T)
+        plan.answer(0, wrong)
+        with pytest.raises(expertd.ProtocolError, match="output of the answer"):
+            plan.result()
+        assert (out == -1).all()
 
 
 @pytest.mark.parametrize(("max_rows", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (5, [5]), (9, [5])])

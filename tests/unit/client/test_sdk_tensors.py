@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import expertd
-from expertd.tensors import ArrayKind, WireTensor, dtype_to_wire, from_message, join_rows, to_caller, to_wire
+from expertd.tensors import ArrayKind, NewArray, WireTensor, dtype_to_wire, from_message, join_rows, to_caller, to_wire
 from expertd.v1 import expertd_pb2 as pb
 
 DTYPES = {
@@ -137,3 +137,48 @@ def test_without_torch_nothing_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> N
     assert to_caller(wire, kind).shape == (2, 2)
     assert dtype_to_wire("output_dtype", "float32") == pb.DATA_TYPE_FLOAT32
     assert "torch" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("bfloat16", np.dtype(ml_dtypes.bfloat16)),
+        (np.float32, np.dtype(np.float32)),
+        (ml_dtypes.float8_e4m3fn, np.dtype(ml_dtypes.float8_e4m3fn)),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn),
+        (torch.int32, torch.int32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("shape", "extents"), [(3, (3,)), ((2, 3), (2, 3)), ([4], (4,)), ((), ()), ((0, 5), (0, 5)), (np.int64(2), (2,))]
+)
+def test_a_new_array_is_of_the_kind_of_its_dtype(
+    dtype: Any, expected: Any, shape: Any, extents: tuple[int, ...]
+) -> None:
+    new = NewArray(shape, dtype)
+    memory = np.zeros(new.nbytes, np.uint8)
+    for array in (new.on(None), new.on(memory)):
+        assert isinstance(array, torch.Tensor if isinstance(expected, torch.dtype) else np.ndarray)
+        assert array.dtype == expected
+        assert tuple(array.shape) == extents
+        assert new.nbytes == to_wire("x", array)[0].nbytes
+    if new.nbytes:
+        to_wire("x", array)[0].data[:] = 7
+        assert (memory == 7).all(), "it does not lie on the memory"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((2, -1), "bfloat16", r"shape: is \(2, -1\), expected a number of elements or a tuple"),
+        (2.5, "bfloat16", r"shape: is 2\.5"),
+        ("ab", "bfloat16", r"shape: is 'ab'"),
+        (2, "float64", r"dtype: is float64, expected one of float32"),
+        (2, torch.int64, r"dtype: is int64"),
+    ],
+)
+def test_a_new_array_that_cannot_be_is_named(shape: Any, dtype: Any, message: str) -> None:
+    with pytest.raises(expertd.InvalidRequestError, match=message):
+        NewArray(shape, dtype)
