@@ -608,11 +608,15 @@ class TestEnds:
     ) -> None:
         side = rig.side()
         before = len(os.listdir("/proc/self/fd"))
-        # Nonsense; a memory too small to be mapped; three files.
+        # Nonsense; a memory too small to be mapped; four files.
         hello = pickle.dumps(Hello("bad", ARENA_BYTES, MAX_REQUESTS))
-        for number, (data, count) in enumerate([(b"nonsense", 4), (hello, 4), (hello, 3)], 1):
+        for number, (data, count) in enumerate([(b"nonsense", 5), (hello, 5), (hello, 4)], 1):
             mine, theirs = socket.socketpair()
-            fds = [os.memfd_create("small"), *(os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)), theirs.fileno()]
+            fds = [
+                os.memfd_create("small"),
+                *(os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)),
+                *[theirs.fileno()] * 2,
+            ]
             socket.send_fds(rig.inlet, [data], fds[:count])
             wait_for(lambda number=number: caplog.text.count("cannot take a front-end in") == number)
             for fd in fds[:3]:
