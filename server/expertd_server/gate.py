@@ -218,8 +218,10 @@ class EngineGate:
     def _take_in(self, hello: Hello, fds: list[int]) -> _Peer:
         """Takes those files out of fds that are somebody's by now."""
         with contextlib.ExitStack() as undo:
-            given = undo.enter_context(socket.socket(fileno=fds.pop()))
-            connected = undo.enter_context(socket.socket(fileno=fds.pop()))
+            given = undo.enter_context(socket.socket(fileno=fds[-1]))
+            fds.pop()
+            connected = undo.enter_context(socket.socket(fileno=fds[-1]))
+            fds.pop()
             channel = Channel(hello.arena_bytes, hello.max_requests, *fds)
             regions = RegionTaker(hello.name, given, self._share)
             peer = _Peer(hello.name, channel, Control(connected), regions, self._share)
@@ -229,8 +231,8 @@ class EngineGate:
                 for fd in peer.read_fds:
                     self._epoll.register(fd, select.EPOLLIN)
                     undo.callback(self._epoll.unregister, fd)
+                regions.start()
                 self._peers.update(dict.fromkeys(peer.read_fds, peer))
-            regions.start()
             undo.pop_all()
         return peer
 

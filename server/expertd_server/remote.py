@@ -54,11 +54,10 @@ _ROOM_RETRY_DELAY_S: Final = 0.1
 _ROOM_LOOK_UP_S: Final = 0.005
 # Requests that are sent before the engine is woken for them.
 _MOST_UNTOLD: Final = 4
-_NO_MEMORY: Final = (None, None)
 # What callers are told while there is no engine.
 _ENGINE_RETRY_DELAY_S: Final = 1.0
 
-
+_NO_MEMORY: Final = (None, None)
 NUM_HELLO_FILES: Final = 5
 
 
@@ -259,11 +258,11 @@ class _Asked(Promise[Any]):
         spec, hidden_states = call.layer.spec, call.request[1][1]
         self.hidden_states = where_of(hidden_states, link.to_regions)
         self.place = None if call.place is None else where_of(call.place, link.to_regions)
-        # What the engine touches of callers' memory is theirs again when this is over.
         self.memory = (
             None if self.hidden_states is None else hidden_states,
             None if self.place is None else call.place,
         )
+        """What the engine reads and writes of callers' memory, both of which keep the regions until it is over."""
         self.nbytes = block_bytes(call.request, spec.hidden_size, spec.top_k, self.hidden_states, self.place)
         self.number = 0
         """0: the engine was not asked yet."""
