@@ -194,7 +194,9 @@ class EngineGate:
 
     def _welcome(self) -> None:
         try:
-            data, fds, flags, _ = socket.recv_fds(self._mailbox, _MAX_HELLO_BYTES, NUM_HELLO_FILES)
+            data, fds, flags, _ = socket.recv_fds(
+                self._mailbox, _MAX_HELLO_BYTES, NUM_HELLO_FILES, socket.MSG_CMSG_CLOEXEC
+            )
         except OSError as error:
             log.error("cannot take a front-end in: %s", error)
             return
