@@ -61,7 +61,8 @@ class _Region:
     def __init__(self, number: int, fd: int, mapped: mmap.mmap, address: int) -> None:
         self.number = number
         self.fd = fd
-        self.mapped: mmap.mmap | None = mapped
+        self.mapped = mapped
+        """Unmapped where this goes, if no view is left."""
         self.nbytes = len(mapped)
         self.address = address
         self.holder: socket.socket | None = None
@@ -181,7 +182,6 @@ class RegionGiver:
         if region.holder is self._engine is not None:
             with contextlib.suppress(OSError):
                 self._engine.send(_MESSAGE.pack(region.number, 0))
-        region.mapped = None
         with self._lock:
             self._num_mapped -= 1
 

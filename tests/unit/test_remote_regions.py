@@ -309,12 +309,20 @@ class TestRefusals:
 
 
 class TestLifetime:
-    def test_a_region_that_is_given_up_lives_until_its_last_request_is_answered(self, rig: Rig) -> None:
+    @pytest.mark.parametrize("what", ["both", "hidden_states", "place"])
+    def test_a_region_that_is_given_up_lives_until_its_last_request_is_answered(self, rig: Rig, what: str) -> None:
         side = rig.side()
         view = map_taken(side)
-        future = side.remote.submit(placed(side, view))
+        call = placed(side, view)
+        if what == "hidden_states":
+            call.place = None
+        elif what == "place":
+            num_tokens, (dtype, data), *others = call.request
+            call.request = num_tokens, (dtype, bytes(data)), *others  # type: ignore[assignment]
+            del data
+        future = side.remote.submit(call)
         inner = rig.engine.wait(1)
-        del view
+        del view, call
         gc.collect()
         other = side.remote.submit(side.call())  # and whatever was said before was read
         rig.engine.wait(2).set_result(result_of(3))
