@@ -3,14 +3,17 @@
     PYTHONPATH=server:client python benchmarks/bench_gate.py
 
 Front-ends in processes of their own keep requests in flight through the memory that they share with this one, in place
-of gRPC. As with a GPU, large tensors in that memory are left where they are. CPU microseconds of this process for each
-request, its pinning and such included, the least of some rounds, since other programs only add to it.
+of gRPC; with --regions, hidden states and outputs lie in a caller's memory, which they have handed on. As with a GPU,
+large tensors in shared memory are left where they are. CPU microseconds of this process for each request, its pinning
+and such included, the least of some rounds, since other programs only add to it.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import itertools
+import os
 import socket
 import subprocess
 import sys
@@ -30,10 +33,12 @@ from rich.table import Table
 
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server.promise import Promise
+from expertd_server.region_handover import where_of
 from expertd_server.remote import EngineState, RemoteEngine
 from expertd_server.remote_codec import RemoteCall
 
 ARENA_BYTES = 2**28
+REGION_BYTES = 2**26
 MAX_REQUESTS = 4096
 PATIENCE_S = 60.0
 
@@ -46,6 +51,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 128], help="request sizes")
     parser.add_argument("--in-flight", type=int, nargs="+", default=[16, 128], help="of all front-ends")
     parser.add_argument("--front-ends", type=int, default=1)
+    parser.add_argument("--regions", action="store_true", help="hidden states and outputs lie in a caller's memory")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", help="write the results here")
@@ -94,7 +100,8 @@ def measure(args: argparse.Namespace) -> None:
     tally = Tally()
     engine, store = engine_without_device(max(args.layers), args.preset, tally.add)
     pinner = Pinner(lambda _address, _nbytes: None, lambda _address: None, 1 << 40)
-    table = Table(title=f"{args.preset}, {args.front_ends} front-ends, a device that does nothing")
+    where = "a caller's memory" if args.regions else "front-ends' memory"
+    table = Table(title=f"{args.preset}, {args.front_ends} front-ends, {where}, no device")
     for column in ("layers", "tokens", "in flight", "req/batch", "CPU us/req", "req/s"):
         table.add_column(column, justify="right")
     cells: list[dict[str, Any]] = []
@@ -105,7 +112,7 @@ def measure(args: argparse.Namespace) -> None:
     gate.start()
     for count, tokens, in_flight in itertools.product(args.layers, args.tokens, args.in_flight):
         shape = [f"--layers={count}", f"--tokens={tokens}", f"--in-flight={in_flight // args.front_ends}"]
-        command = [sys.executable, __file__, f"--mailbox={outlet.fileno()}", *shape]
+        command = [sys.executable, __file__, f"--mailbox={outlet.fileno()}", *shape, *["--regions"] * args.regions]
         front_ends = [
             subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[outlet.fileno()]) for _ in range(args.front_ends)
         ]
@@ -142,6 +149,20 @@ def measure(args: argparse.Namespace) -> None:
         write_json(args.json, {**header(), "arguments": vars(args), "cells": cells})
 
 
+def region_of(engine: RemoteEngine) -> memoryview:
+    """Memory of a caller, which the engine has mapped, too."""
+    fd = os.memfd_create("bench-region", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, REGION_BYTES)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    view = engine.regions.map_file(fd, REGION_BYTES)
+    os.close(fd)
+    until_s = time.monotonic() + PATIENCE_S
+    while engine._link is None or where_of(view, engine._link.to_regions) is None:
+        assert time.monotonic() < until_s, "the engine has not mapped it"
+        time.sleep(0.01)
+    return view
+
+
 def be_front_end(args: argparse.Namespace) -> None:
     """Keep requests in flight until standard input ends."""
     states: list[EngineState] = []
@@ -161,12 +182,17 @@ def be_front_end(args: argparse.Namespace) -> None:
     tokens = args.tokens[0]
     chance = np.random.default_rng(0)
     calls = []
+    region = region_of(engine) if args.regions else None
     for layer in states[-1].layers[: args.layers[0]]:
         spec = layer.spec
-        hidden_states = memoryview(chance.integers(0, 120, tokens * spec.hidden_size, np.uint8))
+        hidden_states, place = memoryview(chance.integers(0, 120, tokens * spec.hidden_size, np.uint8)), None
+        if region is not None:
+            nbytes = len(hidden_states)
+            region[:nbytes] = hidden_states
+            hidden_states, place = region[:nbytes], region[nbytes : 3 * nbytes]
         logits = memoryview(chance.standard_normal(tokens * spec.num_experts, np.float32).view(np.uint8))
         parts = (pb.DATA_TYPE_FLOAT8_E4M3FN, hidden_states), (pb.DATA_TYPE_FLOAT32, logits), None, None
-        calls.append(RemoteCall(layer, (tokens, *parts, pb.DATA_TYPE_BFLOAT16, True, False)))
+        calls.append(RemoteCall(layer, (tokens, *parts, pb.DATA_TYPE_BFLOAT16, True, False), place=place))
     turn = itertools.cycle(calls)
 
     def ask() -> None:

@@ -12,11 +12,18 @@ constexpr int kNumParts = 4;    // of a request: hidden_states, routing_logits, 
 constexpr int kMaxTensors = 5;  // of an answer
 constexpr Py_ssize_t kAlignment = 64;
 constexpr Py_ssize_t kMaxErrorBytes = 8192;
+constexpr uint64_t kMostBytes = uint64_t{1} << 56;  // of a tensor anywhere
+
+// Bytes of a caller's memory that both processes have mapped; region 0: none.
+struct Where {
+  uint64_t region, offset, num_bytes;
+};
 
 struct CallHead {
   uint64_t layer_id;
   double deadline_s;  // infinite: none
   uint64_t num_tokens, output_dtype, do_finalize, return_routing;
+  Where hidden_states, place;  // place: where the output goes
 };
 
 struct AnswerHead {
@@ -25,11 +32,13 @@ struct AnswerHead {
 };
 
 struct Entry {
-  uint64_t dtype, rank, rows, columns, at;  // dtype 0: the tensor is absent; at: where its bytes start in the block
+  uint64_t dtype, rank, rows, columns;  // dtype 0: the tensor is absent
+  uint64_t at;                          // where its bytes start in the block; kElsewhere: not there
 };
 
-constexpr Py_ssize_t kDirectoryAt = sizeof(AnswerHead);
-static_assert(sizeof(CallHead) <= kDirectoryAt);
+constexpr uint64_t kElsewhere = 0;  // the first tensor alone: of a request in hidden_states, of an answer in place
+constexpr Py_ssize_t kDirectoryAt = sizeof(CallHead);
+static_assert(sizeof(AnswerHead) <= kDirectoryAt);
 
 constexpr Py_ssize_t aligned(Py_ssize_t num_bytes) { return (num_bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -69,14 +78,16 @@ struct Block {
 
   void write_entry(int index, const Entry& entry) const { write(kDirectoryAt + index * sizeof(Entry), entry); }
 
-  // Raises ValueError where the tensor does not lie in the block.
-  bool read_entry(int index, Entry* entry, Py_ssize_t* num_bytes) const {
+  // Raises ValueError where the tensor does not lie in the block, unless it is the first and `may_be_elsewhere`.
+  bool read_entry(int index, Entry* entry, Py_ssize_t* num_bytes, bool may_be_elsewhere) const {
     *entry = read<Entry>(kDirectoryAt + index * sizeof(Entry));
     *num_bytes = 0;
     if (entry->dtype == 0) return true;
-    const auto length = static_cast<uint64_t>(buffer.len);
+    const bool is_elsewhere = entry->at == kElsewhere;
+    const auto length = is_elsewhere ? kMostBytes : static_cast<uint64_t>(buffer.len);
     const uint64_t item = item_bytes(static_cast<uint32_t>(entry->dtype));
-    const bool is_good = entry->at <= length && (entry->columns == 0 || entry->rows <= length / entry->columns) &&
+    const bool is_good = (!is_elsewhere || (index == 0 && may_be_elsewhere)) && entry->at <= length &&
+                         (entry->columns == 0 || entry->rows <= length / entry->columns) &&
                          entry->rows * entry->columns * item <= length - entry->at;
     if (!is_good) {
       PyErr_Format(PyExc_ValueError, "tensor %d does not lie in its block of %zd bytes", index, buffer.len);
@@ -106,10 +117,49 @@ class FreeInterpreter {
   PyThreadState* state_;
 };
 
-bool has_arguments(Py_ssize_t given, Py_ssize_t expected) {
-  if (given == expected) return true;
-  PyErr_Format(PyExc_TypeError, "%zd arguments are given, expected %zd", given, expected);
+bool has_arguments(Py_ssize_t given, Py_ssize_t least, Py_ssize_t most) {
+  if (least <= given && given <= most) return true;
+  PyErr_Format(PyExc_TypeError, "%zd arguments are given, expected %zd to %zd", given, least, most);
   return false;
+}
+
+// The n-th argument where it is given and not None, else nullptr.
+PyObject* optional(PyObject* const* arguments, Py_ssize_t given, Py_ssize_t n) {
+  return n < given && arguments[n] != Py_None ? arguments[n] : nullptr;
+}
+
+// Raises TypeError or OverflowError.
+bool read_where(PyObject* from, Where* where) {
+  *where = {};
+  if (from == nullptr) return true;
+  if (!PyTuple_Check(from) || PyTuple_GET_SIZE(from) != 3) {
+    PyErr_SetString(PyExc_TypeError, "a place in a region is no tuple of 3, expected a Where or None");
+    return false;
+  }
+  where->region = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(from, 0));
+  where->offset = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(from, 1));
+  where->num_bytes = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(from, 2));
+  return !PyErr_Occurred();
+}
+
+// A view of bytes of a region, among those that are mapped here by number; raises ValueError where they are not.
+PyObject* view_of(PyObject* regions, const Where& where) {
+  PyObject* number = PyLong_FromUnsignedLongLong(where.region);
+  if (number == nullptr) return nullptr;
+  PyObject* region = PyDict_GetItemWithError(regions, number);
+  Py_DECREF(number);
+  if (region == nullptr && PyErr_Occurred()) return nullptr;
+  const Py_ssize_t length = region == nullptr ? 0 : PyObject_Size(region);  // of elements that are bytes
+  if (length < 0) return nullptr;
+  const auto size = static_cast<uint64_t>(length);
+  if (region == nullptr || where.offset > size || where.num_bytes > size - where.offset) {
+    PyErr_Format(PyExc_ValueError, "%llu bytes at %llu of region %llu are not mapped here: %zd bytes of it are",
+                 static_cast<unsigned long long>(where.num_bytes), static_cast<unsigned long long>(where.offset),
+                 static_cast<unsigned long long>(where.region), length);
+    return nullptr;
+  }
+  const auto start = static_cast<Py_ssize_t>(where.offset);
+  return PySequence_GetSlice(region, start, start + static_cast<Py_ssize_t>(where.num_bytes));
 }
 
 // ---- requests ----
@@ -145,13 +195,15 @@ struct Request {
   }
 };
 
-PyDoc_STRVAR(block_bytes_doc, "block_bytes(request, hidden_size, top_k)\n\nSee blocks.py.");
+PyDoc_STRVAR(block_bytes_doc,
+             "block_bytes(request, hidden_size, top_k, hidden_states=None, place=None)\n\nSee blocks.py.");
 
 PyObject* block_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
   Request request;
-  if (!has_arguments(given, 3) || !request.read(arguments[0])) return nullptr;
+  if (!has_arguments(given, 3, 5) || !request.read(arguments[0])) return nullptr;
   const Py_ssize_t hidden_size = PyLong_AsSsize_t(arguments[1]), top_k = PyLong_AsSsize_t(arguments[2]);
   if (PyErr_Occurred()) return nullptr;
+  if (optional(arguments, given, 3) != nullptr) request.parts[0] = nullptr;
   Py_ssize_t asked = 0;
   for (PyObject* part : request.parts) {
     if (part == nullptr) continue;
@@ -163,17 +215,23 @@ PyObject* block_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
   const Py_ssize_t slots = num_tokens * top_k;
   const Py_ssize_t rows =
       request.do_finalize ? num_tokens * item_bytes(static_cast<uint32_t>(request.output_dtype)) : slots * 2;
-  const Py_ssize_t answer = aligned(rows * hidden_size) + aligned(slots * 2) + 2 * aligned(slots * 4);
+  const bool is_elsewhere = optional(arguments, given, 4) != nullptr;
+  const Py_ssize_t answer =
+      is_elsewhere ? 0 : aligned(rows * hidden_size) + aligned(slots * 2) + 2 * aligned(slots * 4);
   const Py_ssize_t most = asked > answer ? asked : answer;
   return PyLong_FromSsize_t(kDataAt + (most > kMaxErrorBytes ? most : kMaxErrorBytes));
 }
 
-PyDoc_STRVAR(write_call_doc, "write_call(block, request, layer_id, deadline_s)\n\nSee blocks.py.");
+PyDoc_STRVAR(write_call_doc,
+             "write_call(block, request, layer_id, deadline_s, hidden_states=None, place=None)\n\nSee blocks.py.");
 
 PyObject* write_call(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
   Request request;
   Block block;
-  if (!has_arguments(given, 4) || !block.take(arguments[0], PyBUF_WRITABLE) || !request.read(arguments[1])) {
+  Where hidden_states, place;
+  if (!has_arguments(given, 4, 6) || !block.take(arguments[0], PyBUF_WRITABLE) || !request.read(arguments[1]) ||
+      !read_where(optional(arguments, given, 4), &hidden_states) ||
+      !read_where(optional(arguments, given, 5), &place)) {
     return nullptr;
   }
   const uint64_t layer_id = PyLong_AsUnsignedLongLong(arguments[2]);
@@ -181,11 +239,16 @@ PyObject* write_call(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
       arguments[3] == Py_None ? std::numeric_limits<double>::infinity() : PyFloat_AsDouble(arguments[3]);
   if (PyErr_Occurred()) return nullptr;
   block.write(0, CallHead{layer_id, deadline_s, request.num_tokens, request.output_dtype, request.do_finalize,
-                          request.return_routing});
+                          request.return_routing, hidden_states, place});
   Py_ssize_t at = kDataAt;
   for (int n = 0; n < kNumParts; ++n) {
     if (request.parts[n] == nullptr) {
       block.write_entry(n, Entry{});
+      continue;
+    }
+    if (n == 0 && hidden_states.region != 0) {
+      const uint64_t num_items = hidden_states.num_bytes / item_bytes(request.dtypes[0]);
+      block.write_entry(0, Entry{request.dtypes[0], 1, num_items, 1, kElsewhere});
       continue;
     }
     Py_buffer data;
@@ -204,37 +267,46 @@ PyObject* write_call(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
   Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(read_call_doc, "read_call(block)\n\nSee blocks.py.");
+PyDoc_STRVAR(read_call_doc, "read_call(block, regions)\n\nSee blocks.py.");
 
-PyObject* read_call(PyObject*, PyObject* memory) {
+PyObject* read_call(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
   Block block;
-  if (!block.take(memory, PyBUF_SIMPLE)) return nullptr;
+  if (!has_arguments(given, 2, 2) || !block.take(arguments[0], PyBUF_SIMPLE)) return nullptr;
+  PyObject *memory = arguments[0], *regions = arguments[1];
+  if (!PyDict_Check(regions)) {
+    PyErr_Format(PyExc_TypeError, "regions is %s, expected a dict", Py_TYPE(regions)->tp_name);
+    return nullptr;
+  }
   const auto head = block.read<CallHead>(0);
   PyObject* parts[kNumParts] = {nullptr};
   bool is_good = true;
   for (int n = 0; n < kNumParts && is_good; ++n) {
     Entry entry;
     Py_ssize_t num_bytes;
-    is_good = block.read_entry(n, &entry, &num_bytes);
+    const bool is_elsewhere = n == 0 && head.hidden_states.region != 0;
+    is_good = block.read_entry(n, &entry, &num_bytes, is_elsewhere);
     if (!is_good) break;
     if (entry.dtype == 0) {
       parts[n] = Py_NewRef(Py_None);
       continue;
     }
     const auto at = static_cast<Py_ssize_t>(entry.at);
-    PyObject* view = PySequence_GetSlice(memory, at, at + num_bytes);
+    PyObject* view =
+        is_elsewhere ? view_of(regions, head.hidden_states) : PySequence_GetSlice(memory, at, at + num_bytes);
     parts[n] = view == nullptr ? nullptr : Py_BuildValue("(KN)", static_cast<unsigned long long>(entry.dtype), view);
     is_good = parts[n] != nullptr;
   }
-  if (!is_good) {
+  PyObject* place = nullptr;
+  if (is_good) place = head.place.region == 0 ? Py_NewRef(Py_None) : view_of(regions, head.place);
+  if (place == nullptr) {
     for (PyObject* part : parts) Py_XDECREF(part);
     return nullptr;
   }
   PyObject* deadline_s = std::isinf(head.deadline_s) ? Py_NewRef(Py_None) : PyFloat_FromDouble(head.deadline_s);
-  return Py_BuildValue("(KN(KNNNNKOO))", static_cast<unsigned long long>(head.layer_id), deadline_s,
+  return Py_BuildValue("(KN(KNNNNKOO)N)", static_cast<unsigned long long>(head.layer_id), deadline_s,
                        static_cast<unsigned long long>(head.num_tokens), parts[0], parts[1], parts[2], parts[3],
                        static_cast<unsigned long long>(head.output_dtype), head.do_finalize ? Py_True : Py_False,
-                       head.return_routing ? Py_True : Py_False);
+                       head.return_routing ? Py_True : Py_False, place);
 }
 
 // ---- answers ----
@@ -242,41 +314,49 @@ PyObject* read_call(PyObject*, PyObject* memory) {
 PyDoc_STRVAR(
     write_matrix_head_doc,
     "write_matrix_head(block, dtype, num_tokens, hidden_size, queue_us, copy_in_us, compute_us, copy_out_us,\n"
-    "batch_tokens, batch_requests, weights_version, queue_tokens)\n\n"
+    "batch_tokens, batch_requests, weights_version, queue_tokens, is_placed)\n\n"
     "write_answer of blocks.py for an answer that is one [num_tokens, hidden_size] matrix, all but its elements;\n"
-    "where in the block these go.");
+    "where these go, in the block, or from the start of the place that the request names (is_placed).");
 
 PyObject* write_matrix_head(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
-  unsigned long long n[11];
+  constexpr Py_ssize_t kNumNumbers = 12;
+  unsigned long long n[kNumNumbers];
   Block block;
-  if (!has_arguments(given, 12) || !block.take(arguments[0], PyBUF_WRITABLE) || !numbers_of(arguments + 1, 11, 11, n)) {
+  if (!has_arguments(given, kNumNumbers + 1, kNumNumbers + 1) || !block.take(arguments[0], PyBUF_WRITABLE) ||
+      !numbers_of(arguments + 1, kNumNumbers, kNumNumbers, n)) {
     return nullptr;
   }
+  const uint64_t at = n[11] ? kElsewhere : static_cast<uint64_t>(kDataAt);
   const auto num_bytes = static_cast<Py_ssize_t>(n[1] * n[2] * item_bytes(static_cast<uint32_t>(n[0])));
-  if (!block.has_room(kDataAt, num_bytes)) return nullptr;
+  if (at != kElsewhere && !block.has_room(kDataAt, num_bytes)) return nullptr;
   block.write(0, AnswerHead{{n[3], n[4], n[5], n[6], n[7], n[8]}, n[9], n[10]});
-  block.write_entry(0, Entry{n[0], 2, n[1], n[2], kDataAt});
+  block.write_entry(0, Entry{n[0], 2, n[1], n[2], at});
   for (int index = 1; index < kMaxTensors; ++index) block.write_entry(index, Entry{});
-  return PyLong_FromSsize_t(kDataAt);
+  return PyLong_FromUnsignedLongLong(at);
 }
 
 PyDoc_STRVAR(encode_answer_doc,
-             "encode_answer(block, is_stream, request_id, queue_depth_tokens)\n\n"
-             "A serialised ForwardResponse from the answer in a block; is_stream: within a ForwardStreamResponse.");
+             "encode_answer(block, is_stream, request_id, queue_depth_tokens, place=None)\n\n"
+             "A serialised ForwardResponse from the answer in a block; is_stream: within a ForwardStreamResponse.\n"
+             "place: (region, offset) by which the message is to name the output, where that does not lie in the\n"
+             "block, but in the place that the request names.");
 
 PyObject* encode_answer(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
   unsigned long long n[3];
   Block block;
-  if (!has_arguments(given, 4) || !block.take(arguments[0], PyBUF_SIMPLE) || !numbers_of(arguments + 1, 3, 3, n)) {
+  if (!has_arguments(given, 4, 5) || !block.take(arguments[0], PyBUF_SIMPLE) || !numbers_of(arguments + 1, 3, 3, n)) {
     return nullptr;
   }
+  PyObject* place = optional(arguments, given, 4);
+  unsigned long long region = 0, offset = 0;
+  if (place != nullptr && !PyArg_ParseTuple(place, "KK", &region, &offset)) return nullptr;
   const auto answer = block.read<AnswerHead>(0);
   Entry entries[kMaxTensors];
   Py_ssize_t num_bytes[kMaxTensors], data_bytes = 0, response_bytes = 0;
   Writer heads[kMaxTensors];
   for (int index = 0; index < kMaxTensors; ++index) {
     const Entry& entry = entries[index];
-    if (!block.read_entry(index, &entries[index], &num_bytes[index])) return nullptr;
+    if (!block.read_entry(index, &entries[index], &num_bytes[index], place != nullptr)) return nullptr;
     if (entry.dtype == 0) continue;
     Writer shape, tensor;
     if (entry.rank > 0) shape.varint(entry.rows);
@@ -284,7 +364,17 @@ PyObject* encode_answer(PyObject*, PyObject* const* arguments, Py_ssize_t given)
     tensor.number(1, entry.dtype);
     tensor.head(2, shape.size);
     tensor.append(shape);
-    if (num_bytes[index]) tensor.head(3, num_bytes[index]);  // an empty field is left out
+    if (entry.at == kElsewhere) {
+      Writer slice;
+      slice.number(1, region);
+      slice.number(2, offset);
+      slice.number(3, num_bytes[index]);
+      tensor.head(4, slice.size);
+      tensor.append(slice);
+      num_bytes[index] = 0;         // in the message
+    } else if (num_bytes[index]) {  // an empty field is left out
+      tensor.head(3, num_bytes[index]);
+    }
     heads[index].head(index + 1, tensor.size + num_bytes[index]);
     heads[index].append(tensor);
     data_bytes += num_bytes[index];
@@ -325,7 +415,7 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 PyMethodDef methods[] = {
     {"block_bytes", fast(block_bytes), METH_FASTCALL, block_bytes_doc},
     {"write_call", fast(write_call), METH_FASTCALL, write_call_doc},
-    {"read_call", read_call, METH_O, read_call_doc},
+    {"read_call", fast(read_call), METH_FASTCALL, read_call_doc},
     {"write_matrix_head", fast(write_matrix_head), METH_FASTCALL, write_matrix_head_doc},
     {"encode_answer", fast(encode_answer), METH_FASTCALL, encode_answer_doc},
     {nullptr, nullptr, 0, nullptr},

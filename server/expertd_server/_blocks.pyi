@@ -1,5 +1,6 @@
 """csrc/blocks.cpp and csrc/ring.cpp, compiled where there is a C++ compiler; only `compiled` imports them."""
 
+from expertd_server.region_handover import Where
 from expertd_server.wire_check import CheckedRequest
 
 class Ring:
@@ -27,9 +28,26 @@ class Arena:
     def allocate(self, nbytes: int, /) -> Block | None: ...
     def free_bytes(self) -> int: ...
 
-def block_bytes(request: CheckedRequest, hidden_size: int, top_k: int, /) -> int: ...
-def write_call(block: memoryview, request: CheckedRequest, layer_id: int, deadline_s: float | None, /) -> None: ...
-def read_call(block: memoryview, /) -> tuple[int, float | None, CheckedRequest]: ...
+def block_bytes(
+    request: CheckedRequest,
+    hidden_size: int,
+    top_k: int,
+    hidden_states: Where | None = None,
+    place: Where | None = None,
+    /,
+) -> int: ...
+def write_call(
+    block: memoryview,
+    request: CheckedRequest,
+    layer_id: int,
+    deadline_s: float | None,
+    hidden_states: Where | None = None,
+    place: Where | None = None,
+    /,
+) -> None: ...
+def read_call(
+    block: memoryview, regions: dict[int, memoryview], /
+) -> tuple[int, float | None, CheckedRequest, memoryview | None]: ...
 def write_matrix_head(
     block: memoryview,
     dtype: int,
@@ -43,6 +61,14 @@ def write_matrix_head(
     batch_requests: int,
     weights_version: int,
     queue_tokens: int,
+    is_placed: bool,
     /,
 ) -> int: ...
-def encode_answer(block: memoryview, is_stream: bool, request_id: int, queue_depth_tokens: int, /) -> bytes: ...
+def encode_answer(
+    block: memoryview,
+    is_stream: bool,
+    request_id: int,
+    queue_depth_tokens: int,
+    place: tuple[int, int] | None = None,
+    /,
+) -> bytes: ...

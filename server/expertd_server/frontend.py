@@ -74,6 +74,7 @@ class Frontend:
             metrics=self.metrics,
             facts=facts,
             shares_port=True,
+            map_file=self.engine.regions.map_file,
         )
 
     def start(self, port: int) -> int:

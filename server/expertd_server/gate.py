@@ -26,7 +26,8 @@ from expertd_server.errors import UnavailableError
 from expertd_server.layer import MoELayer
 from expertd_server.pinning import Share
 from expertd_server.promise import Promise
-from expertd_server.remote import ANSWERED, CANCEL, FAILED, Applied, EngineState, Hello
+from expertd_server.region_handover import RegionTaker
+from expertd_server.remote import ANSWERED, CANCEL, FAILED, NUM_HELLO_FILES, Applied, EngineState, Hello
 from expertd_server.remote_layer import RemoteLayer
 from expertd_server.result_blocks import write_result
 from expertd_server.ring import Channel
@@ -193,7 +194,9 @@ class EngineGate:
 
     def _welcome(self) -> None:
         try:
-            data, fds, flags, _ = socket.recv_fds(self._mailbox, _MAX_HELLO_BYTES, 4)
+            data, fds, flags, _ = socket.recv_fds(
+                self._mailbox, _MAX_HELLO_BYTES, NUM_HELLO_FILES, socket.MSG_CMSG_CLOEXEC
+            )
         except OSError as error:
             log.error("cannot take a front-end in: %s", error)
             return
@@ -202,8 +205,8 @@ class EngineGate:
             self._epoll.unregister(self._mailbox)
             return
         try:
-            if flags & socket.MSG_CTRUNC or len(fds) != 4:
-                raise OSError(f"{len(fds)} of its 4 files came; is the limit of open files reached?")
+            if flags & socket.MSG_CTRUNC or len(fds) != NUM_HELLO_FILES:
+                raise OSError(f"{len(fds)} of its {NUM_HELLO_FILES} files came; is the limit of open files reached?")
             peer = self._take_in(pickle.loads(data), fds)
         except Exception as error:  # the front-end sees its files closed, and asks again; the others go on
             log.error("cannot take a front-end in: %s", error)
@@ -217,16 +220,20 @@ class EngineGate:
     def _take_in(self, hello: Hello, fds: list[int]) -> _Peer:
         """Takes those files out of fds that are somebody's by now."""
         with contextlib.ExitStack() as undo:
-            connected = undo.enter_context(socket.socket(fileno=fds[3]))
-            del fds[3]
+            given = undo.enter_context(socket.socket(fileno=fds[-1]))
+            fds.pop()
+            connected = undo.enter_context(socket.socket(fileno=fds[-1]))
+            fds.pop()
             channel = Channel(hello.arena_bytes, hello.max_requests, *fds)
-            peer = _Peer(hello.name, channel, Control(connected), self._share)
+            regions = RegionTaker(hello.name, given, self._share)
+            peer = _Peer(hello.name, channel, Control(connected), regions, self._share)
             fds.clear()
             undo.callback(peer.close)
             with self._changed:
                 for fd in peer.read_fds:
                     self._epoll.register(fd, select.EPOLLIN)
                     undo.callback(self._epoll.unregister, fd)
+                regions.start()
                 self._peers.update(dict.fromkeys(peer.read_fds, peer))
             undo.pop_all()
         return peer
@@ -250,7 +257,7 @@ class EngineGate:
 
     def _submit(self, asked: _Asked) -> None:
         try:
-            layer_id, deadline_s, request = read_call(asked.block)
+            layer_id, deadline_s, request, asked.place = read_call(asked.block, asked.peer.regions.views)
             layer = self._layers.get(layer_id)
             if layer is None:
                 raise UnavailableError(
@@ -258,7 +265,7 @@ class EngineGate:
                 )
             call = call_of(layer, request)
             call.encode = asked.answer
-            call.place = answer_place(asked.block)
+            call.place = answer_place(asked.block) if asked.place is None else asked.place
             promise = self._engine.submit(call, deadline_s)
         except Exception as error:
             asked.fail(error)
@@ -283,22 +290,25 @@ class EngineGate:
 class _Asked:
     """A request of a front-end. Exactly one answer goes to it, whatever happens."""
 
-    __slots__ = ("block", "engine", "number", "peer")
+    __slots__ = ("block", "engine", "number", "peer", "place")
 
     def __init__(self, engine: CallEngine, peer: _Peer, number: int, block: memoryview) -> None:
         self.engine = engine
         self.peer = peer
         self.number = number
         self.block = block
+        self.place: memoryview | None = None
+        """Where its output goes instead."""
 
     def answer(self, result: ForwardResult) -> None:
         """Write it, where the batch was computed; see `ForwardCall.encode`."""
         if not self.peer.is_gone:
-            write_result(self.block, result, self.engine.queue_tokens)
+            write_result(self.block, result, self.engine.queue_tokens, self.place)
 
     def over(self, promise: Promise[Any]) -> None:
         """The promise is kept, and so the answer is written, or it is given up; in any thread."""
         self.peer.promises.pop(self.number, None)
+        self.peer.let_go()
         # NOTE: nothing is raised here: the error would know this frame, which knows its promise, which knows the error.
         failure = CancelledError() if promise.cancelled() else promise.exception()
         if failure is not None:
@@ -322,8 +332,9 @@ class _Asked:
 class _Peer:
     """A front-end process."""
 
-    def __init__(self, name: str, channel: Channel, control: Control, share: Share) -> None:
+    def __init__(self, name: str, channel: Channel, control: Control, regions: RegionTaker, share: Share) -> None:
         self.name = name
+        self.regions = regions
         self.from_frontend, self.to_frontend, self.memory = channel.open(share)
         self.control = control
         self.read_fds = (self.from_frontend.eventfd, control.fileno())
@@ -338,3 +349,9 @@ class _Peer:
         self.from_frontend.close()
         self.to_frontend.close()
         self.control.close()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Leave its callers' memory to them, if it is gone and nothing that it has asked for runs."""
+        if self.is_gone and not self.promises:
+            self.regions.close()

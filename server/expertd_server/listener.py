@@ -20,8 +20,7 @@ from expertd_server.errors import ConfigError
 from expertd_server.event_loop import EventLoop
 from expertd_server.listen import bind
 from expertd_server.metrics import Metrics
-from expertd_server.pinning import Share
-from expertd_server.region_door import RegionDoor
+from expertd_server.region_door import MapMemory, RegionDoor, map_memory
 from expertd_server.service import SERVICE_NAME, ExpertService, ServerFacts
 from expertd_server.store import LayerStore
 
@@ -67,8 +66,7 @@ class Listener:
     """ExpertService, health and reflection on one port. Until told otherwise, health says NOT_SERVING.
 
     codec: between messages and what the engine takes and gives. shares_port: whether other processes of this server
-    listen on the same port. share: makes views of callers' memory, see `map_memory`. Call `shutdown` in any case; again
-    is of no effect.
+    listen on the same port. map_file: maps callers' memory. Call `shutdown` in any case; again is of no effect.
     """
 
     def __init__(
@@ -81,12 +79,12 @@ class Listener:
         metrics: Metrics,
         facts: ServerFacts,
         shares_port: bool = False,
-        share: Share = memoryview,
+        map_file: MapMemory = map_memory,
     ) -> None:
         self._config = config
         self._shares_port = shares_port
         self._metrics = metrics
-        self._region_door = _region_door(config, share)
+        self._region_door = _region_door(config, map_file)
         self.loop = EventLoop.acquire()
         calls = Calls(
             store=store,
@@ -206,12 +204,12 @@ class Listener:
         return drained
 
 
-def _region_door(config: Config, share: Share) -> RegionDoor | None:
+def _region_door(config: Config, map_file: MapMemory) -> RegionDoor | None:
     """Raises ConfigError where a directory was asked for and cannot be used."""
     if not config.shared_memory:
         return None
     try:
-        return RegionDoor(config.shared_memory_dir, any_user=config.shared_memory_any_user, share=share)
+        return RegionDoor(config.shared_memory_dir, any_user=config.shared_memory_any_user, map_file=map_file)
     except ConfigError as error:
         if config.shared_memory_dir is not None:
             raise

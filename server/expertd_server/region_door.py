@@ -22,13 +22,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from expertd_server.errors import ConfigError
 from expertd_server.pinning import Share
 from expertd_server.threads import ended
 
-__all__ = ["PROOF_BYTES", "RegionDoor", "RegionRefusedError", "map_memory"]
+__all__ = ["PROOF_BYTES", "MapMemory", "RegionDoor", "RegionRefusedError", "map_memory"]
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +64,48 @@ class _Visit:
     """Why nothing is taken from this one; None: it may be."""
 
 
+MapMemory: TypeAlias = Callable[[int, int], memoryview]
+"""Makes a view of so many bytes of a file, as `map_memory` does."""
+
+
+def map_memory(fd: int, nbytes: int, share: Share = memoryview) -> memoryview:
+    """The first nbytes of a sealed memfd, mapped for reading and writing as long as any view of them lives.
+
+    share: makes the view that all others are of. Raises RegionRefusedError unless every byte of it can be touched
+    safely from now on, whatever its owner does.
+    """
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        raise RegionRefusedError("the file is no memfd, expected one of memfd_create(MFD_ALLOW_SEALING)") from None
+    if not seals & fcntl.F_SEAL_SHRINK:
+        raise RegionRefusedError("the memfd may shrink, expected it sealed with F_SEAL_SHRINK")
+    status = os.fstat(fd)
+    # NOTE: a hole in huge pages is a SIGBUS when none is left to fill it; ordinary memory is of one file system.
+    if status.st_dev != _memfd_device():
+        raise RegionRefusedError("the memfd is not of ordinary pages, expected one without MFD_HUGETLB")
+    if status.st_size < nbytes:
+        raise RegionRefusedError(f"the memfd has {status.st_size} bytes, expected the {nbytes} that were registered")
+    try:
+        return share(mmap.mmap(fd, nbytes))
+    except (OSError, ValueError) as error:
+        raise RegionRefusedError(f"the memfd cannot be mapped for reading and writing: {error}") from None
+
+
+def _memfd_device() -> int:
+    fd = os.memfd_create("expertd-probe", os.MFD_CLOEXEC)
+    try:
+        return os.fstat(fd).st_dev
+    finally:
+        os.close(fd)
+
+
 class RegionDoor:
     """A Unix socket and its thread.
 
     directory: where to put the socket, for callers in other network namespaces that have this directory too; None: an
     abstract one, which every process of this network namespace can reach and which leaves no file.
-    any_user: take memory of other users than the one that runs this process. share: see `map_memory`.
+    any_user: take memory of other users than the one that runs this process. map_file: how it is mapped.
     Raises ConfigError when it cannot listen.
     """
 
@@ -78,10 +114,10 @@ class RegionDoor:
         directory: Path | None = None,
         *,
         any_user: bool = False,
-        share: Share = memoryview,
+        map_file: MapMemory = map_memory,
     ) -> None:
         self._any_user = any_user
-        self._share = share
+        self._map_file = map_file
         self._lock = threading.Lock()
         self._expected: dict[bytes, _Expected] = {}
         name = f"{_SOCKET_PREFIX}{secrets.token_hex(8)}"
@@ -230,41 +266,9 @@ class RegionDoor:
                 del self._expected[old]
         if expected is None or expected.until_s <= now_s:
             raise RegionRefusedError("the ticket is unknown, used or older than 10 s; register the region again")
-        view = map_memory(fd, expected.nbytes, self._share)
+        view = self._map_file(fd, expected.nbytes)
         proof = bytes(view[:PROOF_BYTES])
         return proof, expected.take(view)
-
-
-def map_memory(fd: int, nbytes: int, share: Share = memoryview) -> memoryview:
-    """The first nbytes of a sealed memfd, mapped for reading and writing as long as any view of them lives.
-
-    share: makes the view that all others are of. Raises RegionRefusedError unless every byte of it can be touched
-    safely from now on, whatever its owner does.
-    """
-    try:
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError:
-        raise RegionRefusedError("the file is no memfd, expected one of memfd_create(MFD_ALLOW_SEALING)") from None
-    if not seals & fcntl.F_SEAL_SHRINK:
-        raise RegionRefusedError("the memfd may shrink, expected it sealed with F_SEAL_SHRINK")
-    status = os.fstat(fd)
-    # NOTE: a hole in huge pages is a SIGBUS when none is left to fill it; ordinary memory is of one file system.
-    if status.st_dev != _memfd_device():
-        raise RegionRefusedError("the memfd is not of ordinary pages, expected one without MFD_HUGETLB")
-    if status.st_size < nbytes:
-        raise RegionRefusedError(f"the memfd has {status.st_size} bytes, expected the {nbytes} that were registered")
-    try:
-        return share(mmap.mmap(fd, nbytes))
-    except (OSError, ValueError) as error:
-        raise RegionRefusedError(f"the memfd cannot be mapped for reading and writing: {error}") from None
-
-
-def _memfd_device() -> int:
-    fd = os.memfd_create("expertd-probe", os.MFD_CLOEXEC)
-    try:
-        return os.fstat(fd).st_dev
-    finally:
-        os.close(fd)
 
 
 def _say(visitor: socket.socket, message: bytes, fds: Sequence[int] = ()) -> None:

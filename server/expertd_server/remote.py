@@ -28,12 +28,14 @@ from expertd_server.control import Control
 from expertd_server.errors import ExpertdServerError, OverloadedError, RequestTimeoutError, UnavailableError
 from expertd_server.event_loop import EventLoop
 from expertd_server.promise import Promise
+from expertd_server.region_handover import RegionGiver, is_let_go, where_of
 from expertd_server.remote_codec import RemoteAnswer, RemoteCall
 from expertd_server.remote_layer import RemoteLayer
 from expertd_server.ring import Arena, Block, Channel
 from expertd_server.status import RelayedError
 
-__all__ = ["ANSWERED", "CANCEL", "FAILED", "SUBMIT", "Applied", "EngineState", "Hello", "RemoteEngine"]
+__all__ = ["ANSWERED", "CANCEL", "FAILED", "NUM_HELLO_FILES", "SUBMIT"]
+__all__ += ["Applied", "EngineState", "Hello", "RemoteEngine"]
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +57,14 @@ _MOST_UNTOLD: Final = 4
 # What callers are told while there is no engine.
 _ENGINE_RETRY_DELAY_S: Final = 1.0
 
+_NO_MEMORY: Final = (None, None)
+NUM_HELLO_FILES: Final = 5
+
 
 @dataclass(frozen=True)
 class Hello:
-    """From a front-end that looks for an engine, into the mailbox, together with the files of its channel and the
-    engine's end of a control connection."""
+    """From a front-end that looks for an engine, into the mailbox, together with NUM_HELLO_FILES: those of its channel,
+    and the engine's ends of a control connection and of the socket that regions go over."""
 
     name: str
     arena_bytes: int
@@ -109,6 +114,8 @@ class RemoteEngine:
         self._arena_bytes = arena_bytes
         self._max_requests = max_requests
         self._on_state = on_state
+        self.regions = RegionGiver()
+        """Memory that callers share with this process."""
         self._link: _Link | None = None
         self._is_draining = False
         self._closed = threading.Event()
@@ -122,6 +129,7 @@ class RemoteEngine:
 
     def start(self) -> None:
         """Look for an engine."""
+        self.regions.start()
         self._thread.start()
 
     def submit(
@@ -164,6 +172,7 @@ class RemoteEngine:
         if link is not None:
             link.hang_up()
         self._thread.join(timeout_s)
+        self.regions.close()
         return not self._thread.is_alive()
 
     def _run(self) -> None:
@@ -180,14 +189,20 @@ class RemoteEngine:
                 log.exception("the way to the engine broke; looking for it anew")
             was_taken_in, self._link = self._link is not None, None
             link.fail_all(_no_engine())
+            if not self._closed.is_set():
+                gone = "the engine's process is gone"
+                log.warning(gone if was_taken_in else "the engine did not take this front-end in")
+                self._on_state(None)
+            link.settle(_no_engine(), self._closed.is_set)
+            self.regions.part(link.to_regions)
             if self._closed.is_set():
                 return
-            log.warning("the engine's process is gone" if was_taken_in else "the engine did not take this front-end in")
-            self._on_state(None)
             if not was_taken_in:  # it may refuse the next time too
                 self._closed.wait(_LOOK_UP_S)
 
     def _enter(self, link: _Link, state: EngineState) -> None:
+        if self._link is not link:
+            self.regions.meet(link.to_regions)
         self._link = link  # first: once health is told of the layers, requests to them must find the way
         self._on_state(state)
 
@@ -198,9 +213,13 @@ class RemoteEngine:
             mine, theirs = socket.socketpair()
             undo.enter_context(mine)
             with theirs:
-                hello = pickle.dumps(Hello(self._name, self._arena_bytes, self._max_requests))
-                socket.send_fds(self._mailbox, [hello], [*channel.fds, theirs.fileno()])
-            link = _Link(channel, Control(mine), self._loop)
+                giving, taking = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                undo.enter_context(giving)
+                with taking:
+                    hello = pickle.dumps(Hello(self._name, self._arena_bytes, self._max_requests))
+                    files = [*channel.fds, theirs.fileno(), taking.fileno()]
+                    socket.send_fds(self._mailbox, [hello], files)
+            link = _Link(channel, Control(mine), giving, self._loop)
             undo.pop_all()
         return link
 
@@ -208,7 +227,20 @@ class RemoteEngine:
 class _Asked(Promise[Any]):
     """A call on its way: it waits for room in the arena, or the engine has it."""
 
-    __slots__ = ("block", "call", "deadline_s", "encode", "give_up_s", "is_taken_back", "link", "nbytes", "number")
+    __slots__ = (
+        "block",
+        "call",
+        "deadline_s",
+        "encode",
+        "give_up_s",
+        "hidden_states",
+        "is_taken_back",
+        "link",
+        "memory",
+        "nbytes",
+        "number",
+        "place",
+    )
 
     def __init__(
         self,
@@ -223,8 +255,15 @@ class _Asked(Promise[Any]):
         """None once it is in the block: the message that it is part of need not wait for the answer."""
         self.encode = call.encode
         self.deadline_s = deadline_s
-        spec = call.layer.spec
-        self.nbytes = block_bytes(call.request, spec.hidden_size, spec.top_k)
+        spec, hidden_states = call.layer.spec, call.request[1][1]
+        self.hidden_states = where_of(hidden_states, link.to_regions)
+        self.place = None if call.place is None else where_of(call.place, link.to_regions)
+        self.memory = (
+            None if self.hidden_states is None else hidden_states,
+            None if self.place is None else call.place,
+        )
+        """What the engine reads and writes of callers' memory, both of which keep the regions until it is over."""
+        self.nbytes = block_bytes(call.request, spec.hidden_size, spec.top_k, self.hidden_states, self.place)
         self.number = 0
         """0: the engine was not asked yet."""
         self.block: Block | None = None
@@ -243,13 +282,15 @@ class _Asked(Promise[Any]):
 
 
 class _Link:
-    """The way to one engine process, for as long as that lives. loop: see `RemoteEngine`."""
+    """The way to one engine process, for as long as that lives. to_regions: see `RegionGiver`; the socket is not this
+    one's to close. loop: see `RemoteEngine`."""
 
-    def __init__(self, channel: Channel, control: Control, loop: EventLoop | None) -> None:
+    def __init__(self, channel: Channel, control: Control, to_regions: socket.socket, loop: EventLoop | None) -> None:
         self._max_requests = channel.max_requests
         self._to_engine, self._from_engine, memory = channel.open()
         self._arena = Arena(memory)
         self._control = control
+        self.to_regions = to_regions
         self._loop = loop
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -261,6 +302,8 @@ class _Link:
         self._num_untold = 0
         self._is_completing = False
         self._is_over = False
+        self._unsettled: list[_Asked] = []
+        """Not answered when it was over, and in memory that the engine may still write to."""
         self._sequence = 0
         self.queue_tokens = 0
 
@@ -286,7 +329,8 @@ class _Link:
     def _send(self, asked: _Asked, block: Block) -> None:
         call, asked.call = asked.call, None
         assert call is not None, "it is sent once"
-        write_call(block.view, call.request, call.layer.layer_id, asked.deadline_s)
+        layer_id = call.layer.layer_id
+        write_call(block.view, call.request, layer_id, asked.deadline_s, asked.hidden_states, asked.place)
         with self._lock:
             self._check_open()
             asked.block = block
@@ -403,14 +447,15 @@ class _Link:
         self._place()
 
     def fail_all(self, error: ExpertdServerError) -> None:
-        """The end of it: what was not answered fails."""
+        """The end of it: what was not answered fails, but see `settle`, which must follow."""
         with self._lock:
             self._is_over = True
-            asked = [*self._waiting.values(), *self._roomless]
+            asked, roomless = list(self._waiting.values()), list(self._roomless)
             self._waiting = {}
             self._roomless.clear()
             self._is_completing = True
-        for one in asked:
+        self._unsettled = [one for one in asked if any(one.memory)]
+        for one in [*(one for one in asked if not any(one.memory)), *roomless]:
             _fail(one, error)
         with self._lock:
             self._is_completing = False
@@ -419,6 +464,13 @@ class _Link:
         self._from_engine.close()
         self._control.close()
         os.close(self._wake_fd)
+
+    def settle(self, error: ExpertdServerError, is_closed: Callable[[], bool]) -> None:
+        """Fail the rest, when the engine cannot write to memory of theirs any more; or when this process ends."""
+        while self._unsettled and not is_closed() and not is_let_go(self.to_regions, _LOOK_UP_S):
+            pass
+        while self._unsettled:
+            _fail(self._unsettled.pop(), error)
 
     def _check_open(self) -> None:
         if self._is_over:
@@ -449,11 +501,12 @@ class _Link:
 
     def _complete(self, asked: _Asked, kind: int, nbytes: int) -> None:
         block, asked.block = asked.block, None
+        (_, place), asked.memory = asked.memory, _NO_MEMORY
         assert block is not None, "else the engine was not asked"
         if kind == FAILED:
             _fail(asked, RelayedError(status_pb2.Status.FromString(read_error(block.view, nbytes))))
             return
-        answer = RemoteAnswer(block)
+        answer = RemoteAnswer(block, place)
         self.queue_tokens = answer.queue_tokens
         if not asked.set_running_or_notify_cancel():
             return

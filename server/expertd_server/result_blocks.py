@@ -10,15 +10,15 @@ from expertd_server.wire import WIRE_DTYPES, answer_tensors
 __all__ = ["write_result"]
 
 
-def write_result(block: memoryview, result: ForwardResult, queue_tokens: int) -> None:
+def write_result(block: memoryview, result: ForwardResult, queue_tokens: int, place: memoryview | None = None) -> None:
     """Write a result over its request; its tensors at once, or when `result.copies` run.
 
-    Raises ValueError when the block has no room for it.
+    place: where its output goes, instead of the block. Raises ValueError when there is no room for it.
     """
     timing, version = result.timing, result.weights_version
     matrix = result.matrix
     if BLOCKS is None or CODEC is None or matrix is None:
-        write_answer(block, answer_tensors(result), timing, version, queue_tokens)
+        write_answer(block, answer_tensors(result), timing, version, queue_tokens, place)
         return
     dtype, num_tokens, hidden_size, address = matrix
     at = BLOCKS.write_matrix_head(
@@ -34,8 +34,9 @@ def write_result(block: memoryview, result: ForwardResult, queue_tokens: int) ->
         timing.batch_requests,
         version,
         queue_tokens,
+        place is not None,
     )
     copies = result.copies or CODEC.Copies()
-    copies.add_memory(block, at, address, num_tokens * hidden_size * dtype.itemsize)
+    copies.add_memory(block if place is None else place, at, address, num_tokens * hidden_size * dtype.itemsize)
     if result.copies is None:
         copies.run()

@@ -8,6 +8,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Iterable
+from functools import partial
 from types import FrameType
 from typing import Final
 
@@ -21,6 +22,7 @@ from expertd_server.layer import MoELayer
 from expertd_server.listener import Listener
 from expertd_server.metrics_endpoint import MetricsEndpoint
 from expertd_server.ready import clear_ready_file, write_ready_file
+from expertd_server.region_door import map_memory
 from expertd_server.server_metrics import engine_hangs
 from expertd_server.service import ServerFacts
 
@@ -69,7 +71,7 @@ class Server:
                 max_queue_tokens=config.max_queue_tokens,
                 instance_id=self.instance_id,
             ),
-            share=self._host.share,
+            map_file=partial(map_memory, share=self._host.share),
         )
 
     def startup(self) -> bool:

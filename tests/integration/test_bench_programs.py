@@ -16,6 +16,11 @@ PROGRAMS = Path(__file__).parents[2] / "benchmarks"
     [
         ("bench_frontends.py", ["--tokens", "1", "--count", "5", "--rounds", "1"], "1 tokens: front-end"),
         ("bench_gate.py", ["--tokens", "3", "--in-flight", "4", "--seconds", "0.1", "--rounds", "1"], "req/batch"),
+        (
+            "bench_gate.py",
+            ["--regions", "--tokens", "3", "--in-flight", "4", "--seconds", "0.1", "--rounds", "1"],
+            "caller's memory",
+        ),
         ("bench_engine_host.py", ["--tokens", "3", "--in-flight", "4", "--seconds", "0.1", "--rounds", "1"], "req/s"),
     ],
 )

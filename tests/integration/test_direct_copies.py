@@ -23,6 +23,7 @@ from expertd.v1 import expertd_pb2 as pb
 from expertd_server import engine_host, spans
 from expertd_server.compiled import CODEC
 from expertd_server.engine import Engine
+from expertd_server.native import address_of
 from expertd_server.pinning import Pinner
 
 pytestmark = pytest.mark.skipif(CODEC is None, reason="the compiled codec was not built")
@@ -154,6 +155,31 @@ def test_memory_outlives_its_caller_until_the_batch_is_over(
     rig.device.may_end.set()
     with RawStream(channel) as stream:
         assert answer_of(stream.ask(request=asked).response) == expected
+
+
+def test_a_device_copies_from_and_to_callers_of_a_front_end_itself(rig: Rig, memory: Memory) -> None:
+    asked = request(np.random.default_rng(SEED), NUM_TOKENS)
+    with split(1, FakeCudaBackend()) as server, RawStream(server.channels[0]) as stream:
+        expected = answer_of(stream.ask(request=asked).response)
+        memory.register(stream)
+        regions = server.frontends[0].engine.regions._regions
+        eventually(lambda: [region.holder is not None for region in list(regions.values())], [True])
+        (peer,) = set(server.engine.gate._peers.values())
+        (view,) = peer.regions.views.values()
+        start = address_of(view)
+        del view
+
+        def is_direct() -> bool:
+            got, _ = memory.read(stream.ask(request=placed(memory, asked)).response)
+            assert answer_of(got) == expected
+            sent = {address for slot in rig.slots for copies in slot.sent for *_, address in copies}
+            fetched = {address for slot in rig.slots for copies in slot.fetched for *_, address in copies}
+            return start + PROOF_BYTES in sent and start + PROOF_BYTES in fetched
+
+        eventually(is_direct, True)  # once it is pinned
+        link = server.frontends[0].engine._link
+        assert link is not None
+        assert link._arena.free_bytes() == link._arena.nbytes
 
 
 def test_an_arena_has_no_block_back_before_the_device_is_done_with_it(rig: Rig) -> None:

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import ml_dtypes
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving import (
     HIDDEN_SIZE,
     LAYER,
+    NUM_EXPERTS,
     PATIENCE_S,
     SteeredBackend,
     failure_of,
@@ -22,13 +24,16 @@ from serving import (
     split,
     stream_failure_of,
 )
+from shared_memory import mapped_regions
 from test_processes import START_S, Processes, wait_for
 
+import expertd
 from expertd.v1 import expertd_pb2 as pb
 from expertd.v1 import expertd_pb2_grpc
 
 pytestmark = pytest.mark.timeout(300)  # two engines start, one after the other, on as few as two cores
 SEED = 20261126
+FP8 = ml_dtypes.float8_e4m3fn
 HANG_TIMEOUT_S = 1.0
 REAL_HANG_TIMEOUT_S = 5.0
 """Of processes of their own: more than a good batch takes there while others have the machine."""
@@ -156,3 +161,26 @@ def test_an_engine_process_is_killed_and_started_again(tmp_path: Path, hanging_b
         assert samples["expertd_engine_hangs_total", frozenset()] == 1
         assert samples["expertd_engine_restarts_total", frozenset()] == 1
         assert "engine is killed: the engine hangs: layer 'synthetic.tiny.0'" in server.errors()
+
+
+def test_in_shared_memory_a_request_that_hangs_fails_when_its_engine_is_dead(
+    tmp_path: Path, hanging_backend: dict[str, str]
+) -> None:
+    """Not before: what hangs may end after all, and write to memory that its caller uses again."""
+    good, bad = (np.full((4, HIDDEN_SIZE), code, np.uint8).view(FP8) for code in (1, SteeredBackend.POISON))
+    logits = np.random.default_rng(SEED).random((4, NUM_EXPERTS), np.float32)
+    with Processes(tmp_path, *OPTIONS, "--frontends", "1", environment=hanging_backend) as server:
+        config = expertd.ClientConfig(
+            f"127.0.0.1:{server.facts()['port']}",
+            transport="shm",
+            timeout_s=START_S,
+            retry=expertd.RetryPolicy(max_attempts=1),
+        )
+        with expertd.Client(config) as client:
+            expected = client.forward(LAYER, good, routing_logits=logits).output.tobytes()
+            wait_for(lambda: mapped_regions(server.facts()["engine_pid"]) == 1)
+            with pytest.raises(expertd.UnavailableError):
+                client.forward(LAYER, bad, routing_logits=logits)
+            assert "engine is killed: the engine hangs" in server.errors()
+            client.wait_ready()
+            assert client.forward(LAYER, good, routing_logits=logits).output.tobytes() == expected

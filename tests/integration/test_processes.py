@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import urllib.request
 from collections import Counter
@@ -21,7 +22,19 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
-from serving import LAYER, PATIENCE_S, answer_of, any_request, failure_of, insecure_channel, request, running
+from serving import (
+    HIDDEN_SIZE,
+    LAYER,
+    NUM_EXPERTS,
+    PATIENCE_S,
+    answer_of,
+    any_request,
+    failure_of,
+    insecure_channel,
+    request,
+    running,
+)
+from shared_memory import mapped_regions
 
 import expertd
 from expertd.v1 import expertd_pb2 as pb
@@ -290,6 +303,133 @@ class TestDeath:
         assert not server.ready_file.exists()
         assert not any(child.is_running() for child in children)
         assert "Traceback" not in server.errors()
+
+
+class SharedLoad:
+    """Clients that share memory with the server and ask one request after another, and check every answer."""
+
+    def __init__(self, port: int, count: int) -> None:
+        chance = np.random.default_rng(SEED)
+        hidden, logits = chance.standard_normal((16, HIDDEN_SIZE), np.float32), chance.random((16, NUM_EXPERTS), "f4")
+        self._arguments: tuple[Any, ...] = (LAYER, hidden)
+        self._logits = logits
+        with running() as one, expertd.Client(f"127.0.0.1:{one.server.port}") as client:
+            self._expected = client.forward(*self._arguments, routing_logits=logits).output.tobytes()
+        config = expertd.ClientConfig(
+            f"127.0.0.1:{port}", transport="shm", timeout_s=PATIENCE_S, retry=expertd.RetryPolicy(max_attempts=1)
+        )
+        self.outcomes = [Counter[str]() for _ in range(count)]
+        self._is_over = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(config, each)) for each in self.outcomes]
+
+    def __enter__(self) -> SharedLoad:
+        for thread in self._threads:
+            thread.start()
+        self.wait_exact(20)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+
+    def wait_exact(self, more: int) -> None:
+        """Wait until each client has got so many more exact answers."""
+        targets = [(outcome, outcome["exact"] + more) for outcome in self.outcomes]
+        wait_for(lambda: all(outcome["exact"] >= target for outcome, target in targets), START_S)
+
+    def _ask(self, config: expertd.ClientConfig, outcomes: Counter[str]) -> None:
+        with expertd.Client(config) as client:
+            while not self._is_over.is_set():
+                try:
+                    output = client.forward(*self._arguments, routing_logits=self._logits).output
+                    outcomes["exact" if output.tobytes() == self._expected else "wrong"] += 1
+                except expertd.ExpertdError as error:
+                    outcomes[type(error).__name__] += 1
+                    self._is_over.wait(0.02)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """A server for callers that share memory with it."""
+    with Processes(tmp_path_factory.mktemp("shared")) as processes:
+        processes.facts()
+        yield processes
+
+
+class TestSharedMemory:
+    """Regions of callers on this machine, which front-ends hand on to the engine."""
+
+    def regions_of(self, server: Processes) -> tuple[int, int]:
+        """Mappings by the engine, and by both front-ends together."""
+        facts = server.facts()
+        return mapped_regions(facts["engine_pid"]), sum(map(mapped_regions, facts["frontend_pids"]))
+
+    def test_both_processes_map_them_and_nothing_is_left(self, shared: Processes) -> None:
+        facts = shared.facts()
+        processes = [psutil.Process(pid) for pid in (facts["engine_pid"], *facts["frontend_pids"])]
+        with SharedLoad(facts["port"], 1):
+            pass
+        files = [process.num_fds() for process in processes]
+        for _ in range(3):
+            with SharedLoad(facts["port"], 4) as load:
+                wait_for(lambda: self.regions_of(shared) == (4, 4))
+            assert all(set(outcome) == {"exact"} for outcome in load.outcomes), load.outcomes
+            wait_for(lambda: self.regions_of(shared) == (0, 0))
+        wait_for(lambda: all(process.num_fds() <= before for process, before in zip(processes, files, strict=True)))
+
+    def test_the_next_engine_gets_those_that_live(self, shared: Processes) -> None:
+        facts = shared.facts()
+        with SharedLoad(facts["port"], 4) as load:
+            wait_for(lambda: self.regions_of(shared) == (4, 4))
+            os.kill(facts["engine_pid"], signal.SIGKILL)
+            wait_for(
+                lambda: shared.ready_file.exists() and shared.facts()["engine_pid"] != facts["engine_pid"], START_S
+            )
+            wait_for(lambda: self.regions_of(shared) == (4, 4))
+            load.wait_exact(20)
+        assert all(set(outcome) == {"exact", "UnavailableError"} for outcome in load.outcomes), load.outcomes
+        assert shared.facts()["frontend_pids"] == facts["frontend_pids"]
+        wait_for(lambda: self.regions_of(shared) == (0, 0))
+
+    def test_a_front_end_that_is_killed_takes_only_its_own_with_it(self, shared: Processes) -> None:
+        facts = shared.facts()
+        dying, living = facts["frontend_pids"]
+        with SharedLoad(facts["port"], 6) as load:
+            wait_for(lambda: self.regions_of(shared) == (6, 6))
+            kept = mapped_regions(living)
+            os.kill(dying, signal.SIGKILL)
+            wait_for(lambda: shared.ready_file.exists() and dying not in shared.facts()["frontend_pids"], START_S)
+            load.wait_exact(20)
+            assert mapped_regions(living) >= kept
+            wait_for(lambda: self.regions_of(shared) == (6, 6))
+        assert all(set(outcome) <= {"exact", "UnavailableError"} for outcome in load.outcomes), load.outcomes
+        assert sum(set(outcome) == {"exact"} for outcome in load.outcomes) >= kept, load.outcomes
+        wait_for(lambda: self.regions_of(shared) == (0, 0))
+
+    def test_a_client_that_is_killed_leaves_nothing(self, shared: Processes) -> None:
+        facts = shared.facts()
+        program = f"""
+            import expertd, numpy as np
+            client = expertd.Client(expertd.ClientConfig("127.0.0.1:{facts["port"]}", transport="shm"))
+            hidden, logits = np.ones((16, {HIDDEN_SIZE}), np.float32), np.ones((16, {NUM_EXPERTS}), np.float32)
+            while True:
+                client.forward("{LAYER}", hidden, routing_logits=logits)
+                print("answered", flush=True)
+        """
+        with SharedLoad(facts["port"], 2) as load:
+            command = [sys.executable, "-c", textwrap.dedent(program)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
+                assert client.stdout is not None
+                for _ in range(20):
+                    assert client.stdout.readline() == "answered\n"
+                wait_for(lambda: self.regions_of(shared) == (3, 3))
+                client.kill()
+            wait_for(lambda: self.regions_of(shared) == (2, 2))
+            load.wait_exact(20)
+        assert all(set(outcome) == {"exact"} for outcome in load.outcomes), load.outcomes
+        assert "Traceback" not in shared.errors()
 
 
 def test_without_restarts_the_server_ends_with_its_engine(tmp_path: Path) -> None:

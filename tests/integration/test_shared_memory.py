@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -17,7 +20,6 @@ from serving import (
     HIDDEN_SIZE,
     LAYER,
     NUM_EXPERTS,
-    Running,
     SteeredBackend,
     answer_of,
     any_request,
@@ -26,6 +28,7 @@ from serving import (
     insecure_channel,
     request,
     running,
+    split,
     stream_failure_of,
     tensor,
 )
@@ -42,6 +45,8 @@ from shared_memory import (
 )
 
 from expertd.v1 import expertd_pb2 as pb
+from expertd_server.batcher import Batcher
+from expertd_server.metrics import Metrics
 
 SEED = 20261126
 NBYTES = 1 << 20
@@ -239,17 +244,63 @@ class TestRefusals:
         other.close()
 
 
+@dataclass
+class Held:
+    """A server whose batches a test holds up."""
+
+    port: int
+    channel: grpc.Channel
+    batcher: Batcher[Any, Any]
+    metrics: Metrics
+    num_mappings: int
+    """Of a region, by all its processes."""
+    wait_taken: Callable[[], object]
+
+    def take(self, memory: Memory, stream: RawStream) -> None:
+        """Register it, and wait until whoever computes has it."""
+        memory.register(stream)
+        self.wait_taken()
+
+    def in_flight(self) -> float | None:
+        return self.metrics.registry.get_sample_value("expertd_in_flight_requests")
+
+
+@contextmanager
+def held_server(backend: SteeredBackend, *, with_front_end: bool) -> Iterator[Held]:
+    """In one process, or a front-end and an engine."""
+    if not with_front_end:
+        with running(backend) as one:
+            server = one.server
+            yield Held(server.port, one.channel, server.engine.batcher, server.metrics, 1, lambda: None)
+        return
+    with split(1, backend) as many:
+        frontend = many.frontends[0]
+        regions = frontend.engine.regions._regions
+
+        def are_taken() -> bool:
+            return bool(regions) and all(region.holder is not None for region in list(regions.values()))
+
+        yield Held(
+            many.ports[0],
+            many.channels[0],
+            many.engine.host.engine.batcher,
+            frontend.metrics,
+            2,
+            lambda: eventually(are_taken, True),
+        )
+
+
 class TestWhileItRuns:
     """The memory is its owner's, who may do anything to it at any time."""
 
-    @pytest.fixture
-    def held(self) -> Iterator[tuple[SteeredBackend, Running]]:
+    @pytest.fixture(params=["one process", "front-ends"])
+    def held(self, request: pytest.FixtureRequest) -> Iterator[tuple[SteeredBackend, Held]]:
         """A server whose batches wait for the gate."""
         backend = SteeredBackend()
-        with running(backend) as server:
+        with held_server(backend, with_front_end=request.param != "one process") as server:
             yield backend, server
 
-    def test_ids_that_change_after_the_check(self, held: tuple[SteeredBackend, Running], memory: Memory) -> None:
+    def test_ids_that_change_after_the_check(self, held: tuple[SteeredBackend, Held], memory: Memory) -> None:
         """They were copied before the check: those that were sent are those that count."""
         backend, server = held
         chance = np.random.default_rng(SEED)
@@ -262,12 +313,12 @@ class TestWhileItRuns:
             topk_weights=tensor(chance.random((4, 2), np.float32), pb.DATA_TYPE_FLOAT32),
         )
         with RawStream(server.channel) as stream:
-            memory.register(stream)
+            server.take(memory, stream)
             placed, _ = memory.placed(asked, 64)
             stream.send(request=first)
             backend.wait_started()
             stream.send(request=placed)  # waits in the queue, checked
-            eventually(lambda: server.server.engine.batcher.queue_requests, 1)
+            eventually(lambda: server.batcher.queue_requests, 1)
             for name, junk in (("topk_ids", b"\x7f\xff\xff\x7f"), ("topk_weights", b"\xff\xff\xff\xff")):
                 where = getattr(placed, name).slice
                 memory.map[where.offset : where.offset + where.nbytes] = junk * (where.nbytes // 4)
@@ -276,13 +327,13 @@ class TestWhileItRuns:
             assert answer_of(answers[3].response) == answer_of(stream.ask(request=asked).response)
 
     def test_an_answer_never_goes_where_another_request_still_is(
-        self, held: tuple[SteeredBackend, Running], memory: Memory
+        self, held: tuple[SteeredBackend, Held], memory: Memory
     ) -> None:
         backend, server = held
         chance = np.random.default_rng(SEED)
         asked = [request(chance, 4) for _ in range(2)]
         with RawStream(server.channel) as stream:
-            memory.register(stream)
+            server.take(memory, stream)
             first, end = memory.placed(asked[0], 64)
             first.answer_slice.CopyFrom(pb.RegionSlice(region=1, offset=end, nbytes=8192))
             number = stream.send(request=first)
@@ -313,7 +364,7 @@ class TestWhileItRuns:
             assert answer_of(memory.read(stream.ask(request=second).response)[0]) == expected[1]
 
     def test_a_region_that_is_given_up_while_a_request_of_it_runs(
-        self, held: tuple[SteeredBackend, Running], memory: Memory
+        self, held: tuple[SteeredBackend, Held], memory: Memory
     ) -> None:
         forget_tests_before()
         backend, server = held
@@ -321,17 +372,17 @@ class TestWhileItRuns:
         eventually(mapped_regions, before)
         asked = request(np.random.default_rng(SEED), 4)
         with RawStream(server.channel) as stream:
-            memory.register(stream)
-            assert mapped_regions() == before + 1
+            server.take(memory, stream)
+            assert mapped_regions() == before + server.num_mappings
             stream.send(request=request(np.random.default_rng(1), 2))
             backend.wait_started()
             placed, end = memory.placed(asked, 64)
             placed.answer_slice.CopyFrom(pb.RegionSlice(region=1, offset=end, nbytes=8192))
             number = stream.send(request=placed)
-            eventually(lambda: server.server.engine.batcher.queue_requests, 1)
+            eventually(lambda: server.batcher.queue_requests, 1)
             assert stream.ask(unregister_region=pb.UnregisterRegion(region=1)).HasField("region_unregistered")
             assert "region" in violations(stream.ask(request=placed))[0]
-            assert mapped_regions() == before + 1
+            assert mapped_regions() == before + server.num_mappings
             backend.gate.set()
             answers = {answer.id: answer for answer in (stream.receive(), stream.receive())}
             got, count = memory.read(answers[number].response)
@@ -341,25 +392,25 @@ class TestWhileItRuns:
             eventually(mapped_regions, before)
 
     def test_a_caller_that_leaves_while_its_request_runs(
-        self, held: tuple[SteeredBackend, Running], memory: Memory
+        self, held: tuple[SteeredBackend, Held], memory: Memory
     ) -> None:
         forget_tests_before()
         backend, server = held
         before = 1  # the test's own; those of tests before may be on their way out
         eventually(mapped_regions, before)
         with RawStream(server.channel) as stream:
-            memory.register(stream)
+            server.take(memory, stream)
             for start in (64, 100_000):
                 placed, end = memory.placed(request(np.random.default_rng(SEED), 4), start)
                 placed.answer_slice.CopyFrom(pb.RegionSlice(region=1, offset=end, nbytes=8192))
                 stream.send(request=placed)
                 if start == 64:
                     backend.wait_started()
-            eventually(lambda: server.server.engine.batcher.queue_requests, 1)
-        eventually(lambda: server.server.engine.batcher.queue_requests, 0)
+            eventually(lambda: server.batcher.queue_requests, 1)
+        eventually(lambda: server.batcher.queue_requests, 0)
         backend.gate.set()
         eventually(mapped_regions, before)
-        eventually(lambda: server.server.metrics.registry.get_sample_value("expertd_in_flight_requests"), 0)
+        eventually(server.in_flight, 0)
         with RawStream(server.channel) as stream:
             assert is_fine(stream)
 
@@ -404,17 +455,18 @@ def test_a_server_that_shares_nothing_says_so() -> None:
         assert is_fine(stream)
 
 
-def test_a_killed_client_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_front_end", [False, True], ids=["one process", "front-ends"])
+def test_a_killed_client_leaves_nothing(with_front_end: bool) -> None:
     """kill -9 with a request running and one waiting: no mapping, no file, no request of it stays."""
     forget_tests_before()
     backend = SteeredBackend()
-    with running(backend) as server:
+    with held_server(backend, with_front_end=with_front_end) as server:
         before = 0
         eventually(mapped_regions, before)  # those of tests before may be on their way out
         fds, shm = shared_fds(), sorted(path.name for path in Path("/dev/shm").glob("*expertd*"))
         program = f"""
             import numpy as np, ml_dtypes, sys, threading, expertd
-            client = expertd.Client(expertd.ClientConfig("127.0.0.1:{server.server.port}", transport="shm"))
+            client = expertd.Client(expertd.ClientConfig("127.0.0.1:{server.port}", transport="shm"))
             hidden = np.ones((4, {HIDDEN_SIZE}), ml_dtypes.float8_e4m3fn)
             logits = np.ones((4, {NUM_EXPERTS}), np.float32)
             forward = lambda: client.forward("{LAYER}", hidden, routing_logits=logits)
@@ -429,14 +481,14 @@ def test_a_killed_client_leaves_nothing(tmp_path: Path) -> None:
             assert client.stdin is not None
             client.stdin.write("the first one runs: no batch takes both\n")
             client.stdin.flush()
-            eventually(lambda: server.server.engine.batcher.queue_requests, 1)
-            assert mapped_regions() == before + 1
+            eventually(lambda: server.batcher.queue_requests, 1)
+            eventually(mapped_regions, before + server.num_mappings)
             client.send_signal(signal.SIGKILL)
-        eventually(lambda: server.server.engine.batcher.queue_requests, 0)
+        eventually(lambda: server.batcher.queue_requests, 0)
         backend.gate.set()
         eventually(mapped_regions, before)
-        eventually(lambda: server.server.metrics.registry.get_sample_value("expertd_in_flight_requests"), 0)
+        eventually(server.in_flight, 0)
         eventually(lambda: shared_fds() <= fds, True)
         assert sorted(path.name for path in Path("/dev/shm").glob("*expertd*")) == shm
-        with insecure_channel(server.server.port) as own, RawStream(own) as stream:
+        with insecure_channel(server.port) as own, RawStream(own) as stream:
             assert is_fine(stream)

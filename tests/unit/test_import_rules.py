@@ -37,6 +37,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "promise",
             "ready",
             "region_door",
+            "region_handover",
             "ring",
             "ring_pair",
             "server_metrics",

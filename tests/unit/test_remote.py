@@ -608,12 +608,14 @@ class TestEnds:
     ) -> None:
         side = rig.side()
         before = len(os.listdir("/proc/self/fd"))
-        # Nonsense; a memory too small to be mapped; three files.
+        # Nonsense; a memory too small to be mapped; four files; one that is no socket.
         hello = pickle.dumps(Hello("bad", ARENA_BYTES, MAX_REQUESTS))
-        for number, (data, count) in enumerate([(b"nonsense", 4), (hello, 4), (hello, 3)], 1):
+        cases = [(b"nonsense", (0, 1, 2, 3, 3)), (hello, (0, 1, 2, 3, 3)), (hello, (0, 1, 2, 3))]
+        cases += [(hello, (0, 1, 2, 3, 0)), (hello, (0, 1, 2, 0, 3))]
+        for number, (data, which) in enumerate(cases, 1):
             mine, theirs = socket.socketpair()
             fds = [os.memfd_create("small"), *(os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)), theirs.fileno()]
-            socket.send_fds(rig.inlet, [data], fds[:count])
+            socket.send_fds(rig.inlet, [data], [fds[each] for each in which])
             wait_for(lambda number=number: caplog.text.count("cannot take a front-end in") == number)
             for fd in fds[:3]:
                 os.close(fd)
