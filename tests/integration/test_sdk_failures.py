@@ -104,7 +104,8 @@ def test_timeout_is_the_callers_and_the_client_goes_on(connect: Connect, server:
     driver.forward("a", hidden, routing_logits=logits)
     server.service.hook = lambda request: wait(release) if request.hidden_states.shape[0] == 2 else None
     try:
-        with pytest.raises(expertd.TimeoutError, match=r"0\.3 s"):
+        # gRPC, which has the same deadline, may be the first to say so.
+        with pytest.raises(expertd.TimeoutError, match=r"0\.3 s|Deadline Exceeded"):
             driver.forward("a", hidden, routing_logits=logits, timeout_s=0.3)
         # The place of the request is free again, and its late answer must not be taken for that of the next one.
         other, other_logits = tokens(3, seed=5)
