@@ -342,6 +342,8 @@ class Batcher(Generic[P, R]):
             self._account_served(batch, flight.launched_s)
         finally:
             try:
+                if self._here is not None:
+                    self._here.told()
                 running.close()
             finally:
                 self._taken.pop(batch.number, None)

@@ -54,7 +54,8 @@ _IN_FLIGHT_ON_DEVICE = 2
 _MOST_VIEWS = 256
 # Of what requests may have in common. Who is the first after so many meets no company that came before.
 _MOST_KEYS = 4096
-_BUNDLES_OF_A_BATCH = 8
+# Whole bundles fill a batch: the larger they are, the less they cost, and the less full it may be.
+_BUNDLES_OF_A_BATCH = 4
 # Longer than any capture keeps a slot to itself.
 _SLOT_TIMEOUT_S = 30.0
 
@@ -128,10 +129,7 @@ class Engine:
 
     @property
     def max_bundle_tokens(self) -> int:
-        """Most tokens of a bundle of requests that are submitted as one call; 0: none are taken.
-
-        Whole bundles fill a batch, so that the smaller they are, the fuller it is.
-        """
+        """Most tokens of a bundle of several requests that is submitted as one call; 0: none are taken."""
         return 0 if self._is_host or not IS_COMPILED else max(1, self._max_batch_tokens // _BUNDLES_OF_A_BATCH)
 
     def _key_of(self, call: ForwardCall | BundledCalls) -> _Key:

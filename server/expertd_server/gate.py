@@ -89,6 +89,8 @@ class EngineGate:
         self._due: deque[Callable[[], object]] = deque()
         self._bells: dict[int, Bell] = {}
         """By their files."""
+        self._to_wake: set[_Peer] = set()
+        """The thread's own: who is to read answers."""
         self._thread = threading.Thread(target=self._run, name="expertd-gate", daemon=True)
 
     def start(self) -> None:
@@ -158,6 +160,19 @@ class EngineGate:
             with self._waking:
                 if self._wake_fd >= 0:
                     os.eventfd_write(self._wake_fd, 1)
+
+    def told(self) -> None:
+        """See `ServingThread`: wake front-ends whose answers are there."""
+        while self._to_wake:
+            self._to_wake.pop().to_frontend.wake()
+
+    def wake(self, peer: _Peer) -> None:
+        """Have a front-end read its answers: once for a batch, because to wake who sleeps takes longer than to answer;
+        from any thread."""
+        if threading.get_ident() == self._thread.ident:
+            self._to_wake.add(peer)
+        else:
+            peer.to_frontend.wake()
 
     def bell(self, function: Callable[[], object]) -> Bell:
         """A bell that has the gate's thread call a function; from any thread."""
@@ -396,7 +411,7 @@ class _AskedTogether:
         if failure is None:
             for number in self.bundle.numbers():
                 peer.to_frontend.put(ANSWERED, number)
-            peer.to_frontend.wake()
+            self.gate.wake(peer)
         elif isinstance(failure, BackendError) and not self.bundle.is_spent and self.bundle.num_requests > 1:
             self.submit_each()  # one of them may be to blame
         else:

@@ -43,8 +43,8 @@ from expertd_server.wire_check import CheckedRequest
 pytestmark = pytest.mark.skipif(not bundle_module.IS_COMPILED, reason="the compiled modules were not built")
 
 PATIENCE_S = 10.0
-LIMITS = Limits(max_batch_tokens=64, max_queue_tokens=400, max_queue_requests=5)
-MOST_TOKENS = 8  # of a bundle: an eighth of a batch
+LIMITS = Limits(max_batch_tokens=32, max_queue_tokens=400, max_queue_requests=5)
+MOST_TOKENS = 8  # of a bundle: a quarter of a batch
 
 
 class Rig:
