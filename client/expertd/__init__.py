@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     )
     from expertd.group import ExpertGroup
     from expertd.group_types import GroupConfig, GroupResult, PartReport
+    from expertd.prepared import PreparedForward
     from expertd.types import (
         Activation,
         ForwardRequest,
@@ -91,6 +92,7 @@ __all__ = [
     "OrderRefusedError",
     "OverloadedError",
     "PartReport",
+    "PreparedForward",
     "ProtocolError",
     "RetryPolicy",
     "RoutingMethod",
@@ -137,6 +139,7 @@ _NAMES_OF = {
     ),
     "group": ("ExpertGroup",),
     "group_types": ("GroupConfig", "GroupResult", "PartReport"),
+    "prepared": ("PreparedForward",),
     "types": (
         "Activation",
         "ForwardRequest",

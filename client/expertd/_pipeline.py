@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from expertd._base import CLOSED_IN_FLIGHT, Outcome
-from expertd._plan import Part, Plan, prepare
+from expertd._plan import Part, Plan, PreparedRequest, prepare
 from expertd._retry import Retries
 from expertd._transport import Ticket
 from expertd.errors import ClosedError, ExpertdError, TimeoutError
@@ -90,8 +90,11 @@ class Pipeline:
     def _arrived(self, run: Run, outcome: Outcome) -> None:
         self._settled.put((run, outcome))
 
-    def start(self, request: ForwardRequest[Any]) -> Operation:
-        """Check, split and send a request. Its own failures show when it is waited for."""
+    def start(self, request: ForwardRequest[Any], prepared: PreparedRequest | None = None) -> Operation:
+        """Check, split and send a request. Its own failures show when it is waited for.
+
+        prepared: the request, where that is checked already.
+        """
         client = self._client
         now = time.monotonic()
         operation = Operation(now, 0.0)
@@ -99,11 +102,22 @@ class Pipeline:
         try:
             operation.timeout_s = client._timeout_s(request.timeout_s)
             operation.deadline = now + operation.timeout_s
-            operation.plan = client._make_plan(prepare(request), operation.deadline)
+            operation.plan = client._make_plan(prepared or prepare(request), operation.deadline)
         except ExpertdError as error:
             operation.fail(error)
         else:
             self._send_unanswered(operation)
+        return operation
+
+    def resume(self, plan: Plan, deadline: float, timeout_s: float, error: ExpertdError) -> Operation:
+        """Go on with a request of one part that was sent and has failed."""
+        operation = Operation(deadline, timeout_s)
+        self._operations.add(operation)
+        operation.plan = plan
+        ((index, part),) = plan.unanswered().items()
+        run = Run(operation, index, part, self._client._retries(deadline))
+        operation.runs.add(run)
+        self._failed(run, error)
         return operation
 
     def wait(self, operation: Operation) -> ForwardResult[Any]:
