@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from expertd.aio import AsyncClient
     from expertd.aio_admin import AsyncAdminClient
     from expertd.aio_group import AsyncExpertGroup
+    from expertd.aio_prepared import AsyncPreparedForward
     from expertd.client import Client
     from expertd.config import ClientConfig, RetryPolicy
     from expertd.errors import (
@@ -70,6 +71,7 @@ __all__ = [
     "AsyncAdminClient",
     "AsyncClient",
     "AsyncExpertGroup",
+    "AsyncPreparedForward",
     "CancelledError",
     "Client",
     "ClientConfig",
@@ -114,6 +116,7 @@ _NAMES_OF = {
     "aio": ("AsyncClient",),
     "aio_admin": ("AsyncAdminClient",),
     "aio_group": ("AsyncExpertGroup",),
+    "aio_prepared": ("AsyncPreparedForward",),
     "client": ("Client",),
     "config": ("ClientConfig", "RetryPolicy"),
     "errors": (

@@ -126,8 +126,8 @@ class KnownAnswer:
             self._head, self._start, self._timing_at = data[: pos + 1], start, at
             self._before, self._after = data[start : at + 1], data[stop:]
 
-    def timing_of(self, data: bytes) -> bytes | None:
-        """The Timing message of an answer that says the same but for that; None: it says something else."""
+    def timing_of(self, data: bytes) -> pb.Timing | None:
+        """The timing of an answer that says the same but for that; None: it says something else, or has to be read."""
         start, at = self._start, self._timing_at + 1
         if len(data) <= at or not self._head or not data.startswith(self._head):
             return None
@@ -138,7 +138,10 @@ class KnownAnswer:
             and data[at + 1 + nbytes :] == self._after
             and data[start - 1] == len(data) - start < _ONE_BYTE
         ):
-            return data[at + 1 : at + 1 + nbytes]
+            try:
+                return pb.Timing.FromString(data[at + 1 : at + 1 + nbytes])
+            except DecodeError:
+                return None
         return None
 
 

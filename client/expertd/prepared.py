@@ -115,7 +115,7 @@ class PreparedForward(Generic[ArrayT]):
         sent.known = KnownAnswer(answer) if isinstance(answer, bytes) and not request.return_routing else None
         return result
 
-    def _result_like_before(self, timing: bytes) -> ForwardResult[ArrayT]:
+    def _result_like_before(self, timing: pb.Timing) -> ForwardResult[ArrayT]:
         return ForwardResult(
             output=self._request.out,
             gemm2_output=None,
@@ -123,7 +123,7 @@ class PreparedForward(Generic[ArrayT]):
             topk_ids=None,
             expanded_idx_to_permuted_idx=None,
             weights_version=self._weights_version,
-            timings=(timing_of(pb.Timing.FromString(timing)),),
+            timings=(timing_of(timing),),
         )
 
     def _wait_otherwise(self) -> ForwardResult[ArrayT]:
