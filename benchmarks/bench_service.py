@@ -16,7 +16,8 @@ measured is the service. Echo: `_echo.py`, a Python gRPC server that answers wit
 many processes. Clients: processes of `_load.py`, the same for both; prepared messages, so that they cost little.
 --transports: stream and unary send such messages; sdk-stream, sdk-shm and sdk-unary are `expertd.Client` with that
 transport, which encodes every request and decodes every answer. With sdk-shm all of it goes through shared memory; with
-sdk-shm-inplace the caller's arrays lie there, one set for each request in flight, and nothing is copied.
+sdk-shm-inplace the caller's arrays lie there, one set for each request in flight, and nothing is copied; with
+sdk-shm-prepared each set has a prepared call, and one thread has all requests of a stream in flight.
 
 --peer: other servers with an operator that computes nothing, each in an environment of its own, over unary gRPC with
 the V2 inference protocol, the same bytes in and out; beside them expertd and the echo, by turns, and expertd as its SDK
@@ -214,7 +215,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--transports",
         nargs="*",
         default=["stream", "unary"],
-        help="stream, unary, sdk-stream, sdk-shm, sdk-shm-inplace, sdk-unary",
+        help="stream, unary, sdk-stream, sdk-shm, sdk-shm-inplace, sdk-shm-prepared, sdk-unary",
     )
     parser.add_argument(
         "--peer",

@@ -119,8 +119,10 @@ class TestAnswers:
             assert violations(answer) == ("register_region",)
             gone = stream.ask(unregister_region=pb.UnregisterRegion(region=2))
             assert gone.WhichOneof("result") == "region_unregistered"
-            memories[0].register(stream, region=2)
             placed, _ = memories[0].placed(asked, 64, region=2)
+            assert violations(stream.ask(request=placed)), "the same slices were good before"
+            memories[0].register(stream, region=2)
+            memories[2].map[64:] = bytes(NBYTES - 64)
             assert answer_of(stream.ask(request=placed).response) == expected
         for each in memories:
             each.close()

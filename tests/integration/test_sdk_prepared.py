@@ -1,0 +1,627 @@
+"""Calls that are made many times: the bits and the errors of forward, without what forward does each time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from admin_cases import ADMIN, admin_of
+from in_place import BFLOAT16, an_out, lent, stream_of, values
+from sdk_cases import Driver, connected
+from serving import HIDDEN_SIZE, LAYER, PATIENCE_S, Running, SteeredBackend, running, split
+from shared_memory import eventually, forget_tests_before, mapped_regions
+
+import expertd
+from expertd import _rings
+from expertd._shm import StreamMemory
+from expertd._standing import FIRST_STANDING_ID, STANDING_KEY, key_of
+from expertd._transport import _Stream
+from expertd.v1 import expertd_pb2 as pb
+
+FLAVOURS = ("sync", "async")
+QUICK = expertd.RetryPolicy(max_attempts=5, initial_backoff_s=0.01, max_backoff_s=0.05)
+SOON_S = 5.0
+"""Much less than any deadline here."""
+
+
+class Spy:
+    """How often requests were placed in memory, and standing ones sent."""
+
+    def __init__(self) -> None:
+        self.placed = self.sent = self.refused = 0
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    seen, place, send = Spy(), StreamMemory.place, _Stream.send_standing
+
+    def spied_place(memory: StreamMemory, *arguments: Any) -> Any:
+        seen.placed += 1
+        return place(memory, *arguments)
+
+    def spied_send(stream: _Stream, standing: Any) -> bool:
+        is_sent = send(stream, standing)
+        seen.sent += is_sent
+        seen.refused += not is_sent
+        return is_sent
+
+    monkeypatch.setattr(StreamMemory, "place", spied_place)
+    monkeypatch.setattr(_Stream, "send_standing", spied_send)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running(max_batch_tokens=64) as one:
+        yield one
+
+
+class InPlace:
+    """A prepared call all of whose arrays lie in the client's memory."""
+
+    def __init__(self, driver: Driver, num_tokens: int, seed: int = 0, **options: Any) -> None:
+        hidden, logits = values(num_tokens, seed)
+        self.hidden, self.logits = lent(driver, hidden), lent(driver, logits)
+        self.out = an_out(driver, num_tokens)
+        self.call: Any = driver.prepare(LAYER, self.hidden, routing_logits=self.logits, out=self.out, **options)
+
+    def expected(self, other: Driver) -> bytes:
+        """The bits of what `other`, of another client, is answered."""
+        output = other.forward(LAYER, np.array(self.hidden), routing_logits=np.array(self.logits)).output
+        return bytes(output.tobytes())
+
+
+def test_in_place_it_is_placed_once_and_has_the_bits_of_forward(server: Running, spy: Spy) -> None:
+    """Whatever the arrays hold by then."""
+    port = server.server.port
+    with connected("sync", port) as driver, connected("sync", port, "grpc") as grpc:
+        mine = InPlace(driver, 20)
+        for seed in range(10):
+            hidden, logits = values(20, seed)
+            mine.hidden[...], mine.logits[...], mine.out[...] = hidden, logits, -77
+            result = mine.call.run()
+            assert result.output is mine.out
+            assert mine.out.tobytes() == mine.expected(grpc)
+            assert (result.gemm2_output, result.topk_ids, result.expert_weights) == (None, None, None)
+            assert result.expanded_idx_to_permuted_idx is None
+            assert result.weights_version == 1
+            assert (len(result.timings), result.timing.batch_tokens) == (1, 20)
+        assert not stream_of(driver)._placed
+    assert (spy.placed, spy.sent, spy.refused) == (1, 10, 0)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("transport", ["shm", "grpc", "unary"])
+def test_any_arrays_on_every_transport(server: Running, flavour: str, transport: str) -> None:
+    """Each call sends what they hold, also where that has to be copied first; in parts, either routing, all outputs."""
+    port = server.server.port
+    hidden, logits = values(100)
+    with connected(flavour, port, transport) as driver, connected(flavour, port, "grpc") as grpc:
+        routed = grpc.forward(LAYER, hidden, routing_logits=logits, return_routing=True)
+        ids, weights = routed.topk_ids, routed.expert_weights
+        strided = np.zeros((100, 2 * HIDDEN_SIZE), np.float32)[:, ::2]
+        for states in (np.zeros_like(hidden), strided, driver.empty(hidden.shape, "float32")):
+            for options in (
+                {"routing_logits": np.array(logits)},
+                {"topk_ids": np.array(ids), "topk_weights": np.array(weights), "return_routing": True},
+                {"routing_logits": lent(driver, logits), "do_finalize": False},
+                {"routing_logits": lent(driver, logits), "out": an_out(driver, 100)},
+                {"routing_logits": lent(driver, logits), "out": np.empty(hidden.shape, np.float16)},
+            ):
+                if (out := options.get("out")) is not None:
+                    options["output_dtype"] = out.dtype
+                call = driver.prepare(LAYER, states, **options)
+                options.pop("out", None)
+                for sign in (1, -1):
+                    states[...] = sign * hidden
+                    result = driver.run(call.run())
+                    expected = grpc.forward(LAYER, sign * hidden, **options)
+                    for name in ("output", "gemm2_output", "expert_weights", "topk_ids"):
+                        one, other = getattr(result, name), getattr(expected, name)
+                        assert (one is None) == (other is None), name
+                        assert one is None or one.tobytes() == other.tobytes(), name
+                    assert out is None or result.output is out
+
+
+def test_torch_tensors(server: Running, spy: Spy) -> None:
+    hidden, logits = values(20)
+    with connected("sync", server.server.port) as driver:
+        expected = driver.forward(LAYER, torch.from_numpy(hidden).bfloat16(), routing_logits=logits).output
+        mine, shared = driver.empty(hidden.shape, torch.bfloat16), driver.empty(logits.shape, torch.float32)
+        shared.copy_(torch.from_numpy(logits))
+        out = driver.empty(hidden.shape, torch.bfloat16)
+        elsewhere = torch.zeros(hidden.shape, dtype=torch.bfloat16)
+        turned = torch.zeros((HIDDEN_SIZE, 20), dtype=torch.bfloat16).T
+        for states in (mine, elsewhere, turned):
+            call = driver.prepare(LAYER, states, routing_logits=shared, out=out)
+            states.copy_(torch.from_numpy(hidden))
+            for _ in range(2):
+                out.zero_()
+                assert call.run().output is out
+                assert torch.equal(out, expected)
+    assert spy.sent == 2
+
+
+def test_all_outputs_beside_one_in_place(server: Running, spy: Spy) -> None:
+    """One token: an answer as short as one without them."""
+    port = server.server.port
+    with connected("sync", port) as driver, connected("sync", port, "grpc") as grpc:
+        mine = InPlace(driver, 1, return_routing=True)
+        for seed in range(3):
+            mine.hidden[...], mine.logits[...] = values(1, seed)
+            result = mine.call.run()
+            assert result.output.tobytes() == mine.expected(grpc)
+            expected = grpc.forward(
+                LAYER, np.array(mine.hidden), routing_logits=np.array(mine.logits), return_routing=True
+            )
+            assert result.topk_ids.tobytes() == expected.topk_ids.tobytes()
+            assert result.expert_weights.tobytes() == expected.expert_weights.tobytes()
+    assert spy.sent == 3
+
+
+def test_many_in_flight_of_one_thread(server: Running, spy: Spy) -> None:
+    """Waited for in any order, and each has its own."""
+    port = server.server.port
+    with connected("sync", port) as driver, connected("sync", port, "grpc") as grpc:
+        many = [InPlace(driver, 1 + seed, seed) for seed in range(8)]
+        expected = [mine.expected(grpc) for mine in many]
+        chance = np.random.default_rng(0)
+        for _ in range(20):
+            for mine in many:
+                mine.out[...] = -77
+                mine.call.start()
+            for number in chance.permutation(8):
+                assert many[number].call.wait().output.tobytes() == expected[number]
+    assert spy.sent == 160
+
+
+def test_more_in_flight_than_places(server: Running, spy: Spy) -> None:
+    """Places become free although nobody waits for the answers that hold them."""
+    port = server.server.port
+    with connected("sync", port, max_in_flight=2) as driver, connected("sync", port, "grpc") as grpc:
+        many = [InPlace(driver, 1 + seed, seed) for seed in range(7)]
+        begin_s = time.monotonic()
+        for mine in many:
+            mine.call.start()
+        driver.forward(LAYER, values(3)[0], routing_logits=values(3)[1])
+        for mine in many:
+            assert mine.call.wait().output.tobytes() == mine.expected(grpc)
+        assert time.monotonic() - begin_s < SOON_S
+    assert spy.sent >= 2
+    assert spy.refused
+
+
+def test_a_ring_that_is_full(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What finds no room goes over gRPC, and finds room again later."""
+    monkeypatch.setattr(_rings, "_NUM_SLOTS", 2)
+    monkeypatch.setattr(_rings, "_RING_NBYTES", _rings.ring_nbytes(2, _rings._SLOT_NBYTES))
+    backend = SteeredBackend()
+    with running(backend, max_stream_requests=1) as one, connected("sync", one.server.port) as driver:
+        many = [InPlace(driver, 1 + seed, seed) for seed in range(8)]
+        for mine in many:
+            mine.call.start()
+        backend.gate.set()
+        outputs = [mine.call.wait().output.tobytes() for mine in many]
+        assert spy.sent
+        assert spy.refused
+        before = spy.sent
+        assert [mine.call.run().output.tobytes() for mine in many] == outputs
+        assert spy.sent == before + 8
+
+
+def test_threads_beside_each_other(server: Running, spy: Spy) -> None:
+    """Prepared calls and others of one client: whoever reads gives each its own."""
+    port = server.server.port
+    wrong: list[int] = []
+
+    def ask(driver: Driver, number: int, many: list[InPlace], expected: list[bytes]) -> None:
+        for turn in range(40):
+            for mine in many:
+                mine.call.start()
+            if number % 2 and turn % 3 == 0:
+                hidden, logits = np.array(many[0].hidden), np.array(many[0].logits)
+                if driver.forward(LAYER, hidden, routing_logits=logits).output.tobytes() != expected[0]:
+                    wrong.append(number)
+            for mine, want in zip(many, expected, strict=True):
+                if mine.call.wait().output.tobytes() != want:
+                    wrong.append(number)
+
+    with connected("sync", port) as driver, connected("sync", port, "grpc") as grpc:
+        threads = []
+        for number in range(6):
+            many = [InPlace(driver, 1 + number, 10 * number + seed) for seed in range(1 + number % 3)]
+            expected = [mine.expected(grpc) for mine in many]
+            threads.append(threading.Thread(target=ask, args=(driver, number, many, expected)))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+        assert not stream_of(driver)._awaited
+        assert not stream_of(driver)._standing
+    assert not wrong
+    assert spy.sent == 40 * (1 + 2 + 3) * 2
+
+
+def test_who_has_one_in_flight_and_does_not_wait_leaves_the_thread_asleep(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer is taken when it is waited for, by who does."""
+    readers: list[str] = []
+    deliver = _Stream._deliver_bytes
+
+    def spied(stream: Any, data: bytes) -> None:
+        readers.append(threading.current_thread().name)
+        deliver(stream, data)
+
+    monkeypatch.setattr(_Stream, "_deliver_bytes", spied)
+    with connected("sync", server.server.port) as driver:
+        many = [InPlace(driver, 1 + seed, seed) for seed in range(4)]
+        for mine in many:
+            mine.call.run()
+        readers.clear()
+        for _ in range(10):
+            for mine in many:
+                mine.call.start()
+            for mine in many:
+                mine.call.wait()
+        assert readers == ["MainThread"] * 40
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_what_is_wrong_is_said_when_it_is_prepared(server: Running, flavour: str) -> None:
+    hidden, logits = values(5)
+    with connected(flavour, server.server.port) as driver:
+        with pytest.raises(expertd.InvalidRequestError, match="expected either routing_logits or topk_ids"):
+            driver.prepare(LAYER, hidden)
+        with pytest.raises(expertd.InvalidRequestError, match=r"hidden_states\.shape: has 9 columns"):
+            driver.prepare(LAYER, hidden[:, :9], routing_logits=logits)
+        with pytest.raises(expertd.InvalidRequestError, match="timeout_s: is 0"):
+            driver.prepare(LAYER, hidden, routing_logits=logits, timeout_s=0)
+        with pytest.raises(expertd.LayerNotFoundError):
+            driver.prepare("no such layer", hidden, routing_logits=logits)
+        with pytest.raises(expertd.InvalidRequestError, match="out: shares memory with hidden_states"):
+            driver.prepare(LAYER, hidden, routing_logits=logits, out=hidden, output_dtype="float32")
+
+
+@pytest.mark.parametrize("where", ["in place", "elsewhere"])
+def test_start_and_wait_come_by_turns(server: Running, where: str) -> None:
+    hidden, logits = values(5)
+    with connected("sync", server.server.port) as driver:
+        call = InPlace(driver, 5).call if where == "in place" else driver.prepare(LAYER, hidden, routing_logits=logits)
+        for _ in range(2):
+            with pytest.raises(expertd.InvalidRequestError, match="wait: is called before start"):
+                call.wait()
+            call.start()
+            for again in (call.start, call.run):
+                with pytest.raises(expertd.InvalidRequestError, match="start: is called again before wait"):
+                    again()
+            assert call.wait().output.shape == (5, HIDDEN_SIZE)
+
+
+def test_who_has_given_up_gets_the_array_back_at_once(spy: Spy) -> None:
+    """The late answer is nobody's, and the next call does without that memory."""
+    backend = SteeredBackend()
+    unwanted: list[int] = []
+    with running(backend) as one, connected("sync", one.server.port) as driver:
+        driver.client.on_unwanted = unwanted.append
+        mine = InPlace(driver, 32, timeout_s=0.5)
+        with pytest.raises(expertd.TimeoutError, match=r"no answer within 0\.5 s"):
+            mine.call.run()
+        backend.wait_started()
+        mine.out[...] = 5
+        backend.gate.set()
+        eventually(lambda: len(stream_of(driver)._placed), 0)
+        assert not stream_of(driver)._given_up
+        assert (mine.out == 5).all()
+        assert unwanted == [32 * HIDDEN_SIZE * 2 + unwanted[0] % 1024]
+        with connected("sync", one.server.port, "grpc") as grpc:
+            for _ in range(2):
+                mine.out[...] = 5
+                assert mine.call.run().output is mine.out
+                assert mine.out.tobytes() == mine.expected(grpc)
+    assert (spy.sent, spy.refused) == (1, 0)
+
+
+def test_an_array_that_is_still_read_for_nobody_can_be_written_to(spy: Spy) -> None:
+    """Two calls with the arrays of the other, and the first is given up."""
+    backend = SteeredBackend()
+    hidden, logits = values(32)
+    with running(backend) as one, connected("sync", one.server.port) as driver:
+        ping, pong = lent(driver, hidden.astype(BFLOAT16)), an_out(driver, 32)
+        shared = lent(driver, logits)
+        there = driver.prepare(LAYER, ping, routing_logits=shared, out=pong, timeout_s=0.5)
+        back = driver.prepare(LAYER, np.array(ping), routing_logits=shared, out=ping)
+        other = InPlace(driver, 3)
+        with pytest.raises(expertd.TimeoutError):
+            there.run()
+        backend.wait_started()
+        threading.Timer(0.3, backend.gate.set).start()
+        back.run()
+        with connected("sync", one.server.port, "grpc") as grpc:
+            expected = grpc.forward(LAYER, hidden.astype(BFLOAT16), routing_logits=logits).output
+            assert ping.tobytes() == expected.tobytes()
+            assert other.call.run().output.tobytes() == other.expected(grpc)
+            before = spy.sent
+            assert other.call.run().output.tobytes() == other.expected(grpc)
+    assert spy.sent == before + 1
+
+
+@pytest.mark.parametrize("when", ["in flight", "before"])
+def test_a_stream_that_breaks(spy: Spy, when: str) -> None:
+    """The request is sent again on the next stream, and all after, as ordinary arrays are until new ones are made."""
+    backend = SteeredBackend()
+    backend.gate.set()
+    with running(backend) as one, connected("sync", one.server.port, retry=QUICK) as driver:
+        mine = InPlace(driver, 32)
+        with connected("sync", one.server.port, "grpc") as grpc:
+            expected = mine.expected(grpc)
+        assert mine.call.run().output.tobytes() == expected
+        backend.started = threading.Semaphore(0)
+        first = stream_of(driver)
+        if when == "in flight":
+            backend.gate.clear()
+            mine.out[...] = -77
+            mine.call.start()
+            backend.wait_started()
+        first._call.cancel()
+        eventually(lambda: first.is_alive, False)
+        backend.gate.set()
+        if when == "in flight":
+            assert mine.call.wait().output.tobytes() == expected
+        for _ in range(2):
+            mine.out[...] = -77
+            assert mine.call.run().output is mine.out
+            assert mine.out.tobytes() == expected
+        assert stream_of(driver) is not first
+        assert spy.sent == 1 + (when == "in flight")
+        again = InPlace(driver, 32)
+        before = spy.sent
+        assert again.call.run().output.tobytes() == expected
+        assert spy.sent == before + 1
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_server_that_is_replaced(flavour: str) -> None:
+    """Its client waits for the next one, and goes on there."""
+    hidden, logits = values(40)
+    with running() as one:
+        port = one.server.port
+        retry = expertd.RetryPolicy(max_attempts=1000, initial_backoff_s=0.05, max_backoff_s=0.1)
+        driver = Driver(flavour, expertd.ClientConfig(f"127.0.0.1:{port}", timeout_s=PATIENCE_S, retry=retry))
+        mine, shared, out = lent(driver, hidden), lent(driver, logits), an_out(driver, 40)
+        call = driver.prepare(LAYER, mine, routing_logits=shared, out=out)
+        expected = driver.run(call.run()).output.tobytes()
+    out[...] = -77
+    with running(port=port):
+        result = driver.run(call.run())
+        assert result.output is out
+        assert out.tobytes() == expected
+        driver.shut()
+
+
+def test_a_draining_server_is_left(spy: Spy) -> None:
+    """Whose answer to a standing request says so."""
+    with running() as one, connected("sync", one.server.port) as driver:
+        mine = InPlace(driver, 5)
+        mine.call.run()
+        stream = stream_of(driver)
+        deliver = _Stream._deliver_bytes
+
+        def drain(data: bytes) -> None:
+            answer = pb.ForwardStreamResponse(error=pb.StreamError(code=14, message="I drain"))
+            deliver(stream, data[STANDING_KEY] + answer.SerializeToString())
+
+        stream._rings._deliver = drain
+        with pytest.raises(expertd.UnavailableError, match="I drain"):
+            mine.call.run()
+        assert not stream.is_open
+        assert mine.call.run().output is mine.out
+    assert (spy.sent, spy.refused) == (2, 1)
+
+
+def test_a_request_that_was_refused_is_sent_again(spy: Spy) -> None:
+    """The queue is full until the gate is open."""
+    backend = SteeredBackend()
+    options: dict[str, Any] = {"max_batch_tokens": 32, "max_queue_tokens": 32}
+    retry = expertd.RetryPolicy(max_attempts=1000, initial_backoff_s=0.01, max_backoff_s=0.05)
+    hidden, logits = values(32)
+    with (
+        running(backend, **options) as one,
+        connected("sync", one.server.port) as other,
+        connected("sync", one.server.port, retry=retry) as driver,
+        connected("sync", one.server.port) as impatient,
+    ):
+        mine, hasty = InPlace(driver, 32), InPlace(impatient, 32)
+        fillers = [
+            threading.Thread(target=other.forward, args=(LAYER, hidden), kwargs={"routing_logits": logits})
+            for _ in range(2)
+        ]
+        fillers[0].start()
+        backend.wait_started()
+        fillers[1].start()
+        eventually(lambda: one.server.engine.batcher.queue_requests, 1)
+        with pytest.raises(expertd.OverloadedError):
+            hasty.call.run()
+
+        def open_later() -> None:
+            eventually(lambda: spy.placed > 6, True)
+            backend.gate.set()
+
+        opener = threading.Thread(target=open_later)
+        opener.start()
+        result = mine.call.run()
+        for thread in (*fillers, opener):
+            thread.join(PATIENCE_S)
+        expected = driver.forward(LAYER, hidden, routing_logits=logits).output.tobytes()
+        assert result.output.tobytes() == expected
+        assert hasty.call.run().output.tobytes() == expected
+    assert spy.sent == 3
+
+
+def test_versions_of_the_weights(spy: Spy) -> None:
+    """Those that come are answered with, one that was asked for is insisted on, and one that has gone is missed."""
+    with running(**ADMIN) as one, admin_of(one) as admin, connected("sync", one.server.port) as driver:
+        newest, first = InPlace(driver, 5), InPlace(driver, 5, weights_version=1)
+        before = newest.call.run().output.tobytes()
+        admin.load_layer(LAYER, 2, synthetic="tiny", synthetic_seed=7)
+        admin.swap_weights(LAYER, 2)
+        for _ in range(3):
+            result = newest.call.run()
+            assert result.weights_version == 2
+            assert newest.out.tobytes() != before
+            assert first.call.run().weights_version == 1
+            assert first.out.tobytes() == before
+        admin.unload_layer(LAYER, 1)
+        with pytest.raises(expertd.VersionNotHeldError):
+            first.call.run()
+        assert newest.call.run().weights_version == 2
+    assert (spy.sent, spy.refused) == (9, 0)
+
+
+def test_a_layer_that_is_unloaded() -> None:
+    with running(**ADMIN) as one, admin_of(one) as admin, connected("sync", one.server.port) as driver:
+        mine = InPlace(driver, 5)
+        mine.call.run()
+        admin.unload_layer(LAYER)
+        with pytest.raises(expertd.LayerNotFoundError):
+            mine.call.run()
+
+
+@pytest.mark.parametrize("when", ["in flight", "before"])
+def test_close(when: str) -> None:
+    backend = SteeredBackend()
+    with running(backend) as one, connected("sync", one.server.port) as driver:
+        mine, idle = InPlace(driver, 5), InPlace(driver, 5)
+        begin_s = time.monotonic()
+        if when == "in flight":
+            threading.Timer(0.3, driver.client.close).start()
+            mine.call.start()
+            with pytest.raises(expertd.ClosedError):
+                mine.call.wait()
+            mine.out[...] = 6
+            backend.gate.set()
+            assert (mine.out == 6).all()
+        else:
+            driver.client.close()
+        with pytest.raises(expertd.ClosedError):
+            idle.call.run()
+        idle.call.start()
+        with pytest.raises(expertd.ClosedError):
+            idle.call.wait()
+        assert time.monotonic() - begin_s < SOON_S
+
+
+def test_an_interrupt_abandons_what_is_in_flight(monkeypatch: pytest.MonkeyPatch, spy: Spy) -> None:
+    backend = SteeredBackend()
+    with running(backend) as one, connected("sync", one.server.port) as driver:
+        mine = InPlace(driver, 5)
+        with monkeypatch.context() as patch:
+
+            def interrupted(*_: Any) -> None:
+                backend.wait_started()
+                raise KeyboardInterrupt
+
+            patch.setattr(_Stream, "settle_standing", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                mine.call.run()
+        mine.out[...] = 6
+        backend.gate.set()
+        eventually(lambda: len(stream_of(driver)._placed), 0)
+        assert (mine.out == 6).all()
+        assert driver.client._slots._free == driver.client.config.max_in_flight
+        with connected("sync", one.server.port, "grpc") as grpc:
+            assert mine.call.run().output.tobytes() == mine.expected(grpc)
+
+
+def test_nonsense_in_an_answer_breaks_the_stream(server: Running) -> None:
+    with connected("sync", server.server.port) as driver:
+        mine = InPlace(driver, 5)
+        expected = mine.call.run().output.tobytes()
+        stream = stream_of(driver)
+        mine.call.start()
+        stream._deliver_bytes(mine.call._standing.key + b"\xff" * 30)
+        with pytest.raises(expertd.ProtocolError):
+            mine.call.wait()
+        eventually(lambda: stream.is_open, False)
+        assert mine.call.run().output.tobytes() == expected
+
+
+def test_an_answer_in_other_words(server: Running) -> None:
+    """Its id comes last, as protobuf allows."""
+    with connected("sync", server.server.port) as driver:
+        mine = InPlace(driver, 5)
+        mine.call.run()
+        stream, deliver = stream_of(driver), _Stream._deliver_bytes
+        turned = []
+
+        def turn(data: bytes) -> None:
+            turned.append(data)
+            stop = STANDING_KEY.stop
+            deliver(stream, data[stop:] + data[:stop])
+
+        stream._rings._deliver = turn
+        result = mine.call.run()
+        assert len(turned) == 1
+        assert result.output is mine.out
+
+
+def test_memory_of_others_in_an_answer_is_refused(server: Running) -> None:
+    with connected("sync", server.server.port) as driver:
+        mine, other = InPlace(driver, 5), InPlace(driver, 5)
+        mine.call.run()
+        stream = stream_of(driver)
+        deliver = _Stream._deliver_bytes
+
+        def lie(data: bytes) -> None:
+            message = pb.ForwardStreamResponse.FromString(data)
+            message.response.output.slice.offset = other.call._standing.placed.offset
+            deliver(stream, message.SerializeToString())
+
+        stream._rings._deliver = lie
+        with pytest.raises(expertd.ProtocolError, match="outside of the request's answer_slice"):
+            mine.call.run()
+
+
+def test_nothing_is_left_of_them(server: Running) -> None:
+    """Neither of those that are let go of in flight."""
+    forget_tests_before()
+    eventually(mapped_regions, 0)
+    with connected("sync", server.server.port) as driver:
+        mine = InPlace(driver, 5)
+        mine.call.run()
+        mine.call.start()
+        free = stream_of(driver)._memory._arena._free
+        del mine
+        again = InPlace(driver, 5)
+        again.call.run()
+        assert driver.client._slots._free == driver.client.config.max_in_flight
+        del again
+        forget_tests_before()
+        driver.empty(5, "float32")
+        assert stream_of(driver)._memory._arena._free > free
+    del driver
+    forget_tests_before()
+    eventually(mapped_regions, 0)
+
+
+def test_front_ends(spy: Spy) -> None:
+    with split(2) as servers:
+        for port in servers.ports:
+            with connected("sync", port) as driver, connected("sync", port, "grpc") as grpc:
+                mine = InPlace(driver, 50)
+                for seed in range(3):
+                    mine.hidden[...], mine.logits[...] = values(50, seed)
+                    assert mine.call.run().output.tobytes() == mine.expected(grpc)
+    assert spy.sent == 6
+
+
+def test_ids_are_those_of_protobuf() -> None:
+    for request_id in (FIRST_STANDING_ID, FIRST_STANDING_ID + 1, 2**56 - 1, FIRST_STANDING_ID + 2**31 + 77):
+        data = pb.ForwardStreamResponse(id=request_id).SerializeToString()
+        assert data == data[STANDING_KEY] == key_of(request_id)
