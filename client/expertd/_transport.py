@@ -30,10 +30,11 @@ from expertd._base import (
     unary_outcome,
     unasked_ticket,
 )
+from expertd._plan import Part
 from expertd._ring_reader import RingReader
 from expertd._rings import StreamRings
 from expertd._shm import Placed, StreamMemory, WantedMemory
-from expertd._standing import FIRST_STANDING_ID, STANDING_KEY, STOP_STANDING_ID, Settled, Standing, key_of
+from expertd._standing import FIRST_STANDING_ID, STANDING_KEY, STOP_STANDING_ID, Standing, key_of
 from expertd._wire import Encoded, encode_stream_request
 from expertd._wire_read import Response
 from expertd.errors import (
@@ -47,9 +48,10 @@ from expertd.errors import (
 )
 from expertd.v1 import expertd_pb2 as pb
 
-__all__ = ["OnDone", "Slots", "StreamTransport", "Ticket", "Transport", "UnaryTransport"]
+__all__ = ["OnDone", "QueuedStanding", "Settled", "Slots", "StreamTransport", "Ticket", "Transport", "UnaryTransport"]
 
 OnDone: TypeAlias = Callable[[Outcome], None]
+Settled: TypeAlias = "queue.SimpleQueue[bytes | Outcome]"
 
 _JOIN_TIMEOUT_S = 5.0
 
@@ -74,7 +76,7 @@ class Transport(Protocol):
         Raises TimeoutError when no place was free by the deadline, ClosedError after close().
         """
 
-    def stand(self, body: Encoded, timeout_ms: int, settled: Settled) -> Standing | None:
+    def stand(self, part: Part, timeout_ms: int, settled: Settled) -> QueuedStanding | None:
         """A request to send over and over, whose answers come in `settled`; None: not all of it lies where it could be
         sent without a copy. Never waits.
         """
@@ -88,6 +90,16 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Fail what is in flight with ClosedError, stop all threads."""
+
+
+class QueuedStanding(Standing[Settled]):
+    """A standing request whose answer comes in a queue, and the stream that it is sent on."""
+
+    __slots__ = ("on",)
+
+    def __init__(self, stream: _Stream, *what: Any) -> None:
+        super().__init__(stream, *what)
+        self.on = stream
 
 
 class Slots:
@@ -184,11 +196,11 @@ class StreamTransport:
             self._slots.release()
             raise
 
-    def stand(self, body: Encoded, timeout_ms: int, settled: Settled) -> Standing | None:
+    def stand(self, part: Part, timeout_ms: int, settled: Settled) -> QueuedStanding | None:
         """See Transport."""
         with self._lock:
             streams = [stream for stream in self._streams if stream is not None]
-        return next((each for stream in streams if (each := stream.stand(body, timeout_ms, settled))), None)
+        return next((each for stream in streams if (each := stream.stand(part, timeout_ms, settled))), None)
 
     def lend(self, nbytes: int, deadline: float) -> Bytes | None:
         """See Transport."""
@@ -247,17 +259,17 @@ class _Stream:
     ) -> None:
         self._acquire_now = slots.acquire_now
         self._release = slots.release
-        headers, self._request_id = metadata
+        headers, self.request_id = metadata
         self._on_unwanted = on_unwanted
         self._lock = threading.Lock()
         self._sendable = threading.Condition(self._lock)
         self._to_send: dict[int, bytes] = {}
         self._pending: dict[int, OnDone] = {}
         self._ids = itertools.count(1)
-        self._standing: dict[bytes, Standing] = {}
+        self._standing: dict[bytes, QueuedStanding] = {}
         """Those that are on the wire, by their keys. What takes one out needs no lock."""
         self._standing_ids = itertools.count(FIRST_STANDING_ID)
-        self._awaited: set[Standing] = set()
+        self._awaited: set[QueuedStanding] = set()
         """Those whose callers wait, and do not read."""
         self._memory: StreamMemory | None = None
         self._memory_settled = threading.Event()
@@ -350,20 +362,20 @@ class _Stream:
             self.have_read()
         return _StreamTicket(self, request_id)
 
-    def stand(self, body: Encoded, timeout_ms: int, settled: Settled) -> Standing | None:
+    def stand(self, part: Part, timeout_ms: int, settled: Settled) -> QueuedStanding | None:
         """As Transport's, in this stream's memory."""
         memory = self._memory
-        if memory is None or self._rings is None or not self._open or not memory.holds(body):
+        if memory is None or self._rings is None or not self._open or not memory.holds(body := part.encode()):
             return None
         request_id = next(self._standing_ids)
         there = memory.place(request_id, body, timeout_ms, self._held())
         if there is None or not there[1].is_in_place:  # others are at it just now
             return None
-        return Standing(self, request_id, body, memory, *there, settled)
+        return QueuedStanding(self, request_id, part, memory, *there, settled)
 
-    def send_standing(self, standing: Standing) -> bool:
-        """See StandingStream."""
-        if self._given_up or standing.detached is not standing.memory.detached or not self._acquire_now():
+    def send_standing(self, standing: QueuedStanding) -> bool:
+        """Send it; False: it has to go another way, now or for good. One that is on the wire must not be sent."""
+        if self._given_up or not standing.may_be_sent or not self._acquire_now():
             return False
         with self._lock:
             if self._open and (rings := self._rings) is not None:
@@ -374,8 +386,9 @@ class _Stream:
         self._release()
         return False
 
-    def settle_standing(self, standing: Standing, until_s: float) -> bytes | Outcome | None:
-        """See StandingStream."""
+    def settle_standing(self, standing: QueuedStanding, until_s: float) -> bytes | Outcome | None:
+        """What has come of one that was sent: waits for it, and takes answers as they come. None: until_s, on
+        time.monotonic(), has come before."""
         settled = standing.settled
         rings = self._rings
         if settled.empty() and rings is not None:
@@ -392,25 +405,8 @@ class _Stream:
         finally:
             self._awaited.discard(standing)
 
-    def outcome_of(self, standing: Standing, answer: bytes | Outcome) -> Outcome:
-        """See StandingStream."""
-        outcome: Outcome | pb.RegionTicket
-        if isinstance(answer, bytes):
-            try:
-                _, outcome = stream_outcome(answer, self._request_id)
-            except ProtocolError as error:
-                self._break(error)
-                return error.with_traceback(None)  # which knows this frame: leave no cycle
-        else:
-            outcome = answer
-        if isinstance(outcome, pb.RegionTicket):
-            return unasked_ticket()
-        if isinstance(outcome, UnavailableError):
-            self._retire()
-        return outcome if isinstance(outcome, ExpertdError) else standing.memory.response(outcome, standing.placed)
-
-    def abandon_standing(self, standing: Standing) -> None:
-        """See StandingStream."""
+    def abandon_standing(self, standing: QueuedStanding) -> None:
+        """Forget that it was sent; it cannot be sent again. Of no effect when its answer is there."""
         with self._lock:
             if self._standing.pop(standing.key, None) is None:
                 return
@@ -451,8 +447,8 @@ class _Stream:
             self._given_up.add(request_id)
             placed.give_up()
 
-    def _retire(self) -> None:
-        """This server starts or drains: new requests go on a new stream, which may reach another one."""
+    def retire(self) -> None:
+        """See StandingStream."""
         with self._lock:
             self._open = False
             self._end_if_idle()
@@ -507,7 +503,7 @@ class _Stream:
                 if self._rings is not None:
                     self._rings.look()
         except grpc.RpcError as error:
-            end = error_from_rpc(self._call, request_id=self._request_id)
+            end = error_from_rpc(self._call, request_id=self.request_id)
             error.with_traceback(None)  # it is the call itself, whose frames know it: leave no cycle, see join
         except ProtocolError as error:
             end = error
@@ -546,11 +542,11 @@ class _Stream:
     def _deliver_bytes(self, data: bytes) -> None:
         standing = self._standing.pop(data[STANDING_KEY], None)
         if standing is None:
-            self._deliver(*stream_outcome(data, self._request_id))
+            self._deliver(*stream_outcome(data, self.request_id))
         else:
             self._deliver_standing(standing, data)
 
-    def _deliver_standing(self, standing: Standing, answer: bytes | Outcome) -> None:
+    def _deliver_standing(self, standing: QueuedStanding, answer: bytes | Outcome) -> None:
         self._awaited.discard(standing)
         if not self._open:
             with self._lock:
@@ -567,7 +563,7 @@ class _Stream:
         if isinstance(outcome, pb.RegionTicket):
             outcome = unasked_ticket()
         if isinstance(outcome, UnavailableError):
-            self._retire()
+            self.retire()
         if (
             FIRST_STANDING_ID <= number < STOP_STANDING_ID
             and (standing := self._standing.pop(key_of(number), None)) is not None
@@ -597,7 +593,7 @@ class _Stream:
         with self._lock:
             if not self._is_over:
                 with contextlib.suppress(OSError):  # no file descriptor is left: messages go on over gRPC
-                    self._rings = RingReader(rings, self._deliver_bytes, self._is_awaited, self._break)
+                    self._rings = RingReader(rings, self._deliver_bytes, self._is_awaited, self.break_off)
                     return
         rings.close()
 
@@ -612,7 +608,8 @@ class _Stream:
         if rings is not None:
             rings.finish()
 
-    def _break(self, failure: ExpertdError) -> None:
+    def break_off(self, failure: ExpertdError) -> None:
+        """See StandingStream."""
         self._ring_failure = failure
         self._call.cancel()
 
@@ -674,7 +671,7 @@ class UnaryTransport:
         call.add_done_callback(lambda done: self._finish(done, request_id, on_done))
         return _UnaryTicket(call)
 
-    def stand(self, body: Encoded, timeout_ms: int, settled: Settled) -> Standing | None:
+    def stand(self, part: Part, timeout_ms: int, settled: Settled) -> QueuedStanding | None:
         """See Transport."""
         return None
 

@@ -21,6 +21,7 @@ from expertd._base import (
     LIST_LAYERS,
     READY_POLL_S,
     BaseClient,
+    Outcome,
     channel_credentials,
     channel_options,
     health_service,
@@ -148,7 +149,7 @@ class AsyncClient(BaseClient):
         )
         deadline = self._deadline(timeout_s)
         prepared = AsyncPreparedForward(self, request)
-        await self._make_plan(prepared.checked, deadline)
+        prepared.stand(await self._make_plan(prepared.checked, deadline))
         return prepared
 
     @overload
@@ -285,12 +286,22 @@ class AsyncClient(BaseClient):
         finally:
             del scope  # it knows the task, which may end with an error that knows this frame: leave no cycle
 
-    async def _run(self, plan: Plan, index: int, part: Part, deadline: float) -> None:
-        """Send one part until it is answered."""
+    async def _resume(self, plan: Plan, deadline: float, failure: ExpertdError) -> ForwardResult[Any]:
+        """Go on with a request of one part that was sent and has failed."""
+        ((index, part),) = plan.unanswered().items()
+        await self._run(plan, index, part, deadline, failure)
+        return plan.result()
+
+    async def _run(
+        self, plan: Plan, index: int, part: Part, deadline: float, failure: ExpertdError | None = None
+    ) -> None:
+        """Send one part until it is answered. failure: what has come of it before."""
         retries = self._retries(deadline)
+        outcome: Outcome | None = failure
         while True:
-            async with self._places:
-                outcome = await self._connected().forward(part.encode(), deadline)
+            if outcome is None:
+                async with self._places:
+                    outcome = await self._connected().forward(part.encode(), deadline)
             if not isinstance(outcome, ExpertdError):
                 return plan.answer(index, outcome)
             self._forget(outcome)
@@ -299,7 +310,8 @@ class AsyncClient(BaseClient):
                 try:
                     raise outcome
                 finally:
-                    del outcome  # it knows this frame: leave no cycle, which would keep the caller's arrays
+                    del outcome, failure  # it knows this frame: leave no cycle, which would keep the caller's arrays
+            outcome = failure = None
             await self._pause(delay)
 
     async def _make_plan(self, request: PreparedRequest, deadline: float) -> Plan:

@@ -6,14 +6,13 @@ import queue
 import time
 from typing import TYPE_CHECKING, Generic
 
-from expertd._base import Outcome, timeout_ms
+from expertd._base import timeout_ms
 from expertd._pipeline import Operation, Pipeline
-from expertd._plan import Plan, PreparedRequest, prepare, timing_of
-from expertd._standing import Settled, Standing
-from expertd._wire_read import KnownAnswer
+from expertd._plan import Plan, PreparedRequest, prepare
+from expertd._standing import part_of
+from expertd._transport import QueuedStanding, Settled
 from expertd.errors import ExpertdError, InvalidRequestError, TimeoutError
 from expertd.types import ArrayT, ForwardRequest, ForwardResult
-from expertd.v1 import expertd_pb2 as pb
 
 if TYPE_CHECKING:
     from expertd.client import Client
@@ -43,9 +42,7 @@ class PreparedForward(Generic[ArrayT]):
         self._deadline = time.monotonic() + self._timeout_s
         self._settled: Settled = queue.SimpleQueue()
         self._standing = self._stand(client._make_plan(prepared, self._deadline))
-        self._weights_version = 0
-        """Of the answer that the standing request had last."""
-        self._sent: Standing | None = None
+        self._sent: QueuedStanding | None = None
         """What is on the wire, if it is the standing request."""
         self._pipeline: Pipeline | None = None
         """Of what is on the wire otherwise, and that."""
@@ -73,16 +70,17 @@ class PreparedForward(Generic[ArrayT]):
         sent = self._sent
         if sent is None:
             return self._wait_otherwise()
-        answer = sent.stream.settle_standing(sent, self._deadline)
+        answer = sent.on.settle_standing(sent, self._deadline)
         if answer is None:
             self._abandon()
             raise TimeoutError(f"no answer within {self._timeout_s:g} s")
         self._sent = None
-        if sent.known is not None and type(answer) is bytes:
-            timing = sent.known.timing_of(answer)
-            if timing is not None:
-                return self._result_like_before(timing)
-        return self._result(sent, answer)
+        result = sent.result_of(answer)
+        if isinstance(result, ExpertdError):
+            pipeline = self._enter_pipeline(reads=True)
+            self._operation = pipeline.resume(sent.plan(), self._deadline, self._timeout_s, result)
+            return self._wait_otherwise()
+        return result
 
     def _start(self, *, reads: bool) -> None:
         if self._sent is not None or self._pipeline is not None:
@@ -91,40 +89,12 @@ class PreparedForward(Generic[ArrayT]):
         standing = self._standing
         if standing is not None:
             self._sent = standing
-            if standing.stream.send_standing(standing):
+            if standing.on.send_standing(standing):
                 return
             self._sent = None
             self._standing = self._stand_again(standing)
         pipeline = self._enter_pipeline(reads=reads)
         self._operation = pipeline.start(self._request, self._prepared)
-
-    def _result(self, sent: Standing, answer: bytes | Outcome) -> ForwardResult[ArrayT]:
-        """That of an answer to the standing request which is not like the one before."""
-        outcome = sent.stream.outcome_of(sent, answer)
-        request = self._prepared
-        assert request is not None, "what is copied does not lie there"
-        plan = Plan(request, max(1, request.num_tokens))
-        if isinstance(outcome, ExpertdError):
-            pipeline = self._enter_pipeline(reads=True)
-            self._operation = pipeline.resume(plan, self._deadline, self._timeout_s, outcome)
-            return self._wait_otherwise()
-        plan.answer(0, outcome)
-        result: ForwardResult[ArrayT] = plan.result()
-        self._weights_version = result.weights_version
-        # Not one with tensors in it, which are others each time.
-        sent.known = KnownAnswer(answer) if isinstance(answer, bytes) and not request.return_routing else None
-        return result
-
-    def _result_like_before(self, timing: pb.Timing) -> ForwardResult[ArrayT]:
-        return ForwardResult(
-            output=self._request.out,
-            gemm2_output=None,
-            expert_weights=None,
-            topk_ids=None,
-            expanded_idx_to_permuted_idx=None,
-            weights_version=self._weights_version,
-            timings=(timing_of(timing),),
-        )
 
     def _wait_otherwise(self) -> ForwardResult[ArrayT]:
         pipeline, operation = self._pipeline, self._operation
@@ -145,22 +115,22 @@ class PreparedForward(Generic[ArrayT]):
         if sent is not None:
             # Its array for the output is the caller's alone now, and its answer may be there already.
             self._standing, self._settled = None, queue.SimpleQueue()
-            sent.stream.abandon_standing(sent)
+            sent.on.abandon_standing(sent)
         pipeline, self._pipeline, self._operation = self._pipeline, None, None
         if pipeline is not None:
             pipeline.__exit__()
 
-    def _stand(self, plan: Plan) -> Standing | None:
+    def _stand(self, plan: Plan) -> QueuedStanding | None:
         """A standing request, where all arrays lie in a stream's memory."""
-        parts = plan.unanswered()
-        if self._prepared is None or plan.request.out is None or len(parts) != 1:
+        part = part_of(plan)
+        if part is None or self._prepared is None:
             return None
-        return self._client._transport.stand(parts[0].encode(), timeout_ms(self._timeout_s), self._settled)
+        return self._client._transport.stand(part, timeout_ms(self._timeout_s), self._settled)
 
-    def _stand_again(self, standing: Standing) -> Standing | None:
+    def _stand_again(self, standing: QueuedStanding) -> QueuedStanding | None:
         """In place of one that was not sent; None where there will be none any more."""
         stand = self._client._transport.stand
-        again = stand(standing.body, timeout_ms(self._timeout_s), self._settled)
-        if again is None and standing.stream.is_open and standing.memory.holds(standing.body):
+        again = stand(standing.part, timeout_ms(self._timeout_s), self._settled)
+        if again is None and standing.on.is_open and standing.memory.holds(standing.part.encode()):
             return standing
         return again

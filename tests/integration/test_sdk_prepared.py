@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partialmethod
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from expertd import _rings
 from expertd._shm import StreamMemory
 from expertd._standing import FIRST_STANDING_ID, STANDING_KEY, key_of
 from expertd._transport import _Stream
+from expertd._transport_aio import _Stream as _AsyncStream
 from expertd.v1 import expertd_pb2 as pb
 
 FLAVOURS = ("sync", "async")
@@ -38,20 +41,21 @@ class Spy:
 
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
-    seen, place, send = Spy(), StreamMemory.place, _Stream.send_standing
+    seen, place = Spy(), StreamMemory.place
 
     def spied_place(memory: StreamMemory, *arguments: Any) -> Any:
         seen.placed += 1
         return place(memory, *arguments)
 
-    def spied_send(stream: _Stream, standing: Any) -> bool:
-        is_sent = send(stream, standing)
+    def spied_send(stream: Any, send: Any, standing: Any) -> bool:
+        is_sent: bool = send(stream, standing)
         seen.sent += is_sent
         seen.refused += not is_sent
         return is_sent
 
     monkeypatch.setattr(StreamMemory, "place", spied_place)
-    monkeypatch.setattr(_Stream, "send_standing", spied_send)
+    for kind in (_Stream, _AsyncStream):
+        monkeypatch.setattr(kind, "send_standing", partialmethod(spied_send, kind.send_standing))
     return seen
 
 
@@ -68,7 +72,11 @@ class InPlace:
         hidden, logits = values(num_tokens, seed)
         self.hidden, self.logits = lent(driver, hidden), lent(driver, logits)
         self.out = an_out(driver, num_tokens)
+        self._driver = driver
         self.call: Any = driver.prepare(LAYER, self.hidden, routing_logits=self.logits, out=self.out, **options)
+
+    def run(self) -> Any:
+        return self._driver.run(self.call.run())
 
     def expected(self, other: Driver) -> bytes:
         """The bits of what `other`, of another client, is answered."""
@@ -76,15 +84,35 @@ class InPlace:
         return bytes(output.tobytes())
 
 
-def test_in_place_it_is_placed_once_and_has_the_bits_of_forward(server: Running, spy: Spy) -> None:
+def intercept(stream: Any, change: Callable[[bytes], bytes]) -> None:
+    """Have its answers changed on their way, from now on."""
+    deliver = stream._deliver_bytes
+    if isinstance(stream, _Stream):
+        stream._rings._deliver = lambda data: deliver(change(data))  # type: ignore[union-attr]
+    else:
+        stream._deliver_bytes = lambda data: deliver(change(data))
+
+
+def while_it_runs(driver: Driver, look: Callable[[], Any]) -> Callable[[], Any]:
+    """A look that lets an asynchronous client do something before."""
+
+    def run_and_look() -> Any:
+        driver.server_info()
+        return look()
+
+    return run_and_look
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_in_place_it_is_placed_once_and_has_the_bits_of_forward(flavour: str, server: Running, spy: Spy) -> None:
     """Whatever the arrays hold by then."""
     port = server.server.port
-    with connected("sync", port) as driver, connected("sync", port, "grpc") as grpc:
+    with connected(flavour, port) as driver, connected(flavour, port, "grpc") as grpc:
         mine = InPlace(driver, 20)
         for seed in range(10):
             hidden, logits = values(20, seed)
             mine.hidden[...], mine.logits[...], mine.out[...] = hidden, logits, -77
-            result = mine.call.run()
+            result = mine.run()
             assert result.output is mine.out
             assert mine.out.tobytes() == mine.expected(grpc)
             assert (result.gemm2_output, result.topk_ids, result.expert_weights) == (None, None, None)
@@ -147,14 +175,15 @@ def test_torch_tensors(server: Running, spy: Spy) -> None:
     assert spy.sent == 2
 
 
-def test_all_outputs_beside_one_in_place(server: Running, spy: Spy) -> None:
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_all_outputs_beside_one_in_place(flavour: str, server: Running, spy: Spy) -> None:
     """One token: an answer as short as one without them."""
     port = server.server.port
-    with connected("sync", port) as driver, connected("sync", port, "grpc") as grpc:
+    with connected(flavour, port) as driver, connected(flavour, port, "grpc") as grpc:
         mine = InPlace(driver, 1, return_routing=True)
         for seed in range(3):
             mine.hidden[...], mine.logits[...] = values(1, seed)
-            result = mine.call.run()
+            result = mine.run()
             assert result.output.tobytes() == mine.expected(grpc)
             expected = grpc.forward(
                 LAYER, np.array(mine.hidden), routing_logits=np.array(mine.logits), return_routing=True
@@ -304,26 +333,27 @@ def test_start_and_wait_come_by_turns(server: Running, where: str) -> None:
             assert call.wait().output.shape == (5, HIDDEN_SIZE)
 
 
-def test_who_has_given_up_gets_the_array_back_at_once(spy: Spy) -> None:
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_who_has_given_up_gets_the_array_back_at_once(flavour: str, spy: Spy) -> None:
     """The late answer is nobody's, and the next call does without that memory."""
     backend = SteeredBackend()
     unwanted: list[int] = []
-    with running(backend) as one, connected("sync", one.server.port) as driver:
+    with running(backend) as one, connected(flavour, one.server.port) as driver:
         driver.client.on_unwanted = unwanted.append
         mine = InPlace(driver, 32, timeout_s=0.5)
         with pytest.raises(expertd.TimeoutError, match=r"no answer within 0\.5 s"):
-            mine.call.run()
+            mine.run()
         backend.wait_started()
         mine.out[...] = 5
         backend.gate.set()
-        eventually(lambda: len(stream_of(driver)._placed), 0)
+        eventually(while_it_runs(driver, lambda: len(stream_of(driver)._placed)), 0)
         assert not stream_of(driver)._given_up
         assert (mine.out == 5).all()
         assert unwanted == [32 * HIDDEN_SIZE * 2 + unwanted[0] % 1024]
-        with connected("sync", one.server.port, "grpc") as grpc:
+        with connected(flavour, one.server.port, "grpc") as grpc:
             for _ in range(2):
                 mine.out[...] = 5
-                assert mine.call.run().output is mine.out
+                assert mine.run().output is mine.out
                 assert mine.out.tobytes() == mine.expected(grpc)
     assert (spy.sent, spy.refused) == (1, 0)
 
@@ -352,37 +382,48 @@ def test_an_array_that_is_still_read_for_nobody_can_be_written_to(spy: Spy) -> N
     assert spy.sent == before + 1
 
 
+@pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("when", ["in flight", "before"])
-def test_a_stream_that_breaks(spy: Spy, when: str) -> None:
+def test_a_stream_that_breaks(flavour: str, spy: Spy, when: str) -> None:
     """The request is sent again on the next stream, and all after, as ordinary arrays are until new ones are made."""
     backend = SteeredBackend()
     backend.gate.set()
-    with running(backend) as one, connected("sync", one.server.port, retry=QUICK) as driver:
+    with running(backend) as one, connected(flavour, one.server.port, retry=QUICK) as driver:
         mine = InPlace(driver, 32)
         with connected("sync", one.server.port, "grpc") as grpc:
             expected = mine.expected(grpc)
-        assert mine.call.run().output.tobytes() == expected
+        assert mine.run().output.tobytes() == expected
         backend.started = threading.Semaphore(0)
         first = stream_of(driver)
+
+        def break_it() -> None:
+            if when == "in flight":
+                backend.wait_started()
+            if flavour == "sync":
+                first._call.cancel()
+            else:
+                first._reader.get_loop().call_soon_threadsafe(first._call.cancel)
+            eventually(lambda: first.is_open, False)
+            backend.gate.set()
+
+        breaker = threading.Thread(target=break_it)
         if when == "in flight":
             backend.gate.clear()
+            breaker.start()
+        else:
+            breaker.start()
+            driver.run(asyncio.to_thread(breaker.join, PATIENCE_S) if flavour == "async" else None)
+            breaker.join(PATIENCE_S)
+        for _ in range(3):
             mine.out[...] = -77
-            mine.call.start()
-            backend.wait_started()
-        first._call.cancel()
-        eventually(lambda: first.is_alive, False)
-        backend.gate.set()
-        if when == "in flight":
-            assert mine.call.wait().output.tobytes() == expected
-        for _ in range(2):
-            mine.out[...] = -77
-            assert mine.call.run().output is mine.out
+            assert mine.run().output is mine.out
             assert mine.out.tobytes() == expected
+        breaker.join(PATIENCE_S)
         assert stream_of(driver) is not first
         assert spy.sent == 1 + (when == "in flight")
         again = InPlace(driver, 32)
         before = spy.sent
-        assert again.call.run().output.tobytes() == expected
+        assert again.run().output.tobytes() == expected
         assert spy.sent == before + 1
 
 
@@ -405,27 +446,24 @@ def test_a_server_that_is_replaced(flavour: str) -> None:
         driver.shut()
 
 
-def test_a_draining_server_is_left(spy: Spy) -> None:
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_draining_server_is_left(flavour: str, spy: Spy) -> None:
     """Whose answer to a standing request says so."""
-    with running() as one, connected("sync", one.server.port) as driver:
+    with running() as one, connected(flavour, one.server.port) as driver:
         mine = InPlace(driver, 5)
-        mine.call.run()
+        mine.run()
         stream = stream_of(driver)
-        deliver = _Stream._deliver_bytes
-
-        def drain(data: bytes) -> None:
-            answer = pb.ForwardStreamResponse(error=pb.StreamError(code=14, message="I drain"))
-            deliver(stream, data[STANDING_KEY] + answer.SerializeToString())
-
-        stream._rings._deliver = drain
+        answer = pb.ForwardStreamResponse(error=pb.StreamError(code=14, message="I drain"))
+        intercept(stream, lambda data: data[STANDING_KEY] + answer.SerializeToString())
         with pytest.raises(expertd.UnavailableError, match="I drain"):
-            mine.call.run()
+            mine.run()
         assert not stream.is_open
-        assert mine.call.run().output is mine.out
+        assert mine.run().output is mine.out
     assert (spy.sent, spy.refused) == (2, 1)
 
 
-def test_a_request_that_was_refused_is_sent_again(spy: Spy) -> None:
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_request_that_was_refused_is_sent_again(flavour: str, spy: Spy) -> None:
     """The queue is full until the gate is open."""
     backend = SteeredBackend()
     options: dict[str, Any] = {"max_batch_tokens": 32, "max_queue_tokens": 32}
@@ -434,8 +472,8 @@ def test_a_request_that_was_refused_is_sent_again(spy: Spy) -> None:
     with (
         running(backend, **options) as one,
         connected("sync", one.server.port) as other,
-        connected("sync", one.server.port, retry=retry) as driver,
-        connected("sync", one.server.port) as impatient,
+        connected(flavour, one.server.port, retry=retry) as driver,
+        connected(flavour, one.server.port) as impatient,
     ):
         mine, hasty = InPlace(driver, 32), InPlace(impatient, 32)
         fillers = [
@@ -447,7 +485,7 @@ def test_a_request_that_was_refused_is_sent_again(spy: Spy) -> None:
         fillers[1].start()
         eventually(lambda: one.server.engine.batcher.queue_requests, 1)
         with pytest.raises(expertd.OverloadedError):
-            hasty.call.run()
+            hasty.run()
 
         def open_later() -> None:
             eventually(lambda: spy.placed > 6, True)
@@ -455,42 +493,44 @@ def test_a_request_that_was_refused_is_sent_again(spy: Spy) -> None:
 
         opener = threading.Thread(target=open_later)
         opener.start()
-        result = mine.call.run()
+        result = mine.run()
         for thread in (*fillers, opener):
             thread.join(PATIENCE_S)
         expected = driver.forward(LAYER, hidden, routing_logits=logits).output.tobytes()
         assert result.output.tobytes() == expected
-        assert hasty.call.run().output.tobytes() == expected
+        assert hasty.run().output.tobytes() == expected
     assert spy.sent == 3
 
 
-def test_versions_of_the_weights(spy: Spy) -> None:
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_versions_of_the_weights(flavour: str, spy: Spy) -> None:
     """Those that come are answered with, one that was asked for is insisted on, and one that has gone is missed."""
-    with running(**ADMIN) as one, admin_of(one) as admin, connected("sync", one.server.port) as driver:
+    with running(**ADMIN) as one, admin_of(one) as admin, connected(flavour, one.server.port) as driver:
         newest, first = InPlace(driver, 5), InPlace(driver, 5, weights_version=1)
-        before = newest.call.run().output.tobytes()
+        before = newest.run().output.tobytes()
         admin.load_layer(LAYER, 2, synthetic="tiny", synthetic_seed=7)
         admin.swap_weights(LAYER, 2)
         for _ in range(3):
-            result = newest.call.run()
+            result = newest.run()
             assert result.weights_version == 2
             assert newest.out.tobytes() != before
-            assert first.call.run().weights_version == 1
+            assert first.run().weights_version == 1
             assert first.out.tobytes() == before
         admin.unload_layer(LAYER, 1)
         with pytest.raises(expertd.VersionNotHeldError):
-            first.call.run()
-        assert newest.call.run().weights_version == 2
+            first.run()
+        assert newest.run().weights_version == 2
     assert (spy.sent, spy.refused) == (9, 0)
 
 
-def test_a_layer_that_is_unloaded() -> None:
-    with running(**ADMIN) as one, admin_of(one) as admin, connected("sync", one.server.port) as driver:
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_layer_that_is_unloaded(flavour: str) -> None:
+    with running(**ADMIN) as one, admin_of(one) as admin, connected(flavour, one.server.port) as driver:
         mine = InPlace(driver, 5)
-        mine.call.run()
+        mine.run()
         admin.unload_layer(LAYER)
         with pytest.raises(expertd.LayerNotFoundError):
-            mine.call.run()
+            mine.run()
 
 
 @pytest.mark.parametrize("when", ["in flight", "before"])
@@ -539,53 +579,52 @@ def test_an_interrupt_abandons_what_is_in_flight(monkeypatch: pytest.MonkeyPatch
             assert mine.call.run().output.tobytes() == mine.expected(grpc)
 
 
-def test_nonsense_in_an_answer_breaks_the_stream(server: Running) -> None:
-    with connected("sync", server.server.port) as driver:
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_nonsense_in_an_answer_breaks_the_stream(flavour: str, server: Running) -> None:
+    with connected(flavour, server.server.port) as driver:
         mine = InPlace(driver, 5)
-        expected = mine.call.run().output.tobytes()
+        expected = mine.run().output.tobytes()
         stream = stream_of(driver)
-        mine.call.start()
-        stream._deliver_bytes(mine.call._standing.key + b"\xff" * 30)
+        intercept(stream, lambda data: data[STANDING_KEY] + b"\xff" * 30)
         with pytest.raises(expertd.ProtocolError):
-            mine.call.wait()
-        eventually(lambda: stream.is_open, False)
-        assert mine.call.run().output.tobytes() == expected
+            mine.run()
+        eventually(while_it_runs(driver, lambda: stream.is_open), False)
+        assert mine.run().output.tobytes() == expected
 
 
-def test_an_answer_in_other_words(server: Running) -> None:
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_an_answer_in_other_words(flavour: str, server: Running) -> None:
     """Its id comes last, as protobuf allows."""
-    with connected("sync", server.server.port) as driver:
+    with connected(flavour, server.server.port) as driver:
         mine = InPlace(driver, 5)
-        mine.call.run()
-        stream, deliver = stream_of(driver), _Stream._deliver_bytes
+        mine.run()
         turned = []
 
-        def turn(data: bytes) -> None:
+        def turn(data: bytes) -> bytes:
             turned.append(data)
             stop = STANDING_KEY.stop
-            deliver(stream, data[stop:] + data[:stop])
+            return data[stop:] + data[:stop]
 
-        stream._rings._deliver = turn
-        result = mine.call.run()
+        intercept(stream_of(driver), turn)
+        result = mine.run()
         assert len(turned) == 1
         assert result.output is mine.out
 
 
-def test_memory_of_others_in_an_answer_is_refused(server: Running) -> None:
-    with connected("sync", server.server.port) as driver:
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_memory_of_others_in_an_answer_is_refused(flavour: str, server: Running) -> None:
+    with connected(flavour, server.server.port) as driver:
         mine, other = InPlace(driver, 5), InPlace(driver, 5)
-        mine.call.run()
-        stream = stream_of(driver)
-        deliver = _Stream._deliver_bytes
+        mine.run()
 
-        def lie(data: bytes) -> None:
+        def lie(data: bytes) -> bytes:
             message = pb.ForwardStreamResponse.FromString(data)
             message.response.output.slice.offset = other.call._standing.placed.offset
-            deliver(stream, message.SerializeToString())
+            return message.SerializeToString()
 
-        stream._rings._deliver = lie
+        intercept(stream_of(driver), lie)
         with pytest.raises(expertd.ProtocolError, match="outside of the request's answer_slice"):
-            mine.call.run()
+            mine.run()
 
 
 def test_nothing_is_left_of_them(server: Running) -> None:
@@ -610,14 +649,15 @@ def test_nothing_is_left_of_them(server: Running) -> None:
     eventually(mapped_regions, 0)
 
 
-def test_front_ends(spy: Spy) -> None:
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_front_ends(flavour: str, spy: Spy) -> None:
     with split(2) as servers:
         for port in servers.ports:
-            with connected("sync", port) as driver, connected("sync", port, "grpc") as grpc:
+            with connected(flavour, port) as driver, connected(flavour, port, "grpc") as grpc:
                 mine = InPlace(driver, 50)
                 for seed in range(3):
                     mine.hidden[...], mine.logits[...] = values(50, seed)
-                    assert mine.call.run().output.tobytes() == mine.expected(grpc)
+                    assert mine.run().output.tobytes() == mine.expected(grpc)
     assert spy.sent == 6
 
 
@@ -625,3 +665,60 @@ def test_ids_are_those_of_protobuf() -> None:
     for request_id in (FIRST_STANDING_ID, FIRST_STANDING_ID + 1, 2**56 - 1, FIRST_STANDING_ID + 2**31 + 77):
         data = pb.ForwardStreamResponse(id=request_id).SerializeToString()
         assert data == data[STANDING_KEY] == key_of(request_id)
+
+
+def test_many_tasks(server: Running, spy: Spy) -> None:
+    """Each with calls of its own, fewer places than tasks, and one that two tasks run at a time."""
+    port = server.server.port
+
+    async def scenario(many: list[InPlace], expected: list[bytes], shared: Any) -> None:
+        async def ask(number: int) -> None:
+            for _ in range(20):
+                output = (await many[number].call.run()).output
+                assert output.tobytes() == expected[number]
+                assert (await shared.run()).output.tobytes() == expected[0]
+
+        await asyncio.gather(*(ask(number) for number in range(len(many))))
+
+    with connected("async", port, max_in_flight=3) as driver, connected("sync", port, "grpc") as grpc:
+        many = [InPlace(driver, 1 + seed, seed) for seed in range(6)]
+        expected = [mine.expected(grpc) for mine in many]
+        shared = driver.prepare(LAYER, many[0].hidden, routing_logits=many[0].logits)
+        driver.run(scenario(many, expected, shared))
+        assert not stream_of(driver)._standing
+    assert spy.sent == 120
+
+
+@pytest.mark.parametrize("how", ["cancelled", "closed"])
+def test_a_task_that_is(how: str, spy: Spy) -> None:
+    """It gets the array back at once."""
+    backend = SteeredBackend()
+
+    async def scenario(driver: Driver, mine: InPlace) -> None:
+        task = asyncio.create_task(mine.call.run())
+        await asyncio.to_thread(backend.wait_started)
+        if how == "cancelled":
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        else:
+            await driver.client.close()
+            with pytest.raises(expertd.ClosedError):
+                await task
+        mine.out[...] = 5
+        backend.gate.set()
+        if how == "cancelled":
+            while stream_of(driver)._placed:
+                await asyncio.sleep(0.01)
+        assert (mine.out == 5).all()
+
+    with running(backend) as one, connected("async", one.server.port) as driver:
+        mine = InPlace(driver, 5)
+        driver.run(asyncio.wait_for(scenario(driver, mine), PATIENCE_S))
+        if how == "cancelled":
+            with connected("sync", one.server.port, "grpc") as grpc:
+                assert mine.run().output.tobytes() == mine.expected(grpc)
+        else:
+            with pytest.raises(expertd.ClosedError):
+                mine.run()
+    assert spy.sent == 1

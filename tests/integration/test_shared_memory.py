@@ -111,6 +111,7 @@ class TestAnswers:
                 each.register(stream, region=number)
             for number, each in enumerate(memories):
                 placed, end = each.placed(asked, 64, region=number)
+                assert answer_of(stream.ask(request=placed).response) == expected
                 placed.answer_slice.CopyFrom(pb.RegionSlice(region=number, offset=end, nbytes=NBYTES - end))
                 got, count = each.read(stream.ask(request=placed).response)
                 assert count
