@@ -56,9 +56,11 @@ class AsyncPreparedForward(Generic[ArrayT]):
                     answer = await standing.on.settle_standing(standing) if is_sent else None
                 if answer is not None:
                     result = standing.result_of(answer)
-                    if isinstance(result, ExpertdError):
-                        return await client._resume(standing.plan(), deadline, result)
-                    return result
+                    if not isinstance(result, ExpertdError):
+                        return result
+                    resumed = client._resume(standing.plan(), deadline, result)
+                    del answer, result  # which will know this frame: leave no cycle, it would keep the caller's arrays
+                    return await resumed
         except builtins.TimeoutError as error:
             self._standing = None
             if scope.expired():

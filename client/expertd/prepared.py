@@ -76,11 +76,12 @@ class PreparedForward(Generic[ArrayT]):
             raise TimeoutError(f"no answer within {self._timeout_s:g} s")
         self._sent = None
         result = sent.result_of(answer)
-        if isinstance(result, ExpertdError):
-            pipeline = self._enter_pipeline(reads=True)
-            self._operation = pipeline.resume(sent.plan(), self._deadline, self._timeout_s, result)
-            return self._wait_otherwise()
-        return result
+        if not isinstance(result, ExpertdError):
+            return result
+        pipeline = self._enter_pipeline(reads=True)
+        self._operation = pipeline.resume(sent.plan(), self._deadline, self._timeout_s, result)
+        del answer, result  # which will know this frame: leave no cycle, it would keep the caller's arrays
+        return self._wait_otherwise()
 
     def _start(self, *, reads: bool) -> None:
         if self._sent is not None or self._pipeline is not None:
