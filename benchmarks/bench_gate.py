@@ -106,7 +106,8 @@ def measure(args: argparse.Namespace) -> None:
         table.add_column(column, justify="right")
     cells: list[dict[str, Any]] = []
     mailbox, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    gate = EngineGate(engine, store, mailbox, backend="noop", device="none", share=pinner.share)
+    options = {"share": pinner.share, "max_bundle_tokens": engine.max_bundle_tokens}
+    gate = EngineGate(engine, store, mailbox, backend="noop", device="none", **options)
     engine.batcher.start(gate)
     gate.publish()
     gate.start()

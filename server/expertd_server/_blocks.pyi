@@ -1,6 +1,10 @@
-"""csrc/blocks.cpp and csrc/ring.cpp, compiled where there is a C++ compiler; only `compiled` imports them."""
+"""csrc/blocks.cpp, bundle.cpp and ring.cpp, compiled where there is a C++ compiler; only `compiled` imports them."""
 
+from collections.abc import Sequence
+
+from expertd_server.native import Copies
 from expertd_server.region_handover import Where
+from expertd_server.spans import Span
 from expertd_server.wire_check import CheckedRequest
 
 class Ring:
@@ -28,6 +32,61 @@ class Arena:
     def allocate(self, nbytes: int, /) -> Block | None: ...
     def free_bytes(self) -> int: ...
 
+class Bundle:
+    @property
+    def layer_id(self) -> int: ...
+    @property
+    def hidden_dtype(self) -> int: ...
+    @property
+    def output_dtype(self) -> int: ...
+    @property
+    def is_routed(self) -> bool: ...
+    @property
+    def is_spent(self) -> bool: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_requests(self) -> int: ...
+    def cancel(self, number: int, /) -> tuple[int, int, int] | None: ...
+    def begin(self, now_s: float, /) -> list[tuple[int, int, int]]: ...
+    def gather(
+        self,
+        part: int,
+        destination: object,
+        start: int,
+        row_bytes: int,
+        least_direct: int,
+        spans: list[Span],
+        copies: Copies,
+        /,
+    ) -> int: ...
+    def scatter(self, start: int, row_bytes: int, least_direct: int, spans: list[Span], /) -> tuple[int, bool]: ...
+    def answer(
+        self,
+        copies: Copies,
+        address: int,
+        hidden_size: int,
+        queue_us: int,
+        copy_in_us: int,
+        compute_us: int,
+        copy_out_us: int,
+        batch_tokens: int,
+        batch_requests: int,
+        weights_version: int,
+        queue_tokens: int,
+        /,
+    ) -> None: ...
+    def descriptors(self) -> list[tuple[int, int, int]]: ...
+    def numbers(self) -> list[int]: ...
+
+def bundles_of(
+    descriptors: Sequence[tuple[int, int, int, int]],
+    kind: int,
+    memory: memoryview,
+    regions: dict[int, memoryview],
+    most_tokens: int,
+    /,
+) -> tuple[list[Bundle], list[tuple[int, int, int, int]]]: ...
 def block_bytes(
     request: CheckedRequest,
     hidden_size: int,

@@ -41,6 +41,7 @@ class Entry(Promise[R], Generic[P, R]):
         "deadline_s",
         "is_spent",
         "key",
+        "num_requests",
         "num_tokens",
         "payload",
         "queued_s",
@@ -57,6 +58,7 @@ class Entry(Promise[R], Generic[P, R]):
         deadline_s: float | None,
         forget: Callable[[Entry[P, R]], None],
         on_done: Callable[[Entry[P, R]], object] | None,
+        num_requests: int = 1,
     ) -> None:
         super().__init__(on_done)
         self.sequence = sequence
@@ -64,6 +66,8 @@ class Entry(Promise[R], Generic[P, R]):
         self.payload = payload
         """What is to be computed; None when it is over."""
         self.num_tokens = num_tokens
+        self.num_requests = num_requests
+        """Callers that it stands for."""
         self.admitted_s = admitted_s
         self.deadline_s = deadline_s
         self.queued_s = 0.0
@@ -82,14 +86,19 @@ class Entry(Promise[R], Generic[P, R]):
 
 @dataclass(eq=False, slots=True)
 class Batch(Generic[P, R]):
-    """Requests of one key that run together, in order of arrival; at least one."""
+    """Entries of one key that run together, in order of arrival; at least one."""
 
     key: Hashable
     entries: list[Entry[P, R]]
     num_tokens: int
-    """Of all members."""
+    """Of all members, when they were taken from the queue."""
     number: int
     """Of no other batch of its batcher."""
+
+    @property
+    def num_requests(self) -> int:
+        """Of all members, when they were admitted."""
+        return sum([entry.num_requests for entry in self.entries])
 
 
 class Running(Protocol[R_co]):

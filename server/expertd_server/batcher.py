@@ -114,12 +114,13 @@ class Batcher(Generic[P, R]):
         deadline_s: float | None = None,
         on_done: Callable[[Entry[P, R]], object] | None = None,
         is_last: bool = False,
+        num_requests: int = 1,
     ) -> Entry[P, R]:
         """Admit a request of at most max_batch_tokens tokens, or refuse it at once.
 
         It fails with RequestTimeoutError when `deadline_s` passes before its batch starts.
         on_done: called with the request when it is over, see `Promise.add_done_callback`.
-        is_last: `hurry` is called next, in this thread.
+        is_last: `hurry` is called next, in this thread. num_requests: how many it counts for.
         Raises OverloadedError when the queue is full and UnavailableError when the batcher drains.
         """
         limits = self._limits
@@ -128,18 +129,18 @@ class Batcher(Generic[P, R]):
         with self._lock:
             if self._draining:
                 raise UnavailableError("the server is draining and takes no new requests; try another server")
-            if not self._waiting.has_room(num_tokens):
-                self._refuse(num_tokens)
+            if not self._waiting.has_room(num_tokens, num_requests):
+                self._refuse(num_tokens, num_requests)
             now_s = self._clock()
             entry: Entry[P, R] = Entry(
-                self._next_sequence, key, payload, num_tokens, now_s, deadline_s, self._forget, on_done
+                self._next_sequence, key, payload, num_tokens, now_s, deadline_s, self._forget, on_done, num_requests
             )
             self._next_sequence += 1
             if is_last and self._may_run_alone and not (deadline_s is not None and deadline_s <= now_s):
                 entry.set_running_or_notify_cancel()
                 self._alone = self._take_off(key, [entry], num_tokens)
                 self._running_tokens += num_tokens
-                self._running_requests += 1
+                self._running_requests += num_requests
             else:
                 self._enqueue(entry)
         return entry
@@ -278,7 +279,7 @@ class Batcher(Generic[P, R]):
         """What was launched, and whether anything was taken from the queue."""
         batch, expired = self._take(timeout_s)
         for entry in expired:
-            _fail(entry, _timeout(entry, self._clock()))
+            _fail(entry, RequestTimeoutError.before_computing(self._clock() - entry.admitted_s))
         if batch is None:
             return None, bool(expired)
         try:
@@ -341,6 +342,8 @@ class Batcher(Generic[P, R]):
             self._account_served(batch, flight.launched_s)
         finally:
             try:
+                if self._here is not None:
+                    self._here.told()
                 running.close()
             finally:
                 self._taken.pop(batch.number, None)
@@ -424,7 +427,7 @@ class Batcher(Generic[P, R]):
         left = self._waiting.clear()
         again = list(self._again)
         self._again.clear()
-        self._account_left_running(len(again), sum(entry.num_tokens for entry in again))
+        self._account_left_running(_count(again), sum(entry.num_tokens for entry in again))
         self._due.notify_all()
         self._launched.notify_all()
         return left, again
@@ -440,9 +443,9 @@ class Batcher(Generic[P, R]):
         except Exception:  # the loop outlives whatever one batch does: every later caller depends on it
             log.exception("the batch loop caught an unexpected error and goes on")
 
-    def _refuse(self, num_tokens: int) -> NoReturn:
+    def _refuse(self, num_tokens: int, num_requests: int) -> NoReturn:
         limits, waiting = self._limits, self._waiting
-        if waiting.num_requests >= limits.max_queue_requests:
+        if waiting.num_requests + num_requests > limits.max_queue_requests:
             what = f"{waiting.num_requests} requests wait, at most {limits.max_queue_requests} may"
         else:
             what = f"{waiting.num_tokens} tokens wait and {num_tokens} come, at most {limits.max_queue_tokens} may"
@@ -489,14 +492,15 @@ class Batcher(Generic[P, R]):
             return None, expired
         num_tokens = sum(entry.num_tokens for entry in members)
         self._running_tokens += num_tokens
-        self._running_requests += len(members)
-        return self._take_off(key, members, num_tokens), expired
+        batch = self._take_off(key, members, num_tokens)
+        self._running_requests += batch.num_requests
+        return batch, expired
 
     def _pop_again(self, now_s: float) -> tuple[Batch[P, R] | None, list[Entry[P, R]]]:
         """A member of a batch that failed, alone."""
         entry = self._again.popleft()
         if entry.deadline_s is not None and entry.deadline_s <= now_s:
-            self._account_left_running(1, entry.num_tokens)
+            self._account_left_running(entry.num_requests, entry.num_tokens)
             return None, [entry]
         return self._take_off(entry.key, [entry], entry.num_tokens), []
 
@@ -527,13 +531,13 @@ class Batcher(Generic[P, R]):
         others = [entry for entry in batch.entries if not (is_lone or entry.is_spent)]
         with self._lock:
             if others and not self._stopped:
-                count = len(batch.entries)
-                log.warning("a batch of %d requests failed, %d run again one by one: %s", count, len(others), error)
+                counts = batch.num_requests, _count(others)
+                log.warning("a batch of %d requests failed, %d run again one by one: %s", *counts, error)
                 self._again.extend(others)
                 self._due.notify_all()
                 others = []
             over = failed + others
-            self._account_left_running(len(over), sum(entry.num_tokens for entry in over))
+            self._account_left_running(_count(over), sum(entry.num_tokens for entry in over))
         _clear_frames(error)
         for entry in failed:
             _fail(entry, error)
@@ -551,7 +555,7 @@ class Batcher(Generic[P, R]):
     def _account_served(self, batch: Batch[P, R], launched_s: float) -> None:
         now_s = self._clock()
         with self._lock:
-            self._account_left_running(len(batch.entries), batch.num_tokens)
+            self._account_left_running(batch.num_requests, batch.num_tokens)
             # Batches overlap: this one has had the backend to itself since the one before was finished.
             alone_s = now_s - max(launched_s, self._finished_s)
             self._finished_s = now_s
@@ -561,19 +565,17 @@ class Batcher(Generic[P, R]):
                 self._tokens_per_s = before + _RATE_SMOOTHING * (rate - before)
 
 
+def _count(entries: list[Entry[P, R]]) -> int:
+    """Requests."""
+    return sum([entry.num_requests for entry in entries])
+
+
 def _stopped() -> ExpertdServerError:
     return UnavailableError("the server stopped before this request ran; try another server")
 
 
 def _hangs() -> ExpertdServerError:
     return UnavailableError("what computes here hangs, and this request with it; try another server")
-
-
-def _timeout(entry: Entry[P, R], now_s: float) -> ExpertdServerError:
-    return RequestTimeoutError(
-        f"the deadline passed after {now_s - entry.admitted_s:.3f} s, before the request was computed; "
-        f"allow more time or try another server"
-    )
 
 
 def _clear_frames(error: BaseException) -> None:

@@ -42,7 +42,7 @@ class Bell:
 
 
 class ServingThread(Protocol):
-    """The thread that requests come from. Its methods are for any thread."""
+    """The thread that requests come from. `soon` and `bell` are for any thread."""
 
     def soon(self, function: Callable[[], object]) -> None:
         """Have the thread call a function, not at once."""
@@ -50,4 +50,8 @@ class ServingThread(Protocol):
 
     def bell(self, function: Callable[[], object]) -> Bell:
         """A bell that has the thread call a function."""
+        ...
+
+    def told(self) -> None:
+        """All who wait for a batch have been told, in this thread: what was put off until then is due."""
         ...

@@ -22,6 +22,7 @@ import torch
 from expertd_server.backend import Backend, MoEOutput
 from expertd_server.batch import Batch, Limits
 from expertd_server.batcher import Batcher
+from expertd_server.bundle import IS_COMPILED, BundledCalls
 from expertd_server.cuda_slot import CudaSlot, CudaStreams
 from expertd_server.errors import ExpertdServerError
 from expertd_server.forward import ForwardCall, ForwardResult, HostTensor, Matrix
@@ -53,6 +54,8 @@ _IN_FLIGHT_ON_DEVICE = 2
 _MOST_VIEWS = 256
 # Of what requests may have in common. Who is the first after so many meets no company that came before.
 _MOST_KEYS = 4096
+# Whole bundles fill a batch: the larger they are, the less they cost, and the less full it may be.
+_BUNDLES_OF_A_BATCH = 4
 # Longer than any capture keeps a slot to itself.
 _SLOT_TIMEOUT_S = 30.0
 
@@ -103,7 +106,7 @@ class Engine:
         self._met: dict[int, weakref.ref[MoELayer]] = {}
         """By id; what a layer's death leaves behind here is never taken for another."""
         self._met_lock = threading.Lock()  # a scrape of the metrics goes through them while batches add to them
-        self.batcher: Batcher[ForwardCall, Any] = Batcher(self._launch, limits, clock=clock)
+        self.batcher: Batcher[ForwardCall | BundledCalls, Any] = Batcher(self._launch, limits, clock=clock)
 
     @property
     def queue_tokens(self) -> int:
@@ -112,22 +115,28 @@ class Engine:
 
     def submit(
         self,
-        call: ForwardCall,
+        call: ForwardCall | BundledCalls,
         deadline_s: float | None = None,
         on_done: Callable[[Promise[Any]], object] | None = None,
         is_last: bool = False,
     ) -> Promise[Any]:
-        """Queue a call; a promise of a ForwardResult, or of what call.encode makes of it.
+        """Queue a call; a promise of a ForwardResult, or of what call.encode makes of it; of None for a bundle.
 
         Errors, deadline, cancellation and the rest as in `Batcher.submit`.
         """
-        return self.batcher.submit(self._key_of(call), call, call.num_tokens, deadline_s, on_done, is_last)
+        key = self._key_of(call)
+        return self.batcher.submit(key, call, call.num_tokens, deadline_s, on_done, is_last, call.num_requests)
 
-    def _key_of(self, call: ForwardCall) -> _Key:
+    @property
+    def max_bundle_tokens(self) -> int:
+        """Most tokens of a bundle of several requests that is submitted as one call; 0: none are taken."""
+        return 0 if self._is_host or not IS_COMPILED else max(1, self._max_batch_tokens // _BUNDLES_OF_A_BATCH)
+
+    def _key_of(self, call: ForwardCall | BundledCalls) -> _Key:
         """What the batcher knows of a call. On the CPU any kind may run with any other."""
         common: tuple[object, ...] = id(call.layer), call.do_finalize  # the layer lives while a call to it waits
         if not self._is_host:
-            common += call.hidden_states.dtype, call.topk_ids is None, call.output_dtype
+            common += call.kind
         key = self._keys.get(common)
         if key is None:
             if len(self._keys) >= _MOST_KEYS:
@@ -149,7 +158,7 @@ class Engine:
             return f"a batch of {batch.num_tokens} tokens that is being handed out"
         rows = None if self.graphs is None or not call.do_finalize else self.graphs.bucket(batch.num_tokens)
         bucket = "no graph" if rows is None else f"bucket {rows}"
-        size = f"{len(batch.entries)} requests of {batch.num_tokens} tokens together"
+        size = f"{batch.num_requests} requests of {batch.num_tokens} tokens together"
         return f"layer {call.layer.name!r}, {size}, {bucket}"
 
     def capture(self, layers: Sequence[MoELayer]) -> None:
@@ -198,7 +207,7 @@ class Engine:
             self._met = {key: met for key, met in self._met.items() if met() is not None}
             self._met[id(layer)] = weakref.ref(layer)
 
-    def _launch(self, batch: Batch[ForwardCall, Any]) -> RunningBatch:
+    def _launch(self, batch: Batch[ForwardCall | BundledCalls, Any]) -> RunningBatch:
         layer = batch.entries[0].payload.layer
         try:
             self._meet(layer)
@@ -214,10 +223,13 @@ class Engine:
         except Exception as error:
             raise unexpected(error, layer, batch.num_tokens) from error
 
-    def _start(self, batch: Batch[ForwardCall, Any], slot: Slot) -> RunningBatch:
+    def _start(self, batch: Batch[ForwardCall | BundledCalls, Any], slot: Slot) -> RunningBatch:
         calls = [entry.payload for entry in batch.entries]
-        layer, num_tokens = calls[0].layer, batch.num_tokens
-        kind = kind_of(calls if slot.is_host else calls[:1])  # on a GPU they are all alike
+        for call in calls:
+            if isinstance(call, BundledCalls):
+                call.begin(self.clock())
+        layer, num_tokens = calls[0].layer, sum([call.num_tokens for call in calls])
+        kind = kind_of(calls) if slot.is_host else calls[0].kind  # on a GPU they are all alike
         do_finalize, wants_routing = calls[0].do_finalize, any(call.return_routing for call in calls)
         graph = None
         if self.graphs is not None and do_finalize:
@@ -253,7 +265,7 @@ class Engine:
             if answer is None:
                 spans, places = scatter(outputs, calls, num_tokens, wants_routing=wants_routing)
                 for entry, place in zip(batch.entries, places, strict=True):
-                    entry.is_spent = place != 0
+                    entry.is_spent = bool(place)
             slot.fetch(spans)
         if self.graphs is not None and do_finalize and graph is None:
             self.graphs.capture_unforeseen(slot, layer, kind, num_tokens)
@@ -264,6 +276,7 @@ class Engine:
             self.slots,
             slot,
             calls,
+            num_tokens,
             places,
             in_slot,
             answer,

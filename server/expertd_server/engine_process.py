@@ -67,6 +67,7 @@ class EngineProcess:
             backend=self.host.backend.name,
             device=self.host.device_name,
             share=self.host.share,
+            max_bundle_tokens=self.host.engine.max_bundle_tokens,
         )
         if is_draining:
             self._drain(0)

@@ -149,6 +149,14 @@ class RequestTimeoutError(ExpertdServerError, TimeoutError):
     code = "DEADLINE_EXCEEDED"
     reason = "DEADLINE_EXCEEDED"
 
+    @classmethod
+    def before_computing(cls, waited_s: float) -> RequestTimeoutError:
+        """Of a request that had waited so long by then."""
+        return cls(
+            f"the deadline passed after {waited_s:.3f} s, before the request was computed; allow more time or try "
+            f"another server"
+        )
+
 
 class RequestCancelledError(ExpertdServerError):
     """The caller left while the request waited; it was not computed."""

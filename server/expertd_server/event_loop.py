@@ -74,6 +74,9 @@ class EventLoop:
         else:
             self.loop.call_soon_threadsafe(function)
 
+    def told(self) -> None:
+        """See `ServingThread`; nothing is put off."""
+
     def bell(self, function: Callable[[], object]) -> Bell:
         """A bell that has the loop call a function; from any thread."""
         bell = Bell(function, self._silence)

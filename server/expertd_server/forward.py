@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
 from expertd_server.layer import MoELayer
+from expertd_server.layout import BatchKind
 from expertd_server.native import Copies
 from expertd_server.timing import ForwardTiming
 
@@ -59,10 +60,17 @@ class ForwardCall:
     """Together with encode: where the output alone may be written before that is called, at the start; the call's own
     tensors may lie there too. It is this call's until its promise is kept."""
 
+    num_requests: ClassVar = 1
+
     @property
     def num_tokens(self) -> int:
         """T."""
         return self.hidden_states.shape[0]
+
+    @property
+    def kind(self) -> BatchKind:
+        """What a batch of such calls alone computes with."""
+        return BatchKind(self.hidden_states.dtype, self.topk_ids is not None, self.output_dtype)
 
 
 class Matrix(NamedTuple):

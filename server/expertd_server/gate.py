@@ -12,29 +12,34 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from expertd_server.bell import Bell
 from expertd_server.blocks import MAX_ERROR_BYTES, answer_place, read_call, write_error
+from expertd_server.bundle import BlockPlace, BundledCalls, bundles_of
 from expertd_server.calls import CallEngine
 from expertd_server.control import Control
 from expertd_server.engine import ForwardResult
-from expertd_server.errors import UnavailableError
+from expertd_server.errors import BackendError, ExpertdServerError, RequestTimeoutError, UnavailableError
 from expertd_server.layer import MoELayer
+from expertd_server.layout import BatchKind
 from expertd_server.pinning import Share
 from expertd_server.promise import Promise
 from expertd_server.region_handover import RegionTaker
-from expertd_server.remote import ANSWERED, CANCEL, FAILED, NUM_HELLO_FILES, Applied, EngineState, Hello
+from expertd_server.remote import ANSWERED, CANCEL, FAILED, NUM_HELLO_FILES, SUBMIT, Applied, EngineState, Hello
 from expertd_server.remote_layer import RemoteLayer
 from expertd_server.result_blocks import write_result
 from expertd_server.ring import Channel
 from expertd_server.status import status_of
 from expertd_server.store import LayerStore
 from expertd_server.threads import ended
-from expertd_server.wire import call_of
+from expertd_server.wire import TORCH_DTYPES, call_of
+
+if TYPE_CHECKING:
+    from expertd_server._blocks import Bundle
 
 __all__ = ["EngineGate"]
 
@@ -48,7 +53,7 @@ class EngineGate:
     """Serves every front-end that says hello. One thread reads all that they send; it never waits for any of them.
 
     store: what to serve, see `publish`. mailbox: see `RemoteEngine`. backend, device: as GetServerInfo tells them.
-    share: see `Channel.open`.
+    share: see `Channel.open`. max_bundle_tokens: see `Engine.max_bundle_tokens`.
     """
 
     def __init__(
@@ -60,8 +65,10 @@ class EngineGate:
         backend: str,
         device: str,
         share: Share = memoryview,
+        max_bundle_tokens: int = 0,
     ) -> None:
         self._share = share
+        self._max_bundle_tokens = max_bundle_tokens
         self._engine = engine
         self._store = store
         self._mailbox = mailbox
@@ -82,6 +89,8 @@ class EngineGate:
         self._due: deque[Callable[[], object]] = deque()
         self._bells: dict[int, Bell] = {}
         """By their files."""
+        self._to_wake: set[_Peer] = set()
+        """The thread's own: who is to read answers."""
         self._thread = threading.Thread(target=self._run, name="expertd-gate", daemon=True)
 
     def start(self) -> None:
@@ -151,6 +160,19 @@ class EngineGate:
             with self._waking:
                 if self._wake_fd >= 0:
                     os.eventfd_write(self._wake_fd, 1)
+
+    def told(self) -> None:
+        """See `ServingThread`: wake front-ends whose answers are there."""
+        while self._to_wake:
+            self._to_wake.pop().to_frontend.wake()
+
+    def wake(self, peer: _Peer) -> None:
+        """Have a front-end read its answers: once for a batch, because to wake who sleeps takes longer than to answer;
+        from any thread."""
+        if threading.get_ident() == self._thread.ident:
+            self._to_wake.add(peer)
+        else:
+            peer.to_frontend.wake()
 
     def bell(self, function: Callable[[], object]) -> Bell:
         """A bell that has the gate's thread call a function; from any thread."""
@@ -240,13 +262,17 @@ class EngineGate:
 
     def _read(self, peer: _Peer, fd: int) -> None:
         if fd == peer.from_frontend.eventfd:
-            for kind, number, offset, nbytes in peer.from_frontend.take():
+            descriptors = peer.from_frontend.take()
+            if self._max_bundle_tokens:
+                views = peer.regions.views
+                bundles, descriptors = bundles_of(descriptors, SUBMIT, peer.memory, views, self._max_bundle_tokens)
+                for bundle in bundles:
+                    self._submit_together(_AskedTogether(self, peer, bundle))
+            for kind, number, offset, nbytes in descriptors:
                 if kind == CANCEL:
-                    promise = peer.promises.get(number)
-                    if promise is not None:
-                        promise.cancel()
+                    peer.cancel(number)
                 else:
-                    self._submit(_Asked(self._engine, peer, number, peer.memory[offset : offset + nbytes]))
+                    self.submit(peer, number, offset, nbytes)
             return
         if not peer.control.wait(0):  # the event was of an earlier file of this number
             return
@@ -255,7 +281,9 @@ class EngineGate:
             peer.applied = applied.sequence
             self._changed.notify_all()
 
-    def _submit(self, asked: _Asked) -> None:
+    def submit(self, peer: _Peer, number: int, offset: int, nbytes: int) -> None:
+        """Have the engine compute what lies in a block of a front-end's."""
+        asked = _Asked(self._engine, peer, number, peer.memory[offset : offset + nbytes])
         try:
             layer_id, deadline_s, request, asked.place = read_call(asked.block, asked.peer.regions.views)
             layer = self._layers.get(layer_id)
@@ -272,6 +300,26 @@ class EngineGate:
             return
         asked.peer.promises[asked.number] = promise
         promise.add_done_callback(asked.over)
+
+    def _submit_together(self, asked: _AskedTogether) -> None:
+        bundle, peer = asked.bundle, asked.peer
+        layer = self._layers.get(bundle.layer_id)
+        if layer is None:
+            asked.submit_each()
+            return
+        kind = BatchKind(TORCH_DTYPES[bundle.hidden_dtype], bundle.is_routed, TORCH_DTYPES[bundle.output_dtype])
+        call = BundledCalls(layer, bundle, kind, asked.are_late, self._queue_tokens)
+        try:
+            promise = self._engine.submit(call)
+        except ExpertdServerError:  # there may be room for some, and the others are told that there is none
+            asked.submit_each()
+            return
+        peer.promises[asked.number] = promise
+        peer.together[asked.number] = asked
+        promise.add_done_callback(asked.over)
+
+    def _queue_tokens(self) -> int:
+        return self._engine.queue_tokens
 
     def _drop(self, peer: _Peer) -> None:
         """Forget a front-end. What it asked for and runs already is finished, in its memory, for nobody."""
@@ -318,15 +366,58 @@ class _Asked:
 
     def fail(self, error: BaseException) -> None:
         """Answer with an error."""
+        self.peer.fail(self.number, self.block, error)
+
+
+class _AskedTogether:
+    """Requests of a front-end that the engine has as one call. Exactly one answer goes to each, whatever happens."""
+
+    __slots__ = ("asked_s", "bundle", "gate", "number", "peer")
+
+    def __init__(self, gate: EngineGate, peer: _Peer, bundle: Bundle) -> None:
+        self.gate = gate
+        self.peer = peer
+        self.bundle = bundle
+        self.number = bundle.numbers()[0]
+        """What stands for all of them."""
+        self.asked_s = time.monotonic()
+
+    def cancel(self, number: int) -> bool:
+        """Give up one of them, unless it runs; whether it is one of them."""
+        place = self.bundle.cancel(number)
+        if place is None:
+            return False
+        self.peer.fail_at(*place, CancelledError())
+        if not self.bundle.num_requests:
+            self.peer.promises[self.number].cancel()
+        return True
+
+    def are_late(self, places: Sequence[BlockPlace]) -> None:
+        """The deadline of these had passed when their batch started."""
+        for place in places:
+            self.peer.fail_at(*place, RequestTimeoutError.before_computing(time.monotonic() - self.asked_s))
+
+    def submit_each(self) -> None:
+        """One by one, so that each has its own luck."""
+        for place in self.bundle.descriptors():
+            self.gate.submit(self.peer, *place)
+
+    def over(self, promise: Promise[Any]) -> None:
+        """The promise is kept, and so the answers are written, or it is given up; in any thread."""
         peer = self.peer
-        if peer.is_gone:
-            return
-        status = status_of(error, peer.name)
-        data = status.SerializeToString()
-        if len(data) > MAX_ERROR_BYTES:
-            status.ClearField("details")
-            data = status.SerializeToString()
-        peer.to_frontend.publish(FAILED, self.number, 0, write_error(self.block, data))
+        peer.promises.pop(self.number, None)
+        peer.together.pop(self.number, None)
+        failure = CancelledError() if promise.cancelled() else promise.exception()  # see _Asked.over
+        if failure is None:
+            for number in self.bundle.numbers():
+                peer.to_frontend.put(ANSWERED, number)
+            self.gate.wake(peer)
+        elif isinstance(failure, BackendError) and not self.bundle.is_spent and self.bundle.num_requests > 1:
+            self.submit_each()  # one of them may be to blame
+        else:
+            for place in self.bundle.descriptors():
+                peer.fail_at(*place, failure)
+        peer.let_go()
 
 
 class _Peer:
@@ -340,9 +431,35 @@ class _Peer:
         self.read_fds = (self.from_frontend.eventfd, control.fileno())
         self.promises: dict[int, Promise[Any]] = {}
         """Of requests that are not answered, by number."""
+        self.together: dict[int, _AskedTogether] = {}
+        """Those of them that stand for several, by the number that does."""
         self.applied = 0
         """Sequence of the newest state that it applies."""
         self.is_gone = False
+
+    def cancel(self, number: int) -> None:
+        """Give up a request of its own, unless that runs or is over."""
+        for asked in list(self.together.values()):
+            if asked.cancel(number):
+                return
+        promise = None if number in self.together else self.promises.get(number)
+        if promise is not None:
+            promise.cancel()
+
+    def fail(self, number: int, block: memoryview, error: BaseException) -> None:
+        """Answer one with an error."""
+        if self.is_gone:
+            return
+        status = status_of(error, self.name)
+        data = status.SerializeToString()
+        if len(data) > MAX_ERROR_BYTES:
+            status.ClearField("details")
+            data = status.SerializeToString()
+        self.to_frontend.publish(FAILED, number, 0, write_error(block, data))
+
+    def fail_at(self, number: int, offset: int, nbytes: int, error: BaseException) -> None:
+        """Answer one with an error, in its block."""
+        self.fail(number, self.memory[offset : offset + nbytes], error)
 
     def close(self) -> None:
         self.is_gone = True

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from expertd_server import routing
+from expertd_server.bundle import BundledCalls
 from expertd_server.forward import ForwardCall, HostTensor
 from expertd_server.fp8 import quantize_fp8
 from expertd_server.layer import MoELayer
@@ -26,37 +27,45 @@ from expertd_server.spans import Span, Spans, direct_address
 __all__ = ["gather", "kind_of"]
 
 
-def kind_of(calls: Sequence[ForwardCall]) -> BatchKind:
+def kind_of(calls: Sequence[ForwardCall | BundledCalls]) -> BatchKind:
     """What a batch of these calls computes with: the callers' types where they agree, else those that lead to all."""
-    first = calls[0]
-    hidden_dtype, is_routed, output_dtype = first.hidden_states.dtype, first.topk_ids is not None, first.output_dtype
+    hidden_dtype, is_routed, output_dtype = calls[0].kind
     for call in calls:
-        if call.hidden_states.dtype != hidden_dtype:
+        kind = call.kind
+        if kind.hidden_dtype != hidden_dtype:
             hidden_dtype = torch.float8_e4m3fn
-        if call.topk_ids is not None:
+        if kind.is_routed:
             is_routed = True
-        if call.output_dtype != output_dtype:
+        if kind.output_dtype != output_dtype:
             # A mixed batch is rounded call by call from float32; that gives the bits of a batch of one dtype.
             output_dtype = torch.float32
     return BatchKind(hidden_dtype, is_routed, output_dtype)
 
 
 def gather(
-    flat: npt.NDArray[np.uint8], layout: InputLayout, layer: MoELayer, calls: Sequence[ForwardCall]
+    flat: npt.NDArray[np.uint8], layout: InputLayout, layer: MoELayer, calls: Sequence[ForwardCall | BundledCalls]
 ) -> list[Span]:
     """Write what a batch computes on into a slot's host memory, but for what a GPU copies from where it lies.
 
-    The copies that bring all of it to the device, the number of valid tokens included.
+    Bundles must be of the layout's kind. The copies that bring all of it to the device, the number of valid tokens
+    included.
     """
-    copies = Copies() if len(calls) > 1 else None  # to note a copy takes as long as to do a small one
+    is_alone = len(calls) == 1 and isinstance(calls[0], ForwardCall)
+    copies = None if is_alone else Copies()  # to note a copy takes as long as to do a small one
     add = copy_bytes if copies is None else copies.add
-    routed = [_routing_of(call, layer, layout) for call in calls]
-    columns = [*zip(*routed, strict=True), [_hidden_states_of(call, layer, layout) for call in calls]]
+    rows = [None if isinstance(call, BundledCalls) else _tensors_of(call, layer, layout) for call in calls]
     spans = Spans(NUM_VALID_BYTES)
-    for part, tensors in zip(layout.parts, columns, strict=True):
+    last = len(layout.parts) - 1
+    for number, part in enumerate(layout.parts):
         start = part.offset
-        for tensor in tensors:
-            data = tensor.data
+        for call, tensors in zip(calls, rows, strict=True):
+            if isinstance(call, BundledCalls):
+                assert copies is not None
+                which = 0 if number == last else number + 1
+                start = call.gather(which, part, flat, start, spans.copies, copies)
+                continue
+            assert tensors is not None
+            data = tensors[number].data
             nbytes = len(data)
             address = direct_address(data, nbytes)
             if address:
@@ -68,6 +77,11 @@ def gather(
     if copies is not None:
         copies.run()
     return spans.copies
+
+
+def _tensors_of(call: ForwardCall, layer: MoELayer, layout: InputLayout) -> tuple[HostTensor, ...]:
+    """What a call brings, as the layout's parts lie."""
+    return *_routing_of(call, layer, layout), _hidden_states_of(call, layer, layout)
 
 
 def _hidden_states_of(call: ForwardCall, layer: MoELayer, layout: InputLayout) -> HostTensor:

@@ -59,7 +59,7 @@ class _Mapping:
         self.nbytes = len(mapped)
         self._first_piece = address // PIECE_BYTES
         self.states = bytearray((address + self.nbytes - 1) // PIECE_BYTES - self._first_piece + 1)
-        """Of the pieces."""
+        """Of the pieces; csrc/bundle.cpp reads them, too."""
 
     def bounds(self, piece: int) -> tuple[int, int]:
         """Address and bytes of a piece."""
@@ -74,8 +74,13 @@ class _Mapping:
         stop = (address + nbytes - 1) // PIECE_BYTES - self._first_piece + 1
         if self.states.count(_PINNED, first, stop) == stop - first:
             return address
-        self._pinner.ask(self, range(first, stop))
+        self.ask(address, nbytes)
         return 0
+
+    def ask(self, address: int, nbytes: int) -> None:
+        """Have the pieces that these bytes lie in pinned; for whoever has a view of them."""
+        first, last = address // PIECE_BYTES, (address + nbytes - 1) // PIECE_BYTES
+        self._pinner.ask(self, range(first - self._first_piece, last - self._first_piece + 1))
 
 
 def pinned_address(data: bytes | memoryview, nbytes: int) -> int:

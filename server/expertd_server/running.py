@@ -12,6 +12,7 @@ import torch
 
 from expertd_server.backend import MoEOutput
 from expertd_server.batch import Batch
+from expertd_server.bundle import BundledCalls
 from expertd_server.errors import BackendError, ExpertdServerError
 from expertd_server.forward import ForwardCall, ForwardResult, Matrix
 from expertd_server.layer import MoELayer
@@ -47,17 +48,27 @@ class HostOutput(NamedTuple):
     """Those of the tensors."""
 
 
+class _BundleRows(NamedTuple):
+    """A bundle's share of a batch's answer."""
+
+    timing: ForwardTiming
+    rows: Matrix
+    """Those of its members, as far as they lie in the slot."""
+
+
 @dataclass(eq=False, slots=True)
 class RunningBatch:
     """A batch that was launched, see `batch.Running`."""
 
-    batch: Batch[ForwardCall, Any]
+    batch: Batch[ForwardCall | BundledCalls, Any]
     layer: MoELayer
     slots: SlotPool
     """Where the slot goes back to."""
     slot: Slot
-    calls: list[ForwardCall]
+    calls: list[ForwardCall | BundledCalls]
     """Of the batch's entries. Kept to the end, whatever becomes of those: the device may use their memory till then."""
+    num_tokens: int
+    """Of the calls."""
     places: list[int]
     """Where the device puts each call's output, see `scatter`; empty where the answer does not lie in the slot."""
     in_slot: HostOutput | None
@@ -74,6 +85,11 @@ class RunningBatch:
     topk_ids: torch.Tensor | npt.NDArray[np.int16] | None = None
     """As in `BatchReport`; None where the batch has no results."""
 
+    @property
+    def num_requests(self) -> int:
+        """Of the calls."""
+        return sum([call.num_requests for call in self.calls])
+
     def wait(self, seconds: float | None = None) -> bool:
         try:
             if seconds is not None:
@@ -82,7 +98,7 @@ class RunningBatch:
         except ExpertdServerError:
             raise
         except Exception as error:
-            raise unexpected(error, self.layer, self.batch.num_tokens) from error
+            raise unexpected(error, self.layer, self.num_tokens) from error
         return True
 
     def ring_when_over(self, fd: int) -> None:
@@ -94,17 +110,16 @@ class RunningBatch:
         except ExpertdServerError:
             raise
         except Exception as error:
-            raise unexpected(error, self.layer, self.batch.num_tokens) from error
+            raise unexpected(error, self.layer, self.num_tokens) from error
 
     def close(self) -> None:
         try:
             if self.topk_ids is not None and self.on_batch is not None:
-                batch = self.batch
                 self.on_batch(
                     BatchReport(
                         self.layer,
-                        len(batch.entries),
-                        batch.num_tokens,
+                        self.num_requests,
+                        self.num_tokens,
                         self.graph_rows,
                         self.compute_s,
                         self.topk_ids,
@@ -114,55 +129,70 @@ class RunningBatch:
             self.slots.give_back(self.slot)
 
     def _split(self) -> list[Any]:
-        batch, clock = self.batch, self.clock
+        clock = self.clock
         start_s = clock()
-        answer, whole, topk_ids = self._host_answer()
-        entries, num_tokens, version = batch.entries, batch.num_tokens, self.layer.weights_version
-        num_requests = len(entries)
+        whole = self._host_answer()
+        num_tokens, num_requests, version = self.num_tokens, self.num_requests, self.layer.weights_version
         copy_in_s, wait_s, compute_s, copy_out_s = self.slot.times()
         is_padded = self.graph_rows is not None and self.graph_rows != num_tokens
         self.compute_s = compute_s
-        self.topk_ids = topk_ids[:num_tokens] if is_padded else topk_ids
+        self.topk_ids = whole.topk_ids[:num_tokens] if is_padded else whole.topk_ids
         copy_in_us, compute_us = round((self.gather_s + copy_in_s) * 1e6), round(compute_s * 1e6)
-        output = answer.output
-        is_owned = num_requests == 1 and self.answer is not None
-        copies = Copies() if num_requests > 1 else None  # see gather
-        parts: list[ForwardResult] = []
+        is_alone = len(self.calls) == 1
+        copies = None if is_alone and isinstance(self.calls[0], ForwardCall) else Copies()  # see gather
+        parts: list[ForwardResult | _BundleRows] = []
         first = 0
-        for number, (entry, call) in enumerate(zip(entries, self.calls, strict=True)):
-            place = self.places[number] if self.places else 0
+        for number, (entry, call) in enumerate(zip(self.batch.entries, self.calls, strict=True)):
             queue_us = round((entry.queued_s + wait_s) * 1e6)
             timing = ForwardTiming(queue_us, copy_in_us, compute_us, 0, num_tokens, num_requests)
-            part = ForwardResult(version, timing, copies=copies)
-            if place:
-                assert whole is not None
-                assert call.place is not None
-                part.lies_at(Matrix(whole.dtype, entry.num_tokens, whole.num_columns, place), call.place)
-            elif output is not None and (call.encode is None or call.output_dtype != output.dtype):
-                # In memory of its own: a slow reader must not hold the whole batch's output.
-                is_whole = num_requests == 1 and not is_padded
-                rows = output if is_whole else output[first : first + entry.num_tokens]
-                part.output = _own(rows, call.output_dtype, is_owned=is_owned)
-            elif output is not None:
-                part.lies_in(output, whole, first, entry.num_tokens)
-            if call.return_routing or not call.do_finalize:
-                self._fill(part, call, answer, first)
-            first += entry.num_tokens
-            parts.append(part)
+            if isinstance(call, BundledCalls):
+                assert whole.output_at is not None
+                parts.append(_BundleRows(timing, whole.output_at.rows(first, call.num_tokens)))
+            else:
+                part = ForwardResult(version, timing, copies=copies)
+                place = self.places[number] if self.places else 0
+                self._place_output(part, call, whole, first, place, is_whole=is_alone and not is_padded)
+                if call.return_routing or not call.do_finalize:
+                    self._fill(part, call, whole.tensors, first)
+                parts.append(part)
+            first += call.num_tokens
         copy_out_us = round((copy_out_s + clock() - start_s) * 1e6)
         # Last, and then nothing may go wrong any more: the batch must not run again, because answers may have been
         # written over what they were computed from.
         answers: list[Any] = []
-        for call, part in zip(self.calls, parts, strict=True):
-            part.timing.copy_out_us = copy_out_us
-            encode = call.encode
+        for call, each in zip(self.calls, parts, strict=True):
+            each.timing.copy_out_us = copy_out_us
             try:
-                answers.append(part if encode is None else encode(part))
+                if isinstance(each, _BundleRows):
+                    assert isinstance(call, BundledCalls)
+                    assert copies is not None
+                    call.answer(each.rows.address, each.rows.num_columns, each.timing, version, copies)
+                    answers.append(None)
+                else:
+                    assert isinstance(call, ForwardCall)
+                    answers.append(each if call.encode is None else call.encode(each))
             except Exception as error:  # its own alone
                 answers.append(error)
         if copies is not None:
             copies.run()  # from what the parts hold
         return answers
+
+    def _place_output(
+        self, part: ForwardResult, call: ForwardCall, whole: HostOutput, first: int, place: int, *, is_whole: bool
+    ) -> None:
+        """Say where one call's output is. place: see `places`; is_whole: whether the batch's output is all its own."""
+        output = whole.tensors.output
+        if place:
+            assert whole.output_at is not None
+            assert call.place is not None
+            at = Matrix(whole.output_at.dtype, call.num_tokens, whole.output_at.num_columns, place)
+            part.lies_at(at, call.place)
+        elif output is not None and (call.encode is None or call.output_dtype != output.dtype):
+            # In memory of its own: a slow reader must not hold the whole batch's output.
+            rows = output if is_whole else output[first : first + call.num_tokens]
+            part.output = _own(rows, call.output_dtype, is_owned=len(self.calls) == 1 and self.answer is not None)
+        elif output is not None:
+            part.lies_in(output, whole.output_at, first, call.num_tokens)
 
     def _fill(self, part: ForwardResult, call: ForwardCall, answer: MoEOutput, first: int) -> None:
         """Set the tensors of one call's answer but its output. first: where the call's rows begin."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from expertd_server.bundle import BundledCalls
 from expertd_server.forward import ForwardCall
 from expertd_server.layout import OutputLayout
 from expertd_server.spans import Span, Spans, direct_address
@@ -12,17 +13,22 @@ __all__ = ["scatter"]
 
 
 def scatter(
-    layout: OutputLayout, calls: Sequence[ForwardCall], num_tokens: int, *, wants_routing: bool
+    layout: OutputLayout, calls: Sequence[ForwardCall | BundledCalls], num_tokens: int, *, wants_routing: bool
 ) -> tuple[list[Span], list[int]]:
     """The copies that bring a batch's output to the host, and for each call the address where they put its rows.
 
-    0: in the slot's host memory. num_tokens: of all calls. wants_routing: whether any call does.
+    0: in the slot's host memory; of a bundle, whether they put any elsewhere. num_tokens: of all calls. wants_routing:
+    whether any call does.
     """
     # NOTE: the ids come in any case, for metrics.
     spans = Spans((layout.expert_weights if wants_routing else layout.topk_ids).end(num_tokens))
     places = []
     start, row_bytes = layout.output.offset, layout.output.row_bytes
     for call in calls:
+        if isinstance(call, BundledCalls):
+            start, is_any_elsewhere = call.scatter(start, row_bytes, spans.copies)
+            places.append(int(is_any_elsewhere))
+            continue
         nbytes = call.hidden_states.shape[0] * row_bytes
         place = _place_of(call, nbytes)
         if place:

@@ -9,15 +9,15 @@ from typing import Final, TypeAlias
 
 from expertd_server.pinning import PIECE_BYTES, pinned_address
 
-__all__ = ["Span", "Spans", "direct_address", "whole"]
+__all__ = ["MIN_DIRECT_BYTES", "Span", "Spans", "direct_address", "whole"]
 
 Span: TypeAlias = tuple[int, int, int]
 """What one copy moves: where in the slot, how many bytes, and the address of the host's end; 0: at the same place of
 the slot's host memory."""
 
-# To have the device copy a tensor takes two microseconds of the thread that serves, in which the processor, with help,
-# copies as much as this.
-_MIN_DIRECT_BYTES: Final = 32 * 1024
+MIN_DIRECT_BYTES: Final = 32 * 1024
+"""What a device copies from where it lies, at least. To have it copy a tensor takes two microseconds of the thread that
+serves, in which the processor, with help, copies as much as this."""
 
 # A copy takes as long to start as these bytes take on their way.
 _MAX_GAP_BYTES: Final = 64 * 1024
@@ -30,7 +30,7 @@ def whole(nbytes: int) -> list[Span]:
 
 def direct_address(data: bytes | memoryview, nbytes: int) -> int:
     """Where the first nbytes of these lie, if a device is to copy them from or to there; 0: the processor does."""
-    return pinned_address(data, nbytes) if nbytes >= _MIN_DIRECT_BYTES else 0
+    return pinned_address(data, nbytes) if nbytes >= MIN_DIRECT_BYTES else 0
 
 
 class Spans:

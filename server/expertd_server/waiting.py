@@ -27,10 +27,13 @@ class Waiting(Generic[P, R]):
     def __bool__(self) -> bool:
         return bool(self._queues)
 
-    def has_room(self, num_tokens: int) -> bool:
-        """Whether a request may wait, too."""
+    def has_room(self, num_tokens: int, num_requests: int) -> bool:
+        """Whether so much may wait, too."""
         limits = self._limits
-        return self.num_requests < limits.max_queue_requests and self.num_tokens + num_tokens <= limits.max_queue_tokens
+        return (
+            self.num_requests + num_requests <= limits.max_queue_requests
+            and self.num_tokens + num_tokens <= limits.max_queue_tokens
+        )
 
     def add(self, entry: Entry[P, R]) -> None:
         """The newest of all."""
@@ -39,7 +42,7 @@ class Waiting(Generic[P, R]):
             queue = self._queues[entry.key] = OrderedDict()
         queue[entry.sequence] = entry
         self.num_tokens += entry.num_tokens
-        self.num_requests += 1
+        self.num_requests += entry.num_requests
 
     def remove(self, entry: Entry[P, R]) -> bool:
         """Whether it waited."""
@@ -47,7 +50,7 @@ class Waiting(Generic[P, R]):
         if queue is None or queue.pop(entry.sequence, None) is None:
             return False
         self.num_tokens -= entry.num_tokens
-        self.num_requests -= 1
+        self.num_requests -= entry.num_requests
         self._shrunk(entry.key)
         return True
 
@@ -87,7 +90,7 @@ class Waiting(Generic[P, R]):
                 queue.move_to_end(sequence, last=False)
                 break
             self.num_tokens -= entry.num_tokens
-            self.num_requests -= 1
+            self.num_requests -= entry.num_requests
             if not entry.set_running_or_notify_cancel():
                 continue
             entry.queued_s = now_s - entry.admitted_s

@@ -62,7 +62,7 @@ def served(shared_backend: CudaBackend, request: pytest.FixtureRequest) -> Itera
 @pytest.fixture
 def pinner(shared_backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pinner]:
     """Whose memory is used for tensors of any size."""
-    monkeypatch.setattr(spans, "_MIN_DIRECT_BYTES", 1)
+    monkeypatch.setattr(spans, "MIN_DIRECT_BYTES", 1)
     pinner = pinner_of(shared_backend.device, 1 << 28)
     assert pinner is not None
     yield pinner

@@ -60,7 +60,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
 
     monkeypatch.setattr(engine_host, "Engine", partial(Engine, slots=rig.slots, capturer=FakeCapturer()))
     monkeypatch.setattr(engine_host, "pinner_of", pinner_of)
-    monkeypatch.setattr(spans, "_MIN_DIRECT_BYTES", 1)
+    monkeypatch.setattr(spans, "MIN_DIRECT_BYTES", 1)
     forget_tests_before()
     eventually(mapped_regions, 0)
     yield rig

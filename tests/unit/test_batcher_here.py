@@ -58,6 +58,9 @@ class Here:
     def soon(self, function: Callable[[], object]) -> None:
         self._asked.append(function)
 
+    def told(self) -> None:
+        """Nothing is put off."""
+
     def bell(self, function: Callable[[], object]) -> Bell:
         self.bells.append(Bell(function, self._silence))
         return self.bells[-1]
@@ -325,6 +328,9 @@ class Loop:
 
     def soon(self, function: Callable[[], object]) -> None:
         self.calls.append(function)
+
+    def told(self) -> None:
+        """Nothing is put off."""
 
     def bell(self, function: Callable[[], object]) -> Bell:
         raise AssertionError("nothing rings here")

@@ -74,7 +74,7 @@ class Bench:
 
 @pytest.fixture(autouse=True)
 def small_things_are_direct(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spans, "_MIN_DIRECT_BYTES", 1)
+    monkeypatch.setattr(spans, "MIN_DIRECT_BYTES", 1)
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_any_other_answer_comes_as_it_did(bench: Bench, how: str) -> None:
 
 
 def test_little_is_copied_by_the_processor(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spans, "_MIN_DIRECT_BYTES", 3 * HIDDEN_SIZE)
+    monkeypatch.setattr(spans, "MIN_DIRECT_BYTES", 3 * HIDDEN_SIZE)
     bench.memory.pin()
     calls = [usual(bench, 3, 0), usual(bench, 2, 1)]
     expected = bench.expected(*calls)

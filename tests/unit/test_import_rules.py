@@ -80,6 +80,7 @@ LEVELS: tuple[frozenset[str], ...] = (
         {
             "batch",
             "batcher",
+            "bundle",
             "cuda_slot",
             "engine",
             "forward",

@@ -1,0 +1,585 @@
+// Requests of one front-end that may share a batch, taken through the engine together: what Python does for a request
+// it does for a bundle, and the rest is here. bundle.py specifies it; spans.py, blocks.py and pinning.py say how the
+// parts are done one by one, and tests hold both together.
+//
+// NOTE: the interpreter's lock makes every method atomic; none of them lets go of it.
+#include "bundle.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "block_format.h"
+
+namespace {
+
+constexpr Py_ssize_t kMaxGapBytes = 64 * 1024;       // _MAX_GAP_BYTES
+constexpr uintptr_t kPieceBytes = 4 * 1024 * 1024;   // PIECE_BYTES of pinning.py
+constexpr char kPinned = 2;                          // _PINNED
+constexpr Py_ssize_t kCopyHereBytes = 16 * 1024;     // less is copied before it could be noted and handed on
+constexpr uint64_t kMostTokens = uint64_t{1} << 32;  // of a member: a front-end lets far fewer pass
+
+// An owned reference, nullptr: none.
+class Ref {
+ public:
+  explicit Ref(PyObject* owned = nullptr) : object_(owned) {}
+  Ref(Ref&& other) noexcept : object_(other.object_) { other.object_ = nullptr; }
+  Ref(const Ref&) = delete;
+  Ref& operator=(const Ref&) = delete;
+  Ref& operator=(Ref&&) = delete;
+  ~Ref() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+  explicit operator bool() const { return object_ != nullptr; }
+
+ private:
+  PyObject* object_;
+};
+
+// Memory that tensors of members lie in, held; and whether a GPU may copy from and to it.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(Memory&& other) noexcept : number(other.number), buffer_(other.buffer_), mapping_(other.mapping_) {
+    other.mapping_ = nullptr;
+    other.buffer_ = {};
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  Memory& operator=(Memory&&) = delete;
+  ~Memory() {
+    Py_XDECREF(mapping_);
+    if (buffer_.obj != nullptr) PyBuffer_Release(&buffer_);
+  }
+
+  // false, with an exception set, where the view cannot be had.
+  bool take(PyObject* view) {
+    if (PyObject_GetBuffer(view, &buffer_, PyBUF_WRITABLE) < 0) return false;
+    // Of pinning._Bytes, which is the object of every view of memory that may be pinned.
+    PyObject* owner = PyMemoryView_Check(view) ? PyMemoryView_GET_BUFFER(view)->obj : nullptr;
+    if (owner == nullptr) return true;
+    mapping_ = PyObject_GetAttrString(owner, "mapping");
+    if (mapping_ == nullptr) PyErr_Clear();
+    return true;
+  }
+
+  // nullptr where the bytes do not lie in it.
+  uint8_t* at(uint64_t offset, uint64_t num_bytes) const {
+    const auto size = static_cast<uint64_t>(buffer_.len);
+    if (offset > size || num_bytes > size - offset) return nullptr;
+    return static_cast<uint8_t*>(buffer_.buf) + offset;
+  }
+
+  // Whether a GPU may copy from and to there; if not, that is asked for. -1, with an exception set, where that fails.
+  int is_pinned(const uint8_t* start, Py_ssize_t num_bytes) const {
+    if (mapping_ == nullptr) return 0;
+    Ref states(PyObject_GetAttrString(mapping_, "states")), base(PyObject_GetAttrString(mapping_, "address"));
+    if (!states || !base) return -1;
+    const auto address = reinterpret_cast<uintptr_t>(start);
+    const uintptr_t first_piece = PyLong_AsUnsignedLongLong(base.get()) / kPieceBytes;
+    if (PyErr_Occurred()) return -1;
+    const uintptr_t first = address / kPieceBytes - first_piece;
+    const uintptr_t stop = (address + num_bytes - 1) / kPieceBytes - first_piece + 1;
+    if (!PyByteArray_Check(states.get()) || stop > static_cast<uintptr_t>(PyByteArray_GET_SIZE(states.get()))) {
+      PyErr_SetString(PyExc_ValueError, "a mapping's states are not those of its pieces");
+      return -1;
+    }
+    const char* state = PyByteArray_AS_STRING(states.get());
+    if (std::all_of(state + first, state + stop, [](char each) { return each == kPinned; })) return 1;
+    Ref asked(PyObject_CallMethod(mapping_, "ask", "Kn", static_cast<unsigned long long>(address), num_bytes));
+    return asked ? 0 : -1;
+  }
+
+  uint64_t number = 0;  // of the region; 0: the blocks'
+
+ private:
+  Py_buffer buffer_{};
+  PyObject* mapping_ = nullptr;  // pinning._Mapping
+};
+
+// Bytes in one of a bundle's memories.
+struct Piece {
+  size_t memory = 0;
+  uint8_t* start = nullptr;
+  Py_ssize_t num_bytes = 0;
+};
+
+struct Member {
+  uint64_t number, num_tokens;
+  Py_ssize_t offset, num_bytes;  // of its block
+  uint8_t* block;
+  double deadline_s;
+  Piece parts[3];  // hidden states; logits, or ids and weights
+  Piece place;     // where the output goes
+  bool is_placed;  // in a caller's memory, not in the block
+  bool is_direct;  // the device puts it there
+};
+
+struct Kind {
+  uint64_t layer_id, hidden_dtype, output_dtype;
+  bool is_routed;
+
+  bool operator==(const Kind& other) const {
+    return layer_id == other.layer_id && hidden_dtype == other.hidden_dtype && output_dtype == other.output_dtype &&
+           is_routed == other.is_routed;
+  }
+};
+
+struct Requests {
+  Kind kind{};
+  std::vector<Memory> memories;
+  std::vector<Member> members;
+  uint64_t num_tokens = 0;
+  bool has_begun = false;
+  bool is_spent = false;  // answers may lie over requests
+};
+
+struct Bundle {
+  PyObject_HEAD;
+  Requests* requests;
+};
+
+PyTypeObject bundle_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
+
+Requests& of(PyObject* self) { return *reinterpret_cast<Bundle*>(self)->requests; }
+
+PyObject* new_bundle(const Kind& kind) {
+  PyObject* self = bundle_type.tp_alloc(&bundle_type, 0);
+  if (self == nullptr) return nullptr;
+  auto* requests = reinterpret_cast<Bundle*>(self)->requests = new (std::nothrow) Requests();
+  if (requests == nullptr) {
+    Py_DECREF(self);
+    return PyErr_NoMemory();
+  }
+  requests->kind = kind;
+  return self;
+}
+
+void bundle_dealloc(PyObject* self) {
+  delete reinterpret_cast<Bundle*>(self)->requests;
+  Py_TYPE(self)->tp_free(self);
+}
+
+PyObject* descriptor_of(const Member& member) {
+  return Py_BuildValue("(Knn)", static_cast<unsigned long long>(member.number), member.offset, member.num_bytes);
+}
+
+// ---- making bundles ----
+
+// What is asked in a block, where that is a plain request; members' memories are looked up later.
+struct Asked {
+  Kind kind;
+  CallHead head;
+  Entry parts[3];
+  Py_ssize_t part_bytes[3];
+};
+
+// Whether it is one that bundles are for: a whole sum, no routing back, and types that need no conversion.
+bool is_plain(const Block& block, Asked* asked) {
+  asked->head = block.read<CallHead>(0);
+  const CallHead& head = asked->head;
+  if (!head.do_finalize || head.return_routing || head.num_tokens > kMostTokens) return false;
+  Entry entries[kNumParts];
+  Py_ssize_t num_bytes[kNumParts];
+  for (int n = 0; n < kNumParts; ++n) {
+    if (!block.read_entry(n, &entries[n], &num_bytes[n], head.hidden_states.region != 0)) {
+      PyErr_Clear();  // who reads it alone says so
+      return false;
+    }
+  }
+  const bool is_routed = entries[2].dtype != 0;
+  if (is_routed ? entries[1].dtype != 0 || entries[2].dtype != kInt32 || entries[3].dtype != kBFloat16
+                : entries[1].dtype != kFloat32 || entries[3].dtype != 0) {
+    return false;
+  }
+  if (head.hidden_states.region != 0) num_bytes[0] = static_cast<Py_ssize_t>(head.hidden_states.num_bytes);
+  for (int n = 0, part = 0; n < kNumParts; ++n) {
+    if (entries[n].dtype == 0) continue;
+    asked->parts[part] = entries[n];
+    asked->part_bytes[part++] = num_bytes[n];
+  }
+  asked->kind = {head.layer_id, entries[0].dtype, head.output_dtype, is_routed};
+  return entries[0].dtype != 0;
+}
+
+// The index of a region among a bundle's memories; -1: it is not mapped here, or with an exception set.
+Py_ssize_t memory_of(Requests* requests, uint64_t region, PyObject* regions) {
+  auto& memories = requests->memories;
+  for (size_t n = 0; n < memories.size(); ++n) {
+    if (memories[n].number == region) return static_cast<Py_ssize_t>(n);
+  }
+  Ref number(PyLong_FromUnsignedLongLong(region));
+  PyObject* view = number ? PyDict_GetItemWithError(regions, number.get()) : nullptr;
+  if (view == nullptr) return -1;
+  Memory memory;
+  memory.number = region;
+  if (!memory.take(view)) return -1;
+  memories.push_back(std::move(memory));
+  return static_cast<Py_ssize_t>(memories.size()) - 1;
+}
+
+// Where bytes of a region lie; false: not here, or with an exception set.
+bool find(Requests* requests, const Where& where, PyObject* regions, Piece* piece) {
+  const Py_ssize_t memory = memory_of(requests, where.region, regions);
+  if (memory < 0) return false;
+  piece->memory = static_cast<size_t>(memory);
+  piece->start = requests->memories[piece->memory].at(where.offset, where.num_bytes);
+  piece->num_bytes = static_cast<Py_ssize_t>(where.num_bytes);
+  return piece->start != nullptr;
+}
+
+// Add a request; false: who reads it alone says what is wrong, or with an exception set.
+bool add_member(Requests* requests, const Asked& asked, Member member, PyObject* regions) {
+  const CallHead& head = asked.head;
+  member.num_tokens = head.num_tokens;
+  member.deadline_s = head.deadline_s;
+  for (int n = 0; n < 2 + asked.kind.is_routed; ++n) {
+    member.parts[n] = {0, member.block + asked.parts[n].at, asked.part_bytes[n]};
+  }
+  if (head.hidden_states.region != 0 && !find(requests, head.hidden_states, regions, &member.parts[0])) return false;
+  member.is_placed = head.place.region != 0;
+  if (!member.is_placed) {
+    member.place = {0, member.block + kDataAt, member.num_bytes - kDataAt};
+  } else if (!find(requests, head.place, regions, &member.place)) {
+    return false;
+  }
+  member.is_direct = false;
+  requests->members.push_back(member);
+  requests->num_tokens += member.num_tokens;
+  return true;
+}
+
+PyDoc_STRVAR(bundles_of_doc, "bundles_of(descriptors, kind, memory, regions, most_tokens)\n\nSee bundle.py.");
+
+PyObject* bundles_of(PyObject*, PyObject* arguments) {
+  PyObject *descriptors, *memory, *regions;
+  unsigned long long kind_wanted, most_tokens;
+  if (!PyArg_ParseTuple(arguments, "O!KOO!K:bundles_of", &PyList_Type, &descriptors, &kind_wanted, &memory,
+                        &PyDict_Type, &regions, &most_tokens)) {
+    return nullptr;
+  }
+  Ref bundles(PyList_New(0)), others(PyList_New(0));
+  Memory blocks;
+  if (!bundles || !others || !blocks.take(memory)) return nullptr;
+  std::vector<PyObject*> open;  // borrowed from `bundles`; few, as they differ in kind
+  for (Py_ssize_t n = 0; n < PyList_GET_SIZE(descriptors); ++n) {
+    PyObject* descriptor = PyList_GET_ITEM(descriptors, n);
+    unsigned long long kind, number, offset, num_bytes;
+    if (!PyTuple_Check(descriptor) || !PyArg_ParseTuple(descriptor, "KKKK", &kind, &number, &offset, &num_bytes)) {
+      return nullptr;
+    }
+    Member member{};
+    member.number = number;
+    member.offset = static_cast<Py_ssize_t>(offset);
+    member.num_bytes = static_cast<Py_ssize_t>(num_bytes);
+    member.block = blocks.at(offset, num_bytes);
+    Asked asked{};
+    Block block;
+    bool is_taken = false;
+    if (kind == kind_wanted && member.block != nullptr && member.num_bytes >= kDataAt) {
+      block.buffer.buf = member.block;
+      block.buffer.len = member.num_bytes;
+      if (is_plain(block, &asked)) {
+        const auto same = std::find_if(open.begin(), open.end(), [&](PyObject* each) {
+          return of(each).kind == asked.kind && of(each).num_tokens + asked.head.num_tokens <= most_tokens;
+        });
+        PyObject* bundle = same == open.end() ? nullptr : *same;
+        Ref made(bundle == nullptr ? new_bundle(asked.kind) : nullptr);
+        if (bundle == nullptr) {
+          bundle = made.get();
+          Requests* requests = bundle == nullptr ? nullptr : &of(bundle);
+          Memory first;
+          if (requests == nullptr || !first.take(memory)) return nullptr;
+          requests->memories.push_back(std::move(first));
+        }
+        is_taken = add_member(&of(bundle), asked, member, regions);
+        if (PyErr_Occurred()) return nullptr;
+        if (is_taken && made) {
+          if (PyList_Append(bundles.get(), bundle) < 0) return nullptr;
+          open.push_back(bundle);
+        }
+      }
+    }
+    if (!is_taken && PyList_Append(others.get(), descriptor) < 0) return nullptr;
+  }
+  return PyTuple_Pack(2, bundles.get(), others.get());
+}
+
+// ---- spans, as spans.py makes them ----
+
+bool append_span(PyObject* spans, Py_ssize_t start, Py_ssize_t num_bytes, uintptr_t address) {
+  Ref span(Py_BuildValue("(nnK)", start, num_bytes, static_cast<unsigned long long>(address)));
+  return span && PyList_Append(spans, span.get()) == 0;
+}
+
+// Spans.add
+bool add_span(PyObject* spans, Py_ssize_t start, Py_ssize_t num_bytes) {
+  if (num_bytes == 0) return true;
+  const Py_ssize_t last = PyList_GET_SIZE(spans) - 1;
+  if (last >= 0) {
+    Py_ssize_t first, size;
+    unsigned long long address;
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(spans, last), "nnK", &first, &size, &address)) return false;
+    if (address == 0 && start - (first + size) <= kMaxGapBytes) {
+      PyObject* span = Py_BuildValue("(nnK)", first, start + num_bytes - first, 0ULL);
+      return span != nullptr && PyList_SetItem(spans, last, span) == 0;
+    }
+  }
+  return append_span(spans, start, num_bytes, 0);
+}
+
+// Spans.add_direct
+bool add_direct_span(PyObject* spans, Py_ssize_t start, Py_ssize_t num_bytes, uintptr_t address) {
+  for (;;) {
+    const auto left = static_cast<Py_ssize_t>(kPieceBytes - address % kPieceBytes);
+    if (num_bytes <= left) return append_span(spans, start, num_bytes, address);
+    if (!append_span(spans, start, left, address)) return false;
+    start += left;
+    num_bytes -= left;
+    address += static_cast<uintptr_t>(left);
+  }
+}
+
+// Whether a device is to copy so many bytes from or to there; -1, with an exception set, where that cannot be said.
+int is_direct(const Requests& requests, const Piece& piece, Py_ssize_t num_bytes, Py_ssize_t least) {
+  return num_bytes < least || num_bytes == 0 ? 0 : requests.memories[piece.memory].is_pinned(piece.start, num_bytes);
+}
+
+// Copy now, or note it in a native.Copies. destination: a writable buffer, `to` the place in it at `offset`.
+bool copy(PyObject* copies, PyObject* destination, Py_ssize_t offset, uint8_t* to, const uint8_t* from,
+          Py_ssize_t num_bytes) {
+  if (num_bytes < kCopyHereBytes) {
+    std::memcpy(to, from, static_cast<size_t>(num_bytes));
+    return true;
+  }
+  Ref noted(PyObject_CallMethod(copies, "add_memory", "OnKn", destination, offset,
+                                static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(from)), num_bytes));
+  return static_cast<bool>(noted);
+}
+
+// ---- methods ----
+
+PyObject* bundle_cancel(PyObject* self, PyObject* argument) {
+  const uint64_t number = PyLong_AsUnsignedLongLong(argument);
+  if (PyErr_Occurred()) return nullptr;
+  Requests& requests = of(self);
+  auto& members = requests.members;
+  const auto found = std::find_if(members.begin(), members.end(), [&](const Member& m) { return m.number == number; });
+  if (requests.has_begun || found == members.end()) Py_RETURN_NONE;
+  PyObject* descriptor = descriptor_of(*found);
+  if (descriptor == nullptr) return nullptr;
+  requests.num_tokens -= found->num_tokens;
+  members.erase(found);
+  return descriptor;
+}
+
+PyObject* bundle_begin(PyObject* self, PyObject* argument) {
+  const double now_s = PyFloat_AsDouble(argument);
+  if (PyErr_Occurred()) return nullptr;
+  Requests& requests = of(self);
+  requests.has_begun = true;
+  PyObject* late = PyList_New(0);
+  if (late == nullptr) return nullptr;
+  for (const Member& member : requests.members) {
+    if (member.deadline_s > now_s) continue;
+    Ref descriptor(descriptor_of(member));
+    if (!descriptor || PyList_Append(late, descriptor.get()) < 0) {
+      Py_DECREF(late);
+      return nullptr;
+    }
+    requests.num_tokens -= member.num_tokens;
+  }
+  auto& members = requests.members;
+  const auto is_late = [&](const Member& member) { return member.deadline_s <= now_s; };
+  members.erase(std::remove_if(members.begin(), members.end(), is_late), members.end());
+  return late;
+}
+
+PyObject* bundle_gather(PyObject* self, PyObject* arguments) {
+  int part;
+  PyObject *destination, *spans, *copies;
+  Py_ssize_t start, row_bytes, least_direct;
+  if (!PyArg_ParseTuple(arguments, "iOnnnO!O:gather", &part, &destination, &start, &row_bytes, &least_direct,
+                        &PyList_Type, &spans, &copies)) {
+    return nullptr;
+  }
+  Requests& requests = of(self);
+  if (part < 0 || part >= 2 + requests.kind.is_routed) {
+    PyErr_Format(PyExc_ValueError, "there is no part %d", part);
+    return nullptr;
+  }
+  Py_buffer whole;
+  if (PyObject_GetBuffer(destination, &whole, PyBUF_WRITABLE) < 0) return nullptr;
+  auto* host = static_cast<uint8_t*>(whole.buf);
+  const Py_ssize_t room = whole.len;
+  PyBuffer_Release(&whole);  // the caller has it as long as this runs
+  for (const Member& member : requests.members) {
+    const Piece& piece = member.parts[part];
+    const auto num_bytes = static_cast<Py_ssize_t>(member.num_tokens) * row_bytes;
+    if (piece.num_bytes != num_bytes || start < 0 || num_bytes > room - start) {
+      PyErr_Format(PyExc_ValueError, "part %d of a request of %llu tokens has %zd bytes, expected %zd, and %zd fit in",
+                   part, static_cast<unsigned long long>(member.num_tokens), piece.num_bytes, num_bytes, room - start);
+      return nullptr;
+    }
+    const int is_there = is_direct(requests, piece, num_bytes, least_direct);
+    if (is_there < 0) return nullptr;
+    const bool is_good = is_there ? add_direct_span(spans, start, num_bytes, reinterpret_cast<uintptr_t>(piece.start))
+                                  : copy(copies, destination, start, host + start, piece.start, num_bytes) &&
+                                        add_span(spans, start, num_bytes);
+    if (!is_good) return nullptr;
+    start += num_bytes;
+  }
+  return PyLong_FromSsize_t(start);
+}
+
+PyObject* bundle_scatter(PyObject* self, PyObject* arguments) {
+  Py_ssize_t start, row_bytes, least_direct;
+  PyObject* spans;
+  if (!PyArg_ParseTuple(arguments, "nnnO!:scatter", &start, &row_bytes, &least_direct, &PyList_Type, &spans)) {
+    return nullptr;
+  }
+  Requests& requests = of(self);
+  bool is_any_direct = false;
+  for (Member& member : requests.members) {
+    const auto num_bytes = static_cast<Py_ssize_t>(member.num_tokens) * row_bytes;
+    int is_there = 0;
+    if (num_bytes <= member.place.num_bytes) is_there = is_direct(requests, member.place, num_bytes, least_direct);
+    if (is_there < 0) return nullptr;
+    const auto address = reinterpret_cast<uintptr_t>(member.place.start);
+    if (!(is_there ? add_direct_span(spans, start, num_bytes, address) : add_span(spans, start, num_bytes))) {
+      return nullptr;
+    }
+    member.is_direct = is_there;
+    is_any_direct = is_any_direct || is_there;
+    requests.is_spent = requests.is_spent || is_there;
+    start += num_bytes;
+  }
+  return Py_BuildValue("(nO)", start, is_any_direct ? Py_True : Py_False);
+}
+
+PyObject* bundle_answer(PyObject* self, PyObject* const* arguments, Py_ssize_t given) {
+  constexpr Py_ssize_t kNumNumbers = 10;
+  unsigned long long n[kNumNumbers];
+  if (given != kNumNumbers + 1) {
+    PyErr_Format(PyExc_TypeError, "%zd arguments are given, expected %zd", given, kNumNumbers + 1);
+    return nullptr;
+  }
+  if (!numbers_of(arguments + 1, kNumNumbers, kNumNumbers, n)) return nullptr;
+  PyObject* copies = arguments[0];
+  Requests& requests = of(self);
+  const uint64_t output_dtype = requests.kind.output_dtype;
+  const auto hidden_size = static_cast<Py_ssize_t>(n[1]);
+  const Py_ssize_t row_bytes = hidden_size * item_bytes(static_cast<uint32_t>(output_dtype));
+  const auto* from = reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(n[0]));
+  for (const Member& member : requests.members) {
+    const auto num_bytes = static_cast<Py_ssize_t>(member.num_tokens) * row_bytes;
+    if (num_bytes > member.place.num_bytes) {
+      PyErr_Format(PyExc_ValueError, "an answer of %zd bytes does not fit into %zd", num_bytes, member.place.num_bytes);
+      return nullptr;
+    }
+  }
+  requests.is_spent = true;
+  for (Member& member : requests.members) {
+    const auto num_bytes = static_cast<Py_ssize_t>(member.num_tokens) * row_bytes;
+    Block block;
+    block.buffer.buf = member.block;
+    block.buffer.len = member.num_bytes;
+    block.write(0, AnswerHead{{n[2], n[3], n[4], n[5], n[6], n[7]}, n[8], n[9]});
+    const uint64_t at = member.is_placed ? kElsewhere : static_cast<uint64_t>(kDataAt);
+    block.write_entry(0, Entry{output_dtype, 2, member.num_tokens, n[1], at});
+    for (int index = 1; index < kMaxTensors; ++index) block.write_entry(index, Entry{});
+    if (!member.is_direct) {
+      Ref place(PyMemoryView_FromMemory(reinterpret_cast<char*>(member.place.start), num_bytes, PyBUF_WRITE));
+      if (!place || !copy(copies, place.get(), 0, member.place.start, from, num_bytes)) return nullptr;
+    }
+    from += num_bytes;
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject* bundle_descriptors(PyObject* self, PyObject*) {
+  const auto& members = of(self).members;
+  PyObject* descriptors = PyList_New(static_cast<Py_ssize_t>(members.size()));
+  for (size_t n = 0; descriptors != nullptr && n < members.size(); ++n) {
+    PyObject* descriptor = descriptor_of(members[n]);
+    if (descriptor == nullptr) {
+      Py_CLEAR(descriptors);
+      break;
+    }
+    PyList_SET_ITEM(descriptors, static_cast<Py_ssize_t>(n), descriptor);
+  }
+  return descriptors;
+}
+
+PyObject* bundle_numbers(PyObject* self, PyObject*) {
+  const auto& members = of(self).members;
+  PyObject* numbers = PyList_New(static_cast<Py_ssize_t>(members.size()));
+  for (size_t n = 0; numbers != nullptr && n < members.size(); ++n) {
+    PyObject* number = PyLong_FromUnsignedLongLong(members[n].number);
+    if (number == nullptr) {
+      Py_CLEAR(numbers);
+      break;
+    }
+    PyList_SET_ITEM(numbers, static_cast<Py_ssize_t>(n), number);
+  }
+  return numbers;
+}
+
+PyObject* number_of(uint64_t value) { return PyLong_FromUnsignedLongLong(value); }
+
+PyObject* bundle_layer_id(PyObject* self, void*) { return number_of(of(self).kind.layer_id); }
+PyObject* bundle_hidden_dtype(PyObject* self, void*) { return number_of(of(self).kind.hidden_dtype); }
+PyObject* bundle_output_dtype(PyObject* self, void*) { return number_of(of(self).kind.output_dtype); }
+PyObject* bundle_is_routed(PyObject* self, void*) { return PyBool_FromLong(of(self).kind.is_routed); }
+PyObject* bundle_is_spent(PyObject* self, void*) { return PyBool_FromLong(of(self).is_spent); }
+PyObject* bundle_num_tokens(PyObject* self, void*) { return number_of(of(self).num_tokens); }
+PyObject* bundle_num_requests(PyObject* self, void*) { return number_of(of(self).members.size()); }
+
+PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
+}
+
+PyMethodDef bundle_methods[] = {
+    {"cancel", bundle_cancel, METH_O, "cancel(number)\n\nSee bundle.py."},
+    {"begin", bundle_begin, METH_O, "begin(now_s)\n\nSee bundle.py."},
+    {"gather", bundle_gather, METH_VARARGS, "gather(part, destination, start, row_bytes, least_direct, spans, copies)"},
+    {"scatter", bundle_scatter, METH_VARARGS, "scatter(start, row_bytes, least_direct, spans)"},
+    {"answer", fast(bundle_answer), METH_FASTCALL,
+     "answer(copies, address, hidden_size, queue_us, copy_in_us, compute_us, copy_out_us, batch_tokens,\n"
+     "batch_requests, weights_version, queue_tokens)"},
+    {"descriptors", bundle_descriptors, METH_NOARGS, "Number, offset and nbytes of each member's block."},
+    {"numbers", bundle_numbers, METH_NOARGS, "Of the members."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyGetSetDef bundle_members[] = {
+    {"layer_id", bundle_layer_id, nullptr, "What stands for the layer that all members ask.", nullptr},
+    {"hidden_dtype", bundle_hidden_dtype, nullptr, "pb.DataType of the hidden states.", nullptr},
+    {"output_dtype", bundle_output_dtype, nullptr, "pb.DataType of the outputs.", nullptr},
+    {"is_routed", bundle_is_routed, nullptr, "Whether ids and weights come, not logits.", nullptr},
+    {"is_spent", bundle_is_spent, nullptr, "Whether answers may lie over what they are computed from.", nullptr},
+    {"num_tokens", bundle_num_tokens, nullptr, "Of all members.", nullptr},
+    {"num_requests", bundle_num_requests, nullptr, "Members.", nullptr},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
+};
+
+PyMethodDef functions[] = {
+    {"bundles_of", bundles_of, METH_VARARGS, bundles_of_doc},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+bool add_bundle_type(PyObject* module) {
+  bundle_type.tp_name = "expertd_server._blocks.Bundle";
+  bundle_type.tp_basicsize = sizeof(Bundle);
+  bundle_type.tp_flags = Py_TPFLAGS_DEFAULT;
+  bundle_type.tp_doc = "Requests of one front-end that may share a batch, see bundle.py.";
+  bundle_type.tp_dealloc = bundle_dealloc;
+  bundle_type.tp_methods = bundle_methods;
+  bundle_type.tp_getset = bundle_members;
+  return PyType_Ready(&bundle_type) == 0 &&
+         PyModule_AddObjectRef(module, "Bundle", reinterpret_cast<PyObject*>(&bundle_type)) == 0 &&
+         PyModule_AddFunctions(module, functions) == 0;
+}

@@ -1,0 +1,116 @@
+"""Requests of one front-end that may share a batch, taken through the engine as one call.
+
+What Python does for a request of a front-end (a call, a place in the queue, a promise, an answer) takes the engine's
+one thread longer than all else. Requests that were read together and ask for the same kind of batch are a bundle: one
+call, whose members csrc/bundle.cpp looks after. They keep their own deadlines and can be cancelled one by one until
+their batch starts; each has its own answer. What is not plain, or where nothing was compiled, goes one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from expertd_server import spans as span_rules
+from expertd_server.compiled import BLOCKS, CODEC
+from expertd_server.layer import MoELayer
+from expertd_server.layout import BatchKind, Part
+from expertd_server.native import Copies
+from expertd_server.spans import Span
+from expertd_server.timing import ForwardTiming
+
+if TYPE_CHECKING:
+    from expertd_server._blocks import Bundle
+
+__all__ = ["IS_COMPILED", "BlockPlace", "BundledCalls", "Descriptor", "bundles_of"]
+
+IS_COMPILED = BLOCKS is not None and CODEC is not None
+
+Descriptor = tuple[int, int, int, int]
+"""As `Ring.take` returns it: kind, number, offset and nbytes."""
+
+BlockPlace = tuple[int, int, int]
+"""Number of a request, offset and nbytes of its block."""
+
+
+def bundles_of(
+    descriptors: list[Descriptor], kind: int, memory: memoryview, regions: dict[int, memoryview], most_tokens: int
+) -> tuple[list[Bundle], list[Descriptor]]:
+    """Those of the plain requests among these descriptors, and the descriptors of all else, in order.
+
+    kind: of the descriptors of requests. memory, regions: where their blocks and tensors lie. most_tokens: of a bundle
+    of more than one request. Plain: do_finalize, no routing back, float32 logits or bfloat16 weights; whatever cannot
+    be read is left to who reads it alone. Only where IS_COMPILED.
+    """
+    assert BLOCKS is not None, "see IS_COMPILED"
+    return BLOCKS.bundles_of(descriptors, kind, memory, regions, most_tokens)
+
+
+class BundledCalls:
+    """A bundle as a call: what `ForwardCall` says of one request, and its share of a batch's way."""
+
+    __slots__ = ("_bundle", "_on_late", "_queue_tokens", "kind", "layer", "num_requests", "num_tokens")
+
+    do_finalize: ClassVar = True
+    return_routing: ClassVar = False
+
+    def __init__(
+        self,
+        layer: MoELayer,
+        bundle: Bundle,
+        kind: BatchKind,
+        on_late: Callable[[Sequence[BlockPlace]], object],
+        queue_tokens: Callable[[], int],
+    ) -> None:
+        """kind: what the bundle says of it, in torch's terms. on_late: takes the members whose deadline had passed when
+        their batch started. queue_tokens: for answers.
+        """
+        self._bundle = bundle
+        self._on_late = on_late
+        self._queue_tokens = queue_tokens
+        self.layer = layer
+        self.kind = kind
+        self.num_tokens = bundle.num_tokens
+        self.num_requests = bundle.num_requests
+
+    def begin(self, now_s: float) -> None:
+        """Its batch starts: who is late is left out, and nobody can be cancelled any more."""
+        late = self._bundle.begin(now_s)
+        self.num_tokens, self.num_requests = self._bundle.num_tokens, self._bundle.num_requests
+        if late:
+            self._on_late(late)
+
+    def gather(  # noqa: PLR0917 (called for every batch, and keywords take time)
+        self, number: int, part: Part, destination: object, start: int, spans: list[Span], copies: Copies
+    ) -> int:
+        """Have the members' rows written to a slot's memory, [bytes] uint8, from `start` on; returns where they end.
+
+        number: of the part: hidden states are 0, then as `InputLayout.routing` has them. spans: the device's copies,
+        see `Spans`; copies: the processor's. Raises ValueError where a member has not as many bytes as its rows.
+        """
+        least = span_rules.MIN_DIRECT_BYTES
+        return self._bundle.gather(number, destination, start, part.row_bytes, least, spans, copies)
+
+    def scatter(self, start: int, row_bytes: int, spans: list[Span]) -> tuple[int, bool]:
+        """Have the device copy the members' outputs to where they are wanted, or to the slot's host memory; `start`: in
+        the slot. Returns where they end, and whether any goes where it is wanted."""
+        return self._bundle.scatter(start, row_bytes, span_rules.MIN_DIRECT_BYTES, spans)
+
+    def answer(
+        self, address: int, hidden_size: int, timing: ForwardTiming, weights_version: int, copies: Copies
+    ) -> None:
+        """Write the answers over the requests. address: of the members' outputs in the slot's host memory, as far as
+        they are there; they are copied, or noted in `copies`."""
+        self._bundle.answer(
+            copies,
+            address,
+            hidden_size,
+            timing.queue_us,
+            timing.copy_in_us,
+            timing.compute_us,
+            timing.copy_out_us,
+            timing.batch_tokens,
+            timing.batch_requests,
+            weights_version,
+            self._queue_tokens(),
+        )
