@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from expertd._base import Outcome, stream_outcome, unasked_ticket
@@ -143,8 +144,9 @@ class Standing(Generic[SettledT]):
             try:
                 _, outcome = stream_outcome(answer, self.stream.request_id)
             except ProtocolError as error:
-                self.stream.break_off(error)
-                return error.with_traceback(None)  # which knows this frame: leave no cycle
+                # Copies: what it was raised from knows this frame, and the stream keeps its own.
+                self.stream.break_off(copy.copy(error))
+                return copy.copy(error)
         else:
             outcome = answer
         if isinstance(outcome, pb.RegionTicket):

@@ -410,6 +410,7 @@ class _Stream:
         with self._lock:
             if self._standing.pop(standing.key, None) is None:
                 return
+            self._awaited.discard(standing)
             self._placed[standing.request_id] = standing.placed
             self._give_up(standing.request_id)
             self._end_if_idle()

@@ -289,7 +289,9 @@ class AsyncClient(BaseClient):
     async def _resume(self, plan: Plan, deadline: float, failure: ExpertdError) -> ForwardResult[Any]:
         """Go on with a request of one part that was sent and has failed."""
         ((index, part),) = plan.unanswered().items()
-        await self._run(plan, index, part, deadline, failure)
+        run = self._run(plan, index, part, deadline, failure)
+        del failure  # it will know this frame: leave no cycle
+        await run
         return plan.result()
 
     async def _run(

@@ -29,7 +29,8 @@ class AsyncPreparedForward(Generic[ArrayT]):
         """See `AsyncClient.prepare`, which calls `stand` next."""
         self._client = client
         self._request: ForwardRequest[ArrayT] = request
-        self._timeout_s = client._timeout_s(request.timeout_s)
+        self.timeout_s = client._timeout_s(request.timeout_s)
+        """What each call allows, retries included."""
         self.checked: PreparedRequest = prepare(request)
         """The request as it was first."""
         self._is_view = self.checked.is_view_of(request)
@@ -39,7 +40,7 @@ class AsyncPreparedForward(Generic[ArrayT]):
         """Have it in place, where all arrays lie in a stream's memory. plan: of what was checked."""
         part, transport = part_of(plan), self._client._transport
         if part is not None and self._is_view and transport is not None:
-            self._standing = transport.stand(part, timeout_ms(self._timeout_s))
+            self._standing = transport.stand(part, timeout_ms(self.timeout_s))
 
     async def run(self) -> ForwardResult[ArrayT]:
         """Make the call. Raises ExpertdError: see `expertd.errors`."""
@@ -47,7 +48,7 @@ class AsyncPreparedForward(Generic[ArrayT]):
         prepared = self.checked if self._is_view else None
         if standing is None:
             return await client._forward(self._request, prepared)
-        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        deadline = asyncio.get_running_loop().time() + self.timeout_s
         scope = asyncio.timeout_at(deadline)
         try:
             async with scope:
@@ -56,13 +57,15 @@ class AsyncPreparedForward(Generic[ArrayT]):
                     answer = await standing.on.settle_standing(standing) if is_sent else None
                 if answer is not None:
                     result = standing.result_of(answer)
-                    if isinstance(result, ExpertdError):
-                        return await client._resume(standing.plan(), deadline, result)
-                    return result
+                    if not isinstance(result, ExpertdError):
+                        return result
+                    resumed = client._resume(standing.plan(), deadline, result)
+                    del answer, result  # which will know this frame: leave no cycle, it would keep the caller's arrays
+                    return await resumed
         except builtins.TimeoutError as error:
             self._standing = None
             if scope.expired():
-                raise TimeoutError(f"no answer within {self._timeout_s:g} s") from error
+                raise TimeoutError(f"no answer within {self.timeout_s:g} s") from error
             raise
         except asyncio.CancelledError:
             self._standing = None
@@ -77,7 +80,7 @@ class AsyncPreparedForward(Generic[ArrayT]):
         if standing.settled is not None:  # another task has it on the wire
             return standing
         transport = self._client._transport
-        again = None if transport is None else transport.stand(standing.part, timeout_ms(self._timeout_s))
+        again = None if transport is None else transport.stand(standing.part, timeout_ms(self.timeout_s))
         if again is None and standing.on.is_open and standing.memory.holds(standing.part.encode()):
             return standing
         return again

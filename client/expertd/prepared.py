@@ -35,11 +35,12 @@ class PreparedForward(Generic[ArrayT]):
         """See `Client.prepare`."""
         self._client = client
         self._request: ForwardRequest[ArrayT] = request
-        self._timeout_s = client._timeout_s(request.timeout_s)
+        self.timeout_s = client._timeout_s(request.timeout_s)
+        """What each call allows, retries included."""
         prepared = prepare(request)
         self._prepared: PreparedRequest | None = prepared if prepared.is_view_of(request) else None
         """None: arrays were copied, and have to be whenever they are sent."""
-        self._deadline = time.monotonic() + self._timeout_s
+        self._deadline = time.monotonic() + self.timeout_s
         self._settled: Settled = queue.SimpleQueue()
         self._standing = self._stand(client._make_plan(prepared, self._deadline))
         self._sent: QueuedStanding | None = None
@@ -73,19 +74,20 @@ class PreparedForward(Generic[ArrayT]):
         answer = sent.on.settle_standing(sent, self._deadline)
         if answer is None:
             self._abandon()
-            raise TimeoutError(f"no answer within {self._timeout_s:g} s")
+            raise TimeoutError(f"no answer within {self.timeout_s:g} s")
         self._sent = None
         result = sent.result_of(answer)
-        if isinstance(result, ExpertdError):
-            pipeline = self._enter_pipeline(reads=True)
-            self._operation = pipeline.resume(sent.plan(), self._deadline, self._timeout_s, result)
-            return self._wait_otherwise()
-        return result
+        if not isinstance(result, ExpertdError):
+            return result
+        pipeline = self._enter_pipeline(reads=True)
+        self._operation = pipeline.resume(sent.plan(), self._deadline, self.timeout_s, result)
+        del answer, result  # which will know this frame: leave no cycle, it would keep the caller's arrays
+        return self._wait_otherwise()
 
     def _start(self, *, reads: bool) -> None:
         if self._sent is not None or self._pipeline is not None:
             raise InvalidRequestError.of("start", "is called again before wait, expected one request at a time")
-        self._deadline = time.monotonic() + self._timeout_s
+        self._deadline = time.monotonic() + self.timeout_s
         standing = self._standing
         if standing is not None:
             self._sent = standing
@@ -125,12 +127,12 @@ class PreparedForward(Generic[ArrayT]):
         part = part_of(plan)
         if part is None or self._prepared is None:
             return None
-        return self._client._transport.stand(part, timeout_ms(self._timeout_s), self._settled)
+        return self._client._transport.stand(part, timeout_ms(self.timeout_s), self._settled)
 
     def _stand_again(self, standing: QueuedStanding) -> QueuedStanding | None:
         """In place of one that was not sent; None where there will be none any more."""
         stand = self._client._transport.stand
-        again = stand(standing.part, timeout_ms(self._timeout_s), self._settled)
+        again = stand(standing.part, timeout_ms(self.timeout_s), self._settled)
         if again is None and standing.on.is_open and standing.memory.holds(standing.part.encode()):
             return standing
         return again

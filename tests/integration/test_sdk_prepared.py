@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partialmethod
 from typing import Any
@@ -625,6 +627,51 @@ def test_memory_of_others_in_an_answer_is_refused(flavour: str, server: Running)
         intercept(stream_of(driver), lie)
         with pytest.raises(expertd.ProtocolError, match="outside of the request's answer_slice"):
             mine.run()
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("what", ["refused", "draining", "nonsense", "late"])
+def test_an_error_and_its_arrays_are_let_go(flavour: str, what: str, server: Running) -> None:
+    """At once: no cycle keeps them."""
+    refusals = {
+        "refused": pb.ForwardStreamResponse(error=pb.StreamError(code=3, message="no")).SerializeToString(),
+        "draining": pb.ForwardStreamResponse(error=pb.StreamError(code=14, message="no")).SerializeToString(),
+        "nonsense": b"\xff" * 30,
+    }
+
+    def fail(driver: Driver) -> list[weakref.ref[Any]]:
+        mine = InPlace(driver, 5, **({"timeout_s": 0.1} if what == "late" else {}))
+        if what == "late":
+            intercept(stream_of(driver), lambda data: data if len(data) < 20 else b"")
+        else:
+            intercept(stream_of(driver), lambda data: data[STANDING_KEY] + refusals[what])
+        call, references = mine.call, [weakref.ref(mine), weakref.ref(mine.call)]
+        del mine
+
+        async def fail_async() -> None:
+            try:
+                await call.run()
+            except expertd.ExpertdError as error:
+                references.append(weakref.ref(error))
+
+        if flavour == "async":
+            driver.run(fail_async())
+        else:
+            try:
+                call.run()
+            except expertd.ExpertdError as error:
+                references.append(weakref.ref(error))
+        assert len(references) == 3
+        return references
+
+    gc.collect()
+    gc.disable()
+    try:
+        with connected(flavour, server.server.port) as driver:
+            references = fail(driver)
+            eventually(while_it_runs(driver, lambda: [each() for each in references if each() is not None]), [])
+    finally:
+        gc.enable()
 
 
 def test_nothing_is_left_of_them(server: Running) -> None:
