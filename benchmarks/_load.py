@@ -32,7 +32,7 @@ from _v2 import v2_message
 
 _PATIENCE_S = 30.0
 _LONGEST_S = 3600.0
-_IN_PLACE = "-inplace"
+_IN_PLACE, _PREPARED = "-inplace", "-prepared"
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -48,8 +48,9 @@ class Job:
     method: str
     """Full method name, "/package.Service/Method"."""
     transport: str
-    """stream, unary, or sdk: expertd.Client with each of its transports as "sdk-stream", ..., and as "sdk-shm-inplace"
-    with arrays that lie in shared memory; v2-numbers and v2-bytes: unary, in the V2 inference protocol, see _v2."""
+    """stream, unary, or sdk: expertd.Client with each of its transports as "sdk-stream", ..., as "sdk-shm-inplace" with
+    arrays that lie in shared memory, and as "sdk-shm-prepared" with prepared calls on such arrays; v2-numbers and
+    v2-bytes: unary, in the V2 inference protocol, see _v2."""
     layers: list[str]
     shape: dict[str, Any]
     """Fields of RequestShape."""
@@ -116,10 +117,14 @@ def due_times(job: Job, index: int) -> Iterator[float]:
             due_s += chance.expovariate(job.rate / job.streams)
         if due_s >= job.end_s:
             return
-        delay_s = due_s - time.monotonic()
-        if delay_s > 0:
-            time.sleep(delay_s)
         yield due_s
+
+
+def sleep_until(due_s: float) -> None:
+    """Return when it is due; at once where that has passed."""
+    delay_s = due_s - time.monotonic()
+    if delay_s > 0:
+        time.sleep(delay_s)
 
 
 def run_stream(job: Job, index: int, record: Record, gate: Gate) -> None:
@@ -147,6 +152,7 @@ def run_stream(job: Job, index: int, record: Record, gate: Gate) -> None:
                 order.append(n)
                 yield messages[n]
         for due_s in due_times(job, index):
+            sleep_until(due_s)
             n = free.get(timeout=_PATIENCE_S)
             due[n] = due_s
             order.append(n)
@@ -190,32 +196,39 @@ def run_unary(job: Job, index: int, record: Record, gate: Gate) -> None:
 
 
 def run_sdk(job: Job, index: int, record: Record, gate: Gate) -> None:
-    """expertd.Client, one thread for each place in flight."""
+    """expertd.Client, one thread for each place in flight; prepared calls in a closed loop one for all of them."""
     import expertd  # noqa: PLC0415 (the raw clients do not need it)
 
     shape = RequestShape(**job.shape)
-    transport: Any = job.transport.removeprefix("sdk-").removesuffix(_IN_PLACE)
+    transport: Any = job.transport.removeprefix("sdk-").removesuffix(_IN_PLACE).removesuffix(_PREPARED)
     with expertd.Client(expertd.ClientConfig(job.target, transport=transport)) as client:
 
         def arguments() -> dict[str, Any]:
             """Of one place in flight."""
             arrays = shape.arrays()
-            if not job.transport.endswith(_IN_PLACE):
+            if not job.transport.endswith((_IN_PLACE, _PREPARED)):
                 return arrays
             copies = {name: client.empty(array.shape, array.dtype) for name, array in arrays.items()}
             for name, copy in copies.items():
                 copy[...] = arrays[name]
             return copies | {"out": client.empty((shape.num_tokens, shape.hidden_size), "bfloat16")}
 
-        def ask(layer: str, given: dict[str, Any]) -> None:
+        def ask(forward: Callable[[], object]) -> None:
             try:
-                client.forward(layer, **given)
+                forward()
             except expertd.ExpertdError as error:
                 raise FailedError(type(error).__name__) from error
 
         layers = [job.layers[n % len(job.layers)] for n in range(job.in_flight)]
-        asks: list[Callable[[], None]] = [functools.partial(ask, layer, arguments()) for layer in layers]
-        ask_in_threads(job, index, record, gate, asks)
+        if not job.transport.endswith(_PREPARED):
+            forwards = [functools.partial(client.forward, layer, **arguments()) for layer in layers]
+            ask_in_threads(job, index, record, gate, [functools.partial(ask, forward) for forward in forwards])
+            return
+        calls = [client.prepare(layer, **arguments()) for layer in layers]
+        if job.rate is None:
+            ask_in_turn(job, record, gate, [(call.start, functools.partial(ask, call.wait)) for call in calls])
+        else:
+            ask_in_threads(job, index, record, gate, [functools.partial(ask, call.run) for call in calls])
 
 
 class FailedError(Exception):
@@ -223,10 +236,17 @@ class FailedError(Exception):
 
 
 def ask_in_threads(job: Job, index: int, record: Record, gate: Gate, asks: list[Callable[[], None]]) -> None:
-    """Do each of these over and over, in a thread of its own, when the first of them was answered once."""
+    """Do each of these over and over, in a thread of its own, when the first of them was answered once. In the open
+    loop whoever is free does what is due next."""
+    due, turn = due_times(job, index), threading.Lock()
+
+    def next_due() -> float | None:
+        with turn:
+            return next(due, None)
 
     def repeat(ask: Callable[[], None]) -> None:
-        for due_s in due_times(job, index):
+        while (due_s := next_due()) is not None:
+            sleep_until(due_s)
             try:
                 ask()
             except FailedError as error:
@@ -241,6 +261,40 @@ def ask_in_threads(job: Job, index: int, record: Record, gate: Gate, asks: list[
     gate.arrive()
     gate.wait()
     run_threads([threading.Thread(target=repeat, args=(ask,)) for ask in asks])
+
+
+def ask_in_turn(
+    job: Job, record: Record, gate: Gate, calls: list[tuple[Callable[[], None], Callable[[], None]]]
+) -> None:
+    """Start all of these, wait for each and start it again, in this thread, when the first was answered once."""
+
+    def wait(wait_for: Callable[[], None], due_s: float | None) -> None:
+        try:
+            wait_for()
+        except FailedError as error:
+            record.fail(str(error))
+        else:
+            if due_s is not None:
+                record.times.append((due_s, time.monotonic()))
+
+    start, wait_for = calls[0]
+    start()
+    wait(wait_for, None)
+    gate.arrive()
+    gate.wait()
+    in_flight: deque[tuple[int, float]] = deque()
+
+    def begin(number: int) -> None:
+        in_flight.append((number, time.monotonic()))
+        calls[number][0]()
+
+    for number in range(len(calls)):
+        begin(number)
+    while in_flight:
+        number, due_s = in_flight.popleft()
+        wait(calls[number][1], due_s)
+        if time.monotonic() < job.end_s:
+            begin(number)
 
 
 def stream_id(answer: bytes) -> int:

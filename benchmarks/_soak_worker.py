@@ -145,6 +145,42 @@ def steady(worker: Worker) -> None:
         in_threads(worker, work)
 
 
+def prepared(worker: Worker) -> None:
+    """Threads that each have some prepared calls in flight, over and over; some of them allow too little time."""
+    with expertd.Client(worker.config()) as client:
+
+        def lent(array: Any) -> Any:
+            copy = client.empty(array.shape, array.dtype)
+            copy[...] = array
+            return copy
+
+        def prepare(case: Case, chance: random.Random) -> expertd.PreparedForward[Any]:
+            arguments = case.arguments()
+            if chance.random() < 0.8:  # else they are copied
+                arrays = {name: lent(value) for name, value in arguments.items() if isinstance(value, np.ndarray)}
+                arguments |= arrays
+            timeout_s = chance.uniform(0.001, 0.03) if chance.random() < 0.1 else TIMEOUT_S
+            out = client.empty(case.hidden_states.shape, case.output_dtype)
+            return client.prepare(worker.layer, **arguments, out=out, timeout_s=timeout_s)
+
+        def work(seed: int) -> None:
+            chance = random.Random(seed)
+            while not worker.is_over.is_set():
+                calls = [(prepare(case, chance), expected) for case, expected in chance.sample(worker.cases, 3)]
+                for _ in range(10):
+                    for call, _ in calls:
+                        call.start()
+                    for call, expected in calls:
+                        try:
+                            worker.check(call.wait(), expected)
+                        except expertd.TimeoutError as error:
+                            worker.count("late" if call.timeout_s < TIMEOUT_S else type(error).__name__)
+                        except expertd.ExpertdError as error:
+                            worker.count(type(error).__name__)
+
+        in_threads(worker, work)
+
+
 def impatient(worker: Worker) -> None:
     """Tasks that cancel, that allow too little time, and that do neither."""
 
@@ -327,7 +363,7 @@ def main() -> None:
     """Do what the job says."""
     job = json.loads(Path(sys.argv[1]).read_text())
     worker = Worker(job)
-    kind = {"steady": steady, "impatient": impatient, "malformed": malformed}[job["kind"]]
+    kind = {"steady": steady, "prepared": prepared, "impatient": impatient, "malformed": malformed}[job["kind"]]
     thread = threading.Thread(target=kind, args=(worker,))
     thread.start()
     for _ in lines(worker):

@@ -5,8 +5,9 @@
     python benchmarks/soak.py --gpu --json soak.json            the CUDA backend
 
 Clients of all kinds, each a process of its own (`_soak_worker.py`): steady ones over shared memory and over gRPC, one
-that cancels and sets deadlines that cannot be met, one whose every request is wrong, and victims of either transport
-that are killed with -9 in mid-stream and replaced. All request sizes from 1 to 512 tokens.
+with prepared calls, several of each thread in flight, one that cancels and sets deadlines that cannot be met, one whose
+every request is wrong, and victims of either transport that are killed with -9 in mid-stream and replaced. All request
+sizes from 1 to 512 tokens.
 
 Passes when every answer had the bits of the operator, run on the same kind of device in this process; when nothing
 failed that should not; when memory (RSS of the server's processes), open files, mappings of shared memory and GPU
@@ -240,7 +241,8 @@ def soak(
     ask_once(server, job, options)  # what is taken once and kept is there now
     settled(server)
     before = server.sample()
-    kinds = [("steady", "shm", 3), ("steady", "grpc", 3), ("impatient", "auto", 6), ("malformed", "grpc", 1)]
+    kinds = [("steady", "shm", 3), ("steady", "grpc", 3), ("prepared", "shm", 2), ("impatient", "auto", 6)]
+    kinds += [("malformed", "grpc", 1)]
     clients = [start(f"{kind}-{transport}", kind, transport, count, job, folder) for kind, transport, count in kinds]
     chance = random.Random(1)
     victims = {transport: start_victim(transport, job, folder, chance) for transport in ("shm", "grpc")}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from expertd.aio import AsyncClient
     from expertd.aio_admin import AsyncAdminClient
     from expertd.aio_group import AsyncExpertGroup
+    from expertd.aio_prepared import AsyncPreparedForward
     from expertd.client import Client
     from expertd.config import ClientConfig, RetryPolicy
     from expertd.errors import (
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     )
     from expertd.group import ExpertGroup
     from expertd.group_types import GroupConfig, GroupResult, PartReport
+    from expertd.prepared import PreparedForward
     from expertd.types import (
         Activation,
         ForwardRequest,
@@ -69,6 +71,7 @@ __all__ = [
     "AsyncAdminClient",
     "AsyncClient",
     "AsyncExpertGroup",
+    "AsyncPreparedForward",
     "CancelledError",
     "Client",
     "ClientConfig",
@@ -91,6 +94,7 @@ __all__ = [
     "OrderRefusedError",
     "OverloadedError",
     "PartReport",
+    "PreparedForward",
     "ProtocolError",
     "RetryPolicy",
     "RoutingMethod",
@@ -112,6 +116,7 @@ _NAMES_OF = {
     "aio": ("AsyncClient",),
     "aio_admin": ("AsyncAdminClient",),
     "aio_group": ("AsyncExpertGroup",),
+    "aio_prepared": ("AsyncPreparedForward",),
     "client": ("Client",),
     "config": ("ClientConfig", "RetryPolicy"),
     "errors": (
@@ -137,6 +142,7 @@ _NAMES_OF = {
     ),
     "group": ("ExpertGroup",),
     "group_types": ("GroupConfig", "GroupResult", "PartReport"),
+    "prepared": ("PreparedForward",),
     "types": (
         "Activation",
         "ForwardRequest",

@@ -91,6 +91,11 @@ class Arena:
         """Whether no more than half of it is taken, as of the last allocation."""
         return 2 * self._free >= self.memory.nbytes
 
+    @property
+    def detached(self) -> tuple[tuple[int, int], ...]:
+        """Start and stop of what lies in this memory no more; another object whenever there is a change."""
+        return self._detached
+
     def allocate(self, nbytes: int, *, leave: int = 0) -> Piece | None:
         """At least nbytes, of unspecified contents; None when no free stretch is large enough.
 

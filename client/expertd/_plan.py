@@ -58,6 +58,12 @@ class PreparedRequest:
         """T."""
         return self.hidden_states.shape[0]
 
+    def is_view_of(self, request: ForwardRequest[Any]) -> bool:
+        """Whether what is sent is read from the caller's own arrays, and not from copies that were made of them."""
+        fields = ("hidden_states", "routing_logits", "topk_ids", "topk_weights")
+        pairs = ((getattr(self, field), getattr(request, field)) for field in fields)
+        return all(tensor is None or tensor.is_view_of(array) for tensor, array in pairs)
+
     def check_layer(self, layer: LayerInfo) -> None:
         """Raise InvalidRequestError unless the layer takes this request."""
         _check_columns("hidden_states", self.hidden_states, layer.hidden_size, layer.name)

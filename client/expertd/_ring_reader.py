@@ -71,7 +71,7 @@ class RingReader:
 
         Returns without when somebody else reads, when the stream is over, and at until_s, on time.monotonic().
         """
-        if not self._turn.acquire(blocking=False):
+        if not self._turn.acquire(False):
             self.need()  # whoever reads may have seen that nothing is awaited, just before this was
             return
         try:

@@ -83,6 +83,11 @@ class Placed:
         """Whether the answer goes where the caller wants it."""
         return self._out is not None
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether there is nothing else."""
+        return self._piece is None
+
     def bytes_at(self, offset: int, nbytes: int) -> Bytes:
         """[nbytes] uint8 of the memory that the answer goes to; offset: in the arena."""
         if self._out is not None:
@@ -140,6 +145,11 @@ class StreamMemory:
         """Whether it is known if they ever can."""
         return self._arena is not None or self.failure is not None
 
+    @property
+    def detached(self) -> object:
+        """What was taken out of it; another object whenever there is a change."""
+        return None if self._arena is None else self._arena.detached
+
     def check(self) -> None:
         """Raise SharedMemoryError when there is none."""
         if self._arena is None:
@@ -173,6 +183,18 @@ class StreamMemory:
     def lend(self, nbytes: int) -> Bytes | None:
         """[nbytes] uint8 of it for the caller to keep; None: there is none, or more than half of it is taken."""
         return self._arena.lend(nbytes) if self._arena is not None and nbytes else None
+
+    def holds(self, body: Encoded) -> bool:
+        """Whether all of a request lies in it, and its answer can: there is nothing to copy."""
+        arena = self._arena
+        return (
+            arena is not None
+            and body.out is not None
+            and arena.find_detachable(body.out.data) is not None
+            and all(
+                isinstance(tensor, WireTensor) and arena.find(tensor.data) is not None for _, tensor in body.tensors
+            )
+        )
 
     def place(
         self, request_id: int, body: Encoded, timeout_ms: int, unanswered: Iterable[Placed] = ()

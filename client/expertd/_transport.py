@@ -30,9 +30,11 @@ from expertd._base import (
     unary_outcome,
     unasked_ticket,
 )
+from expertd._plan import Part
 from expertd._ring_reader import RingReader
 from expertd._rings import StreamRings
 from expertd._shm import Placed, StreamMemory, WantedMemory
+from expertd._standing import FIRST_STANDING_ID, STANDING_KEY, STOP_STANDING_ID, Standing, key_of
 from expertd._wire import Encoded, encode_stream_request
 from expertd._wire_read import Response
 from expertd.errors import (
@@ -46,9 +48,10 @@ from expertd.errors import (
 )
 from expertd.v1 import expertd_pb2 as pb
 
-__all__ = ["OnDone", "Slots", "StreamTransport", "Ticket", "Transport", "UnaryTransport"]
+__all__ = ["OnDone", "QueuedStanding", "Settled", "Slots", "StreamTransport", "Ticket", "Transport", "UnaryTransport"]
 
 OnDone: TypeAlias = Callable[[Outcome], None]
+Settled: TypeAlias = "queue.SimpleQueue[bytes | Outcome]"
 
 _JOIN_TIMEOUT_S = 5.0
 
@@ -73,6 +76,11 @@ class Transport(Protocol):
         Raises TimeoutError when no place was free by the deadline, ClosedError after close().
         """
 
+    def stand(self, part: Part, timeout_ms: int, settled: Settled) -> QueuedStanding | None:
+        """A request to send over and over, whose answers come in `settled`; None: not all of it lies where it could be
+        sent without a copy. Never waits.
+        """
+
     def lend(self, nbytes: int, deadline: float) -> Bytes | None:
         """[nbytes] uint8 of memory that is shared with the server, for the caller to keep; None: there is none, or none
         to spare. Waits until that is known.
@@ -84,6 +92,16 @@ class Transport(Protocol):
         """Fail what is in flight with ClosedError, stop all threads."""
 
 
+class QueuedStanding(Standing[Settled]):
+    """A standing request whose answer comes in a queue, and the stream that it is sent on."""
+
+    __slots__ = ("on",)
+
+    def __init__(self, stream: _Stream, *what: Any) -> None:
+        super().__init__(stream, *what)
+        self.on = stream
+
+
 class Slots:
     """The places on the wire. What bounds the memory of a client, however slow its reader."""
 
@@ -91,14 +109,21 @@ class Slots:
         self._count = count
         self._free = count
         self._closed = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._num_waiting = 0
 
     def acquire(self, deadline: float, before_waiting: Callable[[], object] | None = None) -> None:
         """Take a place. Raises TimeoutError when none was free by the deadline, ClosedError after close()."""
-        with self._changed:
-            if before_waiting is not None and not self._free:
-                before_waiting()
-            self._changed.wait_for(lambda: self._closed or self._free > 0, deadline - time.monotonic())
+        with self._lock:
+            if not self._free and not self._closed:
+                if before_waiting is not None:
+                    before_waiting()
+                self._num_waiting += 1
+                try:
+                    self._changed.wait_for(lambda: self._closed or self._free > 0, deadline - time.monotonic())
+                finally:
+                    self._num_waiting -= 1
             if self._closed:
                 raise ClosedError("the client is closed")
             if self._free == 0:
@@ -107,15 +132,24 @@ class Slots:
                 )
             self._free -= 1
 
+    def acquire_now(self) -> bool:
+        """Take a place, if one is free and nobody waits for it."""
+        with self._lock:
+            if self._closed or self._free <= self._num_waiting:
+                return False
+            self._free -= 1
+            return True
+
     def release(self) -> None:
         """Give a place back."""
-        with self._changed:
+        with self._lock:
             self._free += 1
-            self._changed.notify()
+            if self._num_waiting:
+                self._changed.notify()
 
     def close(self) -> None:
         """Wake everyone who waits."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
 
@@ -162,6 +196,12 @@ class StreamTransport:
             self._slots.release()
             raise
 
+    def stand(self, part: Part, timeout_ms: int, settled: Settled) -> QueuedStanding | None:
+        """See Transport."""
+        with self._lock:
+            streams = [stream for stream in self._streams if stream is not None]
+        return next((each for stream in streams if (each := stream.stand(part, timeout_ms, settled))), None)
+
     def lend(self, nbytes: int, deadline: float) -> Bytes | None:
         """See Transport."""
         return self._least_loaded().lend(nbytes, deadline)
@@ -181,7 +221,7 @@ class StreamTransport:
         with self._lock:
             streams = [*self._retiring, *(stream for stream in self._streams if stream is not None)]
         for stream in streams:
-            stream.have_read()
+            stream.have_read(everything=True)
 
     def _least_loaded(self) -> _Stream:
         with self._lock:
@@ -195,7 +235,7 @@ class StreamTransport:
                 self._retiring = [old for old in (*self._retiring, stream) if old is not None and old.is_alive]
                 stream = self._streams[index] = _Stream(
                     self._methods[index],
-                    self._slots.release,
+                    self._slots,
                     self._new_metadata(),
                     self._on_unwanted,
                     self._wanted_memory,
@@ -212,23 +252,31 @@ class _Stream:
     def __init__(
         self,
         method: grpc.StreamStreamMultiCallable[bytes, bytes],
-        release: Callable[[], None],
+        slots: Slots,
         metadata: tuple[Metadata, str | None],
         on_unwanted: Callable[[Response], None],
         wanted_memory: WantedMemory | None,
     ) -> None:
-        self._release = release
-        headers, self._request_id = metadata
+        self._acquire_now = slots.acquire_now
+        self._release = slots.release
+        headers, self.request_id = metadata
         self._on_unwanted = on_unwanted
         self._lock = threading.Lock()
         self._sendable = threading.Condition(self._lock)
         self._to_send: dict[int, bytes] = {}
         self._pending: dict[int, OnDone] = {}
         self._ids = itertools.count(1)
+        self._standing: dict[bytes, QueuedStanding] = {}
+        """Those that are on the wire, by their keys. What takes one out needs no lock."""
+        self._standing_ids = itertools.count(FIRST_STANDING_ID)
+        self._awaited: set[QueuedStanding] = set()
+        """Those whose callers wait, and do not read."""
         self._memory: StreamMemory | None = None
         self._memory_settled = threading.Event()
         self._placed: dict[int, Placed] = {}
         """Memory of requests that were sent and not answered, abandoned ones too: the server may be at it."""
+        self._given_up: set[int] = set()
+        """The abandoned ones among them."""
         self._rings: RingReader | None = None
         self._ring_failure: ExpertdError | None = None
         self._is_over = False
@@ -259,7 +307,7 @@ class _Stream:
     @property
     def in_flight(self) -> int:
         """Requests without an answer."""
-        return len(self._pending)
+        return len(self._pending) + len(self._standing)
 
     def await_memory(self, deadline: float, *, in_any_case: bool = False) -> ExpertdError | None:
         """Return when requests may be sent: at once, unless they may go through shared memory alone.
@@ -296,7 +344,7 @@ class _Stream:
         request_id = next(self._ids)
         # Encoding copies the tensors: not under the lock, where it would hold up the reader.
         memory, placed = self._memory, None
-        there = None if memory is None else memory.place(request_id, body, timeout_ms, list(self._placed.values()))
+        there = None if memory is None else memory.place(request_id, body, timeout_ms, self._held())
         if there is None:
             message = encode_stream_request(request_id, body, timeout_ms)
         else:
@@ -314,6 +362,61 @@ class _Stream:
             self.have_read()
         return _StreamTicket(self, request_id)
 
+    def stand(self, part: Part, timeout_ms: int, settled: Settled) -> QueuedStanding | None:
+        """As Transport's, in this stream's memory."""
+        memory = self._memory
+        if memory is None or self._rings is None or not self._open or not memory.holds(body := part.encode()):
+            return None
+        request_id = next(self._standing_ids)
+        there = memory.place(request_id, body, timeout_ms, self._held())
+        if there is None or not there[1].is_in_place:  # others are at it just now
+            return None
+        return QueuedStanding(self, request_id, part, memory, *there, settled)
+
+    def send_standing(self, standing: QueuedStanding) -> bool:
+        """Send it; False: it has to go another way, now or for good. One that is on the wire must not be sent."""
+        if self._given_up or not standing.may_be_sent or not self._acquire_now():
+            return False
+        with self._lock:
+            if self._open and (rings := self._rings) is not None:
+                self._standing[standing.key] = standing
+                if rings.put(standing.message):
+                    return True
+                del self._standing[standing.key]
+        self._release()
+        return False
+
+    def settle_standing(self, standing: QueuedStanding, until_s: float) -> bytes | Outcome | None:
+        """What has come of one that was sent: waits for it, and takes answers as they come. None: until_s, on
+        time.monotonic(), has come before."""
+        settled = standing.settled
+        rings = self._rings
+        if settled.empty() and rings is not None:
+            rings.read_for(settled, until_s)
+        if not settled.empty():
+            return settled.get_nowait()
+        self._awaited.add(standing)
+        try:
+            if rings is not None:
+                rings.need()
+            return settled.get(timeout=max(0.0, until_s - time.monotonic()))
+        except queue.Empty:
+            return None
+        finally:
+            self._awaited.discard(standing)
+
+    def abandon_standing(self, standing: QueuedStanding) -> None:
+        """Forget that it was sent; it cannot be sent again. Of no effect when its answer is there."""
+        with self._lock:
+            if self._standing.pop(standing.key, None) is None:
+                return
+            self._awaited.discard(standing)
+            self._placed[standing.request_id] = standing.placed
+            self._give_up(standing.request_id)
+            self._end_if_idle()
+        self._release()
+        self.have_read()
+
     def abandon(self, request_id: int) -> None:
         """See Ticket. A request that still waits to be sent is not sent at all."""
         with self._lock:
@@ -321,17 +424,35 @@ class _Stream:
                 return
             if self._to_send.pop(request_id, None) is not None:
                 self._placed.pop(request_id, None)
-            elif (placed := self._placed.get(request_id)) is not None:
-                placed.give_up()
+            else:
+                self._give_up(request_id)
             self._end_if_idle()
         self._release()
         self.have_read()  # the memory is free again when its answer was taken
 
-    def have_read(self) -> None:
-        """Answers are awaited, and not by who takes them itself."""
+    def have_read(self, *, everything: bool = False) -> None:
+        """Answers are awaited, and not by who takes them itself. everything: those, too, whose callers will."""
         rings = self._rings
         if rings is not None:
+            if everything:
+                self._awaited.update(list(self._standing.values()))
             rings.need()
+
+    def _held(self) -> list[Placed]:
+        """The memory of all that was sent and not answered."""
+        return [*list(self._placed.values()), *(standing.placed for standing in list(self._standing.values()))]
+
+    def _give_up(self, request_id: int) -> None:
+        """Under the lock."""
+        if (placed := self._placed.get(request_id)) is not None:
+            self._given_up.add(request_id)
+            placed.give_up()
+
+    def retire(self) -> None:
+        """See StandingStream."""
+        with self._lock:
+            self._open = False
+            self._end_if_idle()
 
     def read_for(self, settled: queue.SimpleQueue[Any], until_s: float) -> None:
         """See Ticket."""
@@ -363,7 +484,7 @@ class _Stream:
         while True:
             with self._lock:
                 # Ends the call's sending side when the stream is retired and every answer is there, or broken.
-                self._sendable.wait_for(lambda: self._to_send or (not self._open and not self._pending))
+                self._sendable.wait_for(lambda: self._to_send or (not self._open and not self.in_flight))
                 if not self._to_send:
                     return
                 message = self._to_send.pop(next(iter(self._to_send)))
@@ -372,7 +493,7 @@ class _Stream:
 
     def _end_if_idle(self) -> None:
         """Under the lock. Wakes the sender for nothing else: with the stream open that would cost every answer."""
-        if not self._open and not self._pending:
+        if not self._open and not self.in_flight:
             self._sendable.notify()
 
     def _read(self) -> None:
@@ -383,7 +504,7 @@ class _Stream:
                 if self._rings is not None:
                     self._rings.look()
         except grpc.RpcError as error:
-            end = error_from_rpc(self._call, request_id=self._request_id)
+            end = error_from_rpc(self._call, request_id=self.request_id)
             error.with_traceback(None)  # it is the call itself, whose frames know it: leave no cycle, see join
         except ProtocolError as error:
             end = error
@@ -401,6 +522,13 @@ class _Stream:
             for placed in self._placed.values():
                 placed.give_up()  # the server may go on for a while, and never says when it is done
             self._placed.clear()
+            self._given_up.clear()
+            standing = []
+            self._awaited.clear()
+            while self._standing:
+                standing.append(self._standing.popitem()[1])
+            for each in standing:
+                each.placed.give_up()
             self._end = failure
             self._memory = None
             self._memory_settled.set()
@@ -408,9 +536,24 @@ class _Stream:
         for on_done in pending.values():
             self._release()
             on_done(copy.copy(failure))  # an exception carries the traceback of the one caller that raises it
+        for each in standing:
+            self._release()
+            each.settled.put(copy.copy(failure))
 
     def _deliver_bytes(self, data: bytes) -> None:
-        self._deliver(*stream_outcome(data, self._request_id))
+        standing = self._standing.pop(data[STANDING_KEY], None)
+        if standing is None:
+            self._deliver(*stream_outcome(data, self.request_id))
+        else:
+            self._deliver_standing(standing, data)
+
+    def _deliver_standing(self, standing: QueuedStanding, answer: bytes | Outcome) -> None:
+        self._awaited.discard(standing)
+        if not self._open:
+            with self._lock:
+                self._end_if_idle()
+        self._release()
+        standing.settled.put(answer)
 
     def _deliver(self, number: int, outcome: Outcome | pb.RegionTicket) -> None:
         memory = self._memory
@@ -420,12 +563,18 @@ class _Stream:
             return
         if isinstance(outcome, pb.RegionTicket):
             outcome = unasked_ticket()
+        if isinstance(outcome, UnavailableError):
+            self.retire()
+        if (
+            FIRST_STANDING_ID <= number < STOP_STANDING_ID
+            and (standing := self._standing.pop(key_of(number), None)) is not None
+        ):
+            self._deliver_standing(standing, outcome)  # in words that no server of this project chooses
+            return
         with self._lock:
             placed = self._placed.pop(number, None)
+            self._given_up.discard(number)
             on_done = self._pending.pop(number, None)
-            if isinstance(outcome, UnavailableError):
-                # This server starts or drains: new requests go on a new stream, which may reach another one.
-                self._open = False
             self._end_if_idle()
         if on_done is not None:  # None: abandoned
             if memory is not None and placed is not None and not isinstance(outcome, ExpertdError):
@@ -445,12 +594,12 @@ class _Stream:
         with self._lock:
             if not self._is_over:
                 with contextlib.suppress(OSError):  # no file descriptor is left: messages go on over gRPC
-                    self._rings = RingReader(rings, self._deliver_bytes, self._is_awaited, self._break)
+                    self._rings = RingReader(rings, self._deliver_bytes, self._is_awaited, self.break_off)
                     return
         rings.close()
 
     def _is_awaited(self) -> bool:
-        return bool(self._pending or self._placed)
+        return bool(self._pending or self._placed or self._awaited)
 
     def _finish_rings(self) -> None:
         """The stream is over: take what the server has answered before, and nothing from then on."""
@@ -460,7 +609,8 @@ class _Stream:
         if rings is not None:
             rings.finish()
 
-    def _break(self, failure: ExpertdError) -> None:
+    def break_off(self, failure: ExpertdError) -> None:
+        """See StandingStream."""
         self._ring_failure = failure
         self._call.cancel()
 
@@ -521,6 +671,10 @@ class UnaryTransport:
             raise
         call.add_done_callback(lambda done: self._finish(done, request_id, on_done))
         return _UnaryTicket(call)
+
+    def stand(self, part: Part, timeout_ms: int, settled: Settled) -> QueuedStanding | None:
+        """See Transport."""
+        return None
 
     def lend(self, nbytes: int, deadline: float) -> Bytes | None:
         """See Transport."""

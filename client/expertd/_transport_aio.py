@@ -23,8 +23,10 @@ from expertd._base import (
     unary_outcome,
     unasked_ticket,
 )
+from expertd._plan import Part
 from expertd._rings import HUNG_UP_S, StreamRings, hung_up
 from expertd._shm import Placed, StreamMemory, WantedMemory
+from expertd._standing import FIRST_STANDING_ID, STANDING_KEY, STOP_STANDING_ID, Standing, key_of
 from expertd._wire import Encoded, encode_stream_request
 from expertd._wire_read import Response
 from expertd.errors import (
@@ -37,7 +39,14 @@ from expertd.errors import (
 )
 from expertd.v1 import expertd_pb2 as pb
 
-__all__ = ["AsyncStreamTransport", "AsyncTransport", "AsyncUnaryTransport", "caller_is_cancelled", "error_from_aio"]
+__all__ = [
+    "AsyncStreamTransport",
+    "AsyncTransport",
+    "AsyncUnaryTransport",
+    "AwaitedStanding",
+    "caller_is_cancelled",
+    "error_from_aio",
+]
 
 
 class AsyncTransport(Protocol):
@@ -46,6 +55,9 @@ class AsyncTransport(Protocol):
     async def forward(self, body: Encoded, deadline: float) -> Outcome:
         """Send one request and wait for its answer. deadline: on the loop's clock, for the server; the caller's own
         waiting is bounded by the caller. Raises ClosedError after close()."""
+
+    def stand(self, part: Part, timeout_ms: int) -> AwaitedStanding | None:
+        """A request to send over and over; None: not all of it lies where it could be sent without a copy."""
 
     async def lend(self, nbytes: int) -> Bytes | None:
         """[nbytes] uint8 of memory that is shared with the server, for the caller to keep; None: there is none, or none
@@ -56,6 +68,18 @@ class AsyncTransport(Protocol):
 
     async def close(self) -> None:
         """Fail what is in flight with ClosedError, end all tasks."""
+
+
+class AwaitedStanding(Standing["asyncio.Future[bytes | Outcome] | None"]):
+    """A standing request whose answer is awaited, and the stream that it is sent on. settled: None while it is not."""
+
+    __slots__ = ("on",)
+
+    def __init__(  # noqa: PLR0917 (see Standing)
+        self, stream: _Stream, request_id: int, part: Part, memory: StreamMemory, message: bytes, placed: Placed
+    ) -> None:
+        super().__init__(stream, request_id, part, memory, message, placed, None)
+        self.on = stream
 
 
 class AsyncStreamTransport:
@@ -82,6 +106,11 @@ class AsyncStreamTransport:
     async def forward(self, body: Encoded, deadline: float) -> Outcome:
         """See AsyncTransport."""
         return await self._least_loaded().forward(body, deadline)
+
+    def stand(self, part: Part, timeout_ms: int) -> AwaitedStanding | None:
+        """See AsyncTransport."""
+        streams = [stream for stream in self._streams if stream is not None]
+        return next((each for stream in streams if (each := stream.stand(part, timeout_ms))), None)
 
     async def lend(self, nbytes: int) -> Bytes | None:
         """See AsyncTransport."""
@@ -122,7 +151,7 @@ class _Stream:
         on_unwanted: Callable[[Response], None],
         wanted_memory: WantedMemory | None,
     ) -> None:
-        headers, self._request_id = metadata
+        headers, self.request_id = metadata
         self._on_unwanted = on_unwanted
         self._to_send: dict[int, bytes] = {}
         self._wake_sender = asyncio.Event()
@@ -133,6 +162,11 @@ class _Stream:
         self._sharing: asyncio.Task[None] | None = None
         self._placed: dict[int, Placed] = {}
         """Memory of requests that were sent and not answered, abandoned ones too: the server may be at it."""
+        self._given_up: set[int] = set()
+        """The abandoned ones among them."""
+        self._standing: dict[bytes, AwaitedStanding] = {}
+        """Those that are on the wire, by their keys."""
+        self._standing_ids = itertools.count(FIRST_STANDING_ID)
         self._rings: StreamRings | None = None
         self._ring_failure: ProtocolError | None = None
         self._end: ExpertdError | None = None
@@ -162,7 +196,7 @@ class _Stream:
     @property
     def in_flight(self) -> int:
         """Requests without an answer."""
-        return len(self._pending)
+        return len(self._pending) + len(self._standing)
 
     async def forward(self, body: Encoded, deadline: float) -> Outcome:
         """Send a request and wait for its answer. What waits to be sent is bounded by the places of the client."""
@@ -175,7 +209,7 @@ class _Stream:
         left_ms = timeout_ms(deadline - loop.time())
         there = None
         if self._memory is not None:
-            there = self._memory.place(request_id, body, left_ms, self._placed.values())
+            there = self._memory.place(request_id, body, left_ms, self._held())
         if there is None:
             message = encode_stream_request(request_id, body, left_ms)
         else:
@@ -192,10 +226,60 @@ class _Stream:
             self._pending.pop(request_id, None)
             if self._to_send.pop(request_id, None) is not None:
                 self._placed.pop(request_id, None)
-            elif (placed := self._placed.get(request_id)) is not None:  # the caller has left
-                placed.give_up()
-            if not self._open and not self._pending:
-                self._wake_sender.set()  # nothing is left to send: it ends the call's sending side
+            elif request_id in self._placed:  # the caller has left
+                self._give_up(request_id)
+            self._end_if_idle()
+
+    def stand(self, part: Part, timeout_ms: int) -> AwaitedStanding | None:
+        """As AsyncTransport's, in this stream's memory."""
+        memory = self._memory
+        if memory is None or self._rings is None or not self._open or not memory.holds(body := part.encode()):
+            return None
+        request_id = next(self._standing_ids)
+        there = memory.place(request_id, body, timeout_ms, self._held())
+        if there is None or not there[1].is_in_place:  # others are at it just now
+            return None
+        return AwaitedStanding(self, request_id, part, memory, *there)
+
+    def send_standing(self, standing: AwaitedStanding) -> bool:
+        """Send it; False: it has to go another way, now or for good. `settle_standing` must follow."""
+        if not self._open or self._rings is None or self._given_up or standing.settled or not standing.may_be_sent:
+            return False
+        if not self._rings.put(standing.message):
+            return False
+        standing.settled = asyncio.get_running_loop().create_future()
+        self._standing[standing.key] = standing
+        return True
+
+    async def settle_standing(self, standing: AwaitedStanding) -> bytes | Outcome:
+        """What has come of one that was sent. Whoever cancels this cannot send it again."""
+        assert standing.settled is not None, "send_standing"
+        try:
+            return await standing.settled
+        finally:
+            if self._standing.pop(standing.key, None) is not None:  # the caller has left
+                self._placed[standing.request_id] = standing.placed
+                self._give_up(standing.request_id)
+                self._end_if_idle()
+            else:
+                standing.settled = None
+
+    def retire(self) -> None:
+        """See StandingStream."""
+        self._open = False
+        self._end_if_idle()
+
+    def _held(self) -> list[Placed]:
+        """The memory of all that was sent and not answered."""
+        return [*self._placed.values(), *(standing.placed for standing in self._standing.values())]
+
+    def _give_up(self, request_id: int) -> None:
+        self._given_up.add(request_id)
+        self._placed[request_id].give_up()
+
+    def _end_if_idle(self) -> None:
+        if not self._open and not self.in_flight:
+            self._wake_sender.set()  # nothing is left to send: it ends the call's sending side
 
     async def lend(self, nbytes: int) -> Bytes | None:
         """See AsyncTransport."""
@@ -236,7 +320,7 @@ class _Stream:
             while True:
                 while self._to_send:
                     await self._call.write(self._to_send.pop(next(iter(self._to_send))))
-                if not self._open and not self._pending:
+                if not self._open and not self.in_flight:
                     await self._call.done_writing()
                     return
                 self._wake_sender.clear()
@@ -249,11 +333,11 @@ class _Stream:
         end: ExpertdError = UnavailableError("the server ended the stream")
         try:
             while isinstance(data := await self._call.read(), bytes):  # and not grpc.aio.EOF
-                self._deliver(*stream_outcome(data, self._request_id))
+                self._deliver_bytes(data)
             if await self._call.code() is not grpc.StatusCode.OK:
-                end = await error_from_aio(self._call, self._request_id)
+                end = await error_from_aio(self._call, self.request_id)
         except grpc.RpcError:
-            end = await error_from_aio(self._call, self._request_id)
+            end = await error_from_aio(self._call, self.request_id)
         except asyncio.CancelledError:
             end = UnavailableError("the stream was cancelled")
         except ProtocolError as error:
@@ -266,6 +350,9 @@ class _Stream:
             for placed in self._placed.values():
                 placed.give_up()  # the server may go on for a while, and never says when it is done
             self._placed.clear()
+            self._given_up.clear()
+            for standing in self._standing.values():
+                standing.placed.give_up()
             self._memory = None
             end = self._ring_failure or end
             failure = ClosedError(CLOSED_IN_FLIGHT) if self._closing else stream_broken(end)
@@ -273,9 +360,23 @@ class _Stream:
                 if not answer.done():
                     answer.set_result(copy.copy(failure))
             self._pending.clear()
+            while self._standing:
+                self._settle(self._standing.popitem()[1], copy.copy(failure))
             self._end = failure
             self._memory_settled.set()
             self._wake_sender.set()
+
+    def _deliver_bytes(self, data: bytes) -> None:
+        standing = self._standing.pop(data[STANDING_KEY], None)
+        if standing is None:
+            self._deliver(*stream_outcome(data, self.request_id))
+        else:
+            self._settle(standing, data)
+
+    def _settle(self, standing: AwaitedStanding, answer: bytes | Outcome) -> None:
+        self._end_if_idle()
+        if standing.settled is not None and not standing.settled.done():  # otherwise the caller has left
+            standing.settled.set_result(answer)
 
     def _deliver(self, number: int, outcome: Outcome | pb.RegionTicket) -> None:
         memory = self._memory
@@ -284,10 +385,16 @@ class _Stream:
             return
         if isinstance(outcome, pb.RegionTicket):
             outcome = unasked_ticket()
-        placed = self._placed.pop(number, None)
         if isinstance(outcome, UnavailableError):
-            # This server starts or drains: new requests go on a new stream, which may reach another one.
-            self._open = False
+            self.retire()
+        if (
+            FIRST_STANDING_ID <= number < STOP_STANDING_ID
+            and (standing := self._standing.pop(key_of(number), None)) is not None
+        ):
+            self._settle(standing, outcome)  # in words that no server of this project chooses
+            return
+        placed = self._placed.pop(number, None)
+        self._given_up.discard(number)
         answer = self._pending.get(number)
         if answer is not None and not answer.done():  # otherwise the caller has left
             if memory is not None and placed is not None and not isinstance(outcome, ExpertdError):
@@ -313,19 +420,19 @@ class _Stream:
         if not self._rings.silence():  # the server ends the stream, and gRPC will say how
             loop = asyncio.get_running_loop()
             loop.remove_reader(self._rings.bell_fd)
-            loop.call_later(HUNG_UP_S, self._break, hung_up())
+            loop.call_later(HUNG_UP_S, self.break_off, hung_up())
         self._take_from_rings()
 
     def _take_from_rings(self) -> None:
         """Every answer that is there."""
         try:
             while self._rings is not None and (data := self._rings.take()) is not None:
-                self._deliver(*stream_outcome(data, self._request_id))
+                self._deliver_bytes(data)
         except ProtocolError as error:
-            self._break(error)
+            self.break_off(error)
 
-    def _break(self, failure: ProtocolError) -> None:
-        """Have the stream end, unless it has."""
+    def break_off(self, failure: ProtocolError) -> None:
+        """See StandingStream."""
         if self._end is None and self._ring_failure is None:
             self._ring_failure = failure
             self._call.cancel()
@@ -370,6 +477,10 @@ class AsyncUnaryTransport:
             raise
         finally:
             self._calls.discard(call)
+
+    def stand(self, part: Part, timeout_ms: int) -> AwaitedStanding | None:
+        """See AsyncTransport."""
+        return None
 
     async def lend(self, nbytes: int) -> Bytes | None:
         """See AsyncTransport."""

@@ -19,6 +19,7 @@ __all__ = [
     "TENSOR_FIELDS",
     "Answer",
     "AnswerTensor",
+    "KnownAnswer",
     "Response",
     "answer_of",
     "nbytes_of",
@@ -104,6 +105,46 @@ def read_stream_answer(data: bytes) -> tuple[int, Answer] | None:
         return None
 
 
+class KnownAnswer:
+    """A ForwardStreamResponse that was read and checked, so that the next one that says the same need not be."""
+
+    __slots__ = ("_after", "_before", "_head", "_start", "_timing_at")
+
+    def __init__(self, data: bytes) -> None:
+        """Any answer; none is like one that is long, or unusual."""
+        self._head, self._start, self._before, self._timing_at, self._after = b"", 0, b"", 0, b""
+        end = len(data)
+        try:
+            pos = _varint(data, 1, end)[1] if data[:1] == b"\x08" else 0
+            start = at = pos + 2
+            while data[at] != _TIMING:
+                _, at = _span(data, at + 1, end)
+            _, stop = _span(data, at + 1, end)
+        except (_UnusualError, IndexError):
+            return
+        if data[pos] == 0x12 and data[pos + 1] == end - start < _ONE_BYTE:
+            self._head, self._start, self._timing_at = data[: pos + 1], start, at
+            self._before, self._after = data[start : at + 1], data[stop:]
+
+    def timing_of(self, data: bytes) -> pb.Timing | None:
+        """The timing of an answer that says the same but for that; None: it says something else, or has to be read."""
+        start, at = self._start, self._timing_at + 1
+        if len(data) <= at or not self._head or not data.startswith(self._head):
+            return None
+        nbytes = data[at]
+        if (
+            nbytes < _ONE_BYTE
+            and data[start:at] == self._before
+            and data[at + 1 + nbytes :] == self._after
+            and data[start - 1] == len(data) - start < _ONE_BYTE
+        ):
+            try:
+                return pb.Timing.FromString(data[at + 1 : at + 1 + nbytes])
+            except DecodeError:
+                return None
+        return None
+
+
 class _UnusualError(Exception):
     """Not the hand-written path's business."""
 
@@ -119,6 +160,8 @@ TENSOR_FIELDS: Final = tuple(_TENSORS.values())
 _TIMING, _VERSION = 0x32, 0x38
 _DTYPE, _SHAPE, _DATA, _SLICE = 0x08, 0x12, 0x1A, 0x22
 _REGION, _OFFSET, _NBYTES = 0x08, 0x10, 0x18
+_ONE_BYTE: Final = 0x80
+"""Lengths below have one byte."""
 _MAX_LENGTH_BYTES: Final = 5
 """Of a length: protobuf refuses one that has more, whatever its value."""
 

@@ -21,6 +21,7 @@ from expertd._base import (
     LIST_LAYERS,
     READY_POLL_S,
     BaseClient,
+    Outcome,
     channel_credentials,
     channel_options,
     health_service,
@@ -34,6 +35,7 @@ from expertd._transport_aio import (
     caller_is_cancelled,
     error_from_aio,
 )
+from expertd.aio_prepared import AsyncPreparedForward
 from expertd.config import ClientConfig
 from expertd.errors import (
     ClosedError,
@@ -110,6 +112,45 @@ class AsyncClient(BaseClient):
                 out=out,
             )
         )
+
+    async def prepare(
+        self,
+        layer: str,
+        hidden_states: ArrayT,
+        *,
+        routing_logits: Array | None = None,
+        topk_ids: Array | None = None,
+        topk_weights: Array | None = None,
+        output_dtype: Any = None,
+        do_finalize: bool = True,
+        return_routing: bool = False,
+        weights_version: int | None = None,
+        timeout_s: float | None = None,
+        out: ArrayT | None = None,
+    ) -> AsyncPreparedForward[ArrayT]:
+        """A forward to make many times, on these arrays and what they hold by then: `await` its `run`.
+
+        The arguments are those of forward, checked here once. Leave the arrays' shapes and memory as they are, what
+        they hold is read at each call. Asks the server for the layer where it is not known. Raises ExpertdError: see
+        `expertd.errors`.
+        """
+        request = ForwardRequest(
+            layer=layer,
+            hidden_states=hidden_states,
+            routing_logits=routing_logits,
+            topk_ids=topk_ids,
+            topk_weights=topk_weights,
+            output_dtype=output_dtype,
+            do_finalize=do_finalize,
+            return_routing=return_routing,
+            weights_version=weights_version,
+            timeout_s=timeout_s,
+            out=out,
+        )
+        deadline = self._deadline(timeout_s)
+        prepared = AsyncPreparedForward(self, request)
+        prepared.stand(await self._make_plan(prepared.checked, deadline))
+        return prepared
 
     @overload
     def forward_many(
@@ -224,13 +265,16 @@ class AsyncClient(BaseClient):
     ) -> None:
         await self.close()
 
-    async def _forward(self, request: ForwardRequest[ArrayT]) -> ForwardResult[ArrayT]:
+    async def _forward(
+        self, request: ForwardRequest[ArrayT], prepared: PreparedRequest | None = None
+    ) -> ForwardResult[ArrayT]:
+        """prepared: the request, where that is checked already."""
         timeout_s = self._timeout_s(request.timeout_s)
         deadline = asyncio.get_running_loop().time() + timeout_s
         scope = asyncio.timeout_at(deadline)
         try:
             async with scope:
-                plan = await self._make_plan(prepare(request), deadline)
+                plan = await self._make_plan(prepared or prepare(request), deadline)
                 while parts := plan.unanswered():
                     await _all([self._run(plan, index, part, deadline) for index, part in parts.items()])
                 result: ForwardResult[ArrayT] = plan.result()
@@ -242,12 +286,24 @@ class AsyncClient(BaseClient):
         finally:
             del scope  # it knows the task, which may end with an error that knows this frame: leave no cycle
 
-    async def _run(self, plan: Plan, index: int, part: Part, deadline: float) -> None:
-        """Send one part until it is answered."""
+    async def _resume(self, plan: Plan, deadline: float, failure: ExpertdError) -> ForwardResult[Any]:
+        """Go on with a request of one part that was sent and has failed."""
+        ((index, part),) = plan.unanswered().items()
+        run = self._run(plan, index, part, deadline, failure)
+        del failure  # it will know this frame: leave no cycle
+        await run
+        return plan.result()
+
+    async def _run(
+        self, plan: Plan, index: int, part: Part, deadline: float, failure: ExpertdError | None = None
+    ) -> None:
+        """Send one part until it is answered. failure: what has come of it before."""
         retries = self._retries(deadline)
+        outcome: Outcome | None = failure
         while True:
-            async with self._places:
-                outcome = await self._connected().forward(part.encode(), deadline)
+            if outcome is None:
+                async with self._places:
+                    outcome = await self._connected().forward(part.encode(), deadline)
             if not isinstance(outcome, ExpertdError):
                 return plan.answer(index, outcome)
             self._forget(outcome)
@@ -256,7 +312,8 @@ class AsyncClient(BaseClient):
                 try:
                     raise outcome
                 finally:
-                    del outcome  # it knows this frame: leave no cycle, which would keep the caller's arrays
+                    del outcome, failure  # it knows this frame: leave no cycle, which would keep the caller's arrays
+            outcome = failure = None
             await self._pause(delay)
 
     async def _make_plan(self, request: PreparedRequest, deadline: float) -> Plan:

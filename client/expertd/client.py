@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import heapq
 import itertools
-import queue
 import threading
 import time
 from collections import deque
@@ -19,22 +16,20 @@ from grpc_health.v1 import health_pb2
 
 from expertd._arena import Bytes
 from expertd._base import (
-    CLOSED_IN_FLIGHT,
     GET_LAYER,
     GET_SERVER_INFO,
     HEALTH_CHECK,
     LIST_LAYERS,
     READY_POLL_S,
     BaseClient,
-    Outcome,
     channel_credentials,
     channel_options,
     health_service,
     layer_info,
 )
-from expertd._plan import Part, Plan, PreparedRequest, prepare
-from expertd._retry import Retries
-from expertd._transport import Slots, StreamTransport, Ticket, Transport, UnaryTransport
+from expertd._pipeline import Operation, Pipeline
+from expertd._plan import Plan, PreparedRequest
+from expertd._transport import Slots, StreamTransport, Transport, UnaryTransport
 from expertd.config import ClientConfig
 from expertd.errors import (
     ClosedError,
@@ -45,6 +40,7 @@ from expertd.errors import (
     UnavailableError,
     error_from_rpc,
 )
+from expertd.prepared import PreparedForward
 from expertd.tensors import NewArray
 from expertd.types import Array, ArrayT, ForwardRequest, ForwardResult, LayerInfo, ServerInfo
 from expertd.v1 import expertd_pb2 as pb
@@ -85,7 +81,7 @@ class Client(BaseClient):
         )
         self._closed = threading.Event()
         self._lock = threading.Lock()
-        self._pipelines: set[_Pipeline] = set()
+        self._pipelines: set[Pipeline] = set()
 
     def forward(
         self,
@@ -120,8 +116,46 @@ class Client(BaseClient):
             timeout_s=timeout_s,
             out=out,
         )
-        with _Pipeline(self, reads=True) as pipeline:
+        with Pipeline(self, reads=True) as pipeline:
             return pipeline.wait(pipeline.start(request))
+
+    def prepare(
+        self,
+        layer: str,
+        hidden_states: ArrayT,
+        *,
+        routing_logits: Array | None = None,
+        topk_ids: Array | None = None,
+        topk_weights: Array | None = None,
+        output_dtype: Any = None,
+        do_finalize: bool = True,
+        return_routing: bool = False,
+        weights_version: int | None = None,
+        timeout_s: float | None = None,
+        out: ArrayT | None = None,
+    ) -> PreparedForward[ArrayT]:
+        """A forward to make many times, on these arrays and what they hold by then: `run` it, or `start` and `wait`.
+
+        The arguments are those of forward, checked here once, so that each call costs less: much less with all arrays
+        and `out` of `empty`. Leave the arrays' shapes and memory as they are, what they hold is read at each call. Asks
+        the server for the layer where it is not known. Raises ExpertdError: see `expertd.errors`.
+        """
+        return PreparedForward(
+            self,
+            ForwardRequest(
+                layer=layer,
+                hidden_states=hidden_states,
+                routing_logits=routing_logits,
+                topk_ids=topk_ids,
+                topk_weights=topk_weights,
+                output_dtype=output_dtype,
+                do_finalize=do_finalize,
+                return_routing=return_routing,
+                weights_version=weights_version,
+                timeout_s=timeout_s,
+                out=out,
+            ),
+        )
 
     @overload
     def forward_many(
@@ -139,8 +173,8 @@ class Client(BaseClient):
         At most max_in_flight requests are ahead of the result that is read next: a slow reader slows the sending down.
         A failure is raised in its place and ends the iteration; with return_exceptions it is yielded instead.
         """
-        with _Pipeline(self) as pipeline:
-            ahead: deque[_Operation] = deque()
+        with Pipeline(self) as pipeline:
+            ahead: deque[Operation] = deque()
             remaining = iter(requests)
             while True:
                 for request in itertools.islice(remaining, self.config.max_in_flight - len(ahead)):
@@ -299,169 +333,3 @@ class Client(BaseClient):
         request = health_pb2.HealthCheckRequest(service=service)
         response = self._call_once(HEALTH_CHECK, request, health_pb2.HealthCheckResponse, deadline, wait_for_ready=True)
         return int(response.status)
-
-
-class _Run:
-    """One part of an operation, on its way."""
-
-    __slots__ = ("index", "operation", "part", "retries", "ticket")
-
-    def __init__(self, operation: _Operation, index: int, part: Part, retries: Retries) -> None:
-        self.operation = operation
-        self.index = index
-        self.part = part
-        self.retries = retries
-        self.ticket: Ticket | None = None
-
-
-class _Operation:
-    """One forward."""
-
-    __slots__ = ("deadline", "error", "plan", "runs", "timeout_s")
-
-    def __init__(self, deadline: float, timeout_s: float) -> None:
-        self.deadline = deadline
-        self.timeout_s = timeout_s
-        self.plan: Plan | None = None
-        self.runs: set[_Run] = set()
-        """Parts without an answer."""
-        self.error: ExpertdError | None = None
-
-    def fail(self, error: ExpertdError) -> None:
-        """Settle with an error; what is on the wire is abandoned."""
-        # NOTE: a traceback knows the frames that know the operation, which knows the error: leave no cycle, it would
-        # keep the caller's arrays. The caller sees the error from where `wait` raises it.
-        self.error = error.with_traceback(None)
-        for run in self.runs:
-            if run.ticket is not None:
-                run.ticket.abandon()
-        self.runs.clear()
-
-
-class _Pipeline:
-    """The operations of one caller. Used by the caller's thread alone, but for the queue that answers come in by."""
-
-    def __init__(self, client: Client, *, reads: bool = False) -> None:
-        """reads: whether the caller waits for each operation as soon as it is started."""
-        self._client = client
-        self._reads = reads
-        self._settled: queue.SimpleQueue[tuple[_Run, Outcome] | None] = queue.SimpleQueue()
-        self._operations: set[_Operation] = set()
-        self._waiting: list[tuple[float, int, _Run]] = []
-        """Heap of (when to try again, tie breaker, what)."""
-        self._tie = itertools.count()
-
-    def __enter__(self) -> _Pipeline:
-        with self._client._lock:
-            self._client._pipelines.add(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._client._lock:
-            self._client._pipelines.discard(self)
-        for operation in self._operations:
-            operation.fail(ClosedError("the caller left"))
-
-    def wake(self) -> None:
-        """Make the caller's thread look again, because the client was closed. From any thread."""
-        self._settled.put(None)
-
-    def _arrived(self, run: _Run, outcome: Outcome) -> None:
-        self._settled.put((run, outcome))
-
-    def start(self, request: ForwardRequest[Any]) -> _Operation:
-        """Check, split and send a request. Its own failures show when it is waited for."""
-        client = self._client
-        now = time.monotonic()
-        operation = _Operation(now, 0.0)
-        self._operations.add(operation)
-        try:
-            operation.timeout_s = client._timeout_s(request.timeout_s)
-            operation.deadline = now + operation.timeout_s
-            operation.plan = client._make_plan(prepare(request), operation.deadline)
-        except ExpertdError as error:
-            operation.fail(error)
-        else:
-            self._send_unanswered(operation)
-        return operation
-
-    def wait(self, operation: _Operation) -> ForwardResult[Any]:
-        """The result of an operation. Raises its error. Meanwhile the others go on."""
-        try:
-            while operation.runs:
-                self._step(operation)
-            if operation.error is not None:
-                raise operation.error
-            assert operation.plan is not None
-            return operation.plan.result()
-        finally:
-            self._operations.discard(operation)
-            operation.error = None  # it knows this frame: leave no cycle
-
-    def _step(self, operation: _Operation) -> None:
-        """Handle the next thing that happens: an answer, a retry that is due, the operation's deadline, close()."""
-        now = time.monotonic()
-        while self._waiting and self._waiting[0][0] <= now:
-            self._submit(heapq.heappop(self._waiting)[2])
-        wake_at = min(operation.deadline, self._waiting[0][0] if self._waiting else operation.deadline)
-        ticket = next((run.ticket for run in operation.runs), None)
-        if self._reads and ticket is not None:
-            ticket.read_for(self._settled, wake_at)
-        try:
-            settled = self._settled.get(timeout=max(0.0, wake_at - time.monotonic()))
-        except queue.Empty:
-            if time.monotonic() >= operation.deadline and operation.runs:
-                operation.fail(TimeoutError(f"no answer within {operation.timeout_s:g} s"))
-            return
-        if settled is not None:
-            self._settle(*settled)
-        elif self._client._closed.is_set():
-            for each in self._operations:
-                if each.runs:
-                    each.fail(ClosedError(CLOSED_IN_FLIGHT))
-
-    def _settle(self, run: _Run, outcome: Outcome) -> None:
-        operation = run.operation
-        if run not in operation.runs:
-            return  # the operation was over before this answer came
-        if not isinstance(outcome, ExpertdError):
-            assert operation.plan is not None
-            try:
-                operation.plan.answer(run.index, outcome)
-            except ExpertdError as error:
-                outcome = error.with_traceback(None)  # which knows this frame: leave no cycle
-        if isinstance(outcome, ExpertdError):
-            self._failed(run, outcome)
-            return
-        operation.runs.discard(run)
-        if not operation.runs:
-            self._send_unanswered(operation)
-
-    def _failed(self, run: _Run, error: ExpertdError) -> None:
-        self._client._forget(error)
-        delay = run.retries.delay_s(error, time.monotonic())
-        if delay is None:
-            run.operation.fail(error)
-        else:
-            run.ticket = None
-            heapq.heappush(self._waiting, (time.monotonic() + delay, next(self._tie), run))
-
-    def _send_unanswered(self, operation: _Operation) -> None:
-        assert operation.plan is not None
-        parts = operation.plan.unanswered()
-        runs = [
-            _Run(operation, index, part, self._client._retries(operation.deadline)) for index, part in parts.items()
-        ]
-        operation.runs.update(runs)
-        for run in runs:
-            self._submit(run)
-
-    def _submit(self, run: _Run) -> None:
-        if run not in run.operation.runs:
-            return
-        on_done = functools.partial(self._arrived, run)
-        reads = self._reads and len(run.operation.runs) == 1
-        try:
-            run.ticket = self._client._transport.submit(run.part.encode(), run.operation.deadline, on_done, reads=reads)
-        except ExpertdError as error:
-            run.operation.fail(error)

@@ -77,6 +77,12 @@ class WireTensor:
         """Whether its bytes start where those of the other do."""
         return self.data is other.data or bool(self.data.ctypes.data == other.data.ctypes.data)
 
+    def is_view_of(self, array: Any) -> bool:
+        """Whether it reads the memory of the array that it was made of, and not a copy."""
+        if isinstance(array, np.ndarray):
+            return np.may_share_memory(self.data, array)
+        return bool(array.device.type == "cpu" and array.data_ptr() == self.data.ctypes.data)
+
     def rows(self, start: int, stop: int) -> WireTensor:
         """Rows start ... stop - 1, without a copy."""
         if stop - start == self.shape[0]:

@@ -8,9 +8,9 @@ and are read once, into the batch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server.errors import FieldViolation, InvalidArgumentError, RequestCancelledError, SharedMemoryOffError
@@ -24,12 +24,17 @@ if TYPE_CHECKING:
 
 __all__ = ["TENSORS", "AnswerPlace", "Lease", "RegionReply", "StreamRegions"]
 
+Slice: TypeAlias = tuple[int, int, int]
+"""Region, offset and nbytes of a RegionSlice."""
+
 RegionReply = pb.RegionTicket | pb.RegionUnregistered
 """What a message about a region is answered with."""
 
 _MAX_REGIONS: Final = 4
 """Of one stream; each holds a file descriptor."""
 _ALIGNMENT: Final = 64
+_MAX_FOUND: Final = 1024
+"""Requests whose slices a stream remembers."""
 TENSORS: Final = ("hidden_states", "routing_logits", "topk_ids", "topk_weights")
 """The tensors of a ForwardRequest, in the order of its fields."""
 
@@ -62,6 +67,19 @@ class _Piece:
         return self.region is other.region and self.start < other.stop and other.start < self.stop
 
 
+@dataclass(eq=False, slots=True)
+class _Found:
+    """What the slices of a request stand for."""
+
+    pieces: list[_Piece]
+    views: list[tuple[int, memoryview]]
+    """With the number of the tensor, or of the answer_slice."""
+    place: tuple[int, int, memoryview] | None
+    """Of the answer_slice: see `AnswerPlace`."""
+    start: int
+    stop: int
+
+
 class AnswerPlace:
     """Where the tensors of one answer may be written: the caller's answer_slice."""
 
@@ -89,14 +107,24 @@ class AnswerPlace:
         return region, offset, data.nbytes
 
 
+def _span(pieces: list[_Piece]) -> tuple[int, int]:
+    """Where the first begins and the last ends."""
+    return min((piece.start for piece in pieces), default=0), max((piece.stop for piece in pieces), default=0)
+
+
 class Lease:
     """The pieces of memory that a request holds until it is answered."""
 
-    def __init__(self, regions: StreamRegions, pieces: list[_Piece], place: AnswerPlace | None) -> None:
+    __slots__ = ("_regions", "pieces", "place", "start", "stop")
+
+    def __init__(
+        self, regions: StreamRegions, pieces: list[_Piece], start: int, stop: int, place: AnswerPlace | None
+    ) -> None:
+        """start, stop: before and behind all pieces."""
         self._regions = regions
         self.pieces = pieces
-        self.start = min((piece.start for piece in pieces), default=0)
-        self.stop = max((piece.stop for piece in pieces), default=0)
+        self.start = start
+        self.stop = stop
         self.place = place
         """None: the answer's tensors go into its message."""
 
@@ -118,6 +146,8 @@ class StreamRegions:
         self._lock = threading.Lock()
         self._regions: dict[int, _Region] = {}
         self._leases: set[Lease] = set()
+        self._found: dict[tuple[Slice | None, ...], _Found] = {}
+        """What slices were found to stand for: callers use the same memory again and again."""
         self._is_closed = False
 
     def obey(self, message: RawStreamRequest, on_rings: Callable[[RingPair], object]) -> RegionReply:
@@ -158,8 +188,23 @@ class StreamRegions:
             self._lease_raw(raw, [(name, tensor) for name in TENSORS if (tensor := getattr(raw, name)) is not None])
         raise AssertionError("both agree on what is wrong")
 
-    def _lease_good(self, request: Request, slices: Sequence[tuple[int, int, int] | None]) -> Lease | None:
+    def _lease_good(self, request: Request, slices: tuple[Slice | None, ...]) -> Lease | None:
         """Under the lock; None: something is wrong, and nothing has happened."""
+        found = self._found.get(slices) or self._find(slices)
+        if found is None:
+            return None
+        for _ in self._clashes(found.pieces, found.start, found.stop):
+            return None
+        for number, view in found.views:
+            matters = 0 < number < len(TENSORS)  # of hidden states any bits will do
+            request.bind(number, bytes(view) if matters else view)
+        place = None if found.place is None else AnswerPlace(*found.place)
+        lease = Lease(self, found.pieces, found.start, found.stop, place)
+        self._leases.add(lease)
+        return lease
+
+    def _find(self, slices: tuple[Slice | None, ...]) -> _Found | None:
+        """Under the lock; None: something is wrong."""
         pieces: list[_Piece] = []
         views: list[tuple[int, memoryview]] = []
         place = None
@@ -177,15 +222,11 @@ class StreamRegions:
                 continue
             pieces.append(_Piece("answer_slice", region, offset, stop))
             views.append((number, view))
-            place = AnswerPlace(name, offset, view)
-        for _ in self._clashes(pieces):
-            return None
-        for number, view in views:
-            matters = 0 < number < len(TENSORS)  # of hidden states any bits will do
-            request.bind(number, bytes(view) if matters else view)
-        lease = Lease(self, pieces, place)
-        self._leases.add(lease)
-        return lease
+            place = name, offset, view
+        if len(self._found) >= _MAX_FOUND:
+            self._found.clear()
+        found = self._found[slices] = _Found(pieces, views, place, *_span(pieces))
+        return found
 
     def _lease_raw(self, request: RawRequest, tensors: list[tuple[str, RawTensor]]) -> Lease:
         """Under the lock."""
@@ -207,10 +248,11 @@ class StreamRegions:
             if view is not None:
                 place = AnswerPlace(request.answer_slice.region, request.answer_slice.offset, view)
             request.answer_slice = None
-        wrong += self._clashes(pieces)
+        start, stop = _span(pieces)
+        wrong += self._clashes(pieces, start, stop)
         if wrong:
             raise InvalidArgumentError(wrong)
-        lease = Lease(self, pieces, place)
+        lease = Lease(self, pieces, start, stop, place)
         self._leases.add(lease)
         return lease
 
@@ -226,6 +268,7 @@ class StreamRegions:
             regions = list(self._regions.values())
             self._regions.clear()
             self._leases.clear()
+            self._found.clear()
         for region in regions:
             self._forget(region)
 
@@ -282,6 +325,7 @@ class StreamRegions:
                     "unregister_region.region", f"is {number}, whose rings last as long as the stream"
                 )
             del self._regions[number]
+            self._found.clear()
         self._forget(region)
         return pb.RegionUnregistered()
 
@@ -307,10 +351,11 @@ class StreamRegions:
         pieces.append(_Piece(field, region, raw.offset, stop))
         return region.view[raw.offset : stop]
 
-    def _clashes(self, pieces: list[_Piece]) -> Iterator[FieldViolation]:
-        """An answer would be written over what another request still holds, or the other way round."""
-        start = min((piece.start for piece in pieces), default=0)
-        stop = max((piece.stop for piece in pieces), default=0)
+    def _clashes(self, pieces: list[_Piece], start: int, stop: int) -> Iterator[FieldViolation]:
+        """An answer would be written over what another request still holds, or the other way round.
+
+        start, stop: before and behind all pieces.
+        """
         for lease in self._leases:
             if lease.stop <= start or stop <= lease.start:  # almost always, and then this is all there is to do
                 continue

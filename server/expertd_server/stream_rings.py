@@ -28,6 +28,7 @@ class StreamRings:
         self._is_unread = False
         self._loop = asyncio.get_running_loop()
         self._left = _MESSAGES_A_ROUND
+        self._is_to_ring = False
         self._bell: asyncio.Future[None] | None = None
         """What the reading task waits for, if it waits for the bell."""
         self._loop.add_reader(pair.requests.bell_fd, self._rung)
@@ -54,8 +55,23 @@ class StreamRings:
                 self._left = _MESSAGES_A_ROUND
 
     def put(self, answer: bytes) -> bool:
-        """Have the caller find an answer; False: there is no room for it."""
-        return self._pair.answers.put(answer)
+        """Have the caller find an answer; False: there is no room for it.
+
+        With others in flight the bell is rung when the loop's round ends: a batch answers many requests of a caller,
+        who would else be woken by the first, and take no other.
+        """
+        answers = self._pair.answers
+        if self._calls.in_flight <= 1:
+            return answers.put(answer)
+        is_added = answers.add(answer)
+        if is_added and not self._is_to_ring:
+            self._is_to_ring = True
+            self._loop.call_soon(self._ring)
+        return is_added
+
+    def _ring(self) -> None:
+        self._is_to_ring = False
+        self._pair.answers.ring()
 
     def close(self) -> None:
         """Let go of the memory and the bells. Nobody reads any more."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from fake_service import BFLOAT16, E, H, Hook, finalize, route
+from serving import PATIENCE_S
 
 import expertd
 from expertd import ForwardRequest
@@ -45,6 +47,17 @@ class Driver:
         self.run(self.client.close())
         if self._runner is not None:
             self._runner.close()
+
+
+@contextlib.contextmanager
+def connected(flavour: str, port: int, transport: Any = "shm", **options: Any) -> Iterator[Driver]:
+    """A client that is patient and tries nothing twice, unless the options say otherwise."""
+    options = {"timeout_s": PATIENCE_S, "retry": expertd.RetryPolicy(max_attempts=1)} | options
+    driver = Driver(flavour, expertd.ClientConfig(f"127.0.0.1:{port}", transport=transport, **options))
+    try:
+        yield driver
+    finally:
+        driver.shut()
 
 
 async def _next(results: AsyncIterator[Any]) -> Any:

@@ -90,7 +90,7 @@ class Running:
 def running(backend: Backend | None = None, **options: Any) -> Iterator[Running]:
     """A server of the two tiny layers, shut down at the end."""
     backend = TorchBackend("cpu") if backend is None else backend
-    server = Server(Config(port=0, **options), backend=backend, layers=tiny_layers(backend))
+    server = Server(Config(**{"port": 0} | options), backend=backend, layers=tiny_layers(backend))
     try:
         assert server.startup()
         with insecure_channel(server.port) as channel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import mmap
 import socket
 import threading
@@ -14,8 +13,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from sdk_cases import Driver
-from serving import HIDDEN_SIZE, LAYER, NUM_EXPERTS, PATIENCE_S, Running, SteeredBackend, running, split
+from in_place import BFLOAT16, ROW_NBYTES, an_out, lent, stream_of, values
+from sdk_cases import Driver, connected
+from serving import HIDDEN_SIZE, LAYER, PATIENCE_S, Running, SteeredBackend, running, split
 from shared_memory import eventually, forget_tests_before, mapped_regions, shared_fds
 
 import expertd
@@ -23,10 +23,7 @@ from expertd._shm import Placed, StreamMemory
 from expertd.types import ForwardRequest
 
 FLAVOURS = ("sync", "async")
-SEED = 20261128
-FP8, BFLOAT16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
-ROW_NBYTES = 2 * HIDDEN_SIZE
-"""Of an output in bfloat16."""
+FP8 = ml_dtypes.float8_e4m3fn
 
 
 class Seen(NamedTuple):
@@ -82,41 +79,6 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
 def server() -> Iterator[Running]:
     with running(max_batch_tokens=64) as one:
         yield one
-
-
-@contextlib.contextmanager
-def connected(flavour: str, port: int, transport: Any = "shm", **options: Any) -> Iterator[Driver]:
-    options = {"timeout_s": PATIENCE_S, "retry": expertd.RetryPolicy(max_attempts=1)} | options
-    driver = Driver(flavour, expertd.ClientConfig(f"127.0.0.1:{port}", transport=transport, **options))
-    try:
-        yield driver
-    finally:
-        driver.shut()
-
-
-def values(num_tokens: int, seed: int = 0) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    chance = np.random.default_rng(SEED + seed)
-    hidden = chance.standard_normal((num_tokens, HIDDEN_SIZE), np.float32)
-    return hidden, chance.standard_normal((num_tokens, NUM_EXPERTS), np.float32)
-
-
-def lent(driver: Driver, array: np.ndarray[Any, Any]) -> Any:
-    """A copy of an array in the client's memory."""
-    copy = driver.empty(array.shape, array.dtype)
-    copy[...] = array
-    return copy
-
-
-def an_out(driver: Driver, num_tokens: int, dtype: Any = BFLOAT16) -> Any:
-    """An array for the output, full of what no output holds."""
-    out = driver.empty((num_tokens, HIDDEN_SIZE), dtype)
-    out[...] = -77
-    return out
-
-
-def stream_of(driver: Driver) -> Any:
-    (stream,) = driver.client._transport._streams
-    return stream
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

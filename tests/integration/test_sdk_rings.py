@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from sdk_cases import Driver
+from sdk_cases import Driver, connected
 from serving import HIDDEN_SIZE, LAYER, NUM_EXPERTS, PATIENCE_S, Running, SteeredBackend, running, split
 from shared_memory import eventually, forget_tests_before, mapped_regions, shared_fds
 
@@ -64,16 +64,6 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
 
     monkeypatch.setattr("expertd._shm.StreamRings", Spied)
     return seen
-
-
-@contextlib.contextmanager
-def connected(flavour: str, port: int, transport: Any = "shm", **options: Any) -> Iterator[Driver]:
-    options = {"timeout_s": PATIENCE_S, "retry": expertd.RetryPolicy(max_attempts=1)} | options
-    driver = Driver(flavour, expertd.ClientConfig(f"127.0.0.1:{port}", transport=transport, **options))
-    try:
-        yield driver
-    finally:
-        driver.shut()
 
 
 @pytest.fixture(scope="module")

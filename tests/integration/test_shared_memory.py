@@ -111,6 +111,7 @@ class TestAnswers:
                 each.register(stream, region=number)
             for number, each in enumerate(memories):
                 placed, end = each.placed(asked, 64, region=number)
+                assert answer_of(stream.ask(request=placed).response) == expected
                 placed.answer_slice.CopyFrom(pb.RegionSlice(region=number, offset=end, nbytes=NBYTES - end))
                 got, count = each.read(stream.ask(request=placed).response)
                 assert count
@@ -119,8 +120,10 @@ class TestAnswers:
             assert violations(answer) == ("register_region",)
             gone = stream.ask(unregister_region=pb.UnregisterRegion(region=2))
             assert gone.WhichOneof("result") == "region_unregistered"
-            memories[0].register(stream, region=2)
             placed, _ = memories[0].placed(asked, 64, region=2)
+            assert violations(stream.ask(request=placed)), "the same slices were good before"
+            memories[0].register(stream, region=2)
+            memories[2].map[64:] = bytes(NBYTES - 64)
             assert answer_of(stream.ask(request=placed).response) == expected
         for each in memories:
             each.close()

@@ -107,6 +107,20 @@ def test_what_is_too_long_or_finds_no_room_is_left_to_the_stream(ring: Ring) -> 
     assert ring.writer.put(b"b")
 
 
+def test_what_is_added_wakes_nobody_until_the_bell_is_rung(ring: Ring) -> None:
+    assert ring.reader.may_sleep()
+    assert [ring.writer.add(b"a") for _ in range(NUM_SLOTS + 1)] == [True] * NUM_SLOTS + [False]
+    assert ring.rings() == 0
+    ring.writer.ring()
+    assert ring.rings() == 1
+    ring.writer.ring()
+    assert ring.rings() == 0, "nobody has asked again"
+    assert [ring.reader.take() for _ in range(NUM_SLOTS + 1)] == [b"a"] * NUM_SLOTS + [None]
+    ring.writer.close()
+    ring.writer.ring()
+    assert not ring.writer.add(b"a")
+
+
 def test_the_bell_rings_once_for_whoever_waits_and_not_for_the_busy(ring: Ring) -> None:
     ring.writer.put(b"a")
     assert ring.rings() == 0, "nobody has asked for it"

@@ -77,6 +77,33 @@ async def test_answers_find_their_way_and_no_room(caller: Caller) -> None:
 
 
 @in_loop
+async def test_one_bell_for_all_answers_of_a_round(caller: Caller) -> None:
+    """Of many in flight. A lone one is told at once."""
+    rings = StreamRings(caller.pair, caller.calls)
+    for in_flight, at_once in ((1, 1), (5, 0)):
+        caller.calls.in_flight = in_flight
+        assert caller.answers.may_sleep()
+        assert all(rings.put(b"a") for _ in range(in_flight))
+        assert bells(caller) == at_once
+        await asyncio.sleep(0)
+        assert bells(caller) == 1 - at_once
+        assert [caller.answers.take() for _ in range(in_flight + 1)] == [b"a"] * in_flight + [None]
+    assert caller.answers.may_sleep()
+    assert rings.put(b"b")
+    rings.close()  # and the round ends after that
+    await asyncio.sleep(0)
+    assert caller.answers.take() == b"b"
+
+
+def bells(caller: Caller) -> int:
+    """How often it rang since the last look."""
+    try:
+        return len(os.read(caller.answers.bell_fd, 100))
+    except BlockingIOError:
+        return 0
+
+
+@in_loop
 async def test_a_full_ring_leaves_others_their_turn(caller: Caller) -> None:
     """The caller refills it as fast as it is read."""
     rings = StreamRings(caller.pair, caller.calls)

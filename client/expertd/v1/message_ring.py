@@ -79,6 +79,13 @@ class RingWriter(_Ring):
 
     def put(self, message: bytes) -> bool:
         """Add a message, and ring if the reader wants that; False: there is no room for it, or the ring is closed."""
+        is_added = self.add(message)
+        if is_added:
+            self.ring()
+        return is_added
+
+    def add(self, message: bytes) -> bool:
+        """As `put`, and leave a reader that sleeps asleep until `ring`."""
         nbytes = len(message)
         if self._is_closed or nbytes > self._slot_nbytes - _MESSAGE_AT:
             return False
@@ -93,13 +100,19 @@ class RingWriter(_Ring):
         with self._fence:
             pass
         head[_WRITTEN] = count + 1
+        return True
+
+    def ring(self) -> None:
+        """Wake a reader that sleeps, to what was added."""
+        if self._is_closed:
+            return
+        head = self._head
         with self._fence:
             pass
         if head[_WANTS_BELL]:
             head[_WANTS_BELL] = 0
             with contextlib.suppress(OSError):  # full: it has rung; or nobody listens any more
                 os.write(self.bell_fd, b"\0")
-        return True
 
 
 class RingReader(_Ring):

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from expertd._base import stream_outcome, unary_outcome
-from expertd._wire_read import Answer, answer_of, nbytes_of, read_answer, read_stream_answer
+from expertd._wire_read import Answer, KnownAnswer, answer_of, nbytes_of, read_answer, read_stream_answer
 from expertd.errors import ProtocolError, UnavailableError
 from expertd.tensors import from_message
 from expertd.v1 import expertd_pb2 as pb
@@ -157,3 +157,59 @@ def test_truncated_answers_are_refused(cut: int) -> None:
     data = good_answer(random.Random(cut).randrange(2**30), np.zeros((4, 4), np.float32))[:-cut]
     with pytest.raises(ProtocolError):
         stream_outcome(data, None)
+
+
+def standing_answer(**timing: int) -> pb.ForwardStreamResponse:
+    """As a server answers a request whose output goes to shared memory."""
+    output = pb.Tensor(dtype=2, shape=(128, 2048), slice=pb.RegionSlice(region=1, offset=2**28, nbytes=2**19))
+    response = pb.ForwardResponse(output=output, timing=pb.Timing(**timing), weights_version=3)
+    return pb.ForwardStreamResponse(id=2**49 + 77, response=response)
+
+
+class TestKnownAnswer:
+    def test_only_the_timing_differs(self) -> None:
+        known = KnownAnswer(standing_answer(queue_us=5, batch_tokens=128).SerializeToString())
+        for timing in ({"queue_us": 2**20}, {"compute_us": 1, "batch_requests": 300}):
+            assert known.timing_of(standing_answer(**timing).SerializeToString()) == pb.Timing(**timing)
+
+    def test_anything_else_does(self) -> None:
+        message = standing_answer(queue_us=5)
+        known = KnownAnswer(message.SerializeToString())
+        others = [standing_answer(queue_us=5) for _ in range(6)]
+        others[0].id += 1
+        others[1].response.weights_version += 1
+        others[2].response.output.slice.offset += 1
+        others[3].response.topk_ids.dtype = 5
+        others[4].response.ClearField("timing")
+        others[5].error.code = 14
+        for other in others:
+            assert known.timing_of(other.SerializeToString()) is None
+        assert known.timing_of(b"") is None
+        data = message.SerializeToString()
+        assert data.count(b"\x08\x05", 12) == 1
+        assert known.timing_of(data.replace(b"\x08\x05", b"\x0b\x05")) is None, "no Timing at all"
+
+    @given(answers, answers, st.data())
+    @settings(max_examples=500, deadline=None)
+    def test_what_it_takes_for_the_same_is_the_same(
+        self, first: pb.ForwardStreamResponse, second: pb.ForwardStreamResponse, draw: st.DataObject
+    ) -> None:
+        """Corrupted or not, and whether or not the first makes any sense."""
+        second.response.MergeFrom(first.response) if draw.draw(st.booleans()) else None
+        data, other = bytearray(first.SerializeToString()), bytearray(second.SerializeToString())
+        for each in (data, other):
+            if each and draw.draw(st.booleans()):
+                each[draw.draw(st.integers(0, len(each) - 1))] = draw.draw(st.integers(0, 255))
+        for one, two in ((data, other), (data, data)):
+            timing = KnownAnswer(bytes(one)).timing_of(bytes(two))
+            if timing is None:
+                continue
+            try:
+                expected = pb.ForwardStreamResponse.FromString(bytes(one))
+            except DecodeError:
+                continue  # it was not read, and so is not known
+            found = pb.ForwardStreamResponse.FromString(bytes(two))
+            expected.response.ClearField("timing")
+            assert found.response.timing == timing
+            found.response.ClearField("timing")
+            assert found == expected
