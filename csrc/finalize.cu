@@ -63,8 +63,8 @@ struct Slots {
   unsigned local;  // a bit for each lane whose slot has a row
 
   __device__ __forceinline__ Slots(const FinalizeParams& p, int first_token, int per_warp, int lane) {
-    if (lane < min(per_warp, p.num_tokens - first_token) * p.top_k) {
-      const size_t slot = static_cast<size_t>(first_token) * p.top_k + lane;
+    const size_t slot = static_cast<size_t>(first_token) * p.top_k + lane;
+    if (lane < per_warp * p.top_k && slot < static_cast<size_t>(p.num_tokens) * p.top_k) {
       row = __ldcg(p.expanded_to_row + slot);
       if (p.weights != nullptr) {
         weight = __bfloat162float(__ldcg(reinterpret_cast<const __nv_bfloat16*>(p.weights) + slot));
