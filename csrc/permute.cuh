@@ -10,11 +10,17 @@
 
 namespace expertd {
 
-constexpr int kMaxThreads = 1024;  // of any block
+constexpr int kMaxThreads = 1024;   // of any block
+constexpr int kMaxTileCluster = 4;  // RouteParams::cluster
 
 // Rows and token tiles of some experts, and how many of the rows are the block's own tokens.
 struct Extent {
   int rows, tiles, own;
+};
+
+// Rows of an expert: in earlier blocks, and in all.
+struct ExpertRows {
+  int before, total;
 };
 
 // How many of a block's tokens chose an expert, whose bits these are.
@@ -93,13 +99,18 @@ __device__ __forceinline__ void write_tiles(const RouteParams& p, int expert, in
   }
 }
 
-// Needs bitmaps, row_start (rows of earlier blocks), total and ids of the block in shared memory, behind a barrier.
+// Needs bitmaps and ids of the block in shared memory, behind a barrier. rows_of(e): ExpertRows of a local expert.
 // With `by_row` rows that follow each other are written together.
-template <bool kByRow, int kWords>
+template <bool kByRow, int kWords, class RowsOf>
 __device__ __forceinline__ void write_permutation(const RouteParams& p, RouteSmem<kWords>& smem, const Share& share,
-                                                  ByRowSmem* by_row = nullptr) {
+                                                  const RowsOf& rows_of, ByRowSmem* by_row = nullptr) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   constexpr bool kOneEach = kWords > 2;  // there are as many threads as experts
+  // One sum for rows and tiles, where there are at most 256 tokens: as many times kMaxTopK rows, and kMaxTileCluster
+  // times as many tiles.
+  constexpr bool kPacked = kWords == 2;
+  const auto pack = [](const Extent& e) { return static_cast<uint32_t>(e.rows | e.tiles << 16); };
+  const auto unpack = [](uint32_t v) { return Extent{static_cast<int>(v & 0xffff), static_cast<int>(v >> 16), 0}; };
   int per_thread = 1;
   while (!kOneEach && per_thread * static_cast<int>(blockDim.x) < p.num_local) ++per_thread;
   const int first_expert = threadIdx.x * per_thread, end_expert = min(first_expert + per_thread, p.num_local);
@@ -108,7 +119,9 @@ __device__ __forceinline__ void write_permutation(const RouteParams& p, RouteSme
   if (has_experts) {
 #pragma unroll 1
     for (int e = first_expert; e < end_expert; ++e) {
-      mine.rows += smem.total[e], mine.tiles += num_tiles(p, smem.total[e]);
+      const ExpertRows rows = rows_of(e);
+      smem.row_start[e] = rows.before, smem.total[e] = rows.total;
+      mine.rows += rows.total, mine.tiles += num_tiles(p, rows.total);
       if constexpr (kByRow) {
         uint32_t before = 0;
 #pragma unroll
@@ -120,11 +133,21 @@ __device__ __forceinline__ void write_permutation(const RouteParams& p, RouteSme
       }
     }
     at = mine;
+    if constexpr (kPacked) {
+      uint32_t upto = pack(mine);
 #pragma unroll
-    for (int d = 1; d < 32; d <<= 1) {
-      const int rows = __shfl_up_sync(kAllLanes, at.rows, d), tiles = __shfl_up_sync(kAllLanes, at.tiles, d),
-                own = kByRow ? __shfl_up_sync(kAllLanes, at.own, d) : 0;
-      if (lane >= d) at.rows += rows, at.tiles += tiles, at.own += own;
+      for (int d = 1; d < 32; d <<= 1) {
+        const uint32_t other = __shfl_up_sync(kAllLanes, upto, d);
+        upto += lane >= d ? other : 0;
+      }
+      at = unpack(upto);
+    } else {
+#pragma unroll
+      for (int d = 1; d < 32; d <<= 1) {
+        const int rows = __shfl_up_sync(kAllLanes, at.rows, d), tiles = __shfl_up_sync(kAllLanes, at.tiles, d),
+                  own = kByRow ? __shfl_up_sync(kAllLanes, at.own, d) : 0;
+        if (lane >= d) at.rows += rows, at.tiles += tiles, at.own += own;
+      }
     }
     if (lane == 31) smem.warp_extents[warp] = at;
   }
@@ -133,26 +156,26 @@ __device__ __forceinline__ void write_permutation(const RouteParams& p, RouteSme
   if (has_experts) {
     const Extent earlier = lane < warp ? smem.warp_extents[lane] : Extent{0, 0, 0};
     const auto add = [](int v) { return static_cast<int>(__reduce_add_sync(kAllLanes, v)); };
-    at.rows += add(earlier.rows) - mine.rows, at.tiles += add(earlier.tiles) - mine.tiles;
+    if constexpr (kPacked) {
+      const Extent all = unpack(add(pack(earlier)));
+      at.rows += all.rows - mine.rows, at.tiles += all.tiles - mine.tiles;
+    } else {
+      at.rows += add(earlier.rows) - mine.rows, at.tiles += add(earlier.tiles) - mine.tiles;
+    }
     if constexpr (kByRow) at.own += add(earlier.own) - mine.own;
+    int first_row = at.rows;
 #pragma unroll 1
     for (int e = first_expert; e < end_expert; ++e) {
-      const int rows = kOneEach ? mine.rows : smem.total[e];
-      smem.row_start[e] += at.rows;
-      smem.total[e] = at.own;
-      if ((e & (writers - 1)) == share.block) {
-        if constexpr (kByRow) {
-          by_row->written[e / writers] = {rows, at.rows, at.tiles};
-        } else {
-          write_tiles(p, e, rows, at.rows, at.tiles, 0, 1);
-        }
+      smem.row_start[e] += first_row;
+      first_row += kOneEach ? mine.rows : smem.total[e];
+      if constexpr (kByRow) {
+        smem.total[e] = at.own;
+        if ((e & (writers - 1)) == share.block) by_row->written[e / writers] = {mine.rows, at.rows, at.tiles};
       }
-      at.rows += rows, at.tiles += kOneEach ? mine.tiles : num_tiles(p, rows);
-      if constexpr (kByRow) at.own += mine.own;
     }
     if (first_expert < end_expert && end_expert == p.num_local) {
-      if constexpr (kByRow) by_row->num_slots = at.own;
-      if (share.block == 0) *p.schedule = Schedule{at.tiles, at.rows, {0, 0}};
+      if constexpr (kByRow) by_row->num_slots = at.own + mine.own;
+      if (share.block == 0) *p.schedule = Schedule{at.tiles + mine.tiles, at.rows + mine.rows, {0, 0}};
     }
   }
   __syncthreads();
@@ -164,8 +187,10 @@ __device__ __forceinline__ void write_permutation(const RouteParams& p, RouteSme
       p.row_weight[row] = __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(p.topk_weights)[first_slot + i]);
     }
   };
+  // By the last warps, as the first may have tiles to write.
+  const int first_i = kByRow ? threadIdx.x : blockDim.x - 1 - threadIdx.x;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < share.num_tokens * p.top_k; i += blockDim.x) {
+  for (int i = first_i; i < share.num_tokens * p.top_k; i += blockDim.x) {
     const int local = smem.ids[i], t = divide(i, p.top_k_inverse);
     int row = -1;
     if (local >= 0) {
@@ -185,7 +210,14 @@ __device__ __forceinline__ void write_permutation(const RouteParams& p, RouteSme
     }
     p.expanded_to_row[first_slot + i] = row;
   }
-  if constexpr (kByRow) {
+  if constexpr (!kByRow) {
+#pragma unroll 1
+    for (int e = first_expert; e < end_expert; ++e) {
+      const int rows = kOneEach ? mine.rows : smem.total[e];
+      if ((e & (writers - 1)) == share.block) write_tiles(p, e, rows, at.rows, at.tiles, 0, 1);
+      at.rows += rows, at.tiles += num_tiles(p, rows);
+    }
+  } else {
 #pragma unroll 1
     for (int i = warp; share.block < writers && i * writers + share.block < p.num_local; i += blockDim.x / 32) {
       const WrittenExpert written = by_row->written[i];

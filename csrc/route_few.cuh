@@ -21,6 +21,7 @@ constexpr int kFewTokens = 8;
 struct FewSmem {
   alignas(16) int local[kFewTokens][kMaxTopK];    // local experts of the slots, -1 where not held or no slot
   float weights[kFewTokens][kMaxTopK];            // as topk_weights has them; only where rows are weighted
+  ListSmem lists[kFewTokens];                     // of the warps that route
   uint32_t chosen[kFewTokens][kMaxExperts / 32];  // by token: its experts
   int before[kFewTokens][kMaxExperts / 32];       // how many of them in lower words
 };
@@ -107,21 +108,30 @@ __global__ void __launch_bounds__(2 * kFewTokens * 32, 1) route_few_kernel(const
   const int num_tokens = share_of(p).num_tokens;
   const bool own = token < num_tokens && lane < p.top_k;
   if (routes) {
-    const auto tell = [&](int id) {
+    float values[kPer], bias[kPer];
+    const bool has_logits = p.logits != nullptr && token < num_tokens;
+    if (has_logits) {
+      load_logits<kPer>(p, token, lane, values);
+      load_bias<kScore, kPer>(p, lane, bias);
+    }
+    smem.local[token][lane] = -1;
+    __syncwarp();
+    const auto tell = [&](int k, int id) {
       const int local = id - p.local_offset;
-      const bool held = own && static_cast<unsigned>(local) < static_cast<unsigned>(p.num_local);
-      smem.local[token][lane] = held ? local : -1;
+      if (k >= 0 && static_cast<unsigned>(local) < static_cast<unsigned>(p.num_local)) smem.local[token][k] = local;
       __syncwarp();
       sm90::bar_arrive(kTold, threads);
     };
     int id = -1;
     float weight = 0.0f;
-    if (p.logits != nullptr && token < num_tokens) {
+    if (has_logits) {
       uint32_t* mine = memory + warp * (p.num_experts + p.n_group);
-      id = route_token<kScore, kPer>(p, token, mine, lane, weight, tell);
+      const Slot routed = route_logits<kScore, kPer>(p, token, values, bias, mine, &smem.lists[warp], lane, tell);
+      id = routed.id;
+      weight = slot_weight<kScore, 32>(p, routed.value, lane < p.top_k);
     } else {
       if (own) id = p.in_ids[slot];
-      tell(id);
+      tell(own ? lane : -1, id);
       if (own) weight = load_float(p.in_weights, p.in_weights_dtype, slot);
     }
     const __nv_bfloat16 rounded = __float2bfloat16_rn(weight);

@@ -29,7 +29,7 @@ constexpr int kFourGroupSize = 32;  // experts of a group: a four of each lane
 // Shared memory of a warp. Candidates are {~id, key}: the greater is better, and {0, 0} is none.
 struct FourSmem {
   alignas(16) uint2 candidates[kFour][kMaxCandidates + 2];  // two more: no bank conflicts
-  uint2 slots[kFour][kFourSlots];
+  uint2 slots[kFour][kFourSlots];                           // {id, what the weight is made of}
   alignas(8) uint64_t logits_here;
 };
 
@@ -133,6 +133,32 @@ __device__ __forceinline__ float bound_of_groups(const RouteParams& p, const flo
   return least;
 }
 
+// Logits -> softmax values, to the bit as `route_logits` has them of lanes of four experts: these are our fours.
+__device__ __forceinline__ void softmax(float (&scores)[16]) {
+  uint32_t top = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float* four = scores + 4 * i;
+    top = max(top, order_key(fmaxf(fmaxf(fmaxf(four[0], four[1]), four[2]), four[3])));
+  }
+#pragma unroll
+  for (int mask = 1; mask < kTokenLanes; mask *= 2) top = max(top, __shfl_xor_sync(kAllLanes, top, mask));
+  float sums[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float* four = scores + 4 * i;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) four[j] = expf(__fsub_rn(four[j], key_value(top)));
+    sums[i] = __fadd_rn(__fadd_rn(__fadd_rn(four[0], four[1]), four[2]), four[3]);
+  }
+  float sum = __fadd_rn(__fadd_rn(sums[0], sums[2]), __fadd_rn(sums[1], sums[3]));  // NOTE: the order of `warp_sum`
+#pragma unroll
+  for (int mask = kTokenLanes / 2; mask > 0; mask /= 2) sum = __fadd_rn(sum, from_lane_xor(sum, mask));
+  const float inverse = __fdividef(1.0f, sum);
+#pragma unroll
+  for (float& score : scores) score = __fmul_rn(score, inverse);
+}
+
 // Four times each of eight bits.
 __device__ __forceinline__ uint32_t four_times_each(uint32_t bits) {
   bits = (bits | bits << 12) & 0x000f000fu;
@@ -169,10 +195,6 @@ __device__ __forceinline__ float logit_of(const RouteParams& p, const void* row,
                                            : __bfloat162float(static_cast<const __nv_bfloat16*>(row)[expert]);
 }
 
-__device__ __forceinline__ bool is_better(uint2 candidate, uint2 than) {
-  return (static_cast<uint64_t>(candidate.y) << 32 | candidate.x) > (static_cast<uint64_t>(than.y) << 32 | than.x);
-}
-
 // `count` tokens of a warp, up to four, whose logits lie in shared memory. Lane 8 t + k returns the expert of slot k of
 // token t, and its weight. Returns a bit for each lane of a token that has too many candidates to be routed in this
 // way. bias: [32 * kPer] in shared memory, only for kBySigmoid; -infinity past the last expert.
@@ -187,6 +209,7 @@ __device__ __forceinline__ unsigned route_four(const RouteParams& p, int count, 
   } else {
     load_fours<DType::kBFloat16>(p, row, part, scores);
   }
+  if constexpr (kScore == kBySoftmax) softmax(scores);
   if constexpr (kScore == kBySigmoid) {
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
@@ -231,11 +254,13 @@ __device__ __forceinline__ unsigned route_four(const RouteParams& p, int count, 
   const bool too_many = candidates > kMaxCandidates;
   if (too_many) reached = 0;
   const int most = __reduce_max_sync(kAllLanes, too_many ? 0 : candidates);
-#pragma unroll 1
-  for (int at = upto - own; reached != 0; ++at) {
-    const int n = 31 - __clz(reached);
-    reached ^= 1u << n;
-    smem.candidates[token][at].x = ~(first_of_four(n / 4, part) + n % 4);
+  int at = upto - own;
+#pragma unroll
+  for (int n = 0; n < 4 * kPer; ++n) {
+    if ((reached >> n & 1) != 0) {
+      const uint32_t expert = first_of_four(n / 4, part) + n % 4;
+      smem.candidates[token][at++] = make_uint2(~expert, __float_as_uint(scores[n]));
+    }
   }
   __syncwarp();
 
@@ -244,41 +269,47 @@ __device__ __forceinline__ unsigned route_four(const RouteParams& p, int count, 
 #pragma unroll 1
   for (int first = part; first < most + part; first += 2 * kTokenLanes) {
 #pragma unroll
-    for (int at = first; at < first + 2 * kTokenLanes; at += kTokenLanes) {
-      const int candidate = at < listed ? ~smem.candidates[token][at].x : p.num_experts;
-      const bool exists = candidate < p.num_experts;  // those past the last reach a bound of -infinity
-      const int expert = exists ? candidate : 0;
-      const float logit = logit_of(p, row, expert);
-      const uint32_t key = order_key(kScore == kBySigmoid ? __fadd_rn(sigmoid(logit), bias[expert]) : logit);
-      smem.candidates[token][at] = exists ? make_uint2(~expert, key) : make_uint2(0, 0);
+    for (int i = first; i < first + 2 * kTokenLanes; i += kTokenLanes) {
+      const uint2 candidate = smem.candidates[token][i];
+      // Those past the last expert reach a bound of -infinity.
+      const bool exists = i < listed && static_cast<int>(~candidate.x) < p.num_experts;
+      const uint32_t key = order_key(__uint_as_float(candidate.y));
+      smem.candidates[token][i] = exists ? make_uint2(candidate.x, key) : make_uint2(0, 0);
     }
   }
   __syncwarp();
 #pragma unroll 1
   for (int first = part; first < most + part; first += 2 * kTokenLanes) {
     const uint2 own[2] = {smem.candidates[token][first], smem.candidates[token][first + kTokenLanes]};
+    float values[2];
     int better[2] = {};
-#pragma unroll 1
-    for (int n = 0; n < most; n += 4) {
+    const auto look_at = [&](int m) {
+      const uint4 others = *reinterpret_cast<const uint4*>(&smem.candidates[token][m]);
 #pragma unroll
-      for (int m = n; m < n + 4; m += 2) {
-        const uint4 others = *reinterpret_cast<const uint4*>(&smem.candidates[token][m]);
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          better[i] += is_better({others.x, others.y}, own[i]) + is_better({others.z, others.w}, own[i]);
-      }
-    }
+      for (int i = 0; i < 2; ++i)
+        better[i] += is_better({others.x, others.y}, own[i]) + is_better({others.z, others.w}, own[i]);
+    };
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (own[i].y != 0 && better[i] < p.top_k) smem.slots[token][better[i]] = own[i];
+      values[i] = key_value(own[i].y);
+      if constexpr (kScore == kBySigmoid) values[i] = sigmoid(logit_of(p, row, own[i].y != 0 ? ~own[i].x : 0));
+    }
+#pragma unroll
+    for (int m = 0; m < kListFirst; m += 2) look_at(m);
+#pragma unroll 1
+    for (int m = kListFirst; m < most; m += 4) look_at(m), look_at(m + 2);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (own[i].y != 0 && better[i] < p.top_k) {
+        smem.slots[token][better[i]] = make_uint2(~own[i].x, __float_as_uint(values[i]));
+      }
     }
   }
   __syncwarp();
   const bool active = part < p.top_k && !too_many;
   const uint2 slot = smem.slots[token][part];
-  id = active ? ~slot.x : 0;
-  const float value = kScore == kBySigmoid ? sigmoid(logit_of(p, row, id)) : key_value(slot.y);
-  weight = slot_weight<kScore, kTokenLanes>(p, value, active);
+  id = active ? slot.x : 0;
+  weight = slot_weight<kScore, kTokenLanes>(p, __uint_as_float(slot.y), active);
   return __ballot_sync(kAllLanes, too_many && token < count);
 }
 

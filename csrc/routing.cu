@@ -24,7 +24,6 @@ namespace {
 
 constexpr int kMinWarps = 8;
 constexpr int kMaxClusterBlocks = 8;
-constexpr int kOneBlockTokens = 16;                      // up to here one block, or a cluster if there are many experts
 constexpr int kByRowTokens = 32;                         // of a block; from here on rows are written in order
 constexpr int kMaxSlots = kRouteBlockTokens * kMaxTopK;  // of a block
 constexpr int kSumLanes = 8;                             // that add up the counts of one expert
@@ -34,10 +33,18 @@ constexpr int kCountBlocks = 16;                         // whose counts of an e
 enum Way { kCluster, kMany };
 
 // Up to how many tokens one launch is faster: more experts are more to compute, and a cluster has eight SMs only.
-constexpr int cluster_tokens(int num_experts) { return num_experts <= 128 ? 256 : 128; }
+constexpr int cluster_tokens(int num_experts) { return num_experts <= 256 ? 256 : 128; }
+
+// Up to how many tokens one block is faster than a cluster.
+constexpr int one_block_tokens(int num_experts) { return num_experts <= 128 ? 16 : num_experts <= 256 ? 8 : 0; }
 
 // Warps of a block, at most: 32 where the registers allow it.
-constexpr int max_warps(int per_lane) { return per_lane <= 8 ? 32 : 16; }
+template <int kPer>
+constexpr int kMaxWarps = kPer <= 8 ? 32 : 16;
+
+// Whether there are registers to hold the bias from the start.
+template <int kPer>
+constexpr bool kBiasEarly = kPer <= 16;
 
 template <Way kWay>
 struct WaySmem : RouteSmem<kRouteBlockTokens / 32> {};
@@ -56,87 +63,115 @@ __device__ __forceinline__ void clear_bitmaps(uint32_t (*bitmaps)[kWords], int n
   }
 }
 
-// What a slot of the block's token t says: its expert, and its weight.
+// The block's token t chose an expert.
 template <int kWords>
-__device__ __forceinline__ void write_slot(const RouteParams& p, uint32_t (*bitmaps)[kWords], const Share& share, int t,
-                                           int k, int id, float weight) {
-  const size_t slot = static_cast<size_t>(share.first_token + t) * p.top_k + k;
+__device__ __forceinline__ void mark_expert(const RouteParams& p, uint32_t (*bitmaps)[kWords], int t, int id) {
   const int local = id - p.local_offset;
   if (static_cast<unsigned>(local) < static_cast<unsigned>(p.num_local)) {
     atomicOr(&bitmaps[local][t >> 5], 1u << (t & 31));
   }
+}
+
+// What is said of slot k of the block's token t: its expert, and its weight.
+__device__ __forceinline__ void write_slot(const RouteParams& p, const Share& share, int t, int k, int id,
+                                           float weight) {
+  const size_t slot = static_cast<size_t>(share.first_token + t) * p.top_k + k;
   p.topk_ids[slot] = id;
   reinterpret_cast<__nv_bfloat16*>(p.topk_weights)[slot] = __float2bfloat16_rn(weight);
   if (p.replay != nullptr) p.replay[slot] = static_cast<int16_t>(id);
 }
 
+// A token whose slots are known, and not yet written.
+struct Unwritten {
+  int t;  // of the block; -1: none
+  Slot slot;
+};
+
+template <Score kScore>
+__device__ __forceinline__ void write_slots(const RouteParams& p, const Share& share, const Unwritten& token,
+                                            int lane) {
+  if (token.t < 0) return;
+  const float weight = slot_weight<kScore, 32>(p, token.slot.value, lane < p.top_k);
+  if (lane < p.top_k) write_slot(p, share, token.t, lane, token.slot.id, weight);
+}
+
+// The tokens of a warp. values, bias: its first token's logits, and of a cluster the bias if `kBiasEarly`, already
+// asked for. Returns a token whose slots the caller has to write: of a cluster the last one, so that other blocks hear
+// of its experts before.
 template <Score kScore, int kPer, Way kWay>
-__device__ __forceinline__ void route_tokens(const RouteParams& p, WaySmem<kWay>& smem, const Share& share,
-                                             uint32_t* memory) {
+__device__ __forceinline__ Unwritten route_tokens(const RouteParams& p, WaySmem<kWay>& smem, ListSmem* list,
+                                                  const Share& share, float (&values)[kPer], float (&bias)[kPer],
+                                                  uint32_t* memory) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   constexpr bool kAhead = kWay == kMany && kPer <= 8;  // a token's logits come while the one before is routed
-  float values[kPer];
-  if (kAhead && p.logits != nullptr && warp < share.num_tokens) {
-    load_logits<kPer>(p, share.first_token + warp, lane, values);
-  }
+  Unwritten last = {-1, {}};
 #pragma unroll 1
   for (int t = warp; t < share.num_tokens; t += warps) {
     const int token = share.first_token + t;
-    const size_t slot = static_cast<size_t>(token) * p.top_k + lane;
-    float weight = 0.0f;
-    int id = -1;
-    if (p.logits != nullptr) {
-      if constexpr (kAhead) {
-        float next[kPer];
-        load_logits<kPer>(p, share.first_token + min(t + warps, share.num_tokens - 1), lane, next);
-        id = route_logits<kScore, kPer, true>(p, token, values, memory, lane, weight, [](int) {});
-#pragma unroll
-        for (int i = 0; i < kPer; ++i) values[i] = next[i];
-      } else {
-        id = route_token<kScore, kPer>(p, token, memory, lane, weight, [](int) {});
-      }
-    } else if (lane < p.top_k) {
-      id = p.in_ids[slot];
-      weight = load_float(p.in_weights, p.in_weights_dtype, slot);
-    }
-    if (lane < p.top_k) {
+    const auto tell = [&](int k, int id) {
+      if (k < 0) return;
       if constexpr (kWay == kCluster) {
         const int local = id - p.local_offset;
-        smem.ids[t * p.top_k + lane] = static_cast<unsigned>(local) < static_cast<unsigned>(p.num_local) ? local : -1;
+        smem.ids[t * p.top_k + k] = static_cast<unsigned>(local) < static_cast<unsigned>(p.num_local) ? local : -1;
       }
-      write_slot(p, smem.bitmaps, share, t, lane, id, weight);
+      mark_expert(p, smem.bitmaps, t, id);
+    };
+    if (p.logits == nullptr) {
+      if (lane >= p.top_k) continue;
+      const size_t slot = static_cast<size_t>(token) * p.top_k + lane;
+      const int id = p.in_ids[slot];
+      tell(lane, id);
+      write_slot(p, share, t, lane, id, load_float(p.in_weights, p.in_weights_dtype, slot));
+      continue;
     }
+    if constexpr (kAhead) {
+      float next[kPer];
+      load_logits<kPer>(p, share.first_token + min(t + warps, share.num_tokens - 1), lane, next);
+      load_bias<kScore, kPer>(p, lane, bias);
+      last = {t, route_logits<kScore, kPer, true>(p, token, values, bias, memory, list, lane, tell)};
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) values[i] = next[i];
+    } else {
+      if (t != warp) {
+        if constexpr (kWay == kCluster) write_slots<kScore>(p, share, last, lane);
+        load_logits<kPer>(p, token, lane, values);
+      }
+      if constexpr (kWay == kMany || !kBiasEarly<kPer>) load_bias<kScore, kPer>(p, lane, bias);
+      last = {t, route_logits<kScore, kPer>(p, token, values, bias, memory, list, lane, tell)};
+    }
+    if constexpr (kWay == kMany) write_slots<kScore>(p, share, last, lane);
   }
+  return last;
 }
 
-// Rows of each expert in earlier blocks, and in all, from what every block of the cluster sends to every other.
-__device__ __forceinline__ void exchange_counts(const RouteParams& p, WaySmem<kCluster>& smem, const Share& share) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// How many rows of each expert the block has, to every other block of the cluster. Each warp sends what it has counted.
+__device__ __forceinline__ void send_counts(const RouteParams& p, WaySmem<kCluster>& smem, const Share& share) {
+  const int lane = threadIdx.x % 32, peer = lane / 2, chunk = lane % 2 * 16;
   uint8_t* own = smem.sent[share.block];
   __syncthreads();
-  for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) own[e] = smem.count(e);
-  __syncthreads();
-  if (share.num_blocks > 1) {
-    const uint32_t bar = sm90::smem_address(&smem.all_sent);
-    sm90::cluster_wait();  // the others' barriers are set up
-    if (warp < share.num_blocks && warp != share.block) {
-      for (int e = lane * 16; e < p.num_local; e += 32 * 16) {
-        sm90::send_v4(sm90::smem_address(own + e), *reinterpret_cast<const int4*>(own + e), bar, warp);
-      }
+  if (share.num_blocks > 1) sm90::cluster_wait();  // the others' barriers are set up
+  for (int first = threadIdx.x - lane; first < p.num_local; first += blockDim.x) {
+    if (first + lane < p.num_local) own[first + lane] = smem.count(first + lane);
+    __syncwarp();
+    if (peer < share.num_blocks && peer != share.block && first + chunk < p.num_local) {
+      uint8_t* counts = own + first + chunk;
+      sm90::send_v4(sm90::smem_address(counts), *reinterpret_cast<const int4*>(counts),
+                    sm90::smem_address(&smem.all_sent), peer);
     }
-    sm90::mbarrier_wait(bar, 0);
   }
-  for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) {
-    int before = 0, total = 0;
+  if (p.num_local > static_cast<int>(blockDim.x)) __syncthreads();  // else who has counted an expert reads it again
+}
+
+// Rows of an expert in earlier blocks, and in all, from what every block of the cluster has sent.
+__device__ __forceinline__ ExpertRows rows_of_cluster(const WaySmem<kCluster>& smem, const Share& share, int e) {
+  ExpertRows rows = {0, 0};
 #pragma unroll
-    for (int b = 0; b < kMaxClusterBlocks; ++b) {
-      const int count = b < share.num_blocks ? smem.sent[b][e] : 0;
-      before += b < share.block ? count : 0;
-      total += count;
-    }
-    smem.row_start[e] = before;
-    smem.total[e] = total;
+  for (int b = 0; b < kMaxClusterBlocks; ++b) {
+    const int count = b < share.num_blocks ? smem.sent[b][e] : 0;
+    rows.before += b < share.block ? count : 0;
+    rows.total += count;
   }
+  return rows;
 }
 
 // Where a block leaves its count of an expert: those of 16 blocks lie together, as one lane reads them.
@@ -184,9 +219,11 @@ __device__ __forceinline__ void add_up_counts(const RouteParams& p, WaySmem<kMan
 }
 
 template <Score kScore, int kPer, Way kWay>
-__global__ void __launch_bounds__(max_warps(kPer) * 32, 1) route_kernel(const __grid_constant__ RouteParams p) {
+__global__ void __launch_bounds__(kMaxWarps<kPer> * 32, 1) route_kernel(const __grid_constant__ RouteParams p) {
   __shared__ WaySmem<kWay> smem;
+  __shared__ ListSmem lists[kMayList<kPer> ? kMaxWarps<kPer> : 1];
   extern __shared__ uint32_t memory[];  // [warps, num_experts + n_group], for odd groups
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if constexpr (kWay == kCluster) {
     if (gridDim.x > 1) {
       if (threadIdx.x == 0) {
@@ -197,21 +234,32 @@ __global__ void __launch_bounds__(max_warps(kPer) * 32, 1) route_kernel(const __
       sm90::cluster_arrive();
     }
   }
-  clear_bitmaps(smem.bitmaps, p.num_local);
-  __syncthreads();
   sm90::griddepcontrol_wait();
   sm90::griddepcontrol_launch_dependents();
   const Share share = share_of(p);
-  route_tokens<kScore, kPer, kWay>(p, smem, share, memory + threadIdx.x / 32 * (p.num_experts + p.n_group));
+  float values[kPer], bias[kPer];
+  if (p.logits != nullptr && warp < share.num_tokens) {
+    load_logits<kPer>(p, share.first_token + warp, lane, values);
+    if (kWay == kCluster && kBiasEarly<kPer>) load_bias<kScore, kPer>(p, lane, bias);
+  }
+  clear_bitmaps(smem.bitmaps, p.num_local);
+  __syncthreads();
+  const Unwritten last = route_tokens<kScore, kPer, kWay>(p, smem, kMayList<kPer> ? &lists[warp] : nullptr, share,
+                                                          values, bias, memory + warp * (p.num_experts + p.n_group));
   if constexpr (kWay == kCluster) {
-    exchange_counts(p, smem, share);
-    __syncthreads();
-    write_permutation<false>(p, smem, share);
+    send_counts(p, smem, share);
+    write_slots<kScore>(p, share, last, lane);
+    if (share.num_blocks > 1) sm90::mbarrier_wait(sm90::smem_address(&smem.all_sent), 0);
+    write_permutation<false>(p, smem, share, [&](int e) { return rows_of_cluster(smem, share, e); });
   } else {
     __syncthreads();
     leave_counts(p, smem.bitmaps, share.block);
   }
 }
+
+// From so many tokens of 129 experts or more on so many bytes of logits are on their way at a time, and come in the
+// order of the warps: all at once, all warps would have theirs at the end.
+constexpr int kAheadTokens = 8192, kAheadBytes = 40 << 10;
 
 // Shared memory of a block that routes four tokens in each warp.
 template <int kPer>
@@ -229,39 +277,55 @@ __global__ void __launch_bounds__(kRouteBlockTokens / kFour * 32, 1)
   extern __shared__ uint4 logits[];  // [warps, four, num_experts]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   FourSmem& own = smem.warps[warp];
-  void* own_logits = logits + warp * kFour * bytes_of_row(p) / sizeof(uint4);
+  const int bytes = kFour * bytes_of_row(p);
+  const auto logits_of = [&](int w) { return reinterpret_cast<char*>(logits) + w * bytes; };
   if (lane == 0) {
     sm90::mbarrier_init(sm90::smem_address(&own.logits_here), 1);
     sm90::fence_mbarrier_init();
   }
-  __syncthreads();  // the copy of logits arrives there, and it is none of the threads
+  __syncthreads();  // the copies of logits arrive there, and they are none of the threads
   sm90::griddepcontrol_wait();
   sm90::griddepcontrol_launch_dependents();
   const Share share = share_of(p);
   const int first = warp * kFour, count = min(kFour, share.num_tokens - first);
-  if (count > 0 && lane == 0) fetch_logits(p, share.first_token + first, count, own_logits, own);
-  clear_bitmaps(smem.bitmaps, p.num_local);
-  if constexpr (kScore == kBySigmoid) {
-    for (int e = threadIdx.x; e < 32 * kPer; e += blockDim.x) {
-      const float bias = p.bias == nullptr ? 0.0f : load_float(p.bias, p.bias_dtype, min(e, p.num_experts - 1));
-      smem.bias[e] = e < p.num_experts ? bias : -INFINITY;
-    }
+  const auto fetch = [&](int w) {
+    const int tokens = min(kFour, share.num_tokens - w * kFour);
+    if (tokens > 0) fetch_logits(p, share.first_token + w * kFour, tokens, logits_of(w), smem.warps[w]);
+  };
+  // The bias is asked for before the logits, or it would come behind them.
+  float bias = -INFINITY;
+  if (kScore == kBySigmoid && threadIdx.x < p.num_experts) {
+    bias = p.bias == nullptr ? 0.0f : load_float(p.bias, p.bias_dtype, threadIdx.x);
   }
+  const int ahead = p.num_tokens >= kAheadTokens && kPer == 8 ? max(1, kAheadBytes / bytes) : 32;
+  if (lane == 0 && warp < ahead) fetch(warp);
+  clear_bitmaps(smem.bitmaps, p.num_local);
+  if (kScore == kBySigmoid && threadIdx.x < 32 * kPer) smem.bias[threadIdx.x] = bias;
   __syncthreads();
   if (count > 0) {
+    void* own_logits = logits_of(warp);
     sm90::mbarrier_wait(sm90::smem_address(&own.logits_here), 0);
+    if (lane == 0 && warp + ahead < 32) fetch(warp + ahead);
     int id;
     float weight;
     const unsigned other_way = route_four<kScore, kPer>(p, count, own_logits, smem.bias, own, lane, id, weight);
     const int token = lane / kTokenLanes, k = lane % kTokenLanes;
     if (token < count && k < p.top_k && (other_way >> lane & 1) == 0) {
-      write_slot(p, smem.bitmaps, share, first + token, k, id, weight);
+      mark_expert(p, smem.bitmaps, first + token, id);
+      write_slot(p, share, first + token, k, id, weight);
     }
 #pragma unroll 1
-    for (int t = 0; t < count; ++t) {
+    for (int t = 0; t < count && other_way != 0; ++t) {
       if ((other_way >> t * kTokenLanes & 1) == 0) continue;
-      id = route_token<kScore, kPer>(p, share.first_token + first + t, nullptr, lane, weight, [](int) {});
-      if (lane < p.top_k) write_slot(p, smem.bitmaps, share, first + t, lane, id, weight);
+      float values[kPer], biases[kPer];
+      load_logits<kPer>(p, share.first_token + first + t, lane, values);
+      load_bias<kScore, kPer>(p, lane, biases);
+      const auto tell = [&](int slot, int expert) {
+        if (slot >= 0) mark_expert(p, smem.bitmaps, first + t, expert);
+      };
+      const Slot slot =
+          route_logits<kScore, kPer>(p, share.first_token + first + t, values, biases, nullptr, nullptr, lane, tell);
+      write_slots<kScore>(p, share, {first + t, slot}, lane);
     }
   }
   __syncthreads();
@@ -293,10 +357,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1) permute_kernel(const __grid_co
     if (held) atomicOr(&smem.bitmaps[local][t >> 5], 1u << (t & 31));
   }
   __syncthreads();
+  const auto rows_of = [&](int e) { return ExpertRows{smem.row_start[e], smem.total[e]}; };
   if (p.block_tokens >= kByRowTokens) {
-    write_permutation<true>(p, smem, share, &by_row);
+    write_permutation<true>(p, smem, share, rows_of, &by_row);
   } else {
-    write_permutation<false>(p, smem, share);
+    write_permutation<false>(p, smem, share, rows_of);
   }
 }
 
@@ -312,9 +377,11 @@ void launch_one(void (*kernel)(RouteParams), const RouteParams& p, int blocks, i
 // The first launch of many tokens, if they can be routed four in a warp.
 template <Score kScore, int kPer>
 bool launch_four(const RouteParams& p, int blocks, const LaunchConfig& launch) {
-  if constexpr (kScore != kBySoftmax && (kPer == 4 || kPer == 8)) {
+  if constexpr (kPer == 4 || (kPer == 8 && kScore != kBySoftmax)) {
     if (!routes_four<kScore, kPer>(p)) return false;
-    const int warps = (p.block_tokens + kFour - 1) / kFour;
+    // In groups a token alone in a warp is faster where each warp has one.
+    if (p.n_group > 1 && p.block_tokens <= kMinBlockTokens) return false;
+    const int warps = std::max(kPer, (p.block_tokens + kFour - 1) / kFour);  // a thread for each expert at least
     launch_one(route_four_kernel<kScore, kPer>, p, blocks, warps, warps * kFour * bytes_of_row(p), launch);
     return true;
   }
@@ -325,7 +392,7 @@ template <Score kScore, int kPer>
 void launch_size(const RouteParams& p, int blocks, const LaunchConfig& launch) {
   const bool odd_groups = p.logits != nullptr && p.n_group > 1 && lanes_per_group<kPer>(p) == 0;
   const auto memory = [&](int warps) { return odd_groups ? warps * (p.num_experts + p.n_group) * 4 : 0; };
-  const int warps = std::clamp(p.block_tokens, kMinWarps, max_warps(kPer));
+  const int warps = std::clamp(p.block_tokens, kMinWarps, kMaxWarps<kPer>);
   if (p.num_tokens <= kFewTokens && p.cluster == 1) {
     const int routing = p.num_tokens;
     return launch_one(route_few_kernel<kScore, kPer>, p, 1, 2 * routing, memory(routing), launch);
@@ -365,13 +432,14 @@ int max_route_blocks(int num_tokens) {
 void launch_route(RouteParams p, const LaunchConfig& launch) {
   require(p.num_experts >= 1 && p.num_experts <= kMaxExperts, "num_experts must be 1 to 1024");
   require(p.top_k >= 1 && p.top_k <= std::min(kMaxTopK, p.num_experts), "top_k must be 1 to min(num_experts, 32)");
-  require(p.cluster >= 1 && (p.cluster & (p.cluster - 1)) == 0 && p.tiles_per_block % p.cluster == 0,
-          "cluster must be a power of two, and tiles_per_block a multiple of it");
+  require(p.cluster >= 1 && p.cluster <= kMaxTileCluster && (p.cluster & (p.cluster - 1)) == 0 &&
+              p.tiles_per_block % p.cluster == 0,
+          "cluster must be 1, 2 or 4, and tiles_per_block a multiple of it");
   require(p.local_offset >= 0 && p.num_local >= 1 && p.local_offset + p.num_local <= p.num_experts,
           "the local experts must lie inside 0 ... num_experts - 1");
   int blocks = 1;
   if (p.num_tokens <= cluster_tokens(p.num_experts)) {
-    const bool one = p.num_tokens <= kOneBlockTokens && p.num_experts <= 256;
+    const bool one = p.num_tokens <= one_block_tokens(p.num_experts);
     while (!one && blocks < kMaxClusterBlocks && blocks * kMinWarps < p.num_tokens) blocks *= 2;
     p.block_tokens = std::max(1, (p.num_tokens + blocks - 1) / blocks);
   } else {

@@ -27,9 +27,10 @@ SHAPES = (
         "activation": Activation.RELU2,
     },
 )
-# Routing alone, of many tokens in the two sizes that four of them in a warp are compiled for, and in groups.
+# Routing alone, in the two sizes that candidates are listed for and four of many tokens share a warp; and in groups.
 ROUTED = (
     {"routing_method": RoutingMethod.RENORMALIZE, "num_experts": 128, "top_k": 8},
+    {"routing_method": RoutingMethod.RENORMALIZE_NAIVE, "num_experts": 128, "top_k": 8},
     {"routing_method": RoutingMethod.DEEPSEEK_V3, "num_experts": 256, "top_k": 8, "n_group": 8, "topk_group": 4},
 )
 
@@ -55,8 +56,8 @@ def main() -> None:
             print(f"shape {seed}, T {num_tokens}: {len(outputs)} families agree", flush=True)
     for seed, fields in enumerate(ROUTED):
         spec = make_spec(hidden_size=16, intermediate_size=16, **fields)
-        layer = backend.prepare(spec, make_weights(spec, seed), max_num_tokens=4100)
-        for num_tokens in (300, 4100):
+        layer = backend.prepare(spec, make_weights(spec, seed), max_num_tokens=8200)
+        for num_tokens in (1, 5, 60, 300, 4100, 8200):
             hidden_states, logits = make_inputs(spec, num_tokens, seed)
             logits[::7] = logits[::7].round()  # equal scores
             backend.forward(layer, hidden_states, routing_logits=logits, do_finalize=False)

@@ -50,15 +50,22 @@ ROUTINGS: tuple[dict[str, Any], ...] = (
     {"routing_method": RoutingMethod.DEEPSEEK_V3, "num_experts": 256, "top_k": 8, "n_group": 8, "topk_group": 4},
     {"routing_method": RoutingMethod.DEEPSEEK_V3, "num_experts": 256, "top_k": 3, "n_group": 8, "topk_group": 2},
     {"routing_method": RoutingMethod.DEEPSEEK_V3, "num_experts": 256, "top_k": 8, "n_group": 8, "topk_group": 1},
+    {"routing_method": RoutingMethod.DEEPSEEK_V3, "num_experts": 128, "top_k": 6, "n_group": 8, "topk_group": 3},
+    {"routing_method": RoutingMethod.DEEPSEEK_V3, "num_experts": 128, "top_k": 8, "n_group": 4, "topk_group": 2},
+    {"routing_method": RoutingMethod.RENORMALIZE_NAIVE, "num_experts": 128, "top_k": 8},
+    {"routing_method": RoutingMethod.DEFAULT, "num_experts": 100, "top_k": 5},
+    {"routing_method": RoutingMethod.DEFAULT, "num_experts": 200, "top_k": 8},
 )
+BY_LOGIT = (RoutingMethod.RENORMALIZE, RoutingMethod.TOPK)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fields", ROUTINGS, ids=lambda f: f"{f['routing_method'].name} {f['num_experts']}")
 def test_routing_of_many_tokens(backend: CudaBackend, fields: dict[str, Any], dtype: torch.dtype) -> None:
     """Four tokens share a warp where there are many, if a layer allows it; one has a warp of its own in small calls."""
-    layer = prepared(backend, 31, max_num_tokens=4100, hidden_size=16, intermediate_size=16, **fields)
-    _, logits = make_inputs(layer.spec, 4100, 10)
+    most = 8200  # the logits of so many come in the order of the warps
+    layer = prepared(backend, 31, max_num_tokens=most, hidden_size=16, intermediate_size=16, **fields)
+    _, logits = make_inputs(layer.spec, most, 10)
     logits = logits.float()
     draw = torch.rand(logits.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
     logits[1::8] = (4 * draw[1::8]).floor()  # many equal scores, so too many that may be chosen
@@ -71,13 +78,17 @@ def test_routing_of_many_tokens(backend: CudaBackend, fields: dict[str, Any], dt
     )
     logits[7::8] = torch.where(draw[7::8] < 0.9, -float("inf"), logits[7::8])
     logits = logits.to(dtype)
-    hidden_states = torch.zeros(4100, 16, device="cuda").to(torch.float8_e4m3fn)
+    hidden_states = torch.zeros(most, 16, device="cuda").to(torch.float8_e4m3fn)
     many = backend.forward(layer, hidden_states, routing_logits=logits, do_finalize=False)
-    for start in range(0, 4100, 100):
-        part = slice(start, start + 100)
+    starts = [(start, 100) for start in range(0, 4100, 100)] + [(start, 8) for start in range(0, 400, 8)]
+    for start, num_tokens in [(0, 4100), *starts]:
+        part = slice(start, start + num_tokens)
         few = backend.forward(layer, hidden_states[part], routing_logits=logits[part], do_finalize=False)
         assert torch.equal(many.topk_ids[part], few.topk_ids)
         assert same_bits(many.expert_weights[part], few.expert_weights)
+    if layer.spec.routing_method in BY_LOGIT:  # a sort says what they are: NaN first, equal ones by their place
+        best = logits.float().sort(dim=1, descending=True, stable=True).indices[:, : layer.spec.top_k]
+        assert torch.equal(many.topk_ids, best.int())
     # The rows are those of a stable sort by expert.
     ids = many.topk_ids.flatten()
     rows = torch.empty_like(ids)
