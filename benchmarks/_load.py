@@ -117,10 +117,14 @@ def due_times(job: Job, index: int) -> Iterator[float]:
             due_s += chance.expovariate(job.rate / job.streams)
         if due_s >= job.end_s:
             return
-        delay_s = due_s - time.monotonic()
-        if delay_s > 0:
-            time.sleep(delay_s)
         yield due_s
+
+
+def sleep_until(due_s: float) -> None:
+    """Return when it is due; at once where that has passed."""
+    delay_s = due_s - time.monotonic()
+    if delay_s > 0:
+        time.sleep(delay_s)
 
 
 def run_stream(job: Job, index: int, record: Record, gate: Gate) -> None:
@@ -148,6 +152,7 @@ def run_stream(job: Job, index: int, record: Record, gate: Gate) -> None:
                 order.append(n)
                 yield messages[n]
         for due_s in due_times(job, index):
+            sleep_until(due_s)
             n = free.get(timeout=_PATIENCE_S)
             due[n] = due_s
             order.append(n)
@@ -231,10 +236,17 @@ class FailedError(Exception):
 
 
 def ask_in_threads(job: Job, index: int, record: Record, gate: Gate, asks: list[Callable[[], None]]) -> None:
-    """Do each of these over and over, in a thread of its own, when the first of them was answered once."""
+    """Do each of these over and over, in a thread of its own, when the first of them was answered once. In the open
+    loop whoever is free does what is due next."""
+    due, turn = due_times(job, index), threading.Lock()
+
+    def next_due() -> float | None:
+        with turn:
+            return next(due, None)
 
     def repeat(ask: Callable[[], None]) -> None:
-        for due_s in due_times(job, index):
+        while (due_s := next_due()) is not None:
+            sleep_until(due_s)
             try:
                 ask()
             except FailedError as error:

@@ -98,7 +98,7 @@ def peer_table(shape: RequestShape, medians: dict[str, dict[str, Point]], rows: 
 
 
 def plot(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Latency over throughput of the open loop, one panel for each request size."""
+    """Latency over throughput of the open loop of the first transport, one panel for each request size."""
     import matplotlib as mpl  # noqa: PLC0415 (only where a plot is asked for)
 
     mpl.use("Agg")
@@ -107,7 +107,12 @@ def plot(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
     _, axes = plt.subplots(1, len(options.tokens), figsize=(4.2 * len(options.tokens), 3.6), squeeze=False)
     for axis, num_tokens in zip(axes[0], options.tokens, strict=True):
         layout = options.frontends[-1]
-        rows = [r for r in results if (r["tokens"], r["frontends"]) == (num_tokens, layout) and "share" in r]
+        wanted = num_tokens, layout, options.transports[0]
+        rows = [
+            row
+            for row in results
+            if "share" in row and (row["tokens"], row["frontends"], row["load_options"]["transport"]) == wanted
+        ]
         for who, colour in (("expertd", "tab:blue"), ("echo", "tab:grey")):
             for percentile, style in (("p50", "-"), ("p99", "--")):
                 x = [row[who]["requests_per_s"] * num_tokens / 1e3 for row in rows]

@@ -125,7 +125,7 @@ def main() -> None:
 
     tally = Tally()
     limits = Limits(max_batch_tokens=MAX_BATCH_TOKENS, max_queue_tokens=1 << 20, max_queue_requests=1 << 16)
-    slots = [NullSlot(index) for index in range(3)]
+    slots = [NullSlot(index) for index in range(4)]
     backend = NoopBackend()
     engine = Engine(
         limits,

@@ -25,7 +25,8 @@ reaches it from the same machine. A peer that is not there is left out, with its
 nothing else.
 
 lone: one request in flight. saturated: `--clients` processes with `--streams` streams of `--in-flight` requests each.
-open loop: requests due at random times at a share of the saturated rate; latencies count from when a request was due.
+open loop: requests due at random times at a share of the transport's saturated rate (the echo's of its own, where that
+is lower); latencies count from when a request was due.
 CPU µs/req: of all processes of the server, then of its front-ends, of its engine, of the echo, and of the server's
 clients. MiB: resident memory of the largest front-end, or of the server that has none; pages of memory shared with the
 engine count.
@@ -94,12 +95,19 @@ def measure_server(options: argparse.Namespace, frontends: int, results: list[di
                 for name, load, seconds in loads(options):
                     row = compare(expertd, echo, shape, layers, load, seconds, options.rounds)
                     add(name, row)
-                    if name == "saturated stream":
-                        rate = row["expertd"]["requests_per_s"]
+                    if name.startswith("saturated"):
+                        saturated = [row[who]["requests_per_s"] for who in ("expertd", "echo")]
+                        # With the SDK a place is a thread, and whoever is free does what is due next.
+                        places = 100 if load.transport == "stream" else load.in_flight
                         for share in options.shares:
-                            open_load = Load("stream", load.clients, load.streams, 100, rate * share)
-                            row = compare(expertd, echo, shape, layers, open_load, seconds, options.rounds)
-                            add(f"open loop, {share:.0%} of saturated", row, share=share)
+                            ours, theirs = (
+                                Load(load.transport, load.clients, load.streams, places, rate * share)
+                                for rate in saturated
+                            )
+                            # The echo at our rate, if it can.
+                            theirs = min(ours, theirs, key=lambda each: each.rate or 0)
+                            row = compare(expertd, echo, shape, layers, ours, seconds, options.rounds, theirs)
+                            add(f"open loop {load.transport}, {share:.0%} of saturated", row, share=share)
 
 
 def measure_peers(options: argparse.Namespace, num_tokens: int, console: Console) -> dict[str, Any]:
@@ -174,10 +182,20 @@ def loads(options: argparse.Namespace) -> Iterator[tuple[str, Load, float]]:
 
 
 def compare(  # noqa: PLR0917
-    expertd: Target, echo: Target, shape: RequestShape, layers: list[str], load: Load, seconds: float, rounds: int
+    expertd: Target,
+    echo: Target,
+    shape: RequestShape,
+    layers: list[str],
+    load: Load,
+    seconds: float,
+    rounds: int,
+    echo_load: Load | None = None,
 ) -> dict[str, Any]:
-    """Both servers under the same load, by turns. The SDK's transports are compared with the echo's stream."""
-    echo_load = load if load.transport in ("stream", "unary") else replace(load, transport="stream")
+    """Both servers under the same load, by turns, or the echo under its own. The SDK's transports are compared with the
+    echo's stream."""
+    echo_load = echo_load or load
+    if echo_load.transport not in ("stream", "unary"):
+        echo_load = replace(echo_load, transport="stream")
     seen: dict[str, list[Point]] = {"expertd": [], "echo": []}
     for _ in range(rounds):
         seen["expertd"].append(measure(expertd, shape, layers, load, seconds))

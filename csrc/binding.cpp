@@ -124,7 +124,7 @@ void gemm2(int family, Address maps, Address scale, Address rows, int hidden_siz
 }
 
 void finalize(Address rows, Address expanded_to_row, Address weights, Address num_valid, Address out, int out_dtype,
-              int num_tokens, int hidden_size, int top_k, Address stream, bool pdl) {
+              int num_tokens, int hidden_size, int top_k, bool is_slice, Address stream, bool pdl) {
   check_aligned(rows, "rows");
   check_aligned(out, "out");
   const FinalizeParams p = {pointer<uint16_t>(rows),
@@ -135,7 +135,8 @@ void finalize(Address rows, Address expanded_to_row, Address weights, Address nu
                             static_cast<DType>(out_dtype),
                             num_tokens,
                             hidden_size,
-                            top_k};
+                            top_k,
+                            is_slice};
   launch_finalize(p, launch_config(stream, pdl));
 }
 
@@ -198,7 +199,7 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("tile_ready"), py::arg("ready_count"), py::arg("grid"), py::arg("stream"), py::arg("pdl"), release());
   m.def("finalize", &finalize, py::kw_only(), py::arg("rows"), py::arg("expanded_to_row"), py::arg("weights"),
         py::arg("num_valid"), py::arg("out"), py::arg("out_dtype"), py::arg("num_tokens"), py::arg("hidden_size"),
-        py::arg("top_k"), py::arg("stream"), py::arg("pdl"), release());
+        py::arg("top_k"), py::arg("is_slice"), py::arg("stream"), py::arg("pdl"), release());
   m.def("quantize", &quantize, py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("scale"), py::arg("num_valid"),
         py::arg("out"), py::arg("num_tokens"), py::arg("hidden_size"), py::arg("stream"), py::arg("pdl"), release());
   bind_slot(m);

@@ -145,12 +145,13 @@ __device__ __forceinline__ void store_activated(const float* acc, const Epilogue
   }
 }
 
-// Product 2: scale and round to bfloat16.
-template <int kAtoms, int kTileN, int kPassTokens>
+// Product 2: scale and round to bfloat16. kKeep: many rows, of which as many as fit are to stay in L2 for finalize.
+template <int kAtoms, int kTileN, int kPassTokens, bool kKeep>
 __device__ __forceinline__ void store_bfloat16(const float* acc, const EpilogueTile& t, __nv_bfloat16* out,
                                                int columns) {
   constexpr int kPitch = 144;  // 64 columns and 16 bytes, so that the lines of 8 tokens fall into different banks
   const int thread = t.warp * 32 + t.lane;
+  [[maybe_unused]] const uint64_t policy = sm90::createpolicy_evict_last();
 #pragma unroll
   for (int atom = 0; atom < kAtoms; ++atom) {
     const int column0 = t.first_column + atom * 64;
@@ -172,8 +173,14 @@ __device__ __forceinline__ void store_bfloat16(const float* acc, const EpilogueT
 #pragma unroll
       for (int token = thread >> 3; token < kPassTokens; token += 16) {
         if (pass * kPassTokens + token < t.num_rows && column < columns) {
-          *reinterpret_cast<int4*>(out + static_cast<size_t>(t.first_row + pass * kPassTokens + token) * columns +
-                                   column) = sm90::ld_shared_v4(t.staging + token * kPitch + chunk * 16);
+          const int row = t.first_row + pass * kPassTokens + token;
+          __nv_bfloat16* const to = out + static_cast<size_t>(row) * columns + column;
+          const int4 v = sm90::ld_shared_v4(t.staging + token * kPitch + chunk * 16);
+          if constexpr (kKeep) {
+            sm90::st_global_v4(to, v, policy);
+          } else {
+            *reinterpret_cast<int4*>(to) = v;
+          }
         }
       }
     }

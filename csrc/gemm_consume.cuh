@@ -95,7 +95,8 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Shared<G>& sh
     e.staging = shared.staging + group * G::kStagingBytes;
     e.row_weight = p.row_weight;
     if constexpr (G::kOut == kBFloat16) {
-      store_bfloat16<G::kAtoms, F::kTileN, G::kPassTokens>(acc, e, static_cast<__nv_bfloat16*>(p.out), p.out_columns);
+      store_bfloat16<G::kAtoms, F::kTileN, G::kPassTokens, G::kPair>(acc, e, static_cast<__nv_bfloat16*>(p.out),
+                                                                     p.out_columns);
     } else {
       constexpr bool kLong = G::kOut == kGelu || G::kOut == kGeglu;  // not worth having twice
       if (kLong || p.row_weight != nullptr) {

@@ -6,12 +6,17 @@
 
 namespace expertd {
 
-// A tile of the product, as it travels through shared memory: {row tile | expert << 16, token tile, first row, rows}.
+// In the first word of a tile: no other cluster works on its expert in this pass, so its weights are read once.
+constexpr int kReadOnce = 1 << 30;
+
+// A tile of the product, as it travels through shared memory: {row tile | expert << 16 | kReadOnce or 0, token tile,
+// first row, rows}.
 struct Tile {
   int4 v;
   __device__ __forceinline__ bool is_end() const { return v.x < 0; }
   __device__ __forceinline__ int m_tile() const { return v.x & 0xffff; }
-  __device__ __forceinline__ int expert() const { return v.x >> 16; }
+  __device__ __forceinline__ int expert() const { return (v.x & ~kReadOnce) >> 16; }
+  __device__ __forceinline__ bool read_once() const { return (v.x & kReadOnce) != 0; }
   __device__ __forceinline__ int token_tile() const { return v.y; }
   __device__ __forceinline__ int first_row() const { return v.z; }
   __device__ __forceinline__ int rows() const { return v.w; }
@@ -43,14 +48,15 @@ __device__ __forceinline__ Tiles<kCluster> find_tiles(const GemmParams& p, int q
   }
   const int in_block = max((near.x >> 16) / kCluster, 1), local = q - near.w / kCluster * m_tiles;
   if (kCluster == 1 && in_block == 1) {
-    found.of[0] = {{local | near.x << 16, near.w, near.y, near.z}};
+    found.of[0] = {{local | near.x << 16 | kReadOnce, near.w, near.y, near.z}};
     return found;
   }
+  const int once = in_block == 1 ? kReadOnce : 0;
   const int index = min(max(near.w + local % in_block * kCluster, 0), p.max_token_tiles - kCluster);
 #pragma unroll
   for (int i = 0; i < kCluster; ++i) {
     const TokenTile own = __ldcg(p.tiles + index + i);
-    found.of[i] = {{local / in_block | own.x << 16, index + i, own.y, own.z}};
+    found.of[i] = {{local / in_block | own.x << 16 | once, index + i, own.y, own.z}};
   }
   return found;
 }

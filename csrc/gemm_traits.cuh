@@ -43,6 +43,9 @@ struct GemmTraits {
   static_assert(kSmem <= kMaxSmem, "shared memory");
   // Arrivals that free a tile's slot: warps that consume, and warps or threads that produce.
   static constexpr int kTileReaders = kCluster * (kConsumerWarps + kTokenWarps) + kCluster - 1;
+  // Stages that a CTA of product 1 brings into L2 while routing runs. NOTE: 32 KB, though a ring holds 128 to 160:
+  // more is slower than none, in every family.
+  static constexpr int kEarlyStages = 32768 / kWeightBytes;
   static constexpr int kAccumulators = kAtoms * F::kTileN / 2;
   // A release for the whole GPU waits until all that was stored has arrived. Where sums are long enough, it is done
   // while the tensor cores already work on the next tile.

@@ -51,19 +51,15 @@ __device__ __forceinline__ void prefetch_weights(const CUtensorMap* map, int blo
   }
 }
 
-template <class G>
-__device__ __forceinline__ uint64_t weight_policy() {
-  // Decode reads weights once; wide tiles share them between neighbouring token tiles.
-  return G::F::kTileN > 128 ? sm90::createpolicy_evict_normal() : sm90::createpolicy_evict_first();
-}
-
 // Weights; in one thread. It also deals out the tiles.
 // NOTE: in product 2 this does not wait for product 1. The tile list is older than that: product 1 let this kernel
 // start only after it had itself waited for routing. So weights are under way before product 1 ends.
 template <class G>
 __device__ __forceinline__ void produce_weights(const GemmParams& p, const Shared<G>& shared, const CUtensorMap* map,
                                                 TileQueue<G>& queue, typename TileQueue<G>::Found next) {
-  const uint64_t policy = weight_policy<G>();
+  // What is read once makes way first. Not product 2's in clusters, which is slower with it.
+  constexpr bool kMakeWay = G::kGather || !G::kPair;
+  const uint64_t once = sm90::createpolicy_evict_first(), again = sm90::createpolicy_evict_normal();
   const int blocks = num_blocks<G>(p);
   if (shared.rank == 0) queue.publish(next, 0);
   // The next tile is found early and told early, so that its tokens' rows can be looked up while this one's are loaded;
@@ -81,6 +77,7 @@ __device__ __forceinline__ void produce_weights(const GemmParams& p, const Share
       if (t.is_end()) break;
       shared.release_tile(n);
     }
+    const uint64_t policy = kMakeWay && t.read_once() ? once : again;
 #pragma unroll 1
     for (int block = 0; block < blocks; ++block) {
 #pragma unroll 1
@@ -107,11 +104,10 @@ __device__ __forceinline__ void produce_weights(const GemmParams& p, const Share
 // guess holds. A wrong guess costs traffic that nobody waits for.
 template <class G>
 __device__ __forceinline__ void prefetch_likely_weights(const GemmParams& p, const CUtensorMap* map) {
-  using F = typename G::F;
   const int per_expert = num_m_tiles<G>(p) * p.likely_token_tiles;
   const int expert = blockIdx.x / per_expert, m_tile = blockIdx.x % per_expert / p.likely_token_tiles;
   if (expert >= p.num_experts) return;
-  const int steps = min(F::kWeightStages, num_blocks<G>(p) * G::kWarpgroups);
+  const int steps = min(G::kEarlyStages, num_blocks<G>(p) * G::kWarpgroups);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     const int block = step / G::kWarpgroups, group = step % G::kWarpgroups;

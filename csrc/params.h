@@ -68,6 +68,9 @@ struct FinalizeParams {
   void* out;                   // [T, H]
   DType out_dtype;
   int num_tokens, hidden_size, top_k;
+  bool is_slice;  // not all experts are local, so many tokens may have none
+  // The launcher sets these.
+  int tokens_per_warp, zero_blocks;
 };
 
 struct GemmParams {

@@ -231,6 +231,11 @@ __device__ __forceinline__ int4 ld_shared_v4(uint32_t address) {
                : "memory");
   return v;
 }
+__device__ __forceinline__ void st_global_v4(void* address, int4 v, uint64_t policy) {
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(address), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w), "l"(policy)
+               : "memory");
+}
 __device__ __forceinline__ void bar_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

@@ -99,6 +99,7 @@ def finalize(
     num_tokens: int,
     hidden_size: int,
     top_k: int,
+    is_slice: bool,
     stream: int,
     pdl: bool,
 ) -> None: ...

@@ -326,6 +326,7 @@ class CudaBackend:
             num_tokens=call.num_tokens,
             hidden_size=spec.hidden_size,
             top_k=spec.top_k,
+            is_slice=spec.num_local < spec.num_experts,
             stream=call.stream,
             pdl=call.pdl,
         )

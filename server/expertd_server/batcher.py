@@ -149,7 +149,7 @@ class Batcher(Generic[P, R]):
         """Under the lock."""
         self._waiting.add(entry)
         if self._here is None:
-            if self._num_in_flight < self._limits.max_in_flight:
+            if self._has_room_in_flight:
                 self._due.notify_all()
         elif not self._is_called:
             self._is_called = True
@@ -415,7 +415,15 @@ class Batcher(Generic[P, R]):
     @property
     def _has_work(self) -> bool:
         """Whether a thread could launch something, now or when it has waited for company."""
-        return bool(self._waiting or self._again) and self._num_in_flight < self._limits.max_in_flight
+        return bool(self._waiting or self._again) and self._has_room_in_flight
+
+    @property
+    def _has_room_in_flight(self) -> bool:
+        """Whether one batch more may be launched now."""
+        limits, more = self._limits, self._num_in_flight - self._limits.max_in_flight
+        return more < 0 or (
+            more == 0 and limits.crowd_tokens is not None and self._waiting.num_tokens >= limits.crowd_tokens
+        )
 
     @property
     def _is_over(self) -> bool:
@@ -471,7 +479,7 @@ class Batcher(Generic[P, R]):
             give_up_s = time.monotonic() + timeout_s if timeout_s else 0.0
             while not self._stopped:
                 now_s, due_s = self._clock(), float("inf")
-                if self._num_in_flight < self._limits.max_in_flight:
+                if self._has_room_in_flight:
                     if self._again:
                         return self._pop_again(now_s)
                     key, due_s = self._waiting.first_due(may_delay=not self._draining)

@@ -11,7 +11,7 @@ __all__ = ["FAMILIES", "Family", "expected_token_tiles", "likely_token_tiles", "
 
 _BLOCK_TOKENS = 2048
 """Tokens of one expert that share a pass over its weights: what their rows fill stays in L2."""
-_LIKELY = 0.9
+_LIKELY = 0.6
 """How probable it must be that an expert is chosen at all, for a guess of which weights come first."""
 
 

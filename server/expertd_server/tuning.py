@@ -17,7 +17,7 @@ from expertd_server.types import LayerSpec
 
 __all__ = ["CACHE_VERSION", "TuningCache", "autotune", "bucket", "choose_family", "is_autotuning", "layer_key"]
 
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 """Raise it when the kernels change, so that old measurements are not believed."""
 
 

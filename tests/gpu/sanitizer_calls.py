@@ -38,7 +38,7 @@ def main() -> None:
     """Run every family at sizes that take each way through routing, and compare the families' bits."""
     backend = CudaBackend()
     for seed, fields in enumerate(SHAPES):
-        spec = make_spec(hidden_size=272, intermediate_size=144, **fields)
+        spec = make_spec(hidden_size=528, intermediate_size=144, **fields)
         layer = backend.prepare(spec, make_weights(spec, seed, hidden_states_scale=0.05), max_num_tokens=4100)
         # Routing of one token, of a few; in one block, a cluster, the largest one, two launches, with rows in order.
         for num_tokens in (1, 3, 12, 40, 256, 700, 4100):

@@ -154,6 +154,27 @@ def test_long_sums_again_and_again(backend: CudaBackend) -> None:
         backend.force_family = None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("top_k", [1, 5, 8, 20])
+def test_many_tokens_of_a_slice(backend: CudaBackend, top_k: int, dtype: torch.dtype) -> None:
+    """The zeros of tokens without a local expert are written by blocks of their own; a warp sums up to four tokens."""
+    slice_of_experts = {"num_experts": 64, "local_expert_offset": 30, "local_num_experts": 3, "top_k": top_k}
+    layer = prepared(backend, 33, max_num_tokens=8300, hidden_size=2112, intermediate_size=48, **slice_of_experts)
+    few = backend.prepare(layer.spec, layer.weights, max_num_tokens=1000)
+    hidden_states, logits = make_inputs(layer.spec, 8300, 5)
+    expected = backend.forward(few, hidden_states, routing_logits=logits, output_dtype=dtype).output
+    assert expected is not None
+    assert bool((expected == 0).all(dim=1).any())
+    for valid in (8300, 8193, 0):
+        out = torch.full_like(expected, 3.0)
+        num_valid = torch.tensor(valid, dtype=torch.int32, device="cuda")
+        backend.forward(
+            layer, hidden_states, routing_logits=logits, output_dtype=dtype, out=out, num_valid_tokens=num_valid
+        )
+        assert same_bits(out[:valid], expected[:valid])
+        assert bool((out[valid:] == 3.0).all())
+
+
 def test_repeated_runs(backend: CudaBackend) -> None:
     layer = prepared(backend, 24, max_num_tokens=512, num_experts=64, top_k=8)
     hidden_states, logits = make_inputs(layer.spec, 300, 4)
