@@ -224,7 +224,7 @@ async def test_shared_memory_is_given_back_before_the_answer_is_written() -> Non
             events.append("given back")
 
         def lease(self, request: RawRequest) -> Lease:
-            return Lease(self, [], None)
+            return Lease(self, [], 0, 0, None)
 
     async def write(_: bytes) -> None:
         events.append("written")
