@@ -116,7 +116,11 @@ class RegionGiver:
 
     def part(self, engine: socket.socket) -> None:
         """Give it nothing more, and close the socket."""
-        self._due.put(partial(self._part, engine))
+        with self._lock:
+            if not self._is_closed:
+                self._due.put(partial(self._part, engine))
+                return
+        self._part(engine)  # the thread may have ended, and gives nothing
 
     def close(self) -> None:
         """Give nothing more. What is mapped stays so as long as somebody has a view of it."""

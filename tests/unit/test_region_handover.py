@@ -318,3 +318,12 @@ def test_when_the_front_end_is_gone_nothing_stays_mapped(ends: Ends) -> None:
     assert view[:2] == b"ok"
     del theirs
     wait_for(lambda: mappings() == 1)
+
+
+def test_who_parts_when_all_is_closed_leaves_no_file_open() -> None:
+    ends = Ends()
+    ends.meet()
+    ends.giver.close()
+    ends.giver.part(ends.ways[0])
+    assert ends.ways[0].fileno() == -1
+    ends.takers[0].close()
