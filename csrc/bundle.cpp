@@ -41,8 +41,13 @@ class Ref {
 class Memory {
  public:
   Memory() = default;
-  Memory(Memory&& other) noexcept : number(other.number), buffer_(other.buffer_), mapping_(other.mapping_) {
-    other.mapping_ = nullptr;
+  Memory(Memory&& other) noexcept
+      : number(other.number),
+        buffer_(other.buffer_),
+        mapping_(other.mapping_),
+        states_(other.states_),
+        first_piece_(other.first_piece_) {
+    other.mapping_ = other.states_ = nullptr;
     other.buffer_ = {};
   }
   Memory(const Memory&) = delete;
@@ -50,6 +55,7 @@ class Memory {
   Memory& operator=(Memory&&) = delete;
   ~Memory() {
     Py_XDECREF(mapping_);
+    Py_XDECREF(states_);
     if (buffer_.obj != nullptr) PyBuffer_Release(&buffer_);
   }
 
@@ -60,8 +66,19 @@ class Memory {
     PyObject* owner = PyMemoryView_Check(view) ? PyMemoryView_GET_BUFFER(view)->obj : nullptr;
     if (owner == nullptr) return true;
     mapping_ = PyObject_GetAttrString(owner, "mapping");
-    if (mapping_ == nullptr) PyErr_Clear();
-    return true;
+    if (mapping_ == nullptr) {
+      PyErr_Clear();
+      return true;
+    }
+    states_ = PyObject_GetAttrString(mapping_, "states");
+    Ref base(PyObject_GetAttrString(mapping_, "address"));
+    if (states_ == nullptr || !base) return false;
+    if (!PyByteArray_Check(states_)) {
+      PyErr_SetString(PyExc_TypeError, "a mapping's states are no bytearray");
+      return false;
+    }
+    first_piece_ = PyLong_AsUnsignedLongLong(base.get()) / kPieceBytes;
+    return !PyErr_Occurred();
   }
 
   // nullptr where the bytes do not lie in it.
@@ -74,18 +91,14 @@ class Memory {
   // Whether a GPU may copy from and to there; if not, that is asked for. -1, with an exception set, where that fails.
   int is_pinned(const uint8_t* start, Py_ssize_t num_bytes) const {
     if (mapping_ == nullptr) return 0;
-    Ref states(PyObject_GetAttrString(mapping_, "states")), base(PyObject_GetAttrString(mapping_, "address"));
-    if (!states || !base) return -1;
     const auto address = reinterpret_cast<uintptr_t>(start);
-    const uintptr_t first_piece = PyLong_AsUnsignedLongLong(base.get()) / kPieceBytes;
-    if (PyErr_Occurred()) return -1;
-    const uintptr_t first = address / kPieceBytes - first_piece;
-    const uintptr_t stop = (address + num_bytes - 1) / kPieceBytes - first_piece + 1;
-    if (!PyByteArray_Check(states.get()) || stop > static_cast<uintptr_t>(PyByteArray_GET_SIZE(states.get()))) {
-      PyErr_SetString(PyExc_ValueError, "a mapping's states are not those of its pieces");
+    const uintptr_t first = address / kPieceBytes - first_piece_;
+    const uintptr_t stop = (address + num_bytes - 1) / kPieceBytes - first_piece_ + 1;
+    if (stop > static_cast<uintptr_t>(PyByteArray_GET_SIZE(states_))) {
+      PyErr_SetString(PyExc_ValueError, "a mapping has not as many states as pieces");
       return -1;
     }
-    const char* state = PyByteArray_AS_STRING(states.get());
+    const char* state = PyByteArray_AS_STRING(states_);
     if (std::all_of(state + first, state + stop, [](char each) { return each == kPinned; })) return 1;
     Ref asked(PyObject_CallMethod(mapping_, "ask", "Kn", static_cast<unsigned long long>(address), num_bytes));
     return asked ? 0 : -1;
@@ -96,6 +109,8 @@ class Memory {
  private:
   Py_buffer buffer_{};
   PyObject* mapping_ = nullptr;  // pinning._Mapping
+  PyObject* states_ = nullptr;   // of its pieces
+  uintptr_t first_piece_ = 0;
 };
 
 // Bytes in one of a bundle's memories.
@@ -346,14 +361,15 @@ int is_direct(const Requests& requests, const Piece& piece, Py_ssize_t num_bytes
   return num_bytes < least || num_bytes == 0 ? 0 : requests.memories[piece.memory].is_pinned(piece.start, num_bytes);
 }
 
-// Copy now, or note it in a native.Copies. destination: a writable buffer, `to` the place in it at `offset`.
-bool copy(PyObject* copies, PyObject* destination, Py_ssize_t offset, uint8_t* to, const uint8_t* from,
-          Py_ssize_t num_bytes) {
+// Copy now, or note it in a native.Copies; both ends are the caller's to keep until that has run.
+bool copy(PyObject* copies, uint8_t* to, const uint8_t* from, Py_ssize_t num_bytes) {
   if (num_bytes < kCopyHereBytes) {
     std::memcpy(to, from, static_cast<size_t>(num_bytes));
     return true;
   }
-  Ref noted(PyObject_CallMethod(copies, "add_memory", "OnKn", destination, offset,
+  Ref view(PyMemoryView_FromMemory(reinterpret_cast<char*>(to), num_bytes, PyBUF_WRITE));
+  if (!view) return false;
+  Ref noted(PyObject_CallMethod(copies, "add_memory", "OnKn", view.get(), Py_ssize_t{0},
                                 static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(from)), num_bytes));
   return static_cast<bool>(noted);
 }
@@ -424,9 +440,9 @@ PyObject* bundle_gather(PyObject* self, PyObject* arguments) {
     }
     const int is_there = is_direct(requests, piece, num_bytes, least_direct);
     if (is_there < 0) return nullptr;
-    const bool is_good = is_there ? add_direct_span(spans, start, num_bytes, reinterpret_cast<uintptr_t>(piece.start))
-                                  : copy(copies, destination, start, host + start, piece.start, num_bytes) &&
-                                        add_span(spans, start, num_bytes);
+    const bool is_good = is_there
+                             ? add_direct_span(spans, start, num_bytes, reinterpret_cast<uintptr_t>(piece.start))
+                             : copy(copies, host + start, piece.start, num_bytes) && add_span(spans, start, num_bytes);
     if (!is_good) return nullptr;
     start += num_bytes;
   }
@@ -489,10 +505,7 @@ PyObject* bundle_answer(PyObject* self, PyObject* const* arguments, Py_ssize_t g
     const uint64_t at = member.is_placed ? kElsewhere : static_cast<uint64_t>(kDataAt);
     block.write_entry(0, Entry{output_dtype, 2, member.num_tokens, n[1], at});
     for (int index = 1; index < kMaxTensors; ++index) block.write_entry(index, Entry{});
-    if (!member.is_direct) {
-      Ref place(PyMemoryView_FromMemory(reinterpret_cast<char*>(member.place.start), num_bytes, PyBUF_WRITE));
-      if (!place || !copy(copies, place.get(), 0, member.place.start, from, num_bytes)) return nullptr;
-    }
+    if (!member.is_direct && !copy(copies, member.place.start, from, num_bytes)) return nullptr;
     from += num_bytes;
   }
   Py_RETURN_NONE;
