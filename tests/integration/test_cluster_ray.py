@@ -68,12 +68,14 @@ SYSTEM = {
 
 
 def patiently(start: Callable[[], Any]) -> Any:
-    """Start a node; Ray itself gives a node 30 s, which a machine that has other things to do may exceed."""
+    """Start a node; Ray itself gives a node, and each of its processes, 30 s, which a machine that has other things to
+    do, or reads Ray's programs from the disk for the first time, may exceed."""
     for attempt in range(3):
         try:
             return start()
         except Exception as error:
-            if attempt == 2 or "timed out during startup" not in str(error):
+            was_slow = any(words in str(error) for words in ("timed out during startup", "Timed out waiting for file"))
+            if attempt == 2 or not was_slow:
                 raise
     return None
 
