@@ -224,7 +224,7 @@ def run_sdk(job: Job, index: int, record: Record, gate: Gate) -> None:
             forwards = [functools.partial(client.forward, layer, **arguments()) for layer in layers]
             ask_in_threads(job, index, record, gate, [functools.partial(ask, forward) for forward in forwards])
             return
-        calls = [client.prepare(layer, **arguments()) for layer in layers]
+        calls = [client.prepare(expertd.ForwardRequest(layer=layer, **arguments())) for layer in layers]
         if job.rate is None:
             ask_in_turn(job, record, gate, [(call.start, functools.partial(ask, call.wait)) for call in calls])
         else:

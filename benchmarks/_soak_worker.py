@@ -161,7 +161,8 @@ def prepared(worker: Worker) -> None:
                 arguments |= arrays
             timeout_s = chance.uniform(0.001, 0.03) if chance.random() < 0.1 else TIMEOUT_S
             out = client.empty(case.hidden_states.shape, case.output_dtype)
-            return client.prepare(worker.layer, **arguments, out=out, timeout_s=timeout_s)
+            request = expertd.ForwardRequest(layer=worker.layer, **arguments, out=out, timeout_s=timeout_s)
+            return client.prepare(request)
 
         def work(seed: int) -> None:
             chance = random.Random(seed)

@@ -113,41 +113,13 @@ class AsyncClient(BaseClient):
             )
         )
 
-    async def prepare(
-        self,
-        layer: str,
-        hidden_states: ArrayT,
-        *,
-        routing_logits: Array | None = None,
-        topk_ids: Array | None = None,
-        topk_weights: Array | None = None,
-        output_dtype: Any = None,
-        do_finalize: bool = True,
-        return_routing: bool = False,
-        weights_version: int | None = None,
-        timeout_s: float | None = None,
-        out: ArrayT | None = None,
-    ) -> AsyncPreparedForward[ArrayT]:
+    async def prepare(self, request: ForwardRequest[ArrayT]) -> AsyncPreparedForward[ArrayT]:
         """A forward to make many times, on these arrays and what they hold by then: `await` its `run`.
 
-        The arguments are those of forward, checked here once. Leave the arrays' shapes and memory as they are, what
-        they hold is read at each call. Asks the server for the layer where it is not known. Raises ExpertdError: see
-        `expertd.errors`.
+        The request is checked here once. Leave the arrays' shapes and memory as they are, what they hold is read at
+        each call. Asks the server for the layer where it is not known. Raises ExpertdError: see `expertd.errors`.
         """
-        request = ForwardRequest(
-            layer=layer,
-            hidden_states=hidden_states,
-            routing_logits=routing_logits,
-            topk_ids=topk_ids,
-            topk_weights=topk_weights,
-            output_dtype=output_dtype,
-            do_finalize=do_finalize,
-            return_routing=return_routing,
-            weights_version=weights_version,
-            timeout_s=timeout_s,
-            out=out,
-        )
-        deadline = self._deadline(timeout_s)
+        deadline = self._deadline(request.timeout_s)
         prepared = AsyncPreparedForward(self, request)
         prepared.stand(await self._make_plan(prepared.checked, deadline))
         return prepared
@@ -384,9 +356,9 @@ class AsyncClient(BaseClient):
     ) -> MessageT:
         self._connected()
         metadata, request_id = self._metadata()
-        stub: Any = self._channels[0].unary_unary(method, type(request).SerializeToString, response.FromString)
+        ask: Any = self._channels[0].unary_unary(method, type(request).SerializeToString, response.FromString)
         timeout_s = deadline - asyncio.get_running_loop().time()
-        call = stub(request, timeout=timeout_s, metadata=metadata, wait_for_ready=wait_for_ready)
+        call = ask(request, timeout=timeout_s, metadata=metadata, wait_for_ready=wait_for_ready)
         try:
             answer: MessageT = await call
             return answer

@@ -119,43 +119,14 @@ class Client(BaseClient):
         with Pipeline(self, reads=True) as pipeline:
             return pipeline.wait(pipeline.start(request))
 
-    def prepare(
-        self,
-        layer: str,
-        hidden_states: ArrayT,
-        *,
-        routing_logits: Array | None = None,
-        topk_ids: Array | None = None,
-        topk_weights: Array | None = None,
-        output_dtype: Any = None,
-        do_finalize: bool = True,
-        return_routing: bool = False,
-        weights_version: int | None = None,
-        timeout_s: float | None = None,
-        out: ArrayT | None = None,
-    ) -> PreparedForward[ArrayT]:
+    def prepare(self, request: ForwardRequest[ArrayT]) -> PreparedForward[ArrayT]:
         """A forward to make many times, on these arrays and what they hold by then: `run` it, or `start` and `wait`.
 
-        The arguments are those of forward, checked here once, so that each call costs less: much less with all arrays
-        and `out` of `empty`. Leave the arrays' shapes and memory as they are, what they hold is read at each call. Asks
-        the server for the layer where it is not known. Raises ExpertdError: see `expertd.errors`.
+        The request is checked here once, so that each call costs less: much less with all arrays and `out` of `empty`.
+        Leave the arrays' shapes and memory as they are, what they hold is read at each call. Asks the server for the
+        layer where it is not known. Raises ExpertdError: see `expertd.errors`.
         """
-        return PreparedForward(
-            self,
-            ForwardRequest(
-                layer=layer,
-                hidden_states=hidden_states,
-                routing_logits=routing_logits,
-                topk_ids=topk_ids,
-                topk_weights=topk_weights,
-                output_dtype=output_dtype,
-                do_finalize=do_finalize,
-                return_routing=return_routing,
-                weights_version=weights_version,
-                timeout_s=timeout_s,
-                out=out,
-            ),
-        )
+        return PreparedForward(self, request)
 
     @overload
     def forward_many(

@@ -178,7 +178,8 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardRequest(Generic[ArrayT]):
-    """One request of forward_many; the fields are the arguments of forward. T num_tokens, H hidden_size, E num_experts.
+    """One request of forward_many, or one to prepare; the fields are the arguments of forward. T num_tokens, H
+    hidden_size, E num_experts.
 
     The arrays are read when the request is sent and again if it has to be sent again: leave them as they are until its
     result is there.

@@ -130,12 +130,7 @@ def write_answer(  # noqa: PLR0917
     _ANSWER.pack_into(
         block,
         0,
-        timing.queue_us,
-        timing.copy_in_us,
-        timing.compute_us,
-        timing.copy_out_us,
-        timing.batch_tokens,
-        timing.batch_requests,
+        *timing.numbers,
         weights_version,
         queue_tokens,
     )

@@ -105,12 +105,7 @@ class BundledCalls:
             copies,
             address,
             hidden_size,
-            timing.queue_us,
-            timing.copy_in_us,
-            timing.compute_us,
-            timing.copy_out_us,
-            timing.batch_tokens,
-            timing.batch_requests,
+            *timing.numbers,
             weights_version,
             self._queue_tokens(),
         )

@@ -17,9 +17,9 @@ def check_health(target: str, service: str, timeout_s: float, credentials: grpc.
     """
     channel = grpc.insecure_channel(target) if credentials is None else grpc.secure_channel(target, credentials)
     with channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        check = health_pb2_grpc.HealthStub(channel).Check
         try:
-            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
+            answer = check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
         except grpc.RpcError as error:
             print(f"{target}: {error.code().name}: {error.details()}", file=sys.stderr)
             return 1

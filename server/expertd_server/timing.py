@@ -17,3 +17,15 @@ class ForwardTiming:
     copy_out_us: int
     batch_tokens: int
     batch_requests: int
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int, int, int]:
+        """All of them, in the order of the proto's Timing, as the compiled modules and blocks take them."""
+        return (
+            self.queue_us,
+            self.copy_in_us,
+            self.compute_us,
+            self.copy_out_us,
+            self.batch_tokens,
+            self.batch_requests,
+        )

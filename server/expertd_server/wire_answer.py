@@ -154,15 +154,8 @@ def _placed_tensor(field: int, dtype: int, shape: tuple[int, ...], where: tuple[
 
 
 def _timing(timing: ForwardTiming, queue_depth_tokens: int) -> bytes:
-    return (
-        _number(1, timing.queue_us)
-        + _number(2, timing.copy_in_us)
-        + _number(3, timing.compute_us)
-        + _number(4, timing.copy_out_us)
-        + _number(5, timing.batch_tokens)
-        + _number(6, timing.batch_requests)
-        + _number(7, queue_depth_tokens)
-    )
+    numbers = (*timing.numbers, queue_depth_tokens)
+    return b"".join(_number(field, value) for field, value in enumerate(numbers, start=1))
 
 
 def _key(field: int) -> bytes:

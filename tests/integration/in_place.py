@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 from sdk_cases import Driver
 from serving import HIDDEN_SIZE, NUM_EXPERTS
+from shared_memory import eventually
 
 SEED = 20261128
 BFLOAT16 = ml_dtypes.bfloat16
@@ -38,3 +39,12 @@ def an_out(driver: Driver, num_tokens: int, dtype: Any = BFLOAT16) -> Any:
 def stream_of(driver: Driver) -> Any:
     (stream,) = driver.client._transport._streams
     return stream
+
+
+def break_off(stream: Any, flavour: str) -> None:
+    """End a stream's call, from any thread, and wait until the client knows."""
+    if flavour == "sync":
+        stream._call.cancel()
+    else:
+        stream._reader.get_loop().call_soon_threadsafe(stream._call.cancel)
+    eventually(lambda: stream.is_open, False)

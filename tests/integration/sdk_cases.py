@@ -35,6 +35,10 @@ class Driver:
     def run(self, value: Any) -> Any:
         return self._runner.run(value) if self._runner is not None and asyncio.iscoroutine(value) else value
 
+    def prepare(self, layer: str, hidden_states: Any, **arguments: Any) -> Any:
+        """Of the arguments of forward."""
+        return self.run(self.client.prepare(ForwardRequest(layer=layer, hidden_states=hidden_states, **arguments)))
+
     def forward_many(self, requests: Iterable[ForwardRequest[Any]], **kwargs: Any) -> Iterator[Any]:
         results = self.client.forward_many(requests, **kwargs)
         if self._runner is None:

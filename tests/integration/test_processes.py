@@ -14,7 +14,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import numpy as np
@@ -120,23 +120,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
         yield processes
 
 
-class Load:
-    """Clients that ask one request after another over connections of their own, and check every answer."""
+class Clients:
+    """Clients that ask one request after another, and check every answer; what each does a subclass says."""
 
-    def __init__(self, stubs: list[expertd_pb2_grpc.ExpertServiceStub], asked: list[pb.ForwardRequest]) -> None:
-        with running() as one:
-            self._expected = [answer_of(one.stub.Forward(request)) for request in asked]
-        self._asked = asked
-        self.outcomes: list[Counter[str]] = [Counter() for _ in stubs]
+    first_answers = 0
+    """Of each client, before the test goes on."""
+
+    def __init__(self, count: int) -> None:
+        self.outcomes = [Counter[str]() for _ in range(count)]
         self._is_over = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._ask, args=pair) for pair in zip(stubs, self.outcomes, strict=True)
-        ]
+        self._threads = [threading.Thread(target=self._ask, args=pair) for pair in enumerate(self.outcomes)]
 
-    def __enter__(self) -> Load:
+    def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
-        self.wait_exact(5)
+        self.wait_exact(self.first_answers)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -150,8 +148,25 @@ class Load:
         targets = [(outcome, outcome["exact"] + more) for outcome in self.outcomes[which]]
         wait_for(lambda: all(outcome["exact"] >= target for outcome, target in targets), START_S)
 
-    def _ask(self, stub: expertd_pb2_grpc.ExpertServiceStub, outcomes: Counter[str]) -> None:
-        number = 0
+    def _ask(self, client: int, outcomes: Counter[str]) -> None:
+        """Until _is_over."""
+        raise NotImplementedError
+
+
+class Load(Clients):
+    """Over connections of their own."""
+
+    first_answers = 5
+
+    def __init__(self, stubs: list[expertd_pb2_grpc.ExpertServiceStub], asked: list[pb.ForwardRequest]) -> None:
+        with running() as one:
+            self._expected = [answer_of(one.stub.Forward(request)) for request in asked]
+        self._asked = asked
+        self._stubs = stubs
+        super().__init__(len(stubs))
+
+    def _ask(self, client: int, outcomes: Counter[str]) -> None:
+        stub, number = self._stubs[client], 0
         while not self._is_over.is_set():
             which = number % len(self._asked)
             number += 1
@@ -305,8 +320,10 @@ class TestDeath:
         assert "Traceback" not in server.errors()
 
 
-class SharedLoad:
-    """Clients that share memory with the server and ask one request after another, and check every answer."""
+class SharedLoad(Clients):
+    """Through memory that they share with the server."""
+
+    first_answers = 20
 
     def __init__(self, port: int, count: int) -> None:
         chance = np.random.default_rng(SEED)
@@ -315,32 +332,13 @@ class SharedLoad:
         self._logits = logits
         with running() as one, expertd.Client(f"127.0.0.1:{one.server.port}") as client:
             self._expected = client.forward(*self._arguments, routing_logits=logits).output.tobytes()
-        config = expertd.ClientConfig(
+        self._config = expertd.ClientConfig(
             f"127.0.0.1:{port}", transport="shm", timeout_s=PATIENCE_S, retry=expertd.RetryPolicy(max_attempts=1)
         )
-        self.outcomes = [Counter[str]() for _ in range(count)]
-        self._is_over = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(config, each)) for each in self.outcomes]
+        super().__init__(count)
 
-    def __enter__(self) -> SharedLoad:
-        for thread in self._threads:
-            thread.start()
-        self.wait_exact(20)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        for thread in self._threads:
-            thread.join(PATIENCE_S)
-            assert not thread.is_alive()
-
-    def wait_exact(self, more: int) -> None:
-        """Wait until each client has got so many more exact answers."""
-        targets = [(outcome, outcome["exact"] + more) for outcome in self.outcomes]
-        wait_for(lambda: all(outcome["exact"] >= target for outcome, target in targets), START_S)
-
-    def _ask(self, config: expertd.ClientConfig, outcomes: Counter[str]) -> None:
-        with expertd.Client(config) as client:
+    def _ask(self, _: int, outcomes: Counter[str]) -> None:
+        with expertd.Client(self._config) as client:
             while not self._is_over.is_set():
                 try:
                     output = client.forward(*self._arguments, routing_logits=self._logits).output

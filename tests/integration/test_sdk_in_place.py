@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from in_place import BFLOAT16, ROW_NBYTES, an_out, lent, stream_of, values
+from in_place import BFLOAT16, ROW_NBYTES, an_out, break_off, lent, stream_of, values
 from sdk_cases import Driver, connected
 from serving import HIDDEN_SIZE, LAYER, PATIENCE_S, Running, SteeredBackend, running, split
 from shared_memory import eventually, forget_tests_before, mapped_regions, shared_fds
@@ -361,11 +361,7 @@ def test_a_stream_that_breaks_leaves_ordinary_arrays_and_the_request_is_sent_aga
 
         def break_it() -> None:
             backend.wait_started()
-            if flavour == "sync":
-                first._call.cancel()
-            else:
-                first._reader.get_loop().call_soon_threadsafe(first._call.cancel)
-            eventually(lambda: first.is_open, False)
+            break_off(first, flavour)
             backend.gate.set()
 
         breaker = threading.Thread(target=break_it)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from admin_cases import ADMIN, admin_of
-from in_place import BFLOAT16, an_out, lent, stream_of, values
+from in_place import BFLOAT16, an_out, break_off, lent, stream_of, values
 from sdk_cases import Driver, connected
 from serving import HIDDEN_SIZE, LAYER, PATIENCE_S, Running, SteeredBackend, running, split
 from shared_memory import eventually, forget_tests_before, mapped_regions
@@ -401,11 +401,7 @@ def test_a_stream_that_breaks(flavour: str, spy: Spy, when: str) -> None:
         def break_it() -> None:
             if when == "in flight":
                 backend.wait_started()
-            if flavour == "sync":
-                first._call.cancel()
-            else:
-                first._reader.get_loop().call_soon_threadsafe(first._call.cancel)
-            eventually(lambda: first.is_open, False)
+            break_off(first, flavour)
             backend.gate.set()
 
         breaker = threading.Thread(target=break_it)

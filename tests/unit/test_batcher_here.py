@@ -48,6 +48,19 @@ class InTime(OnDevice):
                 os.eventfd_write(fd, 1)
 
 
+def at_launch(batcher: Batcher[str | Exception, str], change: Callable[[InTime], object]) -> None:
+    """Have every batch changed as soon as it is launched."""
+    launch = batcher._launch
+
+    def launch_changed(batch: Batch[str | Exception, str]) -> InTime:
+        running = launch(batch)
+        assert isinstance(running, InTime)
+        change(running)
+        return running
+
+    batcher._launch = launch_changed
+
+
 class Here:
     """The thread that serves requests: the test's own, which does what it was asked for one by one."""
 
@@ -153,15 +166,11 @@ class TestInOneThread:
         self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]]
     ) -> None:
         batcher, here, launched = bench
-        launch = batcher._launch
 
-        def launch_mute(batch: Batch[str | Exception, str]) -> InTime:
-            running = launch(batch)
-            assert isinstance(running, InTime)
+        def be_mute(running: InTime) -> None:
             running.cannot_ring = running.is_over = True
-            return running
 
-        batcher._launch = launch_mute
+        at_launch(batcher, be_mute)
         promise = batcher.submit("a", "x", 10)
         here.step_until(promise.done)
         assert promise.result(0) == "x done"
@@ -232,16 +241,8 @@ class TestInOneThread:
         self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]], is_short: bool
     ) -> None:
         batcher, here, launched = bench
-        launch = batcher._launch
-
-        def launch_short(batch: Batch[str | Exception, str]) -> InTime:
-            running = launch(batch)
-            assert isinstance(running, InTime)
-            if is_short:
-                running.end()
-            return running
-
-        batcher._launch = launch_short
+        if is_short:
+            at_launch(batcher, InTime.end)
         promise = batcher.submit("a", "x", 1)
         batcher.hurry()
         assert promise.done() == is_short
