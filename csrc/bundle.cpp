@@ -1,6 +1,6 @@
-// Requests of one front-end that may share a batch, taken through the engine together: what Python does for a request
-// it does for a bundle, and the rest is here. bundle.py specifies it; spans.py, blocks.py and pinning.py say how the
-// parts are done one by one, and tests hold both together.
+// Requests that may share a batch, taken through the engine together: what Python does for a request it does for a
+// bundle, and the rest is here. bundle.py specifies it; spans.py, blocks.py and pinning.py say how the parts are done
+// one by one, and tests hold both together.
 //
 // NOTE: the interpreter's lock makes every method atomic; none of them lets go of it.
 #include "bundle.h"
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "block_format.h"
+#include "ring.h"
 
 namespace {
 
@@ -31,6 +32,11 @@ class Ref {
   Ref& operator=(Ref&&) = delete;
   ~Ref() { Py_XDECREF(object_); }
   PyObject* get() const { return object_; }
+  PyObject* release() {
+    PyObject* object = object_;
+    object_ = nullptr;
+    return object;
+  }
   explicit operator bool() const { return object_ != nullptr; }
 
  private:
@@ -120,11 +126,18 @@ struct Piece {
   Py_ssize_t num_bytes = 0;
 };
 
+// Who asked: an object of the gate's, and the ring of answers. Borrowed by members, by its index in their bundle.
+struct Source {
+  Ref object, ring;
+};
+
 struct Member {
+  size_t source;
   uint64_t number, num_tokens;
   Py_ssize_t offset, num_bytes;  // of its block
   uint8_t* block;
   double deadline_s;
+  double joined_s;  // when it was read
   Piece parts[3];  // hidden states; logits, or ids and weights
   Piece place;     // where the output goes
   bool is_placed;  // in a caller's memory, not in the block
@@ -143,10 +156,12 @@ struct Kind {
 
 struct Requests {
   Kind kind{};
+  std::vector<Source> sources;
   std::vector<Memory> memories;
   std::vector<Member> members;
   uint64_t num_tokens = 0;
   bool has_begun = false;
+  double begun_s = 0.0;
   bool is_spent = false;  // answers may lie over requests
 };
 
@@ -176,8 +191,20 @@ void bundle_dealloc(PyObject* self) {
   Py_TYPE(self)->tp_free(self);
 }
 
-PyObject* descriptor_of(const Member& member) {
-  return Py_BuildValue("(Knn)", static_cast<unsigned long long>(member.number), member.offset, member.num_bytes);
+// What BlockPlace of bundle.py describes.
+PyObject* place_of(const Requests& requests, const Member& member) {
+  return Py_BuildValue("(OKnn)", requests.sources[member.source].object.get(),
+                       static_cast<unsigned long long>(member.number), member.offset, member.num_bytes);
+}
+
+// The index of who asked, which is added where it is new.
+size_t source_of(Requests* requests, PyObject* object, PyObject* ring) {
+  auto& sources = requests->sources;
+  for (size_t n = 0; n < sources.size(); ++n) {
+    if (sources[n].object.get() == object) return n;
+  }
+  sources.push_back({Ref(Py_NewRef(object)), Ref(Py_NewRef(ring))});
+  return sources.size() - 1;
 }
 
 // ---- making bundles ----
@@ -265,13 +292,16 @@ bool add_member(Requests* requests, const Asked& asked, Member member, PyObject*
   return true;
 }
 
-PyDoc_STRVAR(bundles_of_doc, "bundles_of(descriptors, kind, memory, regions, most_tokens)\n\nSee bundle.py.");
+PyDoc_STRVAR(bundles_of_doc,
+             "bundles_of(descriptors, kind, source, ring, memory, regions, most_tokens, now_s)\n\nSee bundle.py.");
 
 PyObject* bundles_of(PyObject*, PyObject* arguments) {
-  PyObject *descriptors, *memory, *regions;
+  PyObject *descriptors, *source, *ring, *memory, *regions;
   unsigned long long kind_wanted, most_tokens;
-  if (!PyArg_ParseTuple(arguments, "O!KOO!K:bundles_of", &PyList_Type, &descriptors, &kind_wanted, &memory,
-                        &PyDict_Type, &regions, &most_tokens)) {
+  double now_s;
+  if (!PyArg_ParseTuple(arguments, "O!KOOOO!Kd:bundles_of", &PyList_Type, &descriptors, &kind_wanted, &source, &ring,
+                        &memory, &PyDict_Type, &regions, &most_tokens, &now_s) ||
+      !is_ring(ring)) {
     return nullptr;
   }
   Ref bundles(PyList_New(0)), others(PyList_New(0));
@@ -289,6 +319,7 @@ PyObject* bundles_of(PyObject*, PyObject* arguments) {
     member.offset = static_cast<Py_ssize_t>(offset);
     member.num_bytes = static_cast<Py_ssize_t>(num_bytes);
     member.block = blocks.at(offset, num_bytes);
+    member.joined_s = now_s;
     Asked asked{};
     Block block;
     bool is_taken = false;
@@ -307,6 +338,7 @@ PyObject* bundles_of(PyObject*, PyObject* arguments) {
           Memory first;
           if (requests == nullptr || !first.take(memory)) return nullptr;
           requests->memories.push_back(std::move(first));
+          (void)source_of(requests, source, ring);
         }
         is_taken = add_member(&of(bundle), asked, member, regions);
         if (PyErr_Occurred()) return nullptr;
@@ -376,18 +408,62 @@ bool copy(PyObject* copies, uint8_t* to, const uint8_t* from, Py_ssize_t num_byt
 
 // ---- methods ----
 
-PyObject* bundle_cancel(PyObject* self, PyObject* argument) {
-  const uint64_t number = PyLong_AsUnsignedLongLong(argument);
+PyObject* bundle_absorb(PyObject* self, PyObject* argument) {
+  if (!PyObject_TypeCheck(argument, &bundle_type) || argument == self) {
+    PyErr_SetString(PyExc_TypeError, "a bundle absorbs another bundle");
+    return nullptr;
+  }
+  Requests &requests = of(self), &others = of(argument);
+  if (!(requests.kind == others.kind) || requests.has_begun || others.has_begun) {
+    PyErr_SetString(PyExc_ValueError, "both bundles must be of one kind, and neither have begun");
+    return nullptr;
+  }
+  std::vector<size_t> sources;
+  for (const Source& source : others.sources) {
+    sources.push_back(source_of(&requests, source.object.get(), source.ring.get()));
+  }
+  const size_t first_memory = requests.memories.size();
+  for (Memory& memory : others.memories) requests.memories.push_back(std::move(memory));
+  for (Member& member : others.members) {
+    member.source = sources[member.source];
+    for (Piece& part : member.parts) part.memory += first_memory;
+    member.place.memory += first_memory;
+    requests.members.push_back(member);
+  }
+  requests.num_tokens += others.num_tokens;
+  others.memories.clear();
+  others.members.clear();
+  others.num_tokens = 0;
+  Py_RETURN_NONE;
+}
+
+// Take members out, as long as none has begun: those that `is_meant`, or with them all that are like them. They are
+// returned as places; nullptr, with an exception set, where that fails.
+template <typename IsMeant>
+PyObject* take_out(Requests* requests, IsMeant is_meant) {
+  Ref places(PyList_New(0));
+  if (!places) return nullptr;
+  auto& members = requests->members;
+  for (const Member& member : members) {
+    if (!is_meant(member)) continue;
+    Ref place(place_of(*requests, member));
+    if (!place || PyList_Append(places.get(), place.get()) < 0) return nullptr;
+    requests->num_tokens -= member.num_tokens;
+  }
+  members.erase(std::remove_if(members.begin(), members.end(), is_meant), members.end());
+  return places.release();
+}
+
+PyObject* bundle_cancel(PyObject* self, PyObject* arguments) {
+  PyObject *source, *number = Py_None;
+  if (!PyArg_ParseTuple(arguments, "O|O:cancel", &source, &number)) return nullptr;
+  const uint64_t wanted = number == Py_None ? 0 : PyLong_AsUnsignedLongLong(number);
   if (PyErr_Occurred()) return nullptr;
   Requests& requests = of(self);
-  auto& members = requests.members;
-  const auto found = std::find_if(members.begin(), members.end(), [&](const Member& m) { return m.number == number; });
-  if (requests.has_begun || found == members.end()) Py_RETURN_NONE;
-  PyObject* descriptor = descriptor_of(*found);
-  if (descriptor == nullptr) return nullptr;
-  requests.num_tokens -= found->num_tokens;
-  members.erase(found);
-  return descriptor;
+  if (requests.has_begun) return PyList_New(0);
+  return take_out(&requests, [&](const Member& member) {
+    return requests.sources[member.source].object.get() == source && (number == Py_None || member.number == wanted);
+  });
 }
 
 PyObject* bundle_begin(PyObject* self, PyObject* argument) {
@@ -395,21 +471,8 @@ PyObject* bundle_begin(PyObject* self, PyObject* argument) {
   if (PyErr_Occurred()) return nullptr;
   Requests& requests = of(self);
   requests.has_begun = true;
-  PyObject* late = PyList_New(0);
-  if (late == nullptr) return nullptr;
-  for (const Member& member : requests.members) {
-    if (member.deadline_s > now_s) continue;
-    Ref descriptor(descriptor_of(member));
-    if (!descriptor || PyList_Append(late, descriptor.get()) < 0) {
-      Py_DECREF(late);
-      return nullptr;
-    }
-    requests.num_tokens -= member.num_tokens;
-  }
-  auto& members = requests.members;
-  const auto is_late = [&](const Member& member) { return member.deadline_s <= now_s; };
-  members.erase(std::remove_if(members.begin(), members.end(), is_late), members.end());
-  return late;
+  requests.begun_s = now_s;
+  return take_out(&requests, [&](const Member& member) { return member.deadline_s <= now_s; });
 }
 
 PyObject* bundle_gather(PyObject* self, PyObject* arguments) {
@@ -501,7 +564,9 @@ PyObject* bundle_answer(PyObject* self, PyObject* const* arguments, Py_ssize_t g
     Block block;
     block.buffer.buf = member.block;
     block.buffer.len = member.num_bytes;
-    block.write(0, AnswerHead{{n[2], n[3], n[4], n[5], n[6], n[7]}, n[8], n[9]});
+    const double waited_s = std::max(0.0, requests.begun_s - member.joined_s);
+    const auto queue_us = n[2] + static_cast<uint64_t>(std::llround(waited_s * 1e6));
+    block.write(0, AnswerHead{{queue_us, n[3], n[4], n[5], n[6], n[7]}, n[8], n[9]});
     const uint64_t at = member.is_placed ? kElsewhere : static_cast<uint64_t>(kDataAt);
     block.write_entry(0, Entry{output_dtype, 2, member.num_tokens, n[1], at});
     for (int index = 1; index < kMaxTensors; ++index) block.write_entry(index, Entry{});
@@ -511,40 +576,47 @@ PyObject* bundle_answer(PyObject* self, PyObject* const* arguments, Py_ssize_t g
   Py_RETURN_NONE;
 }
 
-PyObject* bundle_descriptors(PyObject* self, PyObject*) {
-  const auto& members = of(self).members;
-  PyObject* descriptors = PyList_New(static_cast<Py_ssize_t>(members.size()));
-  for (size_t n = 0; descriptors != nullptr && n < members.size(); ++n) {
-    PyObject* descriptor = descriptor_of(members[n]);
-    if (descriptor == nullptr) {
-      Py_CLEAR(descriptors);
-      break;
-    }
-    PyList_SET_ITEM(descriptors, static_cast<Py_ssize_t>(n), descriptor);
+PyObject* bundle_places(PyObject* self, PyObject*) {
+  const Requests& requests = of(self);
+  const auto& members = requests.members;
+  Ref places(PyList_New(static_cast<Py_ssize_t>(members.size())));
+  if (!places) return nullptr;
+  for (size_t n = 0; n < members.size(); ++n) {
+    PyObject* place = place_of(requests, members[n]);
+    if (place == nullptr) return nullptr;
+    PyList_SET_ITEM(places.get(), static_cast<Py_ssize_t>(n), place);
   }
-  return descriptors;
+  return places.release();
 }
 
-PyObject* bundle_numbers(PyObject* self, PyObject*) {
-  const auto& members = of(self).members;
-  PyObject* numbers = PyList_New(static_cast<Py_ssize_t>(members.size()));
-  for (size_t n = 0; numbers != nullptr && n < members.size(); ++n) {
-    PyObject* number = PyLong_FromUnsignedLongLong(members[n].number);
-    if (number == nullptr) {
-      Py_CLEAR(numbers);
-      break;
-    }
-    PyList_SET_ITEM(numbers, static_cast<Py_ssize_t>(n), number);
+PyObject* bundle_sources(PyObject* self, PyObject*) {
+  const auto& sources = of(self).sources;
+  PyObject* objects = PyList_New(static_cast<Py_ssize_t>(sources.size()));
+  for (size_t n = 0; objects != nullptr && n < sources.size(); ++n) {
+    PyList_SET_ITEM(objects, static_cast<Py_ssize_t>(n), Py_NewRef(sources[n].object.get()));
   }
-  return numbers;
+  return objects;
+}
+
+PyObject* bundle_tell(PyObject* self, PyObject* argument) {
+  const uint64_t kind = PyLong_AsUnsignedLongLong(argument);
+  if (PyErr_Occurred()) return nullptr;
+  const Requests& requests = of(self);
+  for (const Member& member : requests.members) {
+    put_descriptor(requests.sources[member.source].ring.get(), kind, member.number);
+  }
+  Py_RETURN_NONE;
 }
 
 PyObject* number_of(uint64_t value) { return PyLong_FromUnsignedLongLong(value); }
 
-PyObject* bundle_layer_id(PyObject* self, void*) { return number_of(of(self).kind.layer_id); }
-PyObject* bundle_hidden_dtype(PyObject* self, void*) { return number_of(of(self).kind.hidden_dtype); }
-PyObject* bundle_output_dtype(PyObject* self, void*) { return number_of(of(self).kind.output_dtype); }
-PyObject* bundle_is_routed(PyObject* self, void*) { return PyBool_FromLong(of(self).kind.is_routed); }
+PyObject* bundle_kind(PyObject* self, void*) {
+  const Kind& kind = of(self).kind;
+  return Py_BuildValue("(KKOK)", static_cast<unsigned long long>(kind.layer_id),
+                       static_cast<unsigned long long>(kind.hidden_dtype), kind.is_routed ? Py_True : Py_False,
+                       static_cast<unsigned long long>(kind.output_dtype));
+}
+
 PyObject* bundle_is_spent(PyObject* self, void*) { return PyBool_FromLong(of(self).is_spent); }
 PyObject* bundle_num_tokens(PyObject* self, void*) { return number_of(of(self).num_tokens); }
 PyObject* bundle_num_requests(PyObject* self, void*) { return number_of(of(self).members.size()); }
@@ -554,23 +626,25 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 }
 
 PyMethodDef bundle_methods[] = {
-    {"cancel", bundle_cancel, METH_O, "cancel(number)\n\nSee bundle.py."},
+    {"absorb", bundle_absorb, METH_O, "absorb(bundle)\n\nSee bundle.py."},
+    {"cancel", bundle_cancel, METH_VARARGS, "cancel(source, number=None)\n\nSee bundle.py."},
     {"begin", bundle_begin, METH_O, "begin(now_s)\n\nSee bundle.py."},
     {"gather", bundle_gather, METH_VARARGS, "gather(part, destination, start, row_bytes, least_direct, spans, copies)"},
     {"scatter", bundle_scatter, METH_VARARGS, "scatter(start, row_bytes, least_direct, spans)"},
     {"answer", fast(bundle_answer), METH_FASTCALL,
-     "answer(copies, address, hidden_size, queue_us, copy_in_us, compute_us, copy_out_us, batch_tokens,\n"
+     "answer(copies, address, hidden_size, wait_us, copy_in_us, compute_us, copy_out_us, batch_tokens,\n"
      "batch_requests, weights_version, queue_tokens)"},
-    {"descriptors", bundle_descriptors, METH_NOARGS, "Number, offset and nbytes of each member's block."},
-    {"numbers", bundle_numbers, METH_NOARGS, "Of the members."},
+    {"places", bundle_places, METH_NOARGS, "Of the members, see BlockPlace of bundle.py."},
+    {"sources", bundle_sources, METH_NOARGS, "Who asked, each once; also whose members are gone."},
+    {"tell", bundle_tell, METH_O, "tell(kind)\n\nPut a descriptor of this kind into the ring of each member."},
     {nullptr, nullptr, 0, nullptr},
 };
 
 PyGetSetDef bundle_members[] = {
-    {"layer_id", bundle_layer_id, nullptr, "What stands for the layer that all members ask.", nullptr},
-    {"hidden_dtype", bundle_hidden_dtype, nullptr, "pb.DataType of the hidden states.", nullptr},
-    {"output_dtype", bundle_output_dtype, nullptr, "pb.DataType of the outputs.", nullptr},
-    {"is_routed", bundle_is_routed, nullptr, "Whether ids and weights come, not logits.", nullptr},
+    {"kind", bundle_kind, nullptr,
+     "What all members share: what stands for the layer that they ask, pb.DataType of the hidden states, whether ids\n"
+     "and weights come, not logits, and pb.DataType of the outputs.",
+     nullptr},
     {"is_spent", bundle_is_spent, nullptr, "Whether answers may lie over what they are computed from.", nullptr},
     {"num_tokens", bundle_num_tokens, nullptr, "Of all members.", nullptr},
     {"num_requests", bundle_num_requests, nullptr, "Members.", nullptr},
@@ -588,7 +662,7 @@ bool add_bundle_type(PyObject* module) {
   bundle_type.tp_name = "expertd_server._blocks.Bundle";
   bundle_type.tp_basicsize = sizeof(Bundle);
   bundle_type.tp_flags = Py_TPFLAGS_DEFAULT;
-  bundle_type.tp_doc = "Requests of one front-end that may share a batch, see bundle.py.";
+  bundle_type.tp_doc = "Requests that may share a batch, see bundle.py.";
   bundle_type.tp_dealloc = bundle_dealloc;
   bundle_type.tp_methods = bundle_methods;
   bundle_type.tp_getset = bundle_members;

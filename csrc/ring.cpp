@@ -74,6 +74,13 @@ void ring_dealloc(PyObject* self) {
   Py_TYPE(self)->tp_free(self);
 }
 
+// Without effect on a closed ring.
+void put(Ring* ring, const Descriptor& descriptor) {
+  if (ring->is_closed) return;
+  ring->slots[ring->next % ring->num_slots] = descriptor;
+  ring->head->num_put.store(++ring->next, std::memory_order_release);
+}
+
 // False, with an exception set, where the arguments are wrong.
 bool put(Ring* ring, PyObject* const* arguments, Py_ssize_t given) {
   uint64_t numbers[4] = {0, 0, 0, 0};
@@ -83,10 +90,7 @@ bool put(Ring* ring, PyObject* const* arguments, Py_ssize_t given) {
   }
   for (Py_ssize_t n = 0; n < given; ++n) numbers[n] = PyLong_AsUnsignedLongLong(arguments[n]);
   if (PyErr_Occurred()) return false;
-  if (!ring->is_closed) {
-    ring->slots[ring->next % ring->num_slots] = {numbers[0], numbers[1], numbers[2], numbers[3]};
-    ring->head->num_put.store(++ring->next, std::memory_order_release);
-  }
+  put(ring, {numbers[0], numbers[1], numbers[2], numbers[3]});
   return true;
 }
 
@@ -309,6 +313,14 @@ PyGetSetDef block_members[] = {
 };
 
 }  // namespace
+
+bool is_ring(PyObject* object) {
+  if (PyObject_TypeCheck(object, &ring_type) && ring_of(object)->head != nullptr) return true;
+  PyErr_Format(PyExc_TypeError, "a %s is given, expected a Ring", Py_TYPE(object)->tp_name);
+  return false;
+}
+
+void put_descriptor(PyObject* ring, uint64_t kind, uint64_t request_id) { put(ring_of(ring), {kind, request_id, 0, 0}); }
 
 bool add_ring_types(PyObject* module) {
   ring_type.tp_name = "expertd_server._blocks.Ring";

@@ -1,7 +1,9 @@
 """csrc/blocks.cpp, bundle.cpp and ring.cpp, compiled where there is a C++ compiler; only `compiled` imports them."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from expertd_server.bundle import BlockPlace
 from expertd_server.native import Copies
 from expertd_server.region_handover import Where
 from expertd_server.spans import Span
@@ -34,21 +36,16 @@ class Arena:
 
 class Bundle:
     @property
-    def layer_id(self) -> int: ...
-    @property
-    def hidden_dtype(self) -> int: ...
-    @property
-    def output_dtype(self) -> int: ...
-    @property
-    def is_routed(self) -> bool: ...
+    def kind(self) -> tuple[int, int, bool, int]: ...
     @property
     def is_spent(self) -> bool: ...
     @property
     def num_tokens(self) -> int: ...
     @property
     def num_requests(self) -> int: ...
-    def cancel(self, number: int, /) -> tuple[int, int, int] | None: ...
-    def begin(self, now_s: float, /) -> list[tuple[int, int, int]]: ...
+    def absorb(self, bundle: Bundle, /) -> None: ...
+    def cancel(self, source: object, number: int | None = None, /) -> list[BlockPlace]: ...
+    def begin(self, now_s: float, /) -> list[BlockPlace]: ...
     def gather(
         self,
         part: int,
@@ -66,7 +63,7 @@ class Bundle:
         copies: Copies,
         address: int,
         hidden_size: int,
-        queue_us: int,
+        wait_us: int,
         copy_in_us: int,
         compute_us: int,
         copy_out_us: int,
@@ -76,15 +73,19 @@ class Bundle:
         queue_tokens: int,
         /,
     ) -> None: ...
-    def descriptors(self) -> list[tuple[int, int, int]]: ...
-    def numbers(self) -> list[int]: ...
+    def places(self) -> list[BlockPlace]: ...
+    def sources(self) -> list[Any]: ...
+    def tell(self, kind: int, /) -> None: ...
 
 def bundles_of(
     descriptors: Sequence[tuple[int, int, int, int]],
     kind: int,
+    source: object,
+    ring: Ring,
     memory: memoryview,
     regions: dict[int, memoryview],
     most_tokens: int,
+    now_s: float,
     /,
 ) -> tuple[list[Bundle], list[tuple[int, int, int, int]]]: ...
 def block_bytes(

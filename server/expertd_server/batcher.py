@@ -145,6 +145,30 @@ class Batcher(Generic[P, R]):
                 self._enqueue(entry)
         return entry
 
+    def join(
+        self, entry: Entry[P, R], num_tokens: int, num_requests: int, join: Callable[[], object]
+    ) -> bool:
+        """Admit more requests as part of an entry that stands for several, unless it runs, others came after it, it
+        would be larger than a batch, or there is no room; whether they were. join: makes them part of its payload.
+        """
+        with self._lock:
+            waiting = self._waiting
+            if (
+                self._draining
+                or not waiting.is_last(entry)
+                or entry.num_tokens + num_tokens > self._limits.max_batch_tokens
+                or not waiting.has_room(num_tokens, num_requests)
+            ):
+                return False
+            join()
+            return waiting.resize(entry, num_tokens, num_requests)
+
+    def left(self, entry: Entry[P, R], num_tokens: int, num_requests: int) -> None:
+        """So many of those that an entry stands for are no part of it any more; without effect where it runs."""
+        with self._lock:
+            if self._waiting.resize(entry, -num_tokens, -num_requests):
+                self._tell_left()
+
     def _enqueue(self, entry: Entry[P, R]) -> None:
         """Under the lock."""
         self._waiting.add(entry)

@@ -1,21 +1,23 @@
-"""Requests of one front-end that may share a batch, taken through the engine as one call.
+"""Requests of front-ends that may share a batch, taken through the engine as one call.
 
 What Python does for a request of a front-end (a call, a place in the queue, a promise, an answer) takes the engine's
 one thread longer than all else. Requests that were read together and ask for the same kind of batch are a bundle: one
-call, whose members csrc/bundle.cpp looks after. They keep their own deadlines and can be cancelled one by one until
-their batch starts; each has its own answer. What is not plain, or where nothing was compiled, goes one by one.
+call, whose members csrc/bundle.cpp looks after. As long as it waits and is the last of its kind, those of the next
+reading, of whatever front-end, join it. They keep their own deadlines and can be cancelled one by one until their batch
+starts; each has its own answer. What is not plain, or where nothing was compiled, goes one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from expertd_server import spans as span_rules
 from expertd_server.compiled import BLOCKS, CODEC
 from expertd_server.layer import MoELayer
 from expertd_server.layout import BatchKind, Part
 from expertd_server.native import Copies
+from expertd_server.ring import Ring
 from expertd_server.spans import Span
 from expertd_server.timing import ForwardTiming
 
@@ -29,21 +31,28 @@ IS_COMPILED = BLOCKS is not None and CODEC is not None
 Descriptor = tuple[int, int, int, int]
 """As `Ring.take` returns it: kind, number, offset and nbytes."""
 
-BlockPlace = tuple[int, int, int]
-"""Number of a request, offset and nbytes of its block."""
+BlockPlace = tuple[Any, int, int, int]
+"""Who asks, number of the request, offset and nbytes of its block."""
 
 
-def bundles_of(
-    descriptors: list[Descriptor], kind: int, memory: memoryview, regions: dict[int, memoryview], most_tokens: int
+def bundles_of(  # noqa: PLR0917 (called for every reading, and keywords take time)
+    descriptors: list[Descriptor],
+    kind: int,
+    source: object,
+    ring: Ring,
+    memory: memoryview,
+    regions: dict[int, memoryview],
+    most_tokens: int,
+    now_s: float,
 ) -> tuple[list[Bundle], list[Descriptor]]:
     """Those of the plain requests among these descriptors, and the descriptors of all else, in order.
 
-    kind: of the descriptors of requests. memory, regions: where their blocks and tensors lie. most_tokens: of a bundle
-    of more than one request. Plain: do_finalize, no routing back, float32 logits or bfloat16 weights; whatever cannot
+    kind: of the descriptors of requests. source: who asks. ring: of the answers. memory, regions: where blocks and
+    tensors lie. most_tokens: of a bundle of more than one request. now_s: from when on they wait. Plain: do_finalize, no routing back, float32 logits or bfloat16 weights; whatever cannot
     be read is left to who reads it alone. Only where IS_COMPILED.
     """
     assert BLOCKS is not None, "see IS_COMPILED"
-    return BLOCKS.bundles_of(descriptors, kind, memory, regions, most_tokens)
+    return BLOCKS.bundles_of(descriptors, kind, source, ring, memory, regions, most_tokens, now_s)
 
 
 class BundledCalls:
@@ -74,11 +83,20 @@ class BundledCalls:
         self.num_requests = bundle.num_requests
 
     def begin(self, now_s: float) -> None:
-        """Its batch starts: who is late is left out, and nobody can be cancelled any more."""
+        """Its batch starts: who is late is left out, and nobody joins or can be cancelled any more."""
         late = self._bundle.begin(now_s)
-        self.num_tokens, self.num_requests = self._bundle.num_tokens, self._bundle.num_requests
+        self.count()
         if late:
             self._on_late(late)
+
+    def absorb(self, bundle: Bundle) -> None:
+        """Have another's members as well, of the same kind, which that one loses."""
+        self._bundle.absorb(bundle)
+        self.count()
+
+    def count(self) -> None:
+        """Say how many there are, after members joined or left."""
+        self.num_tokens, self.num_requests = self._bundle.num_tokens, self._bundle.num_requests
 
     def gather(  # noqa: PLR0917 (called for every batch, and keywords take time)
         self, number: int, part: Part, destination: object, start: int, spans: list[Span], copies: Copies
@@ -99,7 +117,7 @@ class BundledCalls:
     def answer(
         self, address: int, hidden_size: int, timing: ForwardTiming, weights_version: int, copies: Copies
     ) -> None:
-        """Write the answers over the requests. address: of the members' outputs in the slot's host memory, as far as
+        """Write the answers over the requests. timing: queue_us counts from `begin` on. address: of the members' outputs in the slot's host memory, as far as
         they are there; they are copied, or noted in `copies`."""
         self._bundle.answer(
             copies,

@@ -15,12 +15,13 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from expertd_server.backend import Backend, MoEOutput
-from expertd_server.batch import Batch, Limits
+from expertd_server.batch import Batch, Entry, Limits
 from expertd_server.batcher import Batcher
 from expertd_server.bundle import IS_COMPILED, BundledCalls
 from expertd_server.cuda_slot import CudaSlot, CudaStreams
@@ -45,6 +46,9 @@ from expertd_server.scatter import scatter
 from expertd_server.staging import HostSlot, Slot, SlotPool
 from expertd_server.timing import ForwardTiming
 from expertd_server.types import LayerSpec
+
+if TYPE_CHECKING:
+    from expertd_server._blocks import Bundle
 
 __all__ = ["BatchReport", "Engine", "ForwardCall", "ForwardResult", "ForwardTiming", "HostTensor"]
 
@@ -135,9 +139,20 @@ class Engine:
         key = self._key_of(call)
         return self.batcher.submit(key, call, call.num_tokens, deadline_s, on_done, is_last, call.num_requests)
 
+    def join(self, promise: Promise[Any], call: BundledCalls, bundle: Bundle) -> bool:
+        """Have a bundle's members join a call that was submitted; False where it must be a call of its own. promise:
+        the call's, of `submit`."""
+        assert isinstance(promise, Entry)
+        return self.batcher.join(promise, bundle.num_tokens, bundle.num_requests, partial(call.absorb, bundle))
+
+    def left(self, promise: Promise[Any], num_tokens: int, num_requests: int) -> None:
+        """So many of a bundle that was submitted will not run."""
+        assert isinstance(promise, Entry)
+        self.batcher.left(promise, num_tokens, num_requests)
+
     @property
     def max_bundle_tokens(self) -> int:
-        """Most tokens of a bundle of several requests that is submitted as one call; 0: none are taken."""
+        """Most tokens of a bundle of several requests as it is submitted; 0: none are taken."""
         return 0 if self._is_host or not IS_COMPILED else max(1, self._max_batch_tokens // _BUNDLES_OF_A_BATCH)
 
     def _key_of(self, call: ForwardCall | BundledCalls) -> _Key:

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 from expertd_server.bell import Bell
 from expertd_server.blocks import MAX_ERROR_BYTES, answer_place, read_call, write_error
 from expertd_server.bundle import BlockPlace, BundledCalls, bundles_of
-from expertd_server.calls import CallEngine
 from expertd_server.control import Control
-from expertd_server.engine import ForwardResult
+from expertd_server.engine import Engine, ForwardResult
 from expertd_server.errors import BackendError, ExpertdServerError, RequestTimeoutError, UnavailableError
 from expertd_server.layer import MoELayer
 from expertd_server.layout import BatchKind
@@ -58,7 +57,7 @@ class EngineGate:
 
     def __init__(
         self,
-        engine: CallEngine,
+        engine: Engine,
         store: LayerStore[MoELayer],
         mailbox: socket.socket,
         *,
@@ -69,7 +68,7 @@ class EngineGate:
     ) -> None:
         self._share = share
         self._max_bundle_tokens = max_bundle_tokens
-        self._engine = engine
+        self.engine = engine
         self._store = store
         self._mailbox = mailbox
         # No other engine process of this machine gives out the same: the clock goes on while it is up.
@@ -89,6 +88,8 @@ class EngineGate:
         self._due: deque[Callable[[], object]] = deque()
         self._bells: dict[int, Bell] = {}
         """By their files."""
+        self._waiting: dict[tuple[int, int, bool, int], _AskedTogether] = {}
+        """What others of the same kind may join, by `Bundle.kind`."""
         self._to_wake: set[_Peer] = set()
         """The thread's own: who is to read answers."""
         self._thread = threading.Thread(target=self._run, name="expertd-gate", daemon=True)
@@ -212,7 +213,7 @@ class EngineGate:
                 except Exception:  # this thread serves everybody: one front-end's nonsense must not end it
                     log.exception("cannot make sense of front-end %s", peer.name)
                     self._drop(peer)
-            self._engine.hurry()  # nothing else has come by now
+            self.engine.hurry()  # nothing else has come by now
 
     def _welcome(self) -> None:
         try:
@@ -264,10 +265,18 @@ class EngineGate:
         if fd == peer.from_frontend.eventfd:
             descriptors = peer.from_frontend.take()
             if self._max_bundle_tokens:
-                views = peer.regions.views
-                bundles, descriptors = bundles_of(descriptors, SUBMIT, peer.memory, views, self._max_bundle_tokens)
+                bundles, descriptors = bundles_of(
+                    descriptors,
+                    SUBMIT,
+                    peer,
+                    peer.to_frontend,
+                    peer.memory,
+                    peer.regions.views,
+                    self._max_bundle_tokens,
+                    self.engine.clock(),
+                )
                 for bundle in bundles:
-                    self._submit_together(_AskedTogether(self, peer, bundle))
+                    self._submit_together(peer, bundle)
             for kind, number, offset, nbytes in descriptors:
                 if kind == CANCEL:
                     peer.cancel(number)
@@ -283,7 +292,7 @@ class EngineGate:
 
     def submit(self, peer: _Peer, number: int, offset: int, nbytes: int) -> None:
         """Have the engine compute what lies in a block of a front-end's."""
-        asked = _Asked(self._engine, peer, number, peer.memory[offset : offset + nbytes])
+        asked = _Asked(self.engine, peer, number, peer.memory[offset : offset + nbytes])
         try:
             layer_id, deadline_s, request, asked.place = read_call(asked.block, asked.peer.regions.views)
             layer = self._layers.get(layer_id)
@@ -294,32 +303,48 @@ class EngineGate:
             call = call_of(layer, request)
             call.encode = asked.answer
             call.place = answer_place(asked.block) if asked.place is None else asked.place
-            promise = self._engine.submit(call, deadline_s)
+            promise = self.engine.submit(call, deadline_s)
         except Exception as error:
             asked.fail(error)
             return
         asked.peer.promises[asked.number] = promise
         promise.add_done_callback(asked.over)
 
-    def _submit_together(self, asked: _AskedTogether) -> None:
-        bundle, peer = asked.bundle, asked.peer
-        layer = self._layers.get(bundle.layer_id)
+    def _submit_together(self, peer: _Peer, bundle: Bundle) -> None:
+        """Have the engine compute what a bundle of a front-end's asks, together with others where some wait."""
+        layer_id, hidden_dtype, is_routed, output_dtype = bundle.kind
+        layer = self._layers.get(layer_id)
         if layer is None:
-            asked.submit_each()
+            self.submit_each(bundle)
             return
-        kind = BatchKind(TORCH_DTYPES[bundle.hidden_dtype], bundle.is_routed, TORCH_DTYPES[bundle.output_dtype])
-        call = BundledCalls(layer, bundle, kind, asked.are_late, self._queue_tokens)
+        waiting = self._waiting.get(bundle.kind)
+        if waiting is not None and waiting.take_in(peer, bundle):
+            return
+        kind = BatchKind(TORCH_DTYPES[hidden_dtype], is_routed, TORCH_DTYPES[output_dtype])
+        asked = _AskedTogether(self, bundle)
+        asked.call = BundledCalls(layer, bundle, kind, asked.are_late, self._queue_tokens)
         try:
-            promise = self._engine.submit(call)
+            asked.promise = self.engine.submit(asked.call)
         except ExpertdServerError:  # there may be room for some, and the others are told that there is none
-            asked.submit_each()
+            self.submit_each(bundle)
             return
-        peer.promises[asked.number] = promise
-        peer.together[asked.number] = asked
-        promise.add_done_callback(asked.over)
+        peer.together.add(asked)
+        self._waiting[bundle.kind] = asked
+        asked.promise.add_done_callback(asked.over)
+
+    def submit_each(self, bundle: Bundle) -> None:
+        """Have the engine compute a bundle's members one by one, so that each has its own luck."""
+        for peer, *place in bundle.places():
+            self.submit(peer, *place)
+
+    def forget(self, asked: _AskedTogether) -> None:
+        """It is over; from any thread."""
+        kind = asked.bundle.kind
+        if self._waiting.get(kind) is asked:
+            self._waiting.pop(kind, None)
 
     def _queue_tokens(self) -> int:
-        return self._engine.queue_tokens
+        return self.engine.queue_tokens
 
     def _drop(self, peer: _Peer) -> None:
         """Forget a front-end. What it asked for and runs already is finished, in its memory, for nobody."""
@@ -330,7 +355,9 @@ class EngineGate:
             self._changed.notify_all()
         peer.close()
         if not self._is_closed:
-            log.warning("%s is gone, %d requests of its own with it", peer.name, len(peer.promises))
+            log.warning("%s is gone, %d requests of its own with it", peer.name, len(peer.promises) + peer.count_together())
+        for asked in list(peer.together):
+            asked.cancel(peer)
         for promise in list(peer.promises.values()):
             promise.cancel()
 
@@ -340,7 +367,7 @@ class _Asked:
 
     __slots__ = ("block", "engine", "number", "peer", "place")
 
-    def __init__(self, engine: CallEngine, peer: _Peer, number: int, block: memoryview) -> None:
+    def __init__(self, engine: Engine, peer: _Peer, number: int, block: memoryview) -> None:
         self.engine = engine
         self.peer = peer
         self.number = number
@@ -370,54 +397,67 @@ class _Asked:
 
 
 class _AskedTogether:
-    """Requests of a front-end that the engine has as one call. Exactly one answer goes to each, whatever happens."""
+    """Requests of front-ends that the engine has as one call. Exactly one answer goes to each, whatever happens."""
 
-    __slots__ = ("asked_s", "bundle", "gate", "number", "peer")
+    __slots__ = ("asked_s", "bundle", "call", "gate", "promise")
 
-    def __init__(self, gate: EngineGate, peer: _Peer, bundle: Bundle) -> None:
+    call: BundledCalls
+    promise: Promise[Any]
+
+    def __init__(self, gate: EngineGate, bundle: Bundle) -> None:
         self.gate = gate
-        self.peer = peer
         self.bundle = bundle
-        self.number = bundle.numbers()[0]
-        """What stands for all of them."""
         self.asked_s = time.monotonic()
+        """When the first of them was read."""
 
-    def cancel(self, number: int) -> bool:
-        """Give up one of them, unless it runs; whether it is one of them."""
-        place = self.bundle.cancel(number)
-        if place is None:
+    def take_in(self, peer: _Peer, bundle: Bundle) -> bool:
+        """Have a bundle's requests, too; False where it must be asked for by itself."""
+        if not self.gate.engine.join(self.promise, self.call, bundle):
             return False
-        self.peer.fail_at(*place, CancelledError())
+        peer.together.add(self)
+        return True
+
+    def cancel(self, peer: _Peer, number: int | None = None) -> bool:
+        """Give up one of a front-end's requests, or all that are its own, unless they run; whether there are any."""
+        num_tokens = self.bundle.num_tokens
+        places = self.bundle.cancel(peer, number)
+        if not places:
+            return False
+        self.call.count()
+        self.gate.engine.left(self.promise, num_tokens - self.bundle.num_tokens, len(places))
+        _fail_at(places, CancelledError())
         if not self.bundle.num_requests:
-            self.peer.promises[self.number].cancel()
+            self.promise.cancel()
         return True
 
     def are_late(self, places: Sequence[BlockPlace]) -> None:
         """The deadline of these had passed when their batch started."""
-        for place in places:
-            self.peer.fail_at(*place, RequestTimeoutError.before_computing(time.monotonic() - self.asked_s))
-
-    def submit_each(self) -> None:
-        """One by one, so that each has its own luck."""
-        for place in self.bundle.descriptors():
-            self.gate.submit(self.peer, *place)
+        _fail_at(places, RequestTimeoutError.before_computing(time.monotonic() - self.asked_s))
 
     def over(self, promise: Promise[Any]) -> None:
         """The promise is kept, and so the answers are written, or it is given up; in any thread."""
-        peer = self.peer
-        peer.promises.pop(self.number, None)
-        peer.together.pop(self.number, None)
+        bundle, gate = self.bundle, self.gate
+        gate.forget(self)
+        peers: list[_Peer] = bundle.sources()
+        for peer in peers:
+            peer.together.discard(self)
         failure = CancelledError() if promise.cancelled() else promise.exception()  # see _Asked.over
         if failure is None:
-            for number in self.bundle.numbers():
-                peer.to_frontend.put(ANSWERED, number)
-            self.gate.wake(peer)
-        elif isinstance(failure, BackendError) and not self.bundle.is_spent and self.bundle.num_requests > 1:
-            self.submit_each()  # one of them may be to blame
+            bundle.tell(ANSWERED)
+            for peer in peers:
+                gate.wake(peer)
+        elif isinstance(failure, BackendError) and not bundle.is_spent and bundle.num_requests > 1:
+            gate.submit_each(bundle)  # one of them may be to blame
         else:
-            for place in self.bundle.descriptors():
-                peer.fail_at(*place, failure)
-        peer.let_go()
+            _fail_at(bundle.places(), failure)
+        for peer in peers:
+            peer.let_go()
+
+
+def _fail_at(places: Sequence[BlockPlace], error: BaseException) -> None:
+    """Answer requests with an error, each in its block."""
+    for peer, number, offset, nbytes in places:
+        peer.fail(number, peer.memory[offset : offset + nbytes], error)
 
 
 class _Peer:
@@ -430,21 +470,26 @@ class _Peer:
         self.control = control
         self.read_fds = (self.from_frontend.eventfd, control.fileno())
         self.promises: dict[int, Promise[Any]] = {}
-        """Of requests that are not answered, by number."""
-        self.together: dict[int, _AskedTogether] = {}
-        """Those of them that stand for several, by the number that does."""
+        """Of requests that are not answered, by number; of those that the engine has one by one."""
+        self.together: set[_AskedTogether] = set()
+        """What others of them are part of."""
         self.applied = 0
         """Sequence of the newest state that it applies."""
         self.is_gone = False
 
     def cancel(self, number: int) -> None:
         """Give up a request of its own, unless that runs or is over."""
-        for asked in list(self.together.values()):
-            if asked.cancel(number):
-                return
-        promise = None if number in self.together else self.promises.get(number)
+        promise = self.promises.get(number)
         if promise is not None:
             promise.cancel()
+            return
+        for asked in list(self.together):
+            if asked.cancel(self, number):
+                return
+
+    def count_together(self) -> int:
+        """Requests of its own that are part of something."""
+        return sum(peer is self for asked in list(self.together) for peer, *_ in asked.bundle.places())
 
     def fail(self, number: int, block: memoryview, error: BaseException) -> None:
         """Answer one with an error."""
@@ -457,10 +502,6 @@ class _Peer:
             data = status.SerializeToString()
         self.to_frontend.publish(FAILED, number, 0, write_error(block, data))
 
-    def fail_at(self, number: int, offset: int, nbytes: int, error: BaseException) -> None:
-        """Answer one with an error, in its block."""
-        self.fail(number, self.memory[offset : offset + nbytes], error)
-
     def close(self) -> None:
         self.is_gone = True
         self.from_frontend.close()
@@ -470,5 +511,5 @@ class _Peer:
 
     def let_go(self) -> None:
         """Leave its callers' memory to them, if it is gone and nothing that it has asked for runs."""
-        if self.is_gone and not self.promises:
+        if self.is_gone and not self.promises and not self.together:
             self.regions.close()

@@ -143,7 +143,9 @@ class RunningBatch:
         parts: list[ForwardResult | _BundleRows] = []
         first = 0
         for number, (entry, call) in enumerate(zip(self.batch.entries, self.calls, strict=True)):
-            queue_us = round((entry.queued_s + wait_s) * 1e6)
+            # A bundle knows since when each of its members waits.
+            queued_s = 0.0 if isinstance(call, BundledCalls) else entry.queued_s
+            queue_us = round((queued_s + wait_s) * 1e6)
             timing = ForwardTiming(queue_us, copy_in_us, compute_us, 0, num_tokens, num_requests)
             if isinstance(call, BundledCalls):
                 assert whole.output_at is not None

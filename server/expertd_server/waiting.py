@@ -44,6 +44,22 @@ class Waiting(Generic[P, R]):
         self.num_tokens += entry.num_tokens
         self.num_requests += entry.num_requests
 
+    def is_last(self, entry: Entry[P, R]) -> bool:
+        """Whether it waits, and nothing of its key came after it."""
+        queue = self._queues.get(entry.key)
+        return queue is not None and next(reversed(queue)) == entry.sequence
+
+    def resize(self, entry: Entry[P, R], num_tokens: int, num_requests: int) -> bool:
+        """Count so many more, or fewer, for an entry; whether it waits."""
+        queue = self._queues.get(entry.key)
+        if queue is None or entry.sequence not in queue:
+            return False
+        entry.num_tokens += num_tokens
+        entry.num_requests += num_requests
+        self.num_tokens += num_tokens
+        self.num_requests += num_requests
+        return True
+
     def remove(self, entry: Entry[P, R]) -> bool:
         """Whether it waited."""
         queue = self._queues.get(entry.key)

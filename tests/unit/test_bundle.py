@@ -1,8 +1,10 @@
-"""Requests that a front-end sends together and the engine has as one call: each is answered, or not, as if alone."""
+"""Requests of front-ends that the engine has as one call: each is answered, or not, as if alone."""
 
 from __future__ import annotations
 
 import itertools
+import mmap
+import os
 import random
 import socket
 import threading
@@ -32,6 +34,7 @@ from expertd_server.native import Copies
 from expertd_server.promise import Promise
 from expertd_server.remote import SUBMIT
 from expertd_server.remote_codec import RemoteCall
+from expertd_server.ring import Ring, ring_bytes
 from expertd_server.scatter import scatter
 from expertd_server.spans import Spans
 from expertd_server.status import RelayedError
@@ -89,11 +92,21 @@ class Rig:
         )
         self.gate.start()
         self.gate.publish()
-        self.side = Side("frontend", self.inlet)
-        self.side.wait_serving()
+        self.sides: list[Side] = []
+        self.side = self.add_side()
 
-    def ask(self, *calls: ForwardCall, deadlines_s: dict[int, float] | None = None) -> list[Promise[Any]]:
+    def add_side(self) -> Side:
+        """Another front-end."""
+        side = Side(f"front-end {len(self.sides)}", self.inlet)
+        side.wait_serving()
+        self.sides.append(side)
+        return side
+
+    def ask(
+        self, *calls: ForwardCall, deadlines_s: dict[int, float] | None = None, side: Side | None = None
+    ) -> list[Promise[Any]]:
         """Send them so that the gate reads all of them at once, and wait until it has."""
+        side = side or self.side
         may_read, waits = threading.Event(), threading.Event()
 
         def hold() -> None:
@@ -103,7 +116,7 @@ class Rig:
         self.gate.soon(hold)
         assert waits.wait(PATIENCE_S)
         promises = [
-            self.side.remote.submit(self.remote(call), (deadlines_s or {}).get(n)) for n, call in enumerate(calls)
+            side.remote.submit(self.remote(call, side), (deadlines_s or {}).get(n)) for n, call in enumerate(calls)
         ]
         may_read.set()
         self.let_read()
@@ -116,8 +129,8 @@ class Rig:
             self.gate.soon(was_read.set)
             assert was_read.wait(PATIENCE_S)
 
-    def remote(self, call: ForwardCall) -> RemoteCall:
-        return RemoteCall(self.side.layer(call.layer.name), as_checked(call), to_result)
+    def remote(self, call: ForwardCall, side: Side | None = None) -> RemoteCall:
+        return RemoteCall((side or self.side).layer(call.layer.name), as_checked(call), to_result)
 
     def run(self) -> None:
         """All batches that are due."""
@@ -129,8 +142,9 @@ class Rig:
 
     def close(self) -> None:
         assert self.engine.slots.in_use == 0
-        wait_for(lambda: self.side.remote._link is None or self.side.is_arena_free())
-        assert self.side.remote.stop(PATIENCE_S)
+        for side in self.sides:
+            wait_for(lambda side=side: side.remote._link is None or side.is_arena_free())
+            assert side.remote.stop(PATIENCE_S)
         self.gate.close()
         self.inlet.close()
         self.outlet.close()
@@ -206,7 +220,7 @@ def test_requests_of_any_kind_are_answered_with_their_bits(rig: Rig) -> None:
         promises = rig.ask(*calls)
         bundles = [call for call in rig.submitted if isinstance(call, BundledCalls)]
         assert sum(call.num_requests for call in bundles) == sum(map(is_plain, calls))
-        assert all(call.num_requests == 1 or call.num_tokens <= MOST_TOKENS for call in bundles)
+        assert all(call.num_tokens <= LIMITS.max_batch_tokens for call in bundles)
         bundled += sum(call.num_requests > 1 for call in bundles)
         alone += len(rig.submitted) - len(bundles)
         rig.run()
@@ -320,6 +334,113 @@ def test_an_engine_that_gives_up_fails_all_of_them_once(rig: Rig) -> None:
     assert all("hangs" in error_of(promise) for promise in promises)
 
 
+def test_what_comes_later_joins_what_waits_whichever_front_end_sends_it(rig: Rig) -> None:
+    other = rig.add_side()
+    calls = usual(rig, 5)
+    promises = rig.ask(*calls[:2]) + rig.ask(*calls[2:4], side=other) + rig.ask(calls[4])
+    assert len(rig.submitted) == 1
+    assert rig.num_tokens_of_bundles() == [5]
+    assert (rig.engine.batcher.queue_requests, rig.engine.batcher.queue_tokens) == (5, 5)
+    rig.run()
+    for call, promise in zip(calls, promises, strict=True):
+        answer = promise.result(PATIENCE_S)
+        check(call, answer, "in a bundle of two front-ends")
+        assert answer.timing.batch_requests == 5
+    assert len(rig.reports) == 1
+
+
+def test_each_is_told_how_long_it_waited_itself(rig: Rig) -> None:
+    calls = usual(rig, 2)
+    first = rig.ask(calls[0])
+    time.sleep(0.05)
+    second = rig.ask(calls[1])
+    assert len(rig.submitted) == 1
+    rig.run()
+    waited_us = [promise.result(PATIENCE_S).timing.queue_us for promise in first + second]
+    assert waited_us[0] - waited_us[1] >= 50_000
+
+
+def test_a_bundle_grows_up_to_a_batch_and_not_after_it_has_begun(rig: Rig) -> None:
+    calls = usual(rig, 5, MOST_TOKENS)
+    promises = [promise for call in calls for promise in rig.ask(call)]
+    assert rig.num_tokens_of_bundles() == [LIMITS.max_batch_tokens, MOST_TOKENS]
+    assert rig.engine.batcher.launch_once()
+    assert rig.engine.batcher.finish_once()
+    more = usual(rig, 1)
+    promises += rig.ask(*more)
+    assert rig.num_tokens_of_bundles() == [LIMITS.max_batch_tokens, MOST_TOKENS + 1]
+    rig.run()
+    for call, promise in zip(calls + more, promises, strict=True):
+        check(call, promise.result(PATIENCE_S), "of a full batch or the next")
+
+
+def test_nothing_joins_what_another_request_has_queued_behind(rig: Rig) -> None:
+    early, late = usual(rig, 1), usual(rig, 2)[1:]
+    between = make_call(rig.layers[0], 2, 7, usual=True)
+    between.return_routing = True
+    promises = rig.ask(*early) + rig.ask(between) + rig.ask(*late)
+    assert len(rig.submitted) == 3, "in order of arrival"
+    rig.run()
+    for call, promise in zip([*early, between, *late], promises, strict=True):
+        check(call, promise.result(PATIENCE_S), "one of three")
+
+
+def test_who_leaves_a_bundle_makes_room_in_the_queue(rig: Rig) -> None:
+    promises = rig.ask(*usual(rig, 5))
+    assert promises[0].cancel()
+    rig.let_read()
+    assert (rig.engine.batcher.queue_requests, rig.engine.batcher.queue_tokens) == (4, 4)
+    calls = usual(rig, 1)
+    (promise,) = rig.ask(*calls)
+    rig.run()
+    check(calls[0], promise.result(PATIENCE_S), "where another was")
+    assert [report.num_requests for report in rig.reports] == [5]
+
+
+def test_a_front_end_that_goes_takes_its_own_out_of_a_bundle(rig: Rig) -> None:
+    other = rig.add_side()
+    calls = usual(rig, 4)
+    kept = rig.ask(*calls[:2], side=other)
+    rig.ask(*calls[2:])
+    assert len(rig.submitted) == 1
+    assert rig.side.remote.stop(PATIENCE_S)
+    wait_for(lambda: rig.engine.batcher.queue_requests == 2)
+    rig.run()
+    for call, promise in zip(calls, kept, strict=False):
+        check(call, promise.result(PATIENCE_S), "of who stayed")
+
+
+def test_a_front_end_that_goes_while_its_bundle_runs_keeps_nobody_from_an_answer(rig: Rig) -> None:
+    other = rig.add_side()
+    calls = usual(rig, 3)
+    kept = rig.ask(*calls[:2], side=other)
+    rig.ask(calls[2])
+    assert rig.engine.batcher.launch_once()
+    assert rig.side.remote.stop(PATIENCE_S)
+    wait_for(lambda: len(set(rig.gate._peers.values())) == 1)
+    assert rig.engine.batcher.finish_once()
+    for call, promise in zip(calls, kept, strict=False):
+        check(call, promise.result(PATIENCE_S), "of who stayed")
+
+
+def test_bundles_that_differ_do_not_absorb_each_other() -> None:
+    backend = FakeCudaBackend()
+    ((name, spec, weights),) = synthetic_layers("tiny", 1)
+    layer = MoELayer(name, backend.prepare(spec, weights), backend)
+    calls = [make_call(layer, 1, seed, usual=True) for seed in range(2)]
+    calls[1].output_dtype = torch.float32
+    (one, other), _ = (laid := Laid(calls, pinned=False)).bundles(8)
+    with pytest.raises(ValueError, match="of one kind"):
+        one.absorb(other)
+    with pytest.raises(TypeError, match="absorbs another bundle"):
+        one.absorb(one)
+    (same,), _ = Laid(calls[:1], pinned=False).bundles(8)
+    one.begin(0.0)
+    with pytest.raises(ValueError, match="neither have begun"):
+        one.absorb(same)
+    assert (one.num_requests, same.num_requests, laid.ring.take()) == (1, 1, [])
+
+
 class Laid:
     """Calls in blocks, one behind the other in memory that a fake device may copy from and to."""
 
@@ -327,6 +448,7 @@ class Laid:
         self.pinner = fake_slots(1)[0].device.pinner()
         shared = SharedMemory(self.pinner)
         self.view = shared.view
+        self.ring = a_ring()
         self.descriptors = []
         self.given = []
         at = 0
@@ -341,6 +463,13 @@ class Laid:
             at += -(-nbytes // 4096) * 4096
         if pinned:
             shared.pin()
+
+    def bundles(self, most_tokens: int) -> tuple[list[Any], list[Any]]:
+        return bundles_of(self.descriptors, SUBMIT, self, self.ring, self.view, {}, most_tokens, 0.0)
+
+
+def a_ring() -> Ring:
+    return Ring(memoryview(mmap.mmap(-1, ring_bytes(8))), os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
 
 
 @pytest.mark.parametrize("least_direct", [1, 300, 1 << 30])
@@ -359,7 +488,7 @@ def test_a_bundle_is_copied_as_its_members_would_be(
         wanted = BatchKind(dtype, chance.random() < 0.5, output)
         calls = list(itertools.islice((call for call in candidates if is_plain(call) and call.kind == wanted), 5))
         laid = Laid(calls, pinned=is_pinned)
-        (bundle,), others = bundles_of(laid.descriptors, SUBMIT, laid.view, {}, 1 << 20)
+        (bundle,), others = laid.bundles(1 << 20)
         assert not others
         singles = []
         for block in laid.given:
@@ -390,7 +519,7 @@ def test_a_member_that_has_not_as_many_bytes_is_refused() -> None:
     layer = MoELayer(name, backend.prepare(spec, weights), backend)
     call = make_call(layer, 2, 1, usual=True)
     laid = Laid([call], pinned=False)
-    (bundle,), _ = bundles_of(laid.descriptors, SUBMIT, laid.view, {}, 8)
+    (bundle,), _ = laid.bundles(8)
     flat = torch.zeros(1 << 16, dtype=torch.uint8).numpy()
     with pytest.raises(ValueError, match="part 0 of a request of 2 tokens has"):
         bundle.gather(0, flat, 0, spec.hidden_size + 1, 1, Spans(4).copies, Copies())
@@ -404,4 +533,8 @@ def test_what_makes_no_sense_is_left_to_who_reads_it_alone() -> None:
     small = (SUBMIT, 2, 0, 8)
     cancel = (SUBMIT + 1, 3, 0, 0)
     empty = (SUBMIT, 4, 0, 4096)
-    assert bundles_of([beyond, small, cancel, empty], SUBMIT, memory, {}, 8) == ([], [beyond, small, cancel, empty])
+    ring, given = a_ring(), [beyond, small, cancel, empty]
+    assert bundles_of(given, SUBMIT, None, ring, memory, {}, 8, 0.0) == ([], given)
+    with pytest.raises(TypeError, match="a str is given, expected a Ring"):
+        bundles_of(given, SUBMIT, None, "no ring", memory, {}, 8, 0.0)  # type: ignore[arg-type]
+    ring.close()
