@@ -35,7 +35,7 @@ from expertd_server.event_loop import EventLoop
 from expertd_server.garbage import look_rarely
 from expertd_server.layer import MoELayer
 from expertd_server.pinning import Pinner
-from expertd_server.spans import Span
+from expertd_server.spans import PackedSpans, Span
 from expertd_server.staging import GraphTable, SlotTimes
 from expertd_server.synthetic import synthetic_spec
 from expertd_server.weights import ExpertWeights
@@ -58,7 +58,7 @@ class NullSlot:
             self.host_in = self.device_in = torch.zeros(in_bytes, dtype=torch.uint8)
             self.host_out = self.device_out = torch.zeros(out_bytes, dtype=torch.uint8)
 
-    def send(self, spans: list[Span]) -> None:
+    def send(self, spans: list[Span] | PackedSpans) -> None:
         """Nothing."""
 
     def compute(self) -> contextlib.AbstractContextManager[None]:
@@ -66,7 +66,7 @@ class NullSlot:
 
     stream = compute
 
-    def fetch(self, spans: list[Span]) -> None:
+    def fetch(self, spans: list[Span] | PackedSpans) -> None:
         """Nothing."""
 
     def wait(self) -> None:

@@ -87,6 +87,16 @@ class Memory {
     return !PyErr_Occurred();
   }
 
+  // Hold what another holds; false, with an exception set, where that fails.
+  bool take_again(const Memory& other) {
+    if (PyObject_GetBuffer(other.buffer_.obj, &buffer_, PyBUF_WRITABLE) < 0) return false;
+    number = other.number;
+    mapping_ = Py_XNewRef(other.mapping_);
+    states_ = Py_XNewRef(other.states_);
+    first_piece_ = other.first_piece_;
+    return true;
+  }
+
   // nullptr where the bytes do not lie in it.
   uint8_t* at(uint64_t offset, uint64_t num_bytes) const {
     const auto size = static_cast<uint64_t>(buffer_.len);
@@ -355,38 +365,69 @@ PyObject* bundles_of(PyObject*, PyObject* arguments) {
 
 // ---- spans, as spans.py makes them ----
 
-bool append_span(PyObject* spans, Py_ssize_t start, Py_ssize_t num_bytes, uintptr_t address) {
-  Ref span(Py_BuildValue("(nnK)", start, num_bytes, static_cast<unsigned long long>(address)));
-  return span && PyList_Append(spans, span.get()) == 0;
-}
+struct Span {
+  int64_t start, num_bytes;
+  uint64_t address;
+};
+static_assert(sizeof(Span) == 24);  // as packed there
 
-// Spans.add
-bool add_span(PyObject* spans, Py_ssize_t start, Py_ssize_t num_bytes) {
-  if (num_bytes == 0) return true;
-  const Py_ssize_t last = PyList_GET_SIZE(spans) - 1;
-  if (last >= 0) {
-    Py_ssize_t first, size;
-    unsigned long long address;
-    if (!PyArg_ParseTuple(PyList_GET_ITEM(spans, last), "nnK", &first, &size, &address)) return false;
-    if (address == 0 && start - (first + size) <= kMaxGapBytes) {
-      PyObject* span = Py_BuildValue("(nnK)", first, start + num_bytes - first, 0ULL);
-      return span != nullptr && PyList_SetItem(spans, last, span) == 0;
+class Spans {
+ public:
+  // Spans.add
+  void add(Py_ssize_t start, Py_ssize_t num_bytes) {
+    if (num_bytes == 0) return;
+    if (!spans_.empty()) {
+      Span& last = spans_.back();
+      if (last.address == 0 && start - (last.start + last.num_bytes) <= kMaxGapBytes) {
+        last.num_bytes = start + num_bytes - last.start;
+        return;
+      }
     }
+    spans_.push_back({start, num_bytes, 0});
   }
-  return append_span(spans, start, num_bytes, 0);
-}
 
-// Spans.add_direct
-bool add_direct_span(PyObject* spans, Py_ssize_t start, Py_ssize_t num_bytes, uintptr_t address) {
-  for (;;) {
-    const auto left = static_cast<Py_ssize_t>(kPieceBytes - address % kPieceBytes);
-    if (num_bytes <= left) return append_span(spans, start, num_bytes, address);
-    if (!append_span(spans, start, left, address)) return false;
-    start += left;
-    num_bytes -= left;
-    address += static_cast<uintptr_t>(left);
+  // Spans.add_direct
+  void add_direct(Py_ssize_t start, Py_ssize_t num_bytes, uintptr_t address) {
+    for (;;) {
+      const auto left = static_cast<Py_ssize_t>(kPieceBytes - address % kPieceBytes);
+      if (num_bytes <= left) break;
+      spans_.push_back({start, left, address});
+      start += left;
+      num_bytes -= left;
+      address += static_cast<uintptr_t>(left);
+    }
+    spans_.push_back({start, num_bytes, address});
   }
-}
+
+  // Take the last of a list of spans, which may grow, off it; false, with an exception set, where it is none.
+  bool continue_from(PyObject* list) {
+    const Py_ssize_t last = PyList_GET_SIZE(list) - 1;
+    if (last < 0) return true;
+    Py_ssize_t start, num_bytes;
+    unsigned long long address;
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(list, last), "nnK", &start, &num_bytes, &address)) return false;
+    spans_.push_back({start, num_bytes, address});
+    return PyList_SetSlice(list, last, last + 1, nullptr) == 0;
+  }
+
+  bool append_to(PyObject* list) const {
+    for (const Span& span : spans_) {
+      Ref item(Py_BuildValue("(LLK)", static_cast<long long>(span.start), static_cast<long long>(span.num_bytes),
+                             static_cast<unsigned long long>(span.address)));
+      if (!item || PyList_Append(list, item.get()) < 0) return false;
+    }
+    return true;
+  }
+
+  // As spans.PackedSpans.
+  PyObject* packed() const {
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(spans_.data()),
+                                     static_cast<Py_ssize_t>(spans_.size() * sizeof(Span)));
+  }
+
+ private:
+  std::vector<Span> spans_;
+};
 
 // Whether a device is to copy so many bytes from or to there; -1, with an exception set, where that cannot be said.
 int is_direct(const Requests& requests, const Piece& piece, Py_ssize_t num_bytes, Py_ssize_t least) {
@@ -408,32 +449,46 @@ bool copy(PyObject* copies, uint8_t* to, const uint8_t* from, Py_ssize_t num_byt
 
 // ---- methods ----
 
-PyObject* bundle_absorb(PyObject* self, PyObject* argument) {
-  if (!PyObject_TypeCheck(argument, &bundle_type) || argument == self) {
-    PyErr_SetString(PyExc_TypeError, "a bundle absorbs another bundle");
+PyObject* bundle_absorb(PyObject* self, PyObject* arguments) {
+  PyObject* other;
+  unsigned long long most_tokens, most_requests;
+  if (!PyArg_ParseTuple(arguments, "O!KK:absorb", &bundle_type, &other, &most_tokens, &most_requests)) return nullptr;
+  if (other == self) {
+    PyErr_SetString(PyExc_ValueError, "a bundle absorbs another bundle");
     return nullptr;
   }
-  Requests &requests = of(self), &others = of(argument);
+  Requests &requests = of(self), &others = of(other);
   if (!(requests.kind == others.kind) || requests.has_begun || others.has_begun) {
     PyErr_SetString(PyExc_ValueError, "both bundles must be of one kind, and neither have begun");
     return nullptr;
   }
+  size_t count = 0;  // in order of arrival: nobody passes one that does not fit
+  uint64_t num_tokens = 0;
+  for (; count < others.members.size() && count < most_requests; ++count) {
+    if (num_tokens + others.members[count].num_tokens > most_tokens) break;
+    num_tokens += others.members[count].num_tokens;
+  }
+  if (count == 0) Py_RETURN_NONE;
   std::vector<size_t> sources;
   for (const Source& source : others.sources) {
     sources.push_back(source_of(&requests, source.object.get(), source.ring.get()));
   }
   const size_t first_memory = requests.memories.size();
-  for (Memory& memory : others.memories) requests.memories.push_back(std::move(memory));
-  for (Member& member : others.members) {
-    member.source = sources[member.source];
-    for (Piece& part : member.parts) part.memory += first_memory;
-    member.place.memory += first_memory;
-    requests.members.push_back(member);
+  for (const Memory& memory : others.memories) {
+    Memory again;
+    if (!again.take_again(memory)) return nullptr;
+    requests.memories.push_back(std::move(again));
   }
-  requests.num_tokens += others.num_tokens;
-  others.memories.clear();
-  others.members.clear();
-  others.num_tokens = 0;
+  const auto first = others.members.begin(), end = first + static_cast<std::ptrdiff_t>(count);
+  for (auto member = first; member != end; ++member) {
+    member->source = sources[member->source];
+    for (Piece& part : member->parts) part.memory += first_memory;
+    member->place.memory += first_memory;
+    requests.members.push_back(*member);
+  }
+  requests.num_tokens += num_tokens;
+  others.members.erase(first, end);
+  others.num_tokens -= num_tokens;
   Py_RETURN_NONE;
 }
 
@@ -475,66 +530,126 @@ PyObject* bundle_begin(PyObject* self, PyObject* argument) {
   return take_out(&requests, [&](const Member& member) { return member.deadline_s <= now_s; });
 }
 
-PyObject* bundle_gather(PyObject* self, PyObject* arguments) {
-  int part;
-  PyObject *destination, *spans, *copies;
-  Py_ssize_t start, row_bytes, least_direct;
-  if (!PyArg_ParseTuple(arguments, "iOnnnO!O:gather", &part, &destination, &start, &row_bytes, &least_direct,
-                        &PyList_Type, &spans, &copies)) {
-    return nullptr;
-  }
-  Requests& requests = of(self);
+// Have a part of the members' rows written to host memory of `room` bytes, from `*start` on, and go on to where they
+// end; false, with an exception set, where that fails.
+bool gather_part(const Requests& requests, int part, uint8_t* host, Py_ssize_t room, Py_ssize_t* start,
+                 Py_ssize_t row_bytes, Py_ssize_t least_direct, Spans* spans, PyObject* copies) {
   if (part < 0 || part >= 2 + requests.kind.is_routed) {
     PyErr_Format(PyExc_ValueError, "there is no part %d", part);
-    return nullptr;
+    return false;
   }
-  Py_buffer whole;
-  if (PyObject_GetBuffer(destination, &whole, PyBUF_WRITABLE) < 0) return nullptr;
-  auto* host = static_cast<uint8_t*>(whole.buf);
-  const Py_ssize_t room = whole.len;
-  PyBuffer_Release(&whole);  // the caller has it as long as this runs
   for (const Member& member : requests.members) {
     const Piece& piece = member.parts[part];
     const auto num_bytes = static_cast<Py_ssize_t>(member.num_tokens) * row_bytes;
-    if (piece.num_bytes != num_bytes || start < 0 || num_bytes > room - start) {
+    if (piece.num_bytes != num_bytes || *start < 0 || num_bytes > room - *start) {
       PyErr_Format(PyExc_ValueError, "part %d of a request of %llu tokens has %zd bytes, expected %zd, and %zd fit in",
-                   part, static_cast<unsigned long long>(member.num_tokens), piece.num_bytes, num_bytes, room - start);
-      return nullptr;
+                   part, static_cast<unsigned long long>(member.num_tokens), piece.num_bytes, num_bytes, room - *start);
+      return false;
     }
     const int is_there = is_direct(requests, piece, num_bytes, least_direct);
-    if (is_there < 0) return nullptr;
-    const bool is_good = is_there
-                             ? add_direct_span(spans, start, num_bytes, reinterpret_cast<uintptr_t>(piece.start))
-                             : copy(copies, host + start, piece.start, num_bytes) && add_span(spans, start, num_bytes);
-    if (!is_good) return nullptr;
-    start += num_bytes;
+    if (is_there < 0) return false;
+    if (is_there) {
+      spans->add_direct(*start, num_bytes, reinterpret_cast<uintptr_t>(piece.start));
+    } else {
+      if (!copy(copies, host + *start, piece.start, num_bytes)) return false;
+      spans->add(*start, num_bytes);
+    }
+    *start += num_bytes;
   }
-  return PyLong_FromSsize_t(start);
+  return true;
+}
+
+// Where the bytes of a writable buffer lie, which the caller holds as long as this runs.
+bool writable(PyObject* memory, uint8_t** start, Py_ssize_t* num_bytes) {
+  Py_buffer whole;
+  if (PyObject_GetBuffer(memory, &whole, PyBUF_WRITABLE) < 0) return false;
+  *start = static_cast<uint8_t*>(whole.buf);
+  *num_bytes = whole.len;
+  PyBuffer_Release(&whole);
+  return true;
+}
+
+PyObject* bundle_gather(PyObject* self, PyObject* arguments) {
+  int part;
+  PyObject *destination, *list, *copies;
+  Py_ssize_t start, row_bytes, least_direct, room;
+  if (!PyArg_ParseTuple(arguments, "iOnnnO!O:gather", &part, &destination, &start, &row_bytes, &least_direct,
+                        &PyList_Type, &list, &copies)) {
+    return nullptr;
+  }
+  uint8_t* host;
+  Spans spans;
+  const bool is_good =
+      writable(destination, &host, &room) && spans.continue_from(list) &&
+      gather_part(of(self), part, host, room, &start, row_bytes, least_direct, &spans, copies) && spans.append_to(list);
+  return is_good ? PyLong_FromSsize_t(start) : nullptr;
+}
+
+PyObject* bundle_gather_all(PyObject* self, PyObject* arguments) {
+  PyObject *destination, *parts, *copies;
+  Py_ssize_t first_bytes, least_direct, room;
+  if (!PyArg_ParseTuple(arguments, "OnO!nO:gather_all", &destination, &first_bytes, &PyTuple_Type, &parts,
+                        &least_direct, &copies)) {
+    return nullptr;
+  }
+  uint8_t* host;
+  if (!writable(destination, &host, &room)) return nullptr;
+  Spans spans;
+  spans.add(0, first_bytes);
+  for (Py_ssize_t n = 0; n < PyTuple_GET_SIZE(parts); ++n) {
+    int part;
+    Py_ssize_t start, row_bytes;
+    if (!PyArg_ParseTuple(PyTuple_GET_ITEM(parts, n), "inn", &part, &start, &row_bytes) ||
+        !gather_part(of(self), part, host, room, &start, row_bytes, least_direct, &spans, copies)) {
+      return nullptr;
+    }
+  }
+  return spans.packed();
+}
+
+// Have the device copy the members' outputs, from `*start` in the slot on, to where they are wanted, or to the slot's
+// host memory. Whether any goes where it is wanted; -1, with an exception set, where that fails.
+int scatter_rows(Requests* requests, Py_ssize_t* start, Py_ssize_t row_bytes, Py_ssize_t least_direct, Spans* spans) {
+  bool is_any_direct = false;
+  for (Member& member : requests->members) {
+    const auto num_bytes = static_cast<Py_ssize_t>(member.num_tokens) * row_bytes;
+    int is_there = 0;
+    if (num_bytes <= member.place.num_bytes) is_there = is_direct(*requests, member.place, num_bytes, least_direct);
+    if (is_there < 0) return -1;
+    if (is_there) {
+      spans->add_direct(*start, num_bytes, reinterpret_cast<uintptr_t>(member.place.start));
+    } else {
+      spans->add(*start, num_bytes);
+    }
+    member.is_direct = is_there;
+    is_any_direct = is_any_direct || is_there;
+    *start += num_bytes;
+  }
+  requests->is_spent = requests->is_spent || is_any_direct;
+  return is_any_direct;
 }
 
 PyObject* bundle_scatter(PyObject* self, PyObject* arguments) {
   Py_ssize_t start, row_bytes, least_direct;
-  PyObject* spans;
-  if (!PyArg_ParseTuple(arguments, "nnnO!:scatter", &start, &row_bytes, &least_direct, &PyList_Type, &spans)) {
+  PyObject* list;
+  if (!PyArg_ParseTuple(arguments, "nnnO!:scatter", &start, &row_bytes, &least_direct, &PyList_Type, &list)) {
     return nullptr;
   }
-  Requests& requests = of(self);
-  bool is_any_direct = false;
-  for (Member& member : requests.members) {
-    const auto num_bytes = static_cast<Py_ssize_t>(member.num_tokens) * row_bytes;
-    int is_there = 0;
-    if (num_bytes <= member.place.num_bytes) is_there = is_direct(requests, member.place, num_bytes, least_direct);
-    if (is_there < 0) return nullptr;
-    const auto address = reinterpret_cast<uintptr_t>(member.place.start);
-    if (!(is_there ? add_direct_span(spans, start, num_bytes, address) : add_span(spans, start, num_bytes))) {
-      return nullptr;
-    }
-    member.is_direct = is_there;
-    is_any_direct = is_any_direct || is_there;
-    requests.is_spent = requests.is_spent || is_there;
-    start += num_bytes;
-  }
+  Spans spans;
+  if (!spans.continue_from(list)) return nullptr;
+  const int is_any_direct = scatter_rows(&of(self), &start, row_bytes, least_direct, &spans);
+  if (is_any_direct < 0 || !spans.append_to(list)) return nullptr;
   return Py_BuildValue("(nO)", start, is_any_direct ? Py_True : Py_False);
+}
+
+PyObject* bundle_scatter_all(PyObject* self, PyObject* arguments) {
+  Py_ssize_t first_bytes, start, row_bytes, least_direct;
+  if (!PyArg_ParseTuple(arguments, "nnnn:scatter_all", &first_bytes, &start, &row_bytes, &least_direct)) return nullptr;
+  Spans spans;
+  spans.add(0, first_bytes);
+  const int is_any_direct = scatter_rows(&of(self), &start, row_bytes, least_direct, &spans);
+  if (is_any_direct < 0) return nullptr;
+  return Py_BuildValue("(NO)", spans.packed(), is_any_direct ? Py_True : Py_False);
 }
 
 PyObject* bundle_answer(PyObject* self, PyObject* const* arguments, Py_ssize_t given) {
@@ -626,11 +741,15 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 }
 
 PyMethodDef bundle_methods[] = {
-    {"absorb", bundle_absorb, METH_O, "absorb(bundle)\n\nSee bundle.py."},
+    {"absorb", bundle_absorb, METH_VARARGS, "absorb(bundle, most_tokens, most_requests)\n\nSee bundle.py."},
     {"cancel", bundle_cancel, METH_VARARGS, "cancel(source, number=None)\n\nSee bundle.py."},
     {"begin", bundle_begin, METH_O, "begin(now_s)\n\nSee bundle.py."},
     {"gather", bundle_gather, METH_VARARGS, "gather(part, destination, start, row_bytes, least_direct, spans, copies)"},
+    {"gather_all", bundle_gather_all, METH_VARARGS,
+     "gather_all(destination, first_bytes, parts, least_direct, copies)\n\nSee bundle.py."},
     {"scatter", bundle_scatter, METH_VARARGS, "scatter(start, row_bytes, least_direct, spans)"},
+    {"scatter_all", bundle_scatter_all, METH_VARARGS,
+     "scatter_all(first_bytes, start, row_bytes, least_direct)\n\nSee bundle.py."},
     {"answer", fast(bundle_answer), METH_FASTCALL,
      "answer(copies, address, hidden_size, wait_us, copy_in_us, compute_us, copy_out_us, batch_tokens,\n"
      "batch_requests, weights_version, queue_tokens)"},

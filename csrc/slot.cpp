@@ -8,7 +8,9 @@
 
 #include <array>
 #include <chrono>
+#include <cstring>
 #include <memory>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -45,6 +47,34 @@ class Graph {
 // What one copy moves: where in the slot, how many bytes, and the address of the host's end; 0: at the same place in
 // the slot's host memory. See spans.py.
 using Spans = std::vector<std::tuple<size_t, size_t, Address>>;
+
+// The same as bundle.cpp packs them.
+struct Span {
+  int64_t offset, num_bytes;
+  uint64_t host;
+};
+static_assert(sizeof(Span) == 24);
+
+std::vector<Span> each_of(const Spans& spans) {
+  std::vector<Span> each;
+  each.reserve(spans.size());
+  for (const auto& [offset, num_bytes, host] : spans) {
+    each.push_back({static_cast<int64_t>(offset), static_cast<int64_t>(num_bytes), host});
+  }
+  return each;
+}
+
+std::vector<Span> each_of(const py::bytes& packed) {
+  char* start;
+  py::ssize_t num_bytes;
+  if (PyBytes_AsStringAndSize(packed.ptr(), &start, &num_bytes) < 0) throw py::error_already_set();
+  if (num_bytes % static_cast<py::ssize_t>(sizeof(Span)) != 0) {
+    throw py::value_error("packed spans have " + std::to_string(num_bytes) + " bytes, expected a multiple of 24");
+  }
+  std::vector<Span> each(static_cast<size_t>(num_bytes) / sizeof(Span));
+  std::memcpy(each.data(), start, static_cast<size_t>(num_bytes));
+  return each;
+}
 
 // Copies between host and device that are started together.
 class DeviceCopies {
@@ -100,11 +130,12 @@ class SlotWork {
     host_in_ = host_in, device_in_ = device_in, device_out_ = device_out, host_out_ = host_out;
   }
 
-  void send(const Spans& spans) {
+  template <typename AnySpans>
+  void send(const AnySpans& spans) {
     record(kBegun, copy_in_);
     copies_.clear();
-    for (const auto& [offset, num_bytes, host] : spans) {
-      copies_.add(device_in_ + offset, host ? host : host_in_ + offset, num_bytes);
+    for (const Span& span : each_of(spans)) {
+      copies_.add(device_in_ + span.offset, span.host ? span.host : host_in_ + span.offset, span.num_bytes);
     }
     copies_.start(copy_in_);
     record(kSent, copy_in_);
@@ -115,11 +146,12 @@ class SlotWork {
 
   void end() { record(kComputed, compute_); }
 
-  void fetch(const Spans& spans) {
+  template <typename AnySpans>
+  void fetch(const AnySpans& spans) {
     order(kComputed, copy_out_);
     copies_.clear();
-    for (const auto& [offset, num_bytes, host] : spans) {
-      copies_.add(host ? host : host_out_ + offset, device_out_ + offset, num_bytes);
+    for (const Span& span : each_of(spans)) {
+      copies_.add(span.host ? span.host : host_out_ + span.offset, device_out_ + span.offset, span.num_bytes);
     }
     copies_.start(copy_out_);
     ++fetched_->batch;
@@ -202,10 +234,12 @@ void bind_slot(py::module_& m) {
       .def(py::init<Address, Address, Address>(), py::arg("copy_in"), py::arg("compute"), py::arg("copy_out"))
       .def("place", &SlotWork::place, py::arg("host_in"), py::arg("device_in"), py::arg("device_out"),
            py::arg("host_out"))
-      .def("send", &SlotWork::send, py::arg("spans"))
+      .def("send", &SlotWork::send<py::bytes>, py::arg("spans"))
+      .def("send", &SlotWork::send<Spans>, py::arg("spans"))
       .def("begin", &SlotWork::begin)
       .def("end", &SlotWork::end)
-      .def("fetch", &SlotWork::fetch, py::arg("spans"))
+      .def("fetch", &SlotWork::fetch<py::bytes>, py::arg("spans"))
+      .def("fetch", &SlotWork::fetch<Spans>, py::arg("spans"))
       .def("wait", &SlotWork::wait, py::call_guard<py::gil_scoped_release>())
       .def("ring_when_done", &SlotWork::ring_when_done, py::arg("eventfd"))
       .def("is_done_within", &SlotWork::is_done_within, py::arg("seconds"), py::call_guard<py::gil_scoped_release>())

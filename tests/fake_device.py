@@ -21,7 +21,7 @@ import torch
 from expertd_server.backend import MoEOutput, PreparedLayer
 from expertd_server.backend_cpu import TorchBackend
 from expertd_server.pinning import Pinner
-from expertd_server.spans import Span
+from expertd_server.spans import PackedSpans, Span, each_of
 from expertd_server.staging import GraphTable, SlotTimes
 from expertd_server.types import LayerSpec
 from expertd_server.weights import ExpertWeights
@@ -106,9 +106,10 @@ class FakeSlot:
         self.host_in, self.device_in = (torch.full((in_bytes,), 0x7F, dtype=torch.uint8) for _ in range(2))
         self.host_out, self.device_out = (torch.full((out_bytes,), 0x7F, dtype=torch.uint8) for _ in range(2))
 
-    def send(self, spans: list[Span]) -> None:
-        self.sent.append(spans)
-        self.device.start(lambda: self._copy_in(spans))
+    def send(self, spans: list[Span] | PackedSpans) -> None:
+        each = list(each_of(spans))
+        self.sent.append(each)
+        self.device.start(lambda: self._copy_in(each))
 
     @contextlib.contextmanager
     def compute(self) -> Iterator[None]:
@@ -118,9 +119,10 @@ class FakeSlot:
     def stream(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def fetch(self, spans: list[Span]) -> None:
-        self.fetched.append(spans)
-        self.device.start(lambda: self._copy_out(spans))
+    def fetch(self, spans: list[Span] | PackedSpans) -> None:
+        each = list(each_of(spans))
+        self.fetched.append(each)
+        self.device.start(lambda: self._copy_out(each))
 
     def wait(self) -> None:
         assert self.is_done_within(PATIENCE_S), "the test never let it end"

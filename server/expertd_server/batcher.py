@@ -129,7 +129,8 @@ class Batcher(Generic[P, R]):
         with self._lock:
             if self._draining:
                 raise UnavailableError("the server is draining and takes no new requests; try another server")
-            if not self._waiting.has_room(num_tokens, num_requests):
+            most_tokens, most_requests = self._waiting.room()
+            if num_tokens > most_tokens or num_requests > most_requests:
                 self._refuse(num_tokens, num_requests)
             now_s = self._clock()
             entry: Entry[P, R] = Entry(
@@ -145,23 +146,22 @@ class Batcher(Generic[P, R]):
                 self._enqueue(entry)
         return entry
 
-    def join(
-        self, entry: Entry[P, R], num_tokens: int, num_requests: int, join: Callable[[], object]
-    ) -> bool:
-        """Admit more requests as part of an entry that stands for several, unless it runs, others came after it, it
-        would be larger than a batch, or there is no room; whether they were. join: makes them part of its payload.
+    def join(self, entry: Entry[P, R], join: Callable[[int, int], tuple[int, int]]) -> bool:
+        """Admit more requests as part of an entry that stands for several, unless it runs or others came after it, as
+        far as they have room in a batch and in the queue; whether any were.
+
+        join: takes how many tokens and requests have room, makes as many part of the entry's payload, and says how many
+        tokens and requests those are.
         """
         with self._lock:
             waiting = self._waiting
-            if (
-                self._draining
-                or not waiting.is_last(entry)
-                or entry.num_tokens + num_tokens > self._limits.max_batch_tokens
-                or not waiting.has_room(num_tokens, num_requests)
-            ):
+            if self._draining or not waiting.is_last(entry):
                 return False
-            join()
-            return waiting.resize(entry, num_tokens, num_requests)
+            queue_tokens, most_requests = waiting.room()
+            most_tokens = min(queue_tokens, self._limits.max_batch_tokens - entry.num_tokens)
+            num_tokens, num_requests = join(most_tokens, most_requests) if most_requests > 0 else (0, 0)
+            waiting.resize(entry, num_tokens, num_requests)
+            return num_requests > 0
 
     def left(self, entry: Entry[P, R], num_tokens: int, num_requests: int) -> None:
         """So many of those that an entry stands for are no part of it any more; without effect where it runs."""

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from expertd_server import spans as span_rules
 from expertd_server.compiled import BLOCKS, CODEC
 from expertd_server.layer import MoELayer
-from expertd_server.layout import BatchKind, Part
+from expertd_server.layout import NUM_VALID_BYTES, BatchKind, InputLayout, OutputLayout, Part
 from expertd_server.native import Copies
 from expertd_server.ring import Ring
-from expertd_server.spans import Span
+from expertd_server.spans import PackedSpans, Span
 from expertd_server.timing import ForwardTiming
 
 if TYPE_CHECKING:
@@ -89,10 +89,13 @@ class BundledCalls:
         if late:
             self._on_late(late)
 
-    def absorb(self, bundle: Bundle) -> None:
-        """Have another's members as well, of the same kind, which that one loses."""
-        self._bundle.absorb(bundle)
+    def absorb(self, bundle: Bundle, most_tokens: int, most_requests: int) -> tuple[int, int]:
+        """Have the first of another's members as well, of the same kind, which that one loses, as many as may be; their
+        tokens, and how many they are."""
+        num_tokens, num_requests = self.num_tokens, self.num_requests
+        self._bundle.absorb(bundle, most_tokens, most_requests)
         self.count()
+        return self.num_tokens - num_tokens, self.num_requests - num_requests
 
     def count(self) -> None:
         """Say how many there are, after members joined or left."""
@@ -109,10 +112,21 @@ class BundledCalls:
         least = span_rules.MIN_DIRECT_BYTES
         return self._bundle.gather(number, destination, start, part.row_bytes, least, spans, copies)
 
+    def gather_all(self, destination: object, layout: InputLayout, copies: Copies) -> PackedSpans:
+        """Have all of a batch that is this bundle written to a slot's memory, as `gather` does; the device's copies."""
+        parts, least = layout.bundled_parts, span_rules.MIN_DIRECT_BYTES
+        return self._bundle.gather_all(destination, NUM_VALID_BYTES, parts, least, copies)
+
     def scatter(self, start: int, row_bytes: int, spans: list[Span]) -> tuple[int, bool]:
         """Have the device copy the members' outputs to where they are wanted, or to the slot's host memory; `start`: in
         the slot. Returns where they end, and whether any goes where it is wanted."""
         return self._bundle.scatter(start, row_bytes, span_rules.MIN_DIRECT_BYTES, spans)
+
+    def scatter_all(self, layout: OutputLayout, num_tokens: int) -> tuple[PackedSpans, bool]:
+        """All copies of a batch that is this bundle, and whether any goes where it is wanted, as `scatter` does."""
+        output, least = layout.output, span_rules.MIN_DIRECT_BYTES
+        ids_end = layout.topk_ids.end(num_tokens)  # they come in any case, for metrics
+        return self._bundle.scatter_all(ids_end, output.offset, output.row_bytes, least)
 
     def answer(
         self, address: int, hidden_size: int, timing: ForwardTiming, weights_version: int, copies: Copies

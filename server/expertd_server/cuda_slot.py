@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from expertd_server.pinning import Pinner
-from expertd_server.spans import Span
+from expertd_server.spans import PackedSpans, Span, each_of
 from expertd_server.staging import GraphTable, SlotTimes
 
 try:
@@ -89,7 +89,7 @@ class CudaSlot:
         else:
             self._work.place(*(tensor.data_ptr() for tensor in memory))
 
-    def send(self, spans: list[Span]) -> None:
+    def send(self, spans: list[Span] | PackedSpans) -> None:
         """See `Slot`."""
         self._work.send(spans)
 
@@ -107,7 +107,7 @@ class CudaSlot:
         """See `Slot`."""
         return torch.cuda.stream(self._streams.compute)
 
-    def fetch(self, spans: list[Span]) -> None:
+    def fetch(self, spans: list[Span] | PackedSpans) -> None:
         """See `Slot`."""
         self._work.fetch(spans)
 
@@ -151,7 +151,7 @@ class _TorchWork:
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(5)]  # type: ignore[no-untyped-call]
         self._begun, self._sent, self._started, self._computed, self._fetched = self._events
 
-    def send(self, spans: list[Span]) -> None:
+    def send(self, spans: list[Span] | PackedSpans) -> None:
         host_in, device_in, _, _ = self.memory
         self._begun.record(self._streams.copy_in)
         with torch.cuda.stream(self._streams.copy_in):
@@ -165,7 +165,7 @@ class _TorchWork:
     def end(self) -> None:
         self._computed.record(self._streams.compute)
 
-    def fetch(self, spans: list[Span]) -> None:
+    def fetch(self, spans: list[Span] | PackedSpans) -> None:
         _, _, device_out, host_out = self.memory
         self._streams.copy_out.wait_event(self._computed)
         with torch.cuda.stream(self._streams.copy_out):
@@ -173,8 +173,8 @@ class _TorchWork:
         self._fetched.record(self._streams.copy_out)
 
     @staticmethod
-    def _copy(to: torch.Tensor, source: torch.Tensor, spans: list[Span]) -> None:
-        for start, num_bytes, address in spans:
+    def _copy(to: torch.Tensor, source: torch.Tensor, spans: list[Span] | PackedSpans) -> None:
+        for start, num_bytes, address in each_of(spans):
             assert not address, "nothing is pinned without the compiled module"
             to[start : start + num_bytes].copy_(source[start : start + num_bytes], non_blocking=True)
 

@@ -43,6 +43,7 @@ from expertd_server.native import copy_bytes
 from expertd_server.promise import Promise
 from expertd_server.running import BatchReport, HostOutput, RunningBatch, unexpected
 from expertd_server.scatter import scatter
+from expertd_server.spans import PackedSpans, Span
 from expertd_server.staging import HostSlot, Slot, SlotPool
 from expertd_server.timing import ForwardTiming
 from expertd_server.types import LayerSpec
@@ -60,8 +61,6 @@ _CROWDS_OF_A_BATCH = 4
 _MOST_VIEWS = 256
 # Of what requests may have in common. Who is the first after so many meets no company that came before.
 _MOST_KEYS = 4096
-# Whole bundles fill a batch: the larger they are, the less they cost, and the less full it may be.
-_BUNDLES_OF_A_BATCH = 4
 # Longer than any capture keeps a slot to itself.
 _SLOT_TIMEOUT_S = 30.0
 
@@ -140,10 +139,10 @@ class Engine:
         return self.batcher.submit(key, call, call.num_tokens, deadline_s, on_done, is_last, call.num_requests)
 
     def join(self, promise: Promise[Any], call: BundledCalls, bundle: Bundle) -> bool:
-        """Have a bundle's members join a call that was submitted; False where it must be a call of its own. promise:
-        the call's, of `submit`."""
+        """Have as many of a bundle's members as there is room for join a call that was submitted; whether any did.
+        promise: the call's, of `submit`. What is left of the bundle must be a call of its own."""
         assert isinstance(promise, Entry)
-        return self.batcher.join(promise, bundle.num_tokens, bundle.num_requests, partial(call.absorb, bundle))
+        return self.batcher.join(promise, partial(call.absorb, bundle))
 
     def left(self, promise: Promise[Any], num_tokens: int, num_requests: int) -> None:
         """So many of a bundle that was submitted will not run."""
@@ -152,8 +151,8 @@ class Engine:
 
     @property
     def max_bundle_tokens(self) -> int:
-        """Most tokens of a bundle of several requests as it is submitted; 0: none are taken."""
-        return 0 if self._is_host or not IS_COMPILED else max(1, self._max_batch_tokens // _BUNDLES_OF_A_BATCH)
+        """Most tokens of a bundle; 0: none are taken."""
+        return 0 if self._is_host or not IS_COMPILED else self._max_batch_tokens
 
     def _key_of(self, call: ForwardCall | BundledCalls) -> _Key:
         """What the batcher knows of a call. On the CPU any kind may run with any other."""
@@ -262,7 +261,7 @@ class Engine:
         start_s = self.clock()
         views = self._views_of(slot)
         inputs, outputs, arguments, in_slot = views.plan(layer.spec, kind, num_rows)
-        spans = gather(views.host_in, inputs, layer, calls)
+        spans: list[Span] | PackedSpans = gather(views.host_in, inputs, layer, calls)
         if not slot.is_host:
             copy_bytes(views.host_in, 0, num_tokens.to_bytes(NUM_VALID_BYTES, "little"))
             slot.send(spans)

@@ -318,8 +318,10 @@ class EngineGate:
             self.submit_each(bundle)
             return
         waiting = self._waiting.get(bundle.kind)
-        if waiting is not None and waiting.take_in(peer, bundle):
-            return
+        if waiting is not None:
+            waiting.take_in(peer, bundle)
+            if not bundle.num_requests:
+                return
         kind = BatchKind(TORCH_DTYPES[hidden_dtype], is_routed, TORCH_DTYPES[output_dtype])
         asked = _AskedTogether(self, bundle)
         asked.call = BundledCalls(layer, bundle, kind, asked.are_late, self._queue_tokens)
@@ -410,12 +412,10 @@ class _AskedTogether:
         self.asked_s = time.monotonic()
         """When the first of them was read."""
 
-    def take_in(self, peer: _Peer, bundle: Bundle) -> bool:
-        """Have a bundle's requests, too; False where it must be asked for by itself."""
-        if not self.gate.engine.join(self.promise, self.call, bundle):
-            return False
-        peer.together.add(self)
-        return True
+    def take_in(self, peer: _Peer, bundle: Bundle) -> None:
+        """Have as many of a bundle's requests as there is room for, which the bundle loses."""
+        if self.gate.engine.join(self.promise, self.call, bundle):
+            peer.together.add(self)
 
     def cancel(self, peer: _Peer, number: int | None = None) -> bool:
         """Give up one of a front-end's requests, or all that are its own, unless they run; whether there are any."""

@@ -22,7 +22,7 @@ from expertd_server.fp8 import quantize_fp8
 from expertd_server.layer import MoELayer
 from expertd_server.layout import NUM_VALID_BYTES, BatchKind, InputLayout, Part
 from expertd_server.native import Copies, copy_bytes
-from expertd_server.spans import Span, Spans, direct_address
+from expertd_server.spans import PackedSpans, Span, Spans, direct_address
 
 __all__ = ["gather", "kind_of"]
 
@@ -44,14 +44,19 @@ def kind_of(calls: Sequence[ForwardCall | BundledCalls]) -> BatchKind:
 
 def gather(
     flat: npt.NDArray[np.uint8], layout: InputLayout, layer: MoELayer, calls: Sequence[ForwardCall | BundledCalls]
-) -> list[Span]:
+) -> list[Span] | PackedSpans:
     """Write what a batch computes on into a slot's host memory, but for what a GPU copies from where it lies.
 
     Bundles must be of the layout's kind. The copies that bring all of it to the device, the number of valid tokens
     included.
     """
-    is_alone = len(calls) == 1 and isinstance(calls[0], ForwardCall)
-    copies = None if is_alone else Copies()  # to note a copy takes as long as to do a small one
+    only = calls[0] if len(calls) == 1 else None
+    if isinstance(only, BundledCalls):
+        noted = Copies()
+        packed = only.gather_all(flat, layout, noted)
+        noted.run()
+        return packed
+    copies = None if only is not None else Copies()  # to note a copy takes as long as to do a small one
     add = copy_bytes if copies is None else copies.add
     rows = [None if isinstance(call, BundledCalls) else _tensors_of(call, layer, layout) for call in calls]
     spans = Spans(NUM_VALID_BYTES)

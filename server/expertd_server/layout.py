@@ -75,9 +75,14 @@ class InputLayout:
     """[rows, H]."""
     parts: tuple[Part, ...] = field(init=False)
     """All of them, as they lie."""
+    bundled_parts: tuple[tuple[int, int, int], ...] = field(init=False)
+    """The same as `Bundle.gather_all` takes them: which one, offset and row_bytes; hidden states are number 0."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", (*(part for _, part in self.routing), self.hidden_states))
+        numbered = (*enumerate(self.parts[:-1], start=1), (0, self.hidden_states))
+        bundled_parts = tuple((number, part.offset, part.row_bytes) for number, part in numbered)
+        object.__setattr__(self, "bundled_parts", bundled_parts)
 
     def nbytes(self, num_tokens: int) -> int:
         """Bytes from the start that a batch of num_tokens fills, at most the rows that it was laid out for."""

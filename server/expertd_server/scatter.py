@@ -7,19 +7,23 @@ from collections.abc import Sequence
 from expertd_server.bundle import BundledCalls
 from expertd_server.forward import ForwardCall
 from expertd_server.layout import OutputLayout
-from expertd_server.spans import Span, Spans, direct_address
+from expertd_server.spans import PackedSpans, Span, Spans, direct_address
 
 __all__ = ["scatter"]
 
 
 def scatter(
     layout: OutputLayout, calls: Sequence[ForwardCall | BundledCalls], num_tokens: int, *, wants_routing: bool
-) -> tuple[list[Span], list[int]]:
+) -> tuple[list[Span] | PackedSpans, list[int]]:
     """The copies that bring a batch's output to the host, and for each call the address where they put its rows.
 
     0: in the slot's host memory; of a bundle, whether they put any elsewhere. num_tokens: of all calls. wants_routing:
     whether any call does.
     """
+    only = calls[0] if len(calls) == 1 else None
+    if isinstance(only, BundledCalls):
+        packed, is_any_elsewhere = only.scatter_all(layout, num_tokens)
+        return packed, [int(is_any_elsewhere)]
     # NOTE: the ids come in any case, for metrics.
     spans = Spans((layout.expert_weights if wants_routing else layout.topk_ids).end(num_tokens))
     places = []

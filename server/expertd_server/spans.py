@@ -5,15 +5,22 @@ Most of it lies in the slot's own host memory; what lies in pinned memory of oth
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterable
 from typing import Final, TypeAlias
 
 from expertd_server.pinning import PIECE_BYTES, pinned_address
 
-__all__ = ["MIN_DIRECT_BYTES", "Span", "Spans", "direct_address", "whole"]
+__all__ = ["MIN_DIRECT_BYTES", "PackedSpans", "Span", "Spans", "direct_address", "each_of", "whole"]
 
 Span: TypeAlias = tuple[int, int, int]
 """What one copy moves: where in the slot, how many bytes, and the address of the host's end; 0: at the same place of
 the slot's host memory."""
+
+PackedSpans: TypeAlias = bytes
+"""Spans as csrc/bundle.cpp makes them and csrc/slot.cpp takes them: three numbers of eight bytes each."""
+
+_PACKED: Final = struct.Struct("<qqQ")
 
 MIN_DIRECT_BYTES: Final = 32 * 1024
 """What a device copies from where it lies, at least. To have it copy a tensor takes two microseconds of the thread that
@@ -26,6 +33,11 @@ _MAX_GAP_BYTES: Final = 64 * 1024
 def whole(nbytes: int) -> list[Span]:
     """The first nbytes of a slot's memory."""
     return [(0, nbytes, 0)]
+
+
+def each_of(spans: list[Span] | PackedSpans) -> Iterable[Span]:
+    """The spans one by one."""
+    return _PACKED.iter_unpack(spans) if isinstance(spans, bytes) else spans
 
 
 def direct_address(data: bytes | memoryview, nbytes: int) -> int:

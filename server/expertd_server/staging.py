@@ -21,7 +21,7 @@ import torch
 from expertd_server.errors import BackendError
 from expertd_server.layer import MoELayer
 from expertd_server.layout import BatchKind
-from expertd_server.spans import Span
+from expertd_server.spans import PackedSpans, Span
 
 __all__ = ["Graph", "GraphTable", "HostSlot", "Slot", "SlotPool", "SlotTimes"]
 
@@ -79,7 +79,7 @@ class Slot(Protocol):
         """Have at least this much memory each way. Growing forgets the slot's graphs."""
         ...
 
-    def send(self, spans: list[Span]) -> None:
+    def send(self, spans: list[Span] | PackedSpans) -> None:
         """Copy to device_in, from host_in and memory of others; what is computed next waits for it."""
         ...
 
@@ -92,7 +92,7 @@ class Slot(Protocol):
         """Inside `compute`: has torch start things where graphs are started."""
         ...
 
-    def fetch(self, spans: list[Span]) -> None:
+    def fetch(self, spans: list[Span] | PackedSpans) -> None:
         """Copy from device_out, to host_out and memory of others, what is computed by then."""
         ...
 
@@ -151,7 +151,7 @@ class HostSlot:
             self.host_in = self.device_in = torch.empty(in_bytes, dtype=torch.uint8)
             self._in_bytes = in_bytes
 
-    def send(self, spans: list[Span]) -> None:
+    def send(self, spans: list[Span] | PackedSpans) -> None:
         """Nothing: the device reads the host's memory."""
 
     def compute(self) -> HostSlot:
@@ -168,7 +168,7 @@ class HostSlot:
     def __exit__(self, *_: object) -> None:
         self._compute_s = self._clock() - self._start_s
 
-    def fetch(self, spans: list[Span]) -> None:
+    def fetch(self, spans: list[Span] | PackedSpans) -> None:
         """Nothing: the answer is on the host."""
 
     def wait(self) -> None:

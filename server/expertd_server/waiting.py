@@ -27,13 +27,10 @@ class Waiting(Generic[P, R]):
     def __bool__(self) -> bool:
         return bool(self._queues)
 
-    def has_room(self, num_tokens: int, num_requests: int) -> bool:
-        """Whether so much may wait, too."""
+    def room(self) -> tuple[int, int]:
+        """How many tokens and requests more may wait."""
         limits = self._limits
-        return (
-            self.num_requests + num_requests <= limits.max_queue_requests
-            and self.num_tokens + num_tokens <= limits.max_queue_tokens
-        )
+        return limits.max_queue_tokens - self.num_tokens, limits.max_queue_requests - self.num_requests
 
     def add(self, entry: Entry[P, R]) -> None:
         """The newest of all."""

@@ -36,7 +36,7 @@ from expertd_server.remote import SUBMIT
 from expertd_server.remote_codec import RemoteCall
 from expertd_server.ring import Ring, ring_bytes
 from expertd_server.scatter import scatter
-from expertd_server.spans import Spans
+from expertd_server.spans import Spans, each_of
 from expertd_server.status import RelayedError
 from expertd_server.store import LayerStore
 from expertd_server.synthetic import synthetic_layers
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.skipif(not bundle_module.IS_COMPILED, reason="the compi
 
 PATIENCE_S = 10.0
 LIMITS = Limits(max_batch_tokens=32, max_queue_tokens=400, max_queue_requests=5)
-MOST_TOKENS = 8  # of a bundle: a quarter of a batch
+MOST_TOKENS = 8  # a quarter of a batch
 
 
 class Rig:
@@ -374,6 +374,16 @@ def test_a_bundle_grows_up_to_a_batch_and_not_after_it_has_begun(rig: Rig) -> No
         check(call, promise.result(PATIENCE_S), "of a full batch or the next")
 
 
+def test_as_many_join_as_have_room_in_the_batch(rig: Rig) -> None:
+    first, more = usual(rig, 1, 25), usual(rig, 4, 3)
+    promises = rig.ask(*first) + rig.ask(*more)
+    assert rig.num_tokens_of_bundles() == [25 + 2 * 3, 2 * 3]
+    rig.run()
+    assert [(report.num_requests, report.num_tokens) for report in rig.reports] == [(3, 31), (2, 6)]
+    for call, promise in zip(first + more, promises, strict=True):
+        check(call, promise.result(PATIENCE_S), "of a full batch or the next")
+
+
 def test_nothing_joins_what_another_request_has_queued_behind(rig: Rig) -> None:
     early, late = usual(rig, 1), usual(rig, 2)[1:]
     between = make_call(rig.layers[0], 2, 7, usual=True)
@@ -431,13 +441,13 @@ def test_bundles_that_differ_do_not_absorb_each_other() -> None:
     calls[1].output_dtype = torch.float32
     (one, other), _ = (laid := Laid(calls, pinned=False)).bundles(8)
     with pytest.raises(ValueError, match="of one kind"):
-        one.absorb(other)
-    with pytest.raises(TypeError, match="absorbs another bundle"):
-        one.absorb(one)
+        one.absorb(other, 8, 8)
+    with pytest.raises(ValueError, match="absorbs another bundle"):
+        one.absorb(one, 8, 8)
     (same,), _ = Laid(calls[:1], pinned=False).bundles(8)
     one.begin(0.0)
     with pytest.raises(ValueError, match="neither have begun"):
-        one.absorb(same)
+        one.absorb(same, 8, 8)
     assert (one.num_requests, same.num_requests, laid.ring.take()) == (1, 1, [])
 
 
@@ -501,16 +511,25 @@ def test_a_bundle_is_copied_as_its_members_would_be(
         assert num_tokens == sum(call.num_tokens for call in calls)
         layout = input_layout(spec, wanted, num_tokens)
         one, other = (torch.zeros(layout.nbytes(num_tokens), dtype=torch.uint8).numpy() for _ in range(2))
-        assert gather(one, layout, layer, [together]) == gather(other, layout, layer, singles)
+        assert list(each_of(gather(one, layout, layer, [together]))) == gather(other, layout, layer, singles)
         assert (one == other).all()
         outputs = output_layout(spec, wanted, num_tokens)
         copies, places = scatter(outputs, [together], num_tokens, wants_routing=False)
-        assert (copies, any(places)) == (
+        assert (list(each_of(copies)), any(places)) == (
             (expected := scatter(outputs, singles, num_tokens, wants_routing=False))[0],
             any(expected[1]),
         )
         assert bundle.is_spent == any(places)
-        del bundle, together, singles, single, block, checked, laid
+        # In the company of what is no bundle.
+        bigger = input_layout(spec, wanted, 2 * num_tokens)
+        one, other = (torch.zeros(bigger.nbytes(2 * num_tokens), dtype=torch.uint8).numpy() for _ in range(2))
+        mixed, apart = [together, *singles], [*singles, *singles]
+        assert gather(one, bigger, layer, mixed) == gather(other, bigger, layer, apart)
+        assert (one == other).all()
+        outputs = output_layout(spec, wanted, 2 * num_tokens)
+        copies, _ = scatter(outputs, mixed, 2 * num_tokens, wants_routing=False)
+        assert copies == scatter(outputs, apart, 2 * num_tokens, wants_routing=False)[0]
+        del mixed, apart, bundle, together, singles, single, block, checked, laid
 
 
 def test_a_member_that_has_not_as_many_bytes_is_refused() -> None:
