@@ -36,7 +36,7 @@ from expertd_server.garbage import look_rarely
 from expertd_server.layer import MoELayer
 from expertd_server.pinning import Pinner
 from expertd_server.spans import PackedSpans, Span
-from expertd_server.staging import GraphTable, SlotTimes
+from expertd_server.staging import Graph, GraphTable, SlotTimes
 from expertd_server.synthetic import synthetic_spec
 from expertd_server.weights import ExpertWeights
 
@@ -68,6 +68,9 @@ class NullSlot:
 
     def fetch(self, spans: list[Span] | PackedSpans) -> None:
         """Nothing."""
+
+    def run(self, sent: list[Span] | PackedSpans, graph: Graph, fetched: list[Span] | PackedSpans) -> None:
+        graph.replay()
 
     def wait(self) -> None:
         """It is over."""

@@ -148,10 +148,10 @@ struct Member {
   uint8_t* block;
   double deadline_s;
   double joined_s;  // when it was read
-  Piece parts[3];  // hidden states; logits, or ids and weights
-  Piece place;     // where the output goes
-  bool is_placed;  // in a caller's memory, not in the block
-  bool is_direct;  // the device puts it there
+  Piece parts[3];   // hidden states; logits, or ids and weights
+  Piece place;      // where the output goes
+  bool is_placed;   // in a caller's memory, not in the block
+  bool is_direct;   // the device puts it there
 };
 
 struct Kind {
@@ -579,9 +579,9 @@ PyObject* bundle_gather(PyObject* self, PyObject* arguments) {
   }
   uint8_t* host;
   Spans spans;
-  const bool is_good =
-      writable(destination, &host, &room) && spans.continue_from(list) &&
-      gather_part(of(self), part, host, room, &start, row_bytes, least_direct, &spans, copies) && spans.append_to(list);
+  const bool is_good = writable(destination, &host, &room) && spans.continue_from(list) &&
+                       gather_part(of(self), part, host, room, &start, row_bytes, least_direct, &spans, copies) &&
+                       spans.append_to(list);
   return is_good ? PyLong_FromSsize_t(start) : nullptr;
 }
 

@@ -320,7 +320,9 @@ bool is_ring(PyObject* object) {
   return false;
 }
 
-void put_descriptor(PyObject* ring, uint64_t kind, uint64_t request_id) { put(ring_of(ring), {kind, request_id, 0, 0}); }
+void put_descriptor(PyObject* ring, uint64_t kind, uint64_t request_id) {
+  put(ring_of(ring), {kind, request_id, 0, 0});
+}
 
 bool add_ring_types(PyObject* module) {
   ring_type.tp_name = "expertd_server._blocks.Ring";

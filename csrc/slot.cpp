@@ -8,15 +8,21 @@
 
 #include <array>
 #include <chrono>
+#include <condition_variable>
 #include <cstring>
 #include <memory>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "address.h"
 #include "check.h"
 #include "ringer.h"
+#include "starter.h"
 
 namespace py = pybind11;
 
@@ -36,8 +42,10 @@ class Graph {
     graph_.reset(graph);
   }
 
-  void launch(Address stream) const {
-    check_cuda(cudaGraphLaunch(graph_.get(), pointer<CUstream_st>(stream)), "launching a CUDA graph");
+  void launch(Address stream) const { launch(pointer<CUstream_st>(stream)); }
+
+  void launch(cudaStream_t stream) const {
+    check_cuda(cudaGraphLaunch(graph_.get(), stream), "launching a CUDA graph");
   }
 
  private:
@@ -113,7 +121,14 @@ class DeviceCopies {
   std::vector<size_t> num_bytes_;
 };
 
-// One batch after the other on three streams: send, begin, what computes, end, fetch, wait.
+// Wait until the Starter has started all that it was told to, so that what comes now comes after it.
+void await_starter() {
+  if (Starter::shared().is_idle()) return;
+  py::gil_scoped_release release;
+  Starter::shared().drain();
+}
+
+// One batch after the other on three streams: send, begin, what computes, end, fetch, wait; or start, wait.
 class SlotWork {
  public:
   SlotWork(Address copy_in, Address compute, Address copy_out)
@@ -125,6 +140,10 @@ class SlotWork {
     check_cuda(cudaGetDevice(&fetched_->device), "asking for the CUDA device");
   }
 
+  ~SlotWork() { Starter::shared().drain(); }
+  SlotWork(const SlotWork&) = delete;
+  SlotWork& operator=(const SlotWork&) = delete;
+
   // Where batches lie, from the next one on.
   void place(Address host_in, Address device_in, Address device_out, Address host_out) {
     host_in_ = host_in, device_in_ = device_in, device_out_ = device_out, host_out_ = host_out;
@@ -132,14 +151,9 @@ class SlotWork {
 
   template <typename AnySpans>
   void send(const AnySpans& spans) {
-    record(kBegun, copy_in_);
-    copies_.clear();
-    for (const Span& span : each_of(spans)) {
-      copies_.add(device_in_ + span.offset, span.host ? span.host : host_in_ + span.offset, span.num_bytes);
-    }
-    copies_.start(copy_in_);
-    record(kSent, copy_in_);
-    order(kSent, compute_);
+    await_starter();
+    error_.clear();
+    send(each_of(spans));
   }
 
   void begin() { record(kStarted, compute_); }
@@ -148,30 +162,47 @@ class SlotWork {
 
   template <typename AnySpans>
   void fetch(const AnySpans& spans) {
-    order(kComputed, copy_out_);
-    copies_.clear();
-    for (const Span& span : each_of(spans)) {
-      copies_.add(span.host ? span.host : host_out_ + span.offset, device_out_ + span.offset, span.num_bytes);
-    }
-    copies_.start(copy_out_);
-    ++fetched_->batch;
-    check_cuda(cudaEventRecord(fetched_->event.get(), copy_out_), "recording a CUDA event");
+    fetch(each_of(spans));
   }
 
-  void wait() const { check_cuda(cudaEventSynchronize(fetched_->event.get()), "waiting for a batch"); }
+  // Have the Starter send, launch the graph and fetch. What went wrong then is told by what waits.
+  template <typename Sent, typename Fetched>
+  void start(const Sent& sent, std::shared_ptr<const Graph> graph, const Fetched& fetched) {
+    sent_ = each_of(sent);
+    fetched_spans_ = each_of(fetched);
+    {
+      std::lock_guard<std::mutex> lock(lock_);
+      is_queued_ = true;
+      error_.clear();
+    }
+    Starter::shared().post([this, graph = std::move(graph)] { start_here(*graph); });
+  }
 
-  // Write to an eventfd when the batch that was fetched last is over.
+  void wait() const {
+    await_start(std::nullopt);
+    check_cuda(cudaEventSynchronize(fetched_->event.get()), "waiting for a batch");
+  }
+
+  // Write to an eventfd when the batch that was fetched or started last is over.
   void ring_when_done(int eventfd) {
     if (eventfd != bell_fd_) {
       bell_ = std::make_shared<const BellFile>(eventfd);
       bell_fd_ = eventfd;
     }
-    Ringer::shared().ring_after(fetched_, bell_);
+    std::lock_guard<std::mutex> lock(lock_);
+    if (is_queued_) {
+      is_bell_due_ = true;
+    } else {
+      ring();
+    }
   }
 
   // Whether the batch is over, or is so within so long. Looks all the time, as wait does.
   bool is_done_within(double seconds) const {
-    const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+    const auto until =
+        std::chrono::steady_clock::now() +
+        std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::duration<double>(seconds));
+    if (!await_start(until)) return false;
     while (true) {
       const cudaError_t status = cudaEventQuery(fetched_->event.get());
       if (status != cudaErrorNotReady) {
@@ -198,6 +229,76 @@ class SlotWork {
  private:
   enum Event { kBegun, kSent, kStarted, kComputed, kNumEvents };
 
+  void send(const std::vector<Span>& spans) {
+    record(kBegun, copy_in_);
+    copies_.clear();
+    for (const Span& span : spans) {
+      copies_.add(device_in_ + span.offset, span.host ? span.host : host_in_ + span.offset, span.num_bytes);
+    }
+    copies_.start(copy_in_);
+    record(kSent, copy_in_);
+    order(kSent, compute_);
+  }
+
+  void fetch(const std::vector<Span>& spans) {
+    order(kComputed, copy_out_);
+    copies_.clear();
+    for (const Span& span : spans) {
+      copies_.add(span.host ? span.host : host_out_ + span.offset, device_out_ + span.offset, span.num_bytes);
+    }
+    copies_.start(copy_out_);
+    ++fetched_->batch;
+    check_cuda(cudaEventRecord(fetched_->event.get(), copy_out_), "recording a CUDA event");
+  }
+
+  // For the Starter.
+  void start_here(const Graph& graph) {
+    std::string error;
+    try {
+      check_cuda(cudaSetDevice(fetched_->device), "choosing the CUDA device");
+      send(sent_);
+      begin();
+      {
+        std::lock_guard<std::mutex> turn(Starter::shared().submitting());
+        graph.launch(compute_);
+      }
+      end();
+      fetch(fetched_spans_);
+    } catch (const std::exception& failure) {
+      error = failure.what();
+      // Whoever hears of it takes the slot for free.
+      for (cudaStream_t stream : {copy_in_, compute_, copy_out_}) (void)cudaStreamSynchronize(stream);
+    }
+    std::lock_guard<std::mutex> lock(lock_);
+    is_queued_ = false;
+    error_ = error;
+    started_.notify_all();
+    if (is_bell_due_) ring();
+    is_bell_due_ = false;
+  }
+
+  // Under the lock, when the batch was started, or could not be.
+  void ring() {
+    if (error_.empty()) {
+      Ringer::shared().ring_after(fetched_, bell_);
+    } else {
+      bell_->ring();
+    }
+  }
+
+  // Whether the batch was started by then. Raises what kept it from being started.
+  bool await_start(std::optional<std::chrono::steady_clock::time_point> until) const {
+    std::unique_lock<std::mutex> lock(lock_);
+    const auto was_started = [this] { return !is_queued_; };
+    if (!until) {
+      started_.wait(lock, was_started);
+    } else if (!started_.wait_until(lock, *until, was_started)) {
+      return false;
+    }
+    if (!error_.empty()) throw std::runtime_error(error_);
+    return true;
+  }
+
   // Waiting for it spins: a thread that sleeps instead wakes 10 to 30 us later, a fifth of a small batch.
   static cudaEvent_t new_event() {
     cudaEvent_t event;
@@ -220,6 +321,13 @@ class SlotWork {
   std::shared_ptr<BatchEvent> fetched_ = std::make_shared<BatchEvent>();
   std::shared_ptr<const BellFile> bell_;
   int bell_fd_ = -1;  // what bell_ is a copy of
+
+  std::vector<Span> sent_, fetched_spans_;  // of a batch that is started elsewhere
+  mutable std::mutex lock_;                 // for what follows
+  mutable std::condition_variable started_;
+  bool is_queued_ = false;
+  bool is_bell_due_ = false;
+  std::string error_;  // what went wrong when it was started
 };
 
 }  // namespace
@@ -227,9 +335,9 @@ class SlotWork {
 void bind_slot(py::module_& m) {
   // NOTE: but for what waits, the interpreter's lock is kept. All of them together take some ten microseconds; a thread
   // that lets go of the lock may have to wait for it a thousand times as long.
-  py::class_<Graph>(m, "Graph")
+  py::class_<Graph, std::shared_ptr<Graph>>(m, "Graph")
       .def(py::init<Address>(), py::arg("captured"))
-      .def("launch", &Graph::launch, py::arg("stream"));
+      .def("launch", py::overload_cast<Address>(&Graph::launch, py::const_), py::arg("stream"));
   py::class_<SlotWork>(m, "SlotWork")
       .def(py::init<Address, Address, Address>(), py::arg("copy_in"), py::arg("compute"), py::arg("copy_out"))
       .def("place", &SlotWork::place, py::arg("host_in"), py::arg("device_in"), py::arg("device_out"),
@@ -240,10 +348,14 @@ void bind_slot(py::module_& m) {
       .def("end", &SlotWork::end)
       .def("fetch", &SlotWork::fetch<py::bytes>, py::arg("spans"))
       .def("fetch", &SlotWork::fetch<Spans>, py::arg("spans"))
+      .def("start", &SlotWork::start<py::bytes, py::bytes>, py::arg("sent"), py::arg("graph"), py::arg("fetched"))
+      .def("start", &SlotWork::start<Spans, Spans>, py::arg("sent"), py::arg("graph"), py::arg("fetched"))
       .def("wait", &SlotWork::wait, py::call_guard<py::gil_scoped_release>())
       .def("ring_when_done", &SlotWork::ring_when_done, py::arg("eventfd"))
       .def("is_done_within", &SlotWork::is_done_within, py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def("times", &SlotWork::times);
+  m.def("begin_submitting", [] { Starter::shared().submitting().lock(); }, py::call_guard<py::gil_scoped_release>());
+  m.def("end_submitting", [] { Starter::shared().submitting().unlock(); });
 }
 
 }  // namespace expertd

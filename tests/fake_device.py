@@ -22,7 +22,7 @@ from expertd_server.backend import MoEOutput, PreparedLayer
 from expertd_server.backend_cpu import TorchBackend
 from expertd_server.pinning import Pinner
 from expertd_server.spans import PackedSpans, Span, each_of
-from expertd_server.staging import GraphTable, SlotTimes
+from expertd_server.staging import Graph, GraphTable, SlotTimes, run_in_turn
 from expertd_server.types import LayerSpec
 from expertd_server.weights import ExpertWeights
 
@@ -123,6 +123,9 @@ class FakeSlot:
         each = list(each_of(spans))
         self.fetched.append(each)
         self.device.start(lambda: self._copy_out(each))
+
+    def run(self, sent: list[Span] | PackedSpans, graph: Graph, fetched: list[Span] | PackedSpans) -> None:
+        run_in_turn(self, sent, graph, fetched)
 
     def wait(self) -> None:
         assert self.is_done_within(PATIENCE_S), "the test never let it end"

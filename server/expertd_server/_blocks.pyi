@@ -91,7 +91,7 @@ def bundles_of(
     descriptors: Sequence[tuple[int, int, int, int]],
     kind: int,
     source: object,
-    ring: Ring,
+    ring: object,
     memory: memoryview,
     regions: dict[int, memoryview],
     most_tokens: int,

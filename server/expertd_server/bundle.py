@@ -48,8 +48,9 @@ def bundles_of(  # noqa: PLR0917 (called for every reading, and keywords take ti
     """Those of the plain requests among these descriptors, and the descriptors of all else, in order.
 
     kind: of the descriptors of requests. source: who asks. ring: of the answers. memory, regions: where blocks and
-    tensors lie. most_tokens: of a bundle of more than one request. now_s: from when on they wait. Plain: do_finalize, no routing back, float32 logits or bfloat16 weights; whatever cannot
-    be read is left to who reads it alone. Only where IS_COMPILED.
+    tensors lie. most_tokens: of a bundle of more than one request. now_s: from when on they wait. Plain: do_finalize,
+    no routing back, float32 logits or bfloat16 weights; whatever cannot be read is left to who reads it alone. Only
+    where IS_COMPILED.
     """
     assert BLOCKS is not None, "see IS_COMPILED"
     return BLOCKS.bundles_of(descriptors, kind, source, ring, memory, regions, most_tokens, now_s)
@@ -131,8 +132,8 @@ class BundledCalls:
     def answer(
         self, address: int, hidden_size: int, timing: ForwardTiming, weights_version: int, copies: Copies
     ) -> None:
-        """Write the answers over the requests. timing: queue_us counts from `begin` on. address: of the members' outputs in the slot's host memory, as far as
-        they are there; they are copied, or noted in `copies`."""
+        """Write the answers over the requests. timing: queue_us counts from `begin` on. address: of the members'
+        outputs in the slot's host memory, as far as they are there; they are copied, or noted in `copies`."""
         self._bundle.answer(
             copies,
             address,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -18,14 +18,14 @@ import torch
 
 from expertd_server.pinning import Pinner
 from expertd_server.spans import PackedSpans, Span, each_of
-from expertd_server.staging import GraphTable, SlotTimes
+from expertd_server.staging import Graph, GraphTable, SlotTimes, run_in_turn
 
 try:
     from expertd_server.cuda_extension import _cuda
 except ImportError:  # a GPU without kernels of its own
     _cuda = None  # type: ignore[assignment]
 
-__all__ = ["CudaSlot", "CudaStreams", "pinner_of"]
+__all__ = ["CudaReplay", "CudaSlot", "CudaStreams", "pinner_of", "submitting"]
 
 
 def pinner_of(device: torch.device, max_bytes: int) -> Pinner | None:
@@ -46,9 +46,32 @@ class CudaStreams:
         self.compute = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.copy_out = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def launcher(self, captured: torch.cuda.CUDAGraph) -> Callable[[], None]:
-        """What starts a graph that was captured with keep_graph on `compute`. Not without the compiled module."""
-        return partial(_cuda.Graph(captured.raw_cuda_graph()).launch, self.compute.cuda_stream)
+
+@contextlib.contextmanager
+def submitting() -> Iterator[None]:
+    """Inside, nobody else starts anything that uses the scratch memory of graphs. Not without the compiled module."""
+    _cuda.begin_submitting()
+    try:
+        yield
+    finally:
+        _cuda.end_submitting()
+
+
+class CudaReplay:
+    """Starts a captured graph on a device's stream for computations, and owns the memory that it uses.
+
+    captured: with keep_graph. Not without the compiled module.
+    """
+
+    def __init__(self, captured: torch.cuda.CUDAGraph, streams: CudaStreams) -> None:
+        self.graph = _cuda.Graph(captured.raw_cuda_graph())
+        """What `SlotWork.start` takes."""
+        self._captured = captured
+        self._stream = streams.compute.cuda_stream
+
+    def __call__(self) -> None:
+        with submitting():
+            self.graph.launch(self._stream)
 
 
 class CudaSlot:
@@ -110,6 +133,13 @@ class CudaSlot:
     def fetch(self, spans: list[Span] | PackedSpans) -> None:
         """See `Slot`."""
         self._work.fetch(spans)
+
+    def run(self, sent: list[Span] | PackedSpans, graph: Graph, fetched: list[Span] | PackedSpans) -> None:
+        """See `Slot`; by a thread that the interpreter does not keep waiting, where that was compiled."""
+        if isinstance(graph.replay, CudaReplay) and not isinstance(self._work, _TorchWork):
+            self._work.start(sent, graph.replay.graph, fetched)
+        else:
+            run_in_turn(self, sent, graph, fetched)
 
     def wait(self) -> None:
         """See `Slot`. The interpreter is free meanwhile."""

@@ -44,7 +44,7 @@ from expertd_server.promise import Promise
 from expertd_server.running import BatchReport, HostOutput, RunningBatch, unexpected
 from expertd_server.scatter import scatter
 from expertd_server.spans import PackedSpans, Span
-from expertd_server.staging import HostSlot, Slot, SlotPool
+from expertd_server.staging import Graph, HostSlot, Slot, SlotPool, run_in_turn
 from expertd_server.timing import ForwardTiming
 from expertd_server.types import LayerSpec
 
@@ -260,35 +260,17 @@ class Engine:
 
         start_s = self.clock()
         views = self._views_of(slot)
-        inputs, outputs, arguments, in_slot = views.plan(layer.spec, kind, num_rows)
-        spans: list[Span] | PackedSpans = gather(views.host_in, inputs, layer, calls)
+        plan = views.plan(layer.spec, kind, num_rows)
+        spans: list[Span] | PackedSpans = gather(views.host_in, plan.inputs, layer, calls)
         if not slot.is_host:
             copy_bytes(views.host_in, 0, num_tokens.to_bytes(NUM_VALID_BYTES, "little"))
-            slot.send(spans)
-        sent_s = self.clock()
+        gather_s = self.clock() - start_s
+        places: list[int]
         answer: MoEOutput | None = None
-        with slot.compute():
-            if graph is not None:
-                graph.replay()
-                expert_weights = graph.expert_weights
-            elif slot.is_host or not do_finalize:
-                with slot.stream():
-                    answer = layer.forward(**arguments, output_dtype=kind.output_dtype, do_finalize=do_finalize)
-            else:
-                with slot.stream():
-                    expert_weights = run_layer(slot, layer, kind, num_rows, is_padded=False).expert_weights
-            if answer is None and wants_routing:
-                with slot.stream():
-                    copy = outputs.expert_weights.view(slot.device_out, num_tokens)
-                    copy.copy_(expert_weights[:num_tokens], non_blocking=True)
-        places: list[int] = []
-        if not slot.is_host:
-            spans = []
-            if answer is None:
-                spans, places = scatter(outputs, calls, num_tokens, wants_routing=wants_routing)
-                for entry, place in zip(batch.entries, places, strict=True):
-                    entry.is_spent = bool(place)
-            slot.fetch(spans)
+        if graph is not None and not wants_routing:
+            places = self._run_graph(batch, slot, calls, plan, spans, graph)
+        else:
+            places, answer = self._run_in_steps(batch, slot, calls, plan, spans, graph, wants_routing=wants_routing)
         if self.graphs is not None and do_finalize and graph is None:
             self.graphs.capture_unforeseen(slot, layer, kind, num_tokens)
         graph_rows = None if graph is None else graph.num_rows
@@ -300,18 +282,85 @@ class Engine:
             calls,
             num_tokens,
             places,
-            in_slot,
+            plan.in_slot,
             answer,
-            sent_s - start_s,
+            gather_s,
             graph_rows,
             self.clock,
             self.on_batch,
         )
 
+    def _run_graph(  # noqa: PLR0917 (called for every batch, and keywords take time)
+        self,
+        batch: Batch[ForwardCall | BundledCalls, Any],
+        slot: Slot,
+        calls: list[ForwardCall | BundledCalls],
+        plan: _Plan,
+        spans: list[Span] | PackedSpans,
+        graph: Graph,
+    ) -> list[int]:
+        """Start the copies in, the graph and the copies out; the calls' places, see `scatter`."""
+        num_tokens = sum([call.num_tokens for call in calls])
+        fetched, places = scatter(plan.outputs, calls, num_tokens, wants_routing=False)
+        _spend(batch, places)
+        if self.slots.in_use > 1:
+            slot.run(spans, graph, fetched)
+        else:  # the device would wait until another thread gets to it
+            run_in_turn(slot, spans, graph, fetched)
+        return places
+
+    @staticmethod
+    def _run_in_steps(  # noqa: PLR0917 (as above)
+        batch: Batch[ForwardCall | BundledCalls, Any],
+        slot: Slot,
+        calls: list[ForwardCall | BundledCalls],
+        plan: _Plan,
+        spans: list[Span] | PackedSpans,
+        graph: Graph | None,
+        *,
+        wants_routing: bool,
+    ) -> tuple[list[int], MoEOutput | None]:
+        """Start a batch whose graph is none, or not all of it. The calls' places, and the answer where that does not
+        lie in the slot."""
+        layer, num_tokens = calls[0].layer, sum([call.num_tokens for call in calls])
+        kind, do_finalize = plan.kind, calls[0].do_finalize
+        if not slot.is_host:
+            slot.send(spans)
+        answer: MoEOutput | None = None
+        with slot.compute():
+            if graph is not None:
+                graph.replay()
+                expert_weights = graph.expert_weights
+            elif slot.is_host or not do_finalize:
+                with slot.stream():
+                    answer = layer.forward(**plan.arguments, output_dtype=kind.output_dtype, do_finalize=do_finalize)
+            else:
+                with slot.stream():
+                    expert_weights = run_layer(slot, layer, kind, num_tokens, is_padded=False).expert_weights
+            if answer is None and wants_routing:
+                with slot.stream():
+                    copy = plan.outputs.expert_weights.view(slot.device_out, num_tokens)
+                    copy.copy_(expert_weights[:num_tokens], non_blocking=True)
+        places: list[int] = []
+        if not slot.is_host:
+            fetched: list[Span] | PackedSpans = []
+            if answer is None:
+                fetched, places = scatter(plan.outputs, calls, num_tokens, wants_routing=wants_routing)
+                _spend(batch, places)
+            slot.fetch(fetched)
+        return places, answer
+
+
+def _spend(batch: Batch[ForwardCall | BundledCalls, Any], places: list[int]) -> None:
+    """Entries whose answers go where they are wanted run once. places: see `scatter`."""
+    for entry, place in zip(batch.entries, places, strict=True):
+        entry.is_spent = bool(place)
+
 
 class _Plan(NamedTuple):
     """Where a batch lies in a slot's memory, padding included."""
 
+    kind: BatchKind
     inputs: InputLayout
     outputs: OutputLayout
     arguments: dict[str, torch.Tensor]
@@ -344,6 +393,6 @@ class _SlotViews:
                 parts = {field.name: getattr(outputs, field.name) for field in fields(outputs)}
                 views = {name: part.view(slot.host_out, num_rows) for name, part in parts.items()}
                 in_slot = HostOutput(MoEOutput(**views), Matrix.of(views["output"]), views["topk_ids"].numpy())
-            plan = _Plan(inputs, outputs, inputs.arguments(slot.device_in, num_rows), in_slot)
+            plan = _Plan(kind, inputs, outputs, inputs.arguments(slot.device_in, num_rows), in_slot)
             found = self._plans[key] = spec, plan
         return found[1]

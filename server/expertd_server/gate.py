@@ -357,7 +357,7 @@ class EngineGate:
             self._changed.notify_all()
         peer.close()
         if not self._is_closed:
-            log.warning("%s is gone, %d requests of its own with it", peer.name, len(peer.promises) + peer.count_together())
+            log.warning("%s is gone, %d requests of its own with it", peer.name, peer.num_requests)
         for asked in list(peer.together):
             asked.cancel(peer)
         for promise in list(peer.promises.values()):
@@ -487,9 +487,11 @@ class _Peer:
             if asked.cancel(self, number):
                 return
 
-    def count_together(self) -> int:
-        """Requests of its own that are part of something."""
-        return sum(peer is self for asked in list(self.together) for peer, *_ in asked.bundle.places())
+    @property
+    def num_requests(self) -> int:
+        """Of its own, that are not answered."""
+        together = sum(peer is self for asked in list(self.together) for peer, *_ in asked.bundle.places())
+        return len(self.promises) + together
 
     def fail(self, number: int, block: memoryview, error: BaseException) -> None:
         """Answer one with an error."""

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from expertd_server.backend import MoEOutput
-from expertd_server.cuda_slot import CudaStreams
+from expertd_server.cuda_slot import CudaReplay, CudaStreams, submitting
 from expertd_server.errors import BackendError
 from expertd_server.layer import MoELayer
 from expertd_server.layout import NUM_VALID_BYTES, BatchKind, input_layout, num_valid_tokens, output_layout
@@ -79,9 +79,6 @@ class CudaCapturer:
         # The backend's scratch memory belongs to a stream: all graphs share that of this one, which runs nothing else.
         self._stream = torch.cuda.Stream(streams.device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
-        # Held while something is started that uses the graphs' scratch memory. A warm-up starts in three steps, and a
-        # replay between them would run beside it.
-        self._submitting = threading.Lock()
 
     def capture(self, run: Callable[[], MoEOutput]) -> tuple[Callable[[], None], MoEOutput]:
         """See `Capturer`."""
@@ -97,18 +94,12 @@ class CudaCapturer:
                     captured.capture_end()
                 raise
             captured.capture_end()
-        launch = self._streams.launcher(captured)
-
-        def replay(_: torch.cuda.CUDAGraph = captured) -> None:  # it owns the memory that the graph uses
-            with self._submitting:
-                launch()
-
-        return replay, answer
+        return CudaReplay(captured, self._streams), answer
 
     def warm_up(self, run: Callable[[], MoEOutput]) -> None:
         """See `Capturer`."""
         current = torch.cuda.current_stream(self._streams.device)
-        with self._submitting:
+        with submitting():  # in three steps: a replay between them would run beside it
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
                 run()

@@ -23,7 +23,7 @@ from expertd_server.layer import MoELayer
 from expertd_server.layout import BatchKind
 from expertd_server.spans import PackedSpans, Span
 
-__all__ = ["Graph", "GraphTable", "HostSlot", "Slot", "SlotPool", "SlotTimes"]
+__all__ = ["Graph", "GraphTable", "HostSlot", "Slot", "SlotPool", "SlotTimes", "run_in_turn"]
 
 
 _NOWHERE_ELSE = contextlib.nullcontext()
@@ -96,6 +96,11 @@ class Slot(Protocol):
         """Copy from device_out, to host_out and memory of others, what is computed by then."""
         ...
 
+    def run(self, sent: list[Span] | PackedSpans, graph: Graph, fetched: list[Span] | PackedSpans) -> None:
+        """Send, replay and fetch, in place of doing so one after the other; perhaps a moment later, and in turn with
+        what other slots run and send. What goes wrong is raised here, or by what waits."""
+        ...
+
     def wait(self) -> None:
         """Return when `fetch` is done. Raises what went wrong on the device."""
         ...
@@ -120,6 +125,14 @@ class Slot(Protocol):
     def settle(self) -> None:
         """Return when nothing touches the slot any more, however its batch failed."""
         ...
+
+
+def run_in_turn(slot: Slot, sent: list[Span] | PackedSpans, graph: Graph, fetched: list[Span] | PackedSpans) -> None:
+    """`Slot.run`, here and now."""
+    slot.send(sent)
+    with slot.compute():
+        graph.replay()
+    slot.fetch(fetched)
 
 
 class HostSlot:
@@ -170,6 +183,10 @@ class HostSlot:
 
     def fetch(self, spans: list[Span] | PackedSpans) -> None:
         """Nothing: the answer is on the host."""
+
+    def run(self, sent: list[Span] | PackedSpans, graph: Graph, fetched: list[Span] | PackedSpans) -> None:
+        """See `Slot`."""
+        run_in_turn(self, sent, graph, fetched)
 
     def wait(self) -> None:
         """Nothing: it was computed at once."""
