@@ -1,5 +1,6 @@
-// Says when a batch is over: a thread that waits for the device and then writes to a file, which another thread reads.
-// It has no use for the interpreter, whose lock a thread of Python's would have to wait for, and keep others waiting.
+// Says how far a batch is: threads that wait for the device and then write to a file, which another thread reads.
+// They have no use for the interpreter, whose lock a thread of Python's would have to wait for, and keep others
+// waiting.
 #pragma once
 #include <cuda_runtime.h>
 #include <fcntl.h>
@@ -50,8 +51,13 @@ struct BatchEvent {
 
 class Ringer {
  public:
-  // Of this process. Never destroyed: its thread waits in there while the process ends.
-  static Ringer& shared() {
+  // Of this process, for the end of computing and for that of the copies behind it: each comes in the order of the
+  // batches, but not the one before the other. Never destroyed: their threads wait in there while the process ends.
+  static Ringer& of_computing() {
+    static auto* ringer = new Ringer();
+    return *ringer;
+  }
+  static Ringer& of_answers() {
     static auto* ringer = new Ringer();
     return *ringer;
   }

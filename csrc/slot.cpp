@@ -136,8 +136,12 @@ class SlotWork {
         compute_(pointer<CUstream_st>(compute)),
         copy_out_(pointer<CUstream_st>(copy_out)) {
     for (auto& owner : events_) owner.reset(new_event());
+    // Another batch computes then, so nobody is kept waiting by a thread that sleeps until it is told.
+    computed_->event.reset(new_event(cudaEventBlockingSync));
     fetched_->event.reset(new_event());
-    check_cuda(cudaGetDevice(&fetched_->device), "asking for the CUDA device");
+    int device;
+    check_cuda(cudaGetDevice(&device), "asking for the CUDA device");
+    computed_->device = fetched_->device = device;
   }
 
   ~SlotWork() { Starter::shared().drain(); }
@@ -158,7 +162,10 @@ class SlotWork {
 
   void begin() { record(kStarted, compute_); }
 
-  void end() { record(kComputed, compute_); }
+  void end() {
+    ++computed_->batch;
+    check_cuda(cudaEventRecord(computed_->event.get(), compute_), "recording a CUDA event");
+  }
 
   template <typename AnySpans>
   void fetch(const AnySpans& spans) {
@@ -183,7 +190,19 @@ class SlotWork {
     check_cuda(cudaEventSynchronize(fetched_->event.get()), "waiting for a batch");
   }
 
-  // Write to an eventfd when the batch that was fetched or started last is over.
+  // Whether the device is through with computing the batch that was fetched or started last.
+  bool is_computed() const {
+    if (!await_start(std::chrono::steady_clock::time_point::min())) return false;
+    const cudaError_t status = cudaEventQuery(computed_->event.get());
+    if (status != cudaErrorNotReady) {
+      check_cuda(status, "asking for a batch");
+      return true;
+    }
+    (void)cudaGetLastError();  // "not ready" is none
+    return false;
+  }
+
+  // Write to an eventfd when the batch that was fetched or started last is computed, and when it is over.
   void ring_when_done(int eventfd) {
     if (eventfd != bell_fd_) {
       bell_ = std::make_shared<const BellFile>(eventfd);
@@ -216,18 +235,19 @@ class SlotWork {
 
   // Seconds: copy in, wait, compute, copy out.
   py::tuple times() const {
-    std::array<double, kNumEvents> seconds;
-    for (int i = 0; i < kNumEvents; ++i) {
+    const std::array<cudaEvent_t, 5> events = {events_[kBegun].get(), events_[kSent].get(), events_[kStarted].get(),
+                                               computed_->event.get(), fetched_->event.get()};
+    std::array<double, 4> seconds;
+    for (size_t i = 0; i < seconds.size(); ++i) {
       float ms = 0.0f;
-      const cudaEvent_t end = i + 1 < kNumEvents ? events_[i + 1].get() : fetched_->event.get();
-      check_cuda(cudaEventElapsedTime(&ms, events_[i].get(), end), "reading a batch's times");
+      check_cuda(cudaEventElapsedTime(&ms, events[i], events[i + 1]), "reading a batch's times");
       seconds[i] = ms / 1e3;
     }
     return py::make_tuple(seconds[0], seconds[1], seconds[2], seconds[3]);
   }
 
  private:
-  enum Event { kBegun, kSent, kStarted, kComputed, kNumEvents };
+  enum Event { kBegun, kSent, kStarted, kNumEvents };
 
   void send(const std::vector<Span>& spans) {
     record(kBegun, copy_in_);
@@ -241,7 +261,7 @@ class SlotWork {
   }
 
   void fetch(const std::vector<Span>& spans) {
-    order(kComputed, copy_out_);
+    check_cuda(cudaStreamWaitEvent(copy_out_, computed_->event.get(), 0), "ordering CUDA streams");
     copies_.clear();
     for (const Span& span : spans) {
       copies_.add(span.host ? span.host : host_out_ + span.offset, device_out_ + span.offset, span.num_bytes);
@@ -280,7 +300,8 @@ class SlotWork {
   // Under the lock, when the batch was started, or could not be.
   void ring() {
     if (error_.empty()) {
-      Ringer::shared().ring_after(fetched_, bell_);
+      Ringer::of_computing().ring_after(computed_, bell_);
+      Ringer::of_answers().ring_after(fetched_, bell_);
     } else {
       bell_->ring();
     }
@@ -300,9 +321,9 @@ class SlotWork {
   }
 
   // Waiting for it spins: a thread that sleeps instead wakes 10 to 30 us later, a fifth of a small batch.
-  static cudaEvent_t new_event() {
+  static cudaEvent_t new_event(unsigned flags = cudaEventDefault) {
     cudaEvent_t event;
-    check_cuda(cudaEventCreate(&event), "making a CUDA event");
+    check_cuda(cudaEventCreateWithFlags(&event, flags), "making a CUDA event");
     return event;
   }
 
@@ -318,6 +339,7 @@ class SlotWork {
   cudaStream_t copy_in_, compute_, copy_out_;
   Address host_in_ = 0, device_in_ = 0, device_out_ = 0, host_out_ = 0;
   std::array<std::unique_ptr<CUevent_st, DestroyEvent>, kNumEvents> events_;
+  std::shared_ptr<BatchEvent> computed_ = std::make_shared<BatchEvent>();
   std::shared_ptr<BatchEvent> fetched_ = std::make_shared<BatchEvent>();
   std::shared_ptr<const BellFile> bell_;
   int bell_fd_ = -1;  // what bell_ is a copy of
@@ -351,6 +373,7 @@ void bind_slot(py::module_& m) {
       .def("start", &SlotWork::start<py::bytes, py::bytes>, py::arg("sent"), py::arg("graph"), py::arg("fetched"))
       .def("start", &SlotWork::start<Spans, Spans>, py::arg("sent"), py::arg("graph"), py::arg("fetched"))
       .def("wait", &SlotWork::wait, py::call_guard<py::gil_scoped_release>())
+      .def("is_computed", &SlotWork::is_computed)
       .def("ring_when_done", &SlotWork::ring_when_done, py::arg("eventfd"))
       .def("is_done_within", &SlotWork::is_done_within, py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def("times", &SlotWork::times);

@@ -146,8 +146,10 @@ class SlotWork:
         thread; what goes wrong in it is raised by wait, is_done_within and times."""
     def wait(self) -> None: ...
     def is_done_within(self, seconds: float) -> bool: ...
+    def is_computed(self) -> bool: ...
     def ring_when_done(self, eventfd: int) -> None:
-        """Write to it when the batch is over, without the interpreter; after `fetch` or `start`."""
+        """Write to it when the batch is computed and when it is over, without the interpreter; after `fetch` or
+        `start`."""
     def times(self) -> tuple[float, float, float, float]:
         """Seconds of copy in, wait, compute and copy out."""
 

@@ -27,8 +27,8 @@ class Limits:
     """How long the first request of a batch may wait for company while there is room in flight."""
     max_in_flight: int = 1
     """Batches that are launched and not computed yet."""
-    crowd_tokens: int | None = None
-    """Tokens that wait when one batch more may be in flight; None: never."""
+    max_coming_back: int = 0
+    """Batches more that are computed and whose answers are on their way back."""
 
 
 class Entry(Promise[R], Generic[P, R]):
@@ -110,9 +110,13 @@ class Running(Protocol[R_co]):
         """Return when it is computed, or when so much time has passed; whether it is. Raises what went wrong."""
         ...
 
+    def is_computed(self) -> bool:
+        """Whether it needs what computes no more, though its answers may still be on their way. Raises as `wait`."""
+        ...
+
     def ring_when_over(self, fd: int) -> None:
-        """Write to an eventfd when `wait` would return at once, from whatever thread; see `Bell`. Called once, before
-        `wait` without an end."""
+        """Write to an eventfd when `wait` would return at once, and before that when `is_computed`, from whatever
+        thread; see `Bell`. Called once, before `wait` without an end."""
         ...
 
     def results(self) -> Sequence[R_co]:
@@ -133,6 +137,8 @@ class Flight(Generic[P, R]):
     launched_s: float
     error: Exception | None = None
     """What waiting for it raised."""
+    was_computed: bool = False
+    """As `is_computed` has said."""
 
     def wait(self, seconds: float | None = None) -> bool:
         """See `Running.wait`; what it raises is kept."""
@@ -141,3 +147,11 @@ class Flight(Generic[P, R]):
         except Exception as error:
             self.error = error
             return True
+
+    def is_computed(self) -> bool:
+        """See `Running.is_computed`; what fails is no longer computed, and `wait` says why."""
+        try:
+            self.was_computed = self.was_computed or self.running.is_computed()
+        except Exception:
+            self.was_computed = True
+        return self.was_computed

@@ -75,6 +75,8 @@ class Batcher(Generic[P, R]):
         self._again: deque[Entry[P, R]] = deque()
         self._flights: deque[Flight[P, R]] = deque()
         self._num_in_flight = 0
+        self._num_coming_back = 0
+        """Of these, that are computed, as far as the serving thread has heard."""
         self._num_taken = 0
         self._taken: dict[int, Batch[P, R]] = {}
         """What was taken from the queue and is not over and done with, by number."""
@@ -254,16 +256,30 @@ class Batcher(Generic[P, R]):
         return self._threads if self._caller is None else [*self._threads, self._caller]
 
     def _hand_out_next(self) -> None:
-        """Hand out what was launched first, if it is over, and launch what waits."""
+        """Hand out what was launched first, if it is over, and launch what waits, as soon as a batch is computed."""
+        assert self._here is not None
         flight = self._flights[0] if self._flights else None
-        if flight is not None and flight.wait(0.0):
+        if flight is None or not flight.wait(0.0):
+            if self._note_computed() and self._has_work:
+                # Another batch computes now. What callers have sent meanwhile is read first.
+                self._here.soon(self._run_due)
+        else:
             self._flights.popleft()
             self._guarded(partial(self._hand_out, flight))
             self._run_due()
             if self._flights and self._flights[0].wait(0.0):
                 # Its ring was heard together with this one's. Others go first.
-                assert self._here is not None
                 self._here.soon(self._hand_out_next)
+
+    def _note_computed(self) -> bool:
+        """Whether any batch was computed since."""
+        num_before = self._num_coming_back
+        for flight in self._flights:  # in this order they are computed
+            if not flight.was_computed:
+                if not flight.is_computed():
+                    break
+                self._num_coming_back += 1
+        return self._num_coming_back > num_before
 
     def run_once(self, timeout_s: float = 0.0) -> bool:
         """Wait up to timeout_s for a batch to be due, launch it and finish it; False when none was.
@@ -345,8 +361,8 @@ class Batcher(Generic[P, R]):
     def _hand_out(self, flight: Flight[P, R]) -> None:
         """Serve the waiters of a batch that is over; one that waits is launched before, where nothing is in flight."""
         batch, running = flight.batch, flight.running
-        self._leave_flight()
-        if self._bell is not None and self._has_work and not self._num_in_flight:
+        self._leave_flight(was_coming_back=flight.was_computed)
+        if self._bell is not None and self._has_work and self._num_in_flight == self._num_coming_back:
             self._guarded(self.launch_once)
         try:
             if flight.error is not None:
@@ -444,9 +460,8 @@ class Batcher(Generic[P, R]):
     @property
     def _has_room_in_flight(self) -> bool:
         """Whether one batch more may be launched now."""
-        limits, more = self._limits, self._num_in_flight - self._limits.max_in_flight
-        return more < 0 or (
-            more == 0 and limits.crowd_tokens is not None and self._waiting.num_tokens >= limits.crowd_tokens
+        return self._num_in_flight < self._limits.max_in_flight + min(
+            self._num_coming_back, self._limits.max_coming_back
         )
 
     @property
@@ -547,9 +562,10 @@ class Batcher(Generic[P, R]):
         if self._draining:
             self._left.notify_all()
 
-    def _leave_flight(self) -> None:
+    def _leave_flight(self, *, was_coming_back: bool = False) -> None:
         with self._lock:
             self._num_in_flight -= 1
+            self._num_coming_back -= was_coming_back
             if self._here is None and (self._has_work or self._stopped):
                 self._due.notify_all()
             if self._stopped and not self._num_in_flight:

@@ -149,6 +149,10 @@ class CudaSlot:
         """See `Slot`. The interpreter is free meanwhile."""
         return self._work.is_done_within(seconds)
 
+    def is_computed(self) -> bool:
+        """See `Slot`."""
+        return self._work.is_computed()
+
     def ring_when_done(self, fd: int) -> None:
         """See `Slot`. Not without the compiled module: batches are then waited for in a thread of the batcher's."""
         assert not isinstance(self._work, _TorchWork)
@@ -217,6 +221,9 @@ class _TorchWork:
             if time.monotonic() >= until_s:
                 return False
         return True
+
+    def is_computed(self) -> bool:
+        return self._computed.query()  # type: ignore[no-untyped-call, no-any-return]
 
     def times(self) -> tuple[float, float, float, float]:
         copy_in_s, wait_s, compute_s, copy_out_s = (

@@ -101,6 +101,9 @@ class RunningBatch:
             raise unexpected(error, self.layer, self.num_tokens) from error
         return True
 
+    def is_computed(self) -> bool:
+        return self.slot.is_computed()
+
     def ring_when_over(self, fd: int) -> None:
         self.slot.ring_when_done(fd)
 

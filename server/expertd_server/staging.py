@@ -109,9 +109,13 @@ class Slot(Protocol):
         """Whether `wait` would return by then; waits for that. Raises what `wait` does."""
         ...
 
+    def is_computed(self) -> bool:
+        """Whether the device is through with what it computes, though not, perhaps, with `fetch`. Raises as `wait`."""
+        ...
+
     def ring_when_done(self, fd: int) -> None:
-        """Write to an eventfd when `wait` would return at once, from a thread that the interpreter does not keep
-        waiting; after `fetch`. The file may be closed before."""
+        """Write to an eventfd when `wait` would return at once, and before that when `is_computed`, from a thread that
+        the interpreter does not keep waiting; after `fetch` or `run`. The file may be closed before."""
         ...
 
     def times(self) -> SlotTimes:
@@ -192,6 +196,10 @@ class HostSlot:
         """Nothing: it was computed at once."""
 
     def is_done_within(self, seconds: float) -> bool:
+        """It was computed at once."""
+        return True
+
+    def is_computed(self) -> bool:
         """It was computed at once."""
         return True
 

@@ -29,10 +29,23 @@ class InTime(OnDevice):
         self.waited_s: list[float | None] = []
         self.bells: list[int] = []
         self.cannot_ring = False
+        self.has_computed = False
+        self.cannot_say = False
 
     def wait(self, seconds: float | None = None) -> bool:
         self.waited_s.append(seconds)
         return (self.is_over or seconds is None) and super().wait()
+
+    def is_computed(self) -> bool:
+        if self.cannot_say:
+            raise RuntimeError("the device is lost")
+        return self.has_computed or self.is_over
+
+    def compute(self) -> None:
+        """All but the answers."""
+        self.has_computed = True
+        for fd in self.bells:
+            os.eventfd_write(fd, 1)
 
     def ring_when_over(self, fd: int) -> None:
         if self.cannot_ring:
@@ -119,7 +132,9 @@ class TestInOneThread:
             launched.append(InTime(batch))
             return launched[-1]
 
-        limits = Limits(max_batch_tokens=10, max_queue_tokens=100, max_queue_requests=50, max_in_flight=2)
+        limits = Limits(
+            max_batch_tokens=10, max_queue_tokens=100, max_queue_requests=50, max_in_flight=2, max_coming_back=1
+        )
         batcher: Batcher[str | Exception, str] = Batcher(launch, limits)
         here = Here()
         batcher.start(here)
@@ -161,6 +176,46 @@ class TestInOneThread:
         assert promises[2].result(0) == "z done"
         assert all(set(batch.waited_s) == {0.0} for batch in launched), "nobody waits"
         assert batcher.drain(0.0)
+
+    def test_a_third_is_launched_as_soon_as_one_is_computed_and_no_fourth(
+        self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]]
+    ) -> None:
+        batcher, here, launched = bench
+        promises = [batcher.submit("a", name, 10) for name in "vwxyz"]
+        here.step()
+        launched[0].compute()
+        here.step()
+        assert len(launched) == 2, "what the thread was sent meanwhile comes first"
+        here.step()
+        assert [batch.members for batch in launched] == [["v"], ["w"], ["x"]]
+        assert not promises[0].done(), "its answers are on their way"
+        launched[1].compute()
+        here.step()
+        assert here.is_idle, "no fourth before the first is answered"
+        launched[0].end()
+        here.step_until(promises[0].done)
+        assert [batch.members for batch in launched] == [["v"], ["w"], ["x"], ["y"]]
+        for n in (1, 2, 3, 4):
+            launched[n].end()
+            here.step_until(promises[n].done)
+        assert [promise.result(0) for promise in promises] == [f"{name} done" for name in "vwxyz"]
+        assert batcher.drain(0.0)
+
+    def test_of_a_device_that_is_lost_nobody_asks_more_than_once(
+        self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]]
+    ) -> None:
+        batcher, here, launched = bench
+        promises = [batcher.submit("a", name, 10) for name in "xyz"]
+        here.step()
+        launched[0].cannot_say = True
+        launched[0].compute()
+        here.step()
+        here.step()
+        assert [batch.members for batch in launched] == [["x"], ["y"], ["z"]], "whoever waits for it is told"
+        for n, batch in enumerate(launched):
+            batch.end()
+            here.step_until(promises[n].done)
+        assert promises[0].result(0) == "x done"
 
     def test_one_that_cannot_ring_is_waited_for(
         self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]]
