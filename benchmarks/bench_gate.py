@@ -78,7 +78,7 @@ def engine_without_device(num_layers: int, preset: str, on_batch: Callable[[Any]
     look_rarely()
     backend = NoopBackend()
     limits = Limits(max_batch_tokens=MAX_BATCH_TOKENS, max_queue_tokens=1 << 20, max_queue_requests=1 << 16)
-    slots = [NullSlot(index) for index in range(4)]
+    slots = [NullSlot(index) for index in range(5)]
     options: dict[str, Any] = {"slots": slots, "capturer": NullCapturer(), "max_graph_tokens": MAX_BATCH_TOKENS}
     engine = Engine(limits, backend, on_batch=on_batch, **options)
     layers = null_layers(num_layers, preset, backend)

@@ -27,6 +27,8 @@ class Limits:
     """How long the first request of a batch may wait for company while there is room in flight."""
     max_in_flight: int = 1
     """Batches that are launched and not computed yet."""
+    crowd_tokens: int | None = None
+    """Tokens that wait when one batch more may be in flight; None: never."""
     max_coming_back: int = 0
     """Batches more that are computed and whose answers are on their way back."""
 

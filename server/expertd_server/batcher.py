@@ -460,8 +460,10 @@ class Batcher(Generic[P, R]):
     @property
     def _has_room_in_flight(self) -> bool:
         """Whether one batch more may be launched now."""
-        return self._num_in_flight < self._limits.max_in_flight + min(
-            self._num_coming_back, self._limits.max_coming_back
+        limits = self._limits
+        more = self._num_in_flight - min(self._num_coming_back, limits.max_coming_back) - limits.max_in_flight
+        return more < 0 or (
+            more == 0 and limits.crowd_tokens is not None and self._waiting.num_tokens >= limits.crowd_tokens
         )
 
     @property

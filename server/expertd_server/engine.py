@@ -53,10 +53,14 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchReport", "Engine", "ForwardCall", "ForwardResult", "ForwardTiming", "HostTensor"]
 
-# A GPU computes one batch while the next is gathered and copied; more would only make batches smaller. The answers of
-# a third may be on their way back: to copy those of a large batch takes as long as to compute it.
+# A GPU computes one batch while the next is gathered and copied. More would only make batches smaller, unless as much
+# waits as a large batch holds, a quarter of the largest: to gather and copy that takes as long as to compute it. So does
+# copying its answers, and one of which these are on their way does not count.
 _IN_FLIGHT_ON_DEVICE = 2
+_IN_FLIGHT_IN_A_CROWD = 1
+_CROWDS_OF_A_BATCH = 4
 _COMING_BACK = 1
+_HANDED_OUT = 1
 # Of inputs of different sizes, for each slot.
 _MOST_VIEWS = 256
 # Of what requests may have in common. Who is the first after so many meets no company that came before.
@@ -72,8 +76,8 @@ class _Key:
 class Engine:
     """Runs calls in batches on one backend.
 
-    limits: max_in_flight and max_coming_back are the engine's to choose. max_graph_tokens: rows of the largest CUDA
-    graph; 0: none.
+    limits: max_in_flight, crowd_tokens and max_coming_back are the engine's to choose. max_graph_tokens: rows of the
+    largest CUDA graph; 0: none.
     on_batch: for metrics; called after a batch was answered, on a thread of the batcher.
     slots, capturer: by default those of the backend's device.
     """
@@ -98,16 +102,21 @@ class Engine:
             slots = [HostSlot(0, clock)]
         elif slots is None:
             streams = CudaStreams(backend.device)
-            # And one whose answers are being handed out.
-            slots = [CudaSlot(index, streams) for index in range(_IN_FLIGHT_ON_DEVICE + _COMING_BACK + 1)]
+            num_slots = _IN_FLIGHT_ON_DEVICE + _IN_FLIGHT_IN_A_CROWD + _COMING_BACK + _HANDED_OUT
+            slots = [CudaSlot(index, streams) for index in range(num_slots)]
             if capturer is None and backend.name == "cuda" and max_graph_tokens:
                 capturer = CudaCapturer(streams)
         self.slots = SlotPool(slots)
         if self._is_host:
             limits = replace(limits, max_in_flight=1)
         else:
-            coming_back = min(_COMING_BACK, max(0, len(slots) - _IN_FLIGHT_ON_DEVICE - 1))
-            limits = replace(limits, max_in_flight=_IN_FLIGHT_ON_DEVICE, max_coming_back=coming_back)
+            num_more = len(slots) - _IN_FLIGHT_ON_DEVICE - _HANDED_OUT
+            limits = replace(
+                limits,
+                max_in_flight=_IN_FLIGHT_ON_DEVICE,
+                max_coming_back=min(_COMING_BACK, max(0, num_more)),
+                crowd_tokens=limits.max_batch_tokens // _CROWDS_OF_A_BATCH if num_more > _COMING_BACK else None,
+            )
         self.graphs: Graphs | None = None
         if capturer is not None:
             self.graphs = Graphs(self.slots, min(max_graph_tokens, limits.max_batch_tokens), capturer)

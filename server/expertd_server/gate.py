@@ -312,26 +312,26 @@ class EngineGate:
 
     def _submit_together(self, peer: _Peer, bundle: Bundle) -> None:
         """Have the engine compute what a bundle of a front-end's asks, together with others where some wait."""
-        layer_id, hidden_dtype, is_routed, output_dtype = bundle.kind
+        kind = layer_id, hidden_dtype, is_routed, output_dtype = bundle.kind
         layer = self._layers.get(layer_id)
         if layer is None:
             self.submit_each(bundle)
             return
-        waiting = self._waiting.get(bundle.kind)
+        waiting = self._waiting.get(kind)
         if waiting is not None:
             waiting.take_in(peer, bundle)
             if not bundle.num_requests:
                 return
-        kind = BatchKind(TORCH_DTYPES[hidden_dtype], is_routed, TORCH_DTYPES[output_dtype])
+        batch_kind = BatchKind(TORCH_DTYPES[hidden_dtype], is_routed, TORCH_DTYPES[output_dtype])
         asked = _AskedTogether(self, bundle)
-        asked.call = BundledCalls(layer, bundle, kind, asked.are_late, self._queue_tokens)
+        asked.call = BundledCalls(layer, bundle, batch_kind, asked.are_late, self._queue_tokens)
         try:
             asked.promise = self.engine.submit(asked.call)
         except ExpertdServerError:  # there may be room for some, and the others are told that there is none
             self.submit_each(bundle)
             return
         peer.together.add(asked)
-        self._waiting[bundle.kind] = asked
+        self._waiting[kind] = asked
         asked.promise.add_done_callback(asked.over)
 
     def submit_each(self, bundle: Bundle) -> None:

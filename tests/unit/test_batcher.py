@@ -529,6 +529,22 @@ class TestInFlight:
             pass
         assert [future.result(0) for future in futures] == ["w done", "x done", "y done", "z done"]
 
+    def test_a_third_is_launched_where_a_crowd_waits(self) -> None:
+        batcher, launched = self.make(crowd_tokens=20)
+        for name in "abcde":
+            batcher.submit("a", name, 10)
+        assert [batcher.launch_once() for _ in range(4)] == [True, True, True, False]
+        assert batcher.queue_tokens == 20, "a crowd still, and no fourth"
+        assert batcher.finish_once()
+        assert batcher.launch_once(), "20 tokens wait"
+        assert batcher.finish_once()
+        assert not batcher.launch_once(), "10 tokens wait"
+        assert batcher.finish_once()
+        assert batcher.launch_once()
+        while batcher.finish_once() or batcher.launch_once():
+            pass
+        assert [batch.members for batch in launched] == [["a"], ["b"], ["c"], ["d"], ["e"]]
+
     def test_what_arrives_while_the_device_is_full_runs_together(self) -> None:
         batcher, launched = self.make()
         for name in "abcd":
