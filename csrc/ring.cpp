@@ -114,16 +114,10 @@ PyObject* ring_publish(PyObject* self, PyObject* const* arguments, Py_ssize_t gi
   return put(ring_of(self), arguments, given) ? ring_wake(self, nullptr) : nullptr;
 }
 
-PyObject* ring_take(PyObject* self, PyObject*) {
-  Ring* ring = ring_of(self);
+// What was put and not taken yet, for the reader.
+PyObject* descriptors_of(Ring* ring) {
   PyObject* taken = PyList_New(0);
   if (taken == nullptr || ring->head == nullptr || ring->is_closed) return taken;
-  uint64_t count;
-  if (read(ring->eventfd, &count, sizeof(count)) < 0 && errno != EAGAIN) {
-    Py_DECREF(taken);
-    return PyErr_SetFromErrno(PyExc_OSError);
-  }
-  ring->head->is_woken.exchange(0, std::memory_order_seq_cst);
   const uint64_t end = ring->head->num_put.load(std::memory_order_acquire);
   for (; ring->next != end; ++ring->next) {
     const Descriptor& one = ring->slots[ring->next % ring->num_slots];
@@ -138,6 +132,23 @@ PyObject* ring_take(PyObject* self, PyObject*) {
     }
   }
   return taken;
+}
+
+PyObject* ring_take(PyObject* self, PyObject*) {
+  Ring* ring = ring_of(self);
+  if (ring->head != nullptr && !ring->is_closed) {
+    uint64_t count;
+    if (read(ring->eventfd, &count, sizeof(count)) < 0 && errno != EAGAIN) return PyErr_SetFromErrno(PyExc_OSError);
+    ring->head->is_woken.exchange(0, std::memory_order_seq_cst);
+  }
+  return descriptors_of(ring);
+}
+
+PyObject* ring_look(PyObject* self, PyObject*) {
+  Ring* ring = ring_of(self);
+  // Not an exchange: nobody depends on when the writer sees it, but for not being woken once.
+  if (ring->head != nullptr && !ring->is_closed) ring->head->is_woken.store(1, std::memory_order_relaxed);
+  return descriptors_of(ring);
 }
 
 PyObject* ring_close(PyObject* self, PyObject*) {
@@ -160,6 +171,7 @@ PyMethodDef ring_methods[] = {
     {"wake", ring_wake, METH_NOARGS, "See ring.py."},
     {"publish", fast(ring_publish), METH_FASTCALL, "publish(kind, request_id, offset=0, nbytes=0)\n\nSee ring.py."},
     {"take", ring_take, METH_NOARGS, "See ring.py."},
+    {"look", ring_look, METH_NOARGS, "See ring.py."},
     {"close", ring_close, METH_NOARGS, "See ring.py."},
     {nullptr, nullptr, 0, nullptr},
 };
