@@ -5,6 +5,7 @@
 // decides. Tests hold the two together. Torch-free and CUDA-free; ownership stays in Python: a Request keeps the bytes
 // that it was read from.
 #include "copies.h"
+#include "message_memory.h"
 #include "request_fields.h"
 #include "wire.h"
 
@@ -217,6 +218,58 @@ PyObject* parse_stream_request(PyObject*, PyObject* data) { return parse(data, t
 
 // ---- writing ----
 
+// An answer that is one matrix.
+struct Matrix {
+  bool is_stream;
+  uint64_t request_id;
+  uint32_t dtype;
+  uint64_t num_tokens, hidden_size;
+
+  Py_ssize_t data_bytes() const { return static_cast<Py_ssize_t>(num_tokens * hidden_size * item_bytes(dtype)); }
+};
+
+// What precedes its elements, which follow unless they lie in a slice. tail_bytes: of what tail_of gives.
+Writer head_of(const Matrix& matrix, const Slice& elsewhere, size_t tail_bytes) {
+  const auto data_bytes = static_cast<uint64_t>(matrix.data_bytes());
+  const uint64_t sent_bytes = elsewhere.is_given ? 0 : data_bytes;
+  Writer shape, tensor, slice, message, head;
+  shape.varint(matrix.num_tokens);
+  shape.varint(matrix.hidden_size);
+  tensor.number(1, matrix.dtype);
+  tensor.head(2, shape.size);
+  tensor.append(shape);
+  if (elsewhere.is_given) {
+    slice.number(1, elsewhere.region);
+    slice.number(2, elsewhere.offset);
+    slice.number(3, data_bytes);
+    tensor.head(4, slice.size);
+    tensor.append(slice);
+  } else if (data_bytes) {  // an empty field is left out
+    tensor.head(3, data_bytes);
+  }
+  message.head(1, tensor.size + sent_bytes);
+  message.append(tensor);
+  if (matrix.is_stream) {
+    head.number(1, matrix.request_id);
+    head.head(2, message.size + sent_bytes + tail_bytes);
+  }
+  head.append(message);
+  return head;
+}
+
+constexpr int kNumTimes = 7;  // in the order of the proto's Timing
+constexpr size_t kMaxTailBytes = 96;
+
+// What follows the elements.
+Writer tail_of(const unsigned long long* times, uint64_t weights_version) {
+  Writer timing, tail;
+  for (int n = 0; n < kNumTimes; ++n) timing.number(n + 1, times[n]);
+  tail.head(6, timing.size);
+  tail.append(timing);
+  tail.number(7, weights_version);
+  return tail;
+}
+
 PyDoc_STRVAR(
     encode_doc,
     "encode_response(is_stream, request_id, dtype, num_tokens, hidden_size, address, queue_us, copy_in_us,\n"
@@ -228,7 +281,7 @@ PyDoc_STRVAR(
     "message is to name it.");
 
 PyObject* encode_response(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
-  constexpr Py_ssize_t kNumNumbers = 14;
+  constexpr Py_ssize_t kNumNumbers = 6 + kNumTimes + 1;
   if (given < kNumNumbers + 1 || given > kNumNumbers + 2) {
     PyErr_Format(PyExc_TypeError, "%zd arguments are given, expected %zd or %zd", given, kNumNumbers + 1,
                  kNumNumbers + 2);
@@ -244,52 +297,149 @@ PyObject* encode_response(PyObject*, PyObject* const* arguments, Py_ssize_t give
   }
   expertd::CopyList own;
   expertd::CopyList& list = is_at_once ? own : expertd::list_of(copies);
-  const uint32_t dtype = static_cast<uint32_t>(n[2]);
-  const uint64_t data_bytes = n[3] * n[4] * item_bytes(dtype);
+  const Matrix matrix{n[0] != 0, n[1], static_cast<uint32_t>(n[2]), n[3], n[4]};
   const auto* from = reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(n[5]));
-  uint64_t sent_bytes = data_bytes;  // in the message
-
-  Writer shape, tensor, slice, timing, tail, message, head;
-  shape.varint(n[3]);
-  shape.varint(n[4]);
-  tensor.number(1, dtype);
-  tensor.head(2, shape.size);
-  tensor.append(shape);
+  Py_ssize_t sent_bytes = matrix.data_bytes();  // in the message
+  Slice elsewhere;
   if (given > kNumNumbers + 1 && arguments[kNumNumbers + 1] != Py_None) {
     PyObject* memory;
     Py_ssize_t start;
     unsigned long long region, offset;
     if (!PyArg_ParseTuple(arguments[kNumNumbers + 1], "OnKK", &memory, &start, &region, &offset)) return nullptr;
-    if (!list.note(memory, start, from, static_cast<Py_ssize_t>(data_bytes))) return nullptr;
-    slice.number(1, region);
-    slice.number(2, offset);
-    slice.number(3, data_bytes);
-    tensor.head(4, slice.size);
-    tensor.append(slice);
+    if (!list.note(memory, start, from, matrix.data_bytes())) return nullptr;
+    elsewhere = {true, region, offset};
     sent_bytes = 0;
-  } else if (data_bytes) {  // an empty field is left out
-    tensor.head(3, data_bytes);
   }
-  for (int field = 1; field <= 7; ++field) timing.number(field, n[5 + field]);
-  tail.head(6, timing.size);
-  tail.append(timing);
-  tail.number(7, n[13]);
-  message.head(1, tensor.size + sent_bytes);
-  message.append(tensor);
-  if (n[0]) {
-    head.number(1, n[1]);
-    head.head(2, message.size + sent_bytes + tail.size);
-  }
-  head.append(message);
-
-  PyObject* answer = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(head.size + sent_bytes + tail.size));
+  const Writer tail = tail_of(n + 6, n[kNumNumbers - 1]), head = head_of(matrix, elsewhere, tail.size);
+  const auto head_bytes = static_cast<Py_ssize_t>(head.size), tail_bytes = static_cast<Py_ssize_t>(tail.size);
+  PyObject* answer = PyBytes_FromStringAndSize(nullptr, head_bytes + sent_bytes + tail_bytes);
   if (answer == nullptr) return nullptr;
   auto* to = reinterpret_cast<uint8_t*>(PyBytes_AS_STRING(answer));
   std::memcpy(to, head.bytes, head.size);
-  if (sent_bytes) list.note(answer, to + head.size, from, static_cast<Py_ssize_t>(sent_bytes));
-  std::memcpy(to + head.size + sent_bytes, tail.bytes, tail.size);
+  if (sent_bytes) list.note(answer, to + head.size, from, sent_bytes);
+  std::memcpy(to + head_bytes + sent_bytes, tail.bytes, tail.size);
   if (is_at_once) list.run();
   return answer;
+}
+
+// ---- the type Answer ----
+
+// The bytes of an answer that is still to come, in the memory for messages, where others put its elements.
+struct Answer {
+  PyObject_HEAD;
+  Matrix matrix;
+  Py_ssize_t head_bytes;
+  PyObject* message;  // bytes; the elements start behind head_bytes
+  bool is_finished;
+};
+
+PyTypeObject answer_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
+
+Answer* answer_of(PyObject* self) { return reinterpret_cast<Answer*>(self); }
+
+uint8_t* bytes_of(const Answer* answer) { return reinterpret_cast<uint8_t*>(PyBytes_AS_STRING(answer->message)); }
+
+PyDoc_STRVAR(make_answer_doc,
+             "make_answer(is_stream, request_id, dtype, num_tokens, hidden_size)\n\n"
+             "An Answer, whose output is a [num_tokens, hidden_size] matrix; None: there is no room for it in the\n"
+             "memory for messages, or no such memory.");
+
+PyObject* make_answer(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
+  unsigned long long n[5];
+  if (!numbers_of(arguments, given, 5, n)) return nullptr;
+  const Matrix matrix{n[0] != 0, n[1], static_cast<uint32_t>(n[2]), n[3], n[4]};
+  const auto* memory = expertd::MessageMemory::get();
+  // The head has the length of what follows, whose own last bytes are not known: where they decide how long the head
+  // is, as they do for one size in thousands, the answer is not made before it is known.
+  const size_t head_bytes = head_of(matrix, {}, 0).size;
+  if (memory == nullptr || matrix.data_bytes() < static_cast<Py_ssize_t>(expertd::MessageMemory::kLeastBytes) ||
+      head_of(matrix, {}, kMaxTailBytes).size != head_bytes) {
+    Py_RETURN_NONE;
+  }
+  const Py_ssize_t num_bytes = static_cast<Py_ssize_t>(head_bytes + kMaxTailBytes) + matrix.data_bytes();
+  PyObject* message = PyBytes_FromStringAndSize(nullptr, num_bytes);
+  if (message == nullptr) return nullptr;
+  if (!memory->contains(message)) {
+    Py_DECREF(message);
+    Py_RETURN_NONE;
+  }
+  PyObject* self = answer_type.tp_alloc(&answer_type, 0);
+  if (self == nullptr) {
+    Py_DECREF(message);
+    return nullptr;
+  }
+  Answer* answer = answer_of(self);
+  answer->matrix = matrix;
+  answer->head_bytes = static_cast<Py_ssize_t>(head_bytes);
+  answer->message = message;
+  return self;
+}
+
+void answer_dealloc(PyObject* self) {
+  Py_XDECREF(answer_of(self)->message);
+  Py_TYPE(self)->tp_free(self);
+}
+
+// The elements. The memory is this one's until it goes, also when the message is somebody else's as well.
+int answer_buffer(PyObject* self, Py_buffer* view, int flags) {
+  const Answer* answer = answer_of(self);
+  return PyBuffer_FillInfo(view, self, bytes_of(answer) + answer->head_bytes, answer->matrix.data_bytes(), 0, flags);
+}
+
+PyDoc_STRVAR(finish_doc,
+             "finish(queue_us, copy_in_us, compute_us, copy_out_us, batch_tokens, batch_requests,\n"
+             "queue_depth_tokens, weights_version)\n\n"
+             "The message, as encode_response makes it; once, when its elements are there.");
+
+PyObject* answer_finish(PyObject* self, PyObject* const* arguments, Py_ssize_t given) {
+  unsigned long long n[kNumTimes + 1];
+  if (!numbers_of(arguments, given, kNumTimes + 1, n)) return nullptr;
+  Answer* answer = answer_of(self);
+  if (answer->is_finished) {
+    PyErr_SetString(PyExc_RuntimeError, "an Answer is finished once");
+    return nullptr;
+  }
+  answer->is_finished = true;
+  const Writer tail = tail_of(n, n[kNumTimes]), head = head_of(answer->matrix, {}, tail.size);
+  const Py_ssize_t data_bytes = answer->matrix.data_bytes();
+  std::memcpy(bytes_of(answer), head.bytes, head.size);
+  std::memcpy(bytes_of(answer) + answer->head_bytes + data_bytes, tail.bytes, tail.size);
+  // It stays where it is, see MessageMemory.
+  if (_PyBytes_Resize(&answer->message, answer->head_bytes + data_bytes + static_cast<Py_ssize_t>(tail.size)) < 0) {
+    return nullptr;
+  }
+  return Py_NewRef(answer->message);
+}
+
+PyMethodDef answer_methods[] = {
+    {"finish", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(answer_finish)), METH_FASTCALL, finish_doc},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyBufferProcs answer_buffers = {answer_buffer, nullptr};
+
+// ---- memory ----
+
+PyDoc_STRVAR(
+    use_message_memory_doc,
+    "use_message_memory(memory)\n\n"
+    "Have large bytes objects lie in a writable buffer from now on, as long as it has room. Once in a process,\n"
+    "which keeps the buffer for good. Raises RuntimeError the second time.");
+
+PyObject* use_message_memory(PyObject*, PyObject* memory) {
+  Py_buffer buffer;
+  if (PyObject_GetBuffer(memory, &buffer, PyBUF_WRITABLE) < 0) return nullptr;
+  if (!expertd::MessageMemory::make(static_cast<uint8_t*>(buffer.buf), static_cast<size_t>(buffer.len))) {
+    PyBuffer_Release(&buffer);
+    PyErr_SetString(PyExc_RuntimeError, "a process has one memory for messages, and this one has it");
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject* free_message_bytes(PyObject*, PyObject*) {
+  const auto* memory = expertd::MessageMemory::get();
+  return PyLong_FromSize_t(memory == nullptr ? 0 : memory->free_bytes());
 }
 
 PyDoc_STRVAR(set_copy_helpers_doc,
@@ -399,6 +549,10 @@ PyMethodDef methods[] = {
      "A Request from a serialised ForwardStreamRequest, or None."},
     {"encode_response", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(encode_response)), METH_FASTCALL,
      encode_doc},
+    {"make_answer", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(make_answer)), METH_FASTCALL,
+     make_answer_doc},
+    {"use_message_memory", use_message_memory, METH_O, use_message_memory_doc},
+    {"free_message_bytes", free_message_bytes, METH_NOARGS, "Bytes of the memory for messages that nothing lies in."},
     {"count_ids", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(count_ids)), METH_FASTCALL, count_ids_doc},
     {"count_ids_at", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(count_ids_at)), METH_FASTCALL,
      count_ids_at_doc},
@@ -430,10 +584,20 @@ PyMODINIT_FUNC PyInit__codec() {
   request_type.tp_dealloc = request_dealloc;
   request_type.tp_getset = request_members;
   request_type.tp_methods = request_methods;
-  if (PyType_Ready(&request_type) < 0 || !expertd::ready_copies_type()) return nullptr;
+  answer_type.tp_name = "expertd_server._codec.Answer";
+  answer_type.tp_basicsize = sizeof(Answer);
+  answer_type.tp_flags = Py_TPFLAGS_DEFAULT;
+  answer_type.tp_doc = "A buffer: the elements of an answer that is still to come, within its message.";
+  answer_type.tp_dealloc = answer_dealloc;
+  answer_type.tp_methods = answer_methods;
+  answer_type.tp_as_buffer = &answer_buffers;
+  if (PyType_Ready(&request_type) < 0 || PyType_Ready(&answer_type) < 0 || !expertd::ready_copies_type()) {
+    return nullptr;
+  }
   PyObject* self = PyModule_Create(&module);
   if (self != nullptr &&
       (PyModule_AddObjectRef(self, "Request", reinterpret_cast<PyObject*>(&request_type)) < 0 ||
+       PyModule_AddObjectRef(self, "Answer", reinterpret_cast<PyObject*>(&answer_type)) < 0 ||
        PyModule_AddObjectRef(self, "Copies", reinterpret_cast<PyObject*>(&expertd::copies_type)) < 0)) {
     Py_DECREF(self);
     return nullptr;

@@ -8,8 +8,9 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
-#include <map>
 #include <new>
+
+#include "pieces.h"
 
 namespace {
 
@@ -117,16 +118,10 @@ PyObject* ring_publish(PyObject* self, PyObject* const* arguments, Py_ssize_t gi
   return put(ring_of(self), arguments, given) ? ring_wake(self, nullptr) : nullptr;
 }
 
-PyObject* ring_take(PyObject* self, PyObject*) {
-  Ring* ring = ring_of(self);
+// What was put and not taken yet, for the reader.
+PyObject* descriptors_of(Ring* ring) {
   PyObject* taken = PyList_New(0);
   if (taken == nullptr || ring->head == nullptr || ring->is_closed) return taken;
-  uint64_t count;
-  if (read(ring->eventfd, &count, sizeof(count)) < 0 && errno != EAGAIN) {
-    Py_DECREF(taken);
-    return PyErr_SetFromErrno(PyExc_OSError);
-  }
-  ring->head->is_woken.exchange(0, std::memory_order_seq_cst);
   const uint64_t end = ring->head->num_put.load(std::memory_order_acquire);
   for (; ring->next != end; ++ring->next) {
     const Descriptor& one = ring->slots[ring->next % ring->num_slots];
@@ -141,6 +136,23 @@ PyObject* ring_take(PyObject* self, PyObject*) {
     }
   }
   return taken;
+}
+
+PyObject* ring_take(PyObject* self, PyObject*) {
+  Ring* ring = ring_of(self);
+  if (ring->head != nullptr && !ring->is_closed) {
+    uint64_t count;
+    if (read(ring->eventfd, &count, sizeof(count)) < 0 && errno != EAGAIN) return PyErr_SetFromErrno(PyExc_OSError);
+    ring->head->is_woken.exchange(0, std::memory_order_seq_cst);
+  }
+  return descriptors_of(ring);
+}
+
+PyObject* ring_look(PyObject* self, PyObject*) {
+  Ring* ring = ring_of(self);
+  // Not an exchange: nobody depends on when the writer sees it, but for not being woken once.
+  if (ring->head != nullptr && !ring->is_closed) ring->head->is_woken.store(1, std::memory_order_relaxed);
+  return descriptors_of(ring);
 }
 
 PyObject* ring_close(PyObject* self, PyObject*) {
@@ -163,6 +175,7 @@ PyMethodDef ring_methods[] = {
     {"wake", ring_wake, METH_NOARGS, "See ring.py."},
     {"publish", fast(ring_publish), METH_FASTCALL, "publish(kind, request_id, offset=0, nbytes=0)\n\nSee ring.py."},
     {"take", ring_take, METH_NOARGS, "See ring.py."},
+    {"look", ring_look, METH_NOARGS, "See ring.py."},
     {"close", ring_close, METH_NOARGS, "See ring.py."},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -176,8 +189,7 @@ PyTypeObject ring_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
 
 // ---- Arena ----
 
-// Bytes of the free pieces by where they start; no two of them touch.
-using Pieces = std::map<Py_ssize_t, Py_ssize_t>;
+using expertd::Pieces;
 
 struct Arena {
   PyObject_HEAD;
@@ -213,7 +225,7 @@ int arena_init(PyObject* self, PyObject* arguments, PyObject*) {
   if (!PyArg_ParseTuple(arguments, "O!:Arena", &PyMemoryView_Type, &memory)) return -1;
   arena->num_bytes = PyMemoryView_GET_BUFFER(memory)->len;
   arena->memory = Py_NewRef(memory);
-  if (arena->num_bytes) arena->free[0] = arena->num_bytes;
+  arena->free = Pieces(arena->num_bytes);
   return 0;
 }
 
@@ -223,54 +235,30 @@ void arena_dealloc(PyObject* self) {
   Py_TYPE(self)->tp_free(self);
 }
 
-void release(Arena* arena, Py_ssize_t start, Py_ssize_t size) {
-  auto next = arena->free.lower_bound(start);
-  if (next != arena->free.end() && next->first == start + size) {
-    size += next->second;
-    next = arena->free.erase(next);
-  }
-  if (next != arena->free.begin()) {
-    auto before = std::prev(next);
-    if (before->first + before->second == start) {
-      before->second += size;
-      return;
-    }
-  }
-  arena->free.emplace_hint(next, start, size);
-}
-
 PyObject* arena_allocate(PyObject* self, PyObject* argument) {
   Arena* arena = arena_of(self);
   const Py_ssize_t wanted = PyLong_AsSsize_t(argument);
   if (wanted == -1 && PyErr_Occurred()) return nullptr;
   if (arena->memory == nullptr || wanted > arena->num_bytes) Py_RETURN_NONE;
   const Py_ssize_t size = ((wanted > 1 ? wanted : 1) + kAlignment - 1) / kAlignment * kAlignment;
-  for (auto piece = arena->free.begin(); piece != arena->free.end(); ++piece) {
-    const auto [start, room] = *piece;
-    if (room < size) continue;
-    PyObject* view = PySequence_GetSlice(arena->memory, start, start + size);
-    PyObject* self_block = view == nullptr ? nullptr : block_type.tp_alloc(&block_type, 0);
-    if (self_block == nullptr) {
-      Py_XDECREF(view);
-      return nullptr;
-    }
-    auto next = arena->free.erase(piece);
-    if (room > size) arena->free.emplace_hint(next, start + size, room - size);
-    auto* block = reinterpret_cast<Block*>(self_block);
-    block->arena = Py_NewRef(self);
-    block->view = view;
-    block->offset = start;
-    block->num_bytes = size;
-    return self_block;
+  const Py_ssize_t start = arena->free.take(size);
+  if (start < 0) Py_RETURN_NONE;
+  PyObject* view = PySequence_GetSlice(arena->memory, start, start + size);
+  PyObject* self_block = view == nullptr ? nullptr : block_type.tp_alloc(&block_type, 0);
+  if (self_block == nullptr) {
+    Py_XDECREF(view);
+    arena->free.release(start, size);
+    return nullptr;
   }
-  Py_RETURN_NONE;
+  auto* block = reinterpret_cast<Block*>(self_block);
+  block->arena = Py_NewRef(self);
+  block->view = view;
+  block->offset = start;
+  block->num_bytes = size;
+  return self_block;
 }
 
-PyObject* arena_free_bytes(PyObject* self, PyObject*) {
-  Py_ssize_t total = 0;
-  for (const auto& [start, size] : arena_of(self)->free) total += size;
-  return PyLong_FromSsize_t(total);
-}
+PyObject* arena_free_bytes(PyObject* self, PyObject*) { return PyLong_FromSsize_t(arena_of(self)->free.free_bytes()); }
 
 PyObject* arena_nbytes(PyObject* self, void*) { return PyLong_FromSsize_t(arena_of(self)->num_bytes); }
 
@@ -293,7 +281,7 @@ Block* block_of(PyObject* self) { return reinterpret_cast<Block*>(self); }
 
 void block_dealloc(PyObject* self) {
   Block* block = block_of(self);
-  release(arena_of(block->arena), block->offset, block->num_bytes);
+  arena_of(block->arena)->free.release(block->offset, block->num_bytes);
   Py_DECREF(block->view);
   Py_DECREF(block->arena);
   Py_TYPE(self)->tp_free(self);

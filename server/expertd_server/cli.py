@@ -87,7 +87,7 @@ def _serve_in_this_process(config: Config) -> NoReturn:
     from expertd_server.server import Server, stop_on_signals  # noqa: PLC0415 (torch: --help should not wait for it)
 
     look_rarely()
-    server = Server(config)
+    server = Server(config, is_alone=True)
     stop_on_signals(server)
 
     def run() -> int:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from expertd_server.compiled import CODEC
 from expertd_server.forward import ForwardCall, ForwardResult, Matrix
 from expertd_server.layer import MoELayer
-from expertd_server.messages import Message, check_message, read_message, read_stream_message
-from expertd_server.regions import TENSORS, AnswerPlace
+from expertd_server.message_memory import answer_behind
+from expertd_server.messages import Message, answer_place, check_message, read_message, read_stream_message
+from expertd_server.regions import AnswerPlace
 from expertd_server.store import LayerStore
 from expertd_server.wire import WIRE_DTYPES, call_of, encode_response, encode_stream_response
-from expertd_server.wire_parse import RawRequest
 
 __all__ = ["Message", "read_message", "read_stream_message", "typed_call"]
 __all__ += ["write_answer", "write_stream_answer"]
@@ -28,10 +28,7 @@ def typed_call(
         message, store, max_batch_tokens=max_batch_tokens, max_message_bytes=max_message_bytes
     )
     call = call_of(layer, request)
-    if not isinstance(message, RawRequest):
-        place = message.bound(len(TENSORS))  # the answer_slice, which a stream has found in its regions
-        if isinstance(place, memoryview):
-            call.place = place
+    call.place = answer_place(message, layer.spec.hidden_size, request)
     return call
 
 
@@ -62,6 +59,9 @@ def _write(  # noqa: PLR0917 (called for every request, and keywords take time)
     place: AnswerPlace | None = None,
 ) -> bytes:
     timing = result.timing
+    answer = answer_behind(result.place)
+    if answer is not None:
+        return answer.finish(*timing.numbers, queue_depth_tokens, result.weights_version)
     dtype, num_tokens, hidden_size, address = matrix
     return CODEC.encode_response(
         is_stream,

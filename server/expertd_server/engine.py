@@ -44,7 +44,7 @@ from expertd_server.promise import Promise
 from expertd_server.running import BatchReport, HostOutput, RunningBatch, unexpected
 from expertd_server.scatter import scatter
 from expertd_server.spans import PackedSpans, Span
-from expertd_server.staging import Graph, HostSlot, Slot, SlotPool, run_in_turn
+from expertd_server.staging import Graph, HostSlot, Slot, SlotPool
 from expertd_server.timing import ForwardTiming
 from expertd_server.types import LayerSpec
 
@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 __all__ = ["BatchReport", "Engine", "ForwardCall", "ForwardResult", "ForwardTiming", "HostTensor"]
 
 # A GPU computes one batch while the next is gathered and copied. More would only make batches smaller, unless as much
-# waits as a large batch holds, a quarter of the largest: to gather and copy that takes as long as to compute it. So does
-# copying its answers, and one of which these are on their way does not count.
+# waits as a large batch holds, a quarter of the largest: to gather and copy that takes as long as to compute it. So it
+# does to copy answers back, and one batch whose answers are on their way does not count.
 _IN_FLIGHT_ON_DEVICE = 2
 _IN_FLIGHT_IN_A_CROWD = 1
 _CROWDS_OF_A_BATCH = 4
@@ -310,11 +310,16 @@ class Engine:
         """Start the copies in, the graph and the copies out; the calls' places, see `scatter`."""
         num_tokens = sum([call.num_tokens for call in calls])
         fetched, places = scatter(plan.outputs, calls, num_tokens, wants_routing=False)
-        _spend(batch, places)
         if self.slots.in_use > 1:
+            _spend(batch, places)  # who hears that something went wrong does not hear how far it had got
             slot.run(spans, graph, fetched)
-        else:  # the device would wait until another thread gets to it
-            run_in_turn(slot, spans, graph, fetched)
+            return places
+        # The device would wait until another thread gets to it.
+        slot.send(spans)
+        with slot.compute():
+            graph.replay()
+        _spend(batch, places)
+        slot.fetch(fetched)
         return places
 
     @staticmethod

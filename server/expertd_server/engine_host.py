@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from expertd_server import __version__
+from expertd_server import __version__, message_memory
 from expertd_server.admin import AdminService
 from expertd_server.admin_endpoint import AdminEndpoint
 from expertd_server.backend import Backend, select_backend
@@ -73,6 +73,11 @@ class EngineHost:
     def share(self, mapped: mmap.mmap) -> memoryview:
         """A view of memory that callers share, so that the device copies straight from and to it where it can."""
         return memoryview(mapped) if self._pinner is None else self._pinner.share(mapped)
+
+    def share_messages(self) -> None:
+        """Have large messages of this process lie where the device copies from and to, if it can, for good."""
+        if self._pinner is not None:
+            message_memory.use(self._pinner.share(mmap.mmap(-1, message_memory.MESSAGE_MEMORY_BYTES)))
 
     def start(self, here: ServingThread) -> None:
         """Start the batcher and the metrics; there are no layers yet.

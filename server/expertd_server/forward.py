@@ -161,6 +161,11 @@ class ForwardResult:
         self._matrix, self._place = matrix, place
 
     @property
+    def place(self) -> memoryview | None:
+        """What `lies_at` was told, as long as nobody has asked for the output."""
+        return self._place
+
+    @property
     def output(self) -> torch.Tensor | None:
         """[T, H] in the asked dtype."""
         if self._place is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import replace
 
-from expertd_server import __version__, remote_codec
+from expertd_server import __version__, message_memory, remote_codec
 from expertd_server.child import Child
 from expertd_server.config import Config
 from expertd_server.event_loop import EventLoop
@@ -77,6 +78,14 @@ class Frontend:
             map_file=self.engine.regions.map_file,
         )
 
+    def share_messages(self) -> None:
+        """Have large messages of this process lie where the engine reads and writes them, for good."""
+        fd = message_memory.make_file()
+        try:
+            message_memory.use(self.engine.regions.map_file(fd, message_memory.MESSAGE_MEMORY_BYTES))
+        finally:
+            os.close(fd)
+
     def start(self, port: int) -> int:
         """Listen, and look for an engine; returns the port. Raises ConfigError."""
         port = self._listener.bind(port)
@@ -126,6 +135,7 @@ def run_frontend(child: Child) -> int:
         lambda serving: child.tell(is_serving=serving),
         is_draining=child.is_draining,
     )
+    frontend.share_messages()
     child.listen(lambda: list(frontend.metrics.registry.collect()))
     frontend.start(child.port)
     child.stop_requested.wait()

@@ -8,15 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from expertd_server.compiled import CODEC
+from expertd_server.message_memory import make_answer
 from expertd_server.regions import TENSORS
 from expertd_server.store import HeldLayer, LayerStore
-from expertd_server.wire_check import CheckedRequest, check_request
+from expertd_server.wire_check import ITEM_BYTES, CheckedRequest, check_request
 from expertd_server.wire_parse import RawRequest, RawStreamRequest, parse_request, parse_stream_request
 
 if TYPE_CHECKING:
     from expertd_server._codec import Request
 
-__all__ = ["Message", "check_message", "read_message", "read_stream_message"]
+__all__ = ["Message", "answer_place", "check_message", "read_message", "read_stream_message"]
 
 L = TypeVar("L", bound=HeldLayer)
 
@@ -58,6 +59,22 @@ def check_message(
             return layer, good
         message = _reread(message)
     return check_request(message, store, max_batch_tokens=max_batch_tokens, max_message_bytes=max_message_bytes)
+
+
+def answer_place(message: Message, hidden_size: int, request: CheckedRequest) -> memoryview | None:
+    """Where the output of a checked request may be written, which is all of its answer and as large; None: nowhere.
+
+    In the caller's memory, if that is where it wants the answer; else in the message that will hold it, where there is
+    room for that.
+    """
+    num_tokens, *_, output_dtype, do_finalize, return_routing = request
+    if isinstance(message, RawRequest) or not do_finalize or return_routing:
+        return None
+    room = message.bound(len(TENSORS))  # the answer_slice, which a stream has found in its regions
+    if room is None:
+        return make_answer(message.is_stream, message.id, output_dtype, num_tokens, hidden_size)
+    nbytes = num_tokens * hidden_size * ITEM_BYTES[output_dtype]
+    return room[:nbytes] if isinstance(room, memoryview) and 0 < nbytes <= len(room) else None
 
 
 def _reread(message: Request) -> RawRequest:

@@ -19,6 +19,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
+from expertd_server.message_memory import sharer_of
 from expertd_server.native import address_of
 from expertd_server.threads import ended
 
@@ -90,7 +91,7 @@ def pinned_address(data: bytes | memoryview, nbytes: int) -> int:
     """
     if type(data) is not memoryview:
         return 0
-    memory = data.obj
+    memory = sharer_of(data)
     return memory.mapping.pinned_address(data, nbytes) if isinstance(memory, _Bytes) else 0
 
 

@@ -30,6 +30,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
+from expertd_server.message_memory import sharer_of
 from expertd_server.native import address_of
 from expertd_server.pinning import Share
 from expertd_server.region_door import RegionRefusedError, map_memory
@@ -74,7 +75,7 @@ def where_of(data: bytes | memoryview, engine: socket.socket) -> Where | None:
 
     Good as long as somebody has a view of them.
     """
-    if type(data) is not memoryview or not isinstance(memory := data.obj, _Bytes) or not len(data):
+    if type(data) is not memoryview or not len(data) or not isinstance(memory := sharer_of(data), _Bytes):
         return None
     region = memory.region
     return (region.number, address_of(data) - region.address, len(data)) if region.holder is engine else None

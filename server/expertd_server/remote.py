@@ -31,7 +31,7 @@ from expertd_server.promise import Promise
 from expertd_server.region_handover import RegionGiver, is_let_go, where_of
 from expertd_server.remote_codec import RemoteAnswer, RemoteCall
 from expertd_server.remote_layer import RemoteLayer
-from expertd_server.ring import Arena, Block, Channel
+from expertd_server.ring import Arena, Block, Channel, Descriptor
 from expertd_server.status import RelayedError
 
 __all__ = ["ANSWERED", "CANCEL", "FAILED", "NUM_HELLO_FILES", "SUBMIT"]
@@ -52,6 +52,10 @@ _ROOM_TIMEOUT_S: Final = 1.0
 _ROOM_RETRY_DELAY_S: Final = 0.1
 # While calls wait for room, it is looked for at least this often.
 _ROOM_LOOK_UP_S: Final = 0.005
+# A lone request's answer is looked for so long before its coming has to wake anybody, which takes as long as Python
+# does for it, where there are cores to spare for that: whoever looks has one to itself.
+_LOOK_S: Final = 0.0005
+_LEAST_CORES_TO_LOOK: Final = 8
 # Requests that are sent before the engine is woken for them.
 _MOST_UNTOLD: Final = 4
 # What callers are told while there is no engine.
@@ -150,13 +154,14 @@ class RemoteEngine:
         link = self._link
         if link is None:
             raise _no_engine()
-        return link.submit(call, deadline_s, on_done)
+        return link.submit(call, deadline_s, on_done, is_last)
 
     def hurry(self) -> None:
         """Wake the engine now; else it is woken when the event loop has read what else has come."""
         link = self._link
         if link is not None:
             link.wake()
+            link.look_soon()
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for those in flight; False when some are left after timeout_s."""
@@ -300,6 +305,9 @@ class _Link:
         self._placing = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._num_untold = 0
+        self._may_look = loop is not None and len(os.sched_getaffinity(0)) >= _LEAST_CORES_TO_LOOK
+        self._look_until_s = 0.0
+        """When to look for an answer no more, and to be woken for it; 0: nobody looks."""
         self._is_completing = False
         self._is_over = False
         self._unsettled: list[_Asked] = []
@@ -308,7 +316,11 @@ class _Link:
         self.queue_tokens = 0
 
     def submit(
-        self, call: RemoteCall, deadline_s: float | None, on_done: Callable[[Promise[Any]], object] | None
+        self,
+        call: RemoteCall,
+        deadline_s: float | None,
+        on_done: Callable[[Promise[Any]], object] | None,
+        is_last: bool,
     ) -> Promise[Any]:
         self._check_open()
         asked = _Asked(self, call, deadline_s, on_done)
@@ -316,6 +328,8 @@ class _Link:
         block = None if self._roomless else self._arena.allocate(asked.nbytes)
         if block is not None:
             self._send(asked, block)
+            if not is_last:  # else `hurry` wakes it
+                self._wake_soon()
             return asked
         if asked.nbytes > self._arena.nbytes:
             raise self._no_room(asked.nbytes)
@@ -337,8 +351,10 @@ class _Link:
             asked.number = number = next(self._numbers)
             self._waiting[number] = asked
             self._to_engine.put(SUBMIT, number, block.offset, block.nbytes)
-        # One wake-up for what comes in one turn of the loop, but the engine shall not idle while much is being packed.
         self._num_untold += 1
+
+    def _wake_soon(self) -> None:
+        """Once for what comes in one turn of the loop, but the engine shall not idle while much is being packed."""
         if self._loop is None or not self._loop.is_here or self._num_untold >= _MOST_UNTOLD:
             self.wake()
         elif self._num_untold == 1:
@@ -348,6 +364,24 @@ class _Link:
         """Have the engine take what was sent."""
         self._num_untold = 0
         self._to_engine.wake()
+
+    def look_soon(self) -> None:
+        """Look for the answer to a lone request whenever the loop has nothing else to do, for a while."""
+        if self._may_look and not self._look_until_s and len(self._waiting) == 1:
+            assert self._loop is not None
+            self._look_until_s = time.monotonic() + _LOOK_S
+            self._loop.soon(self._look)
+
+    def _look(self) -> None:
+        assert self._loop is not None
+        if not self._may_look:  # the engine is gone, and another thread takes what it has answered
+            return
+        self._complete_all(self._from_engine.look())
+        if len(self._waiting) == 1 and time.monotonic() < self._look_until_s:
+            self._loop.soon(self._look)
+        else:
+            self._look_until_s = 0.0
+            self._take()
 
     def _place(self) -> None:
         """Send what waits for room, as far as there is some, and refuse what has waited too long."""
@@ -365,6 +399,7 @@ class _Link:
                 if block is not None:
                     try:
                         self._send(one, block)
+                        self._wake_soon()
                     except ExpertdServerError as error:
                         _fail(one, error)
                     if one.cancelled():  # perhaps before it had a number
@@ -397,6 +432,7 @@ class _Link:
             self._listen(poll, on_state, is_closed)
         finally:
             if self._loop is not None:
+                self._may_look = False
                 self._hear_no_more(fd, self._loop)
         self._take()  # what the engine had answered before its end
 
@@ -429,7 +465,10 @@ class _Link:
             self._place()
 
     def _take(self) -> None:
-        descriptors = self._from_engine.take()
+        self._complete_all(self._from_engine.take())
+        self._place()
+
+    def _complete_all(self, descriptors: list[Descriptor]) -> None:
         if descriptors:
             with self._lock:
                 answered = [self._waiting.pop(number) for _, number, _, _ in descriptors]
@@ -444,7 +483,6 @@ class _Link:
                 self._is_completing = False
                 if not self._waiting:
                     self._idle.notify_all()
-        self._place()
 
     def fail_all(self, error: ExpertdServerError) -> None:
         """The end of it: what was not answered fails, but see `settle`, which must follow."""

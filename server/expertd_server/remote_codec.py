@@ -8,14 +8,14 @@ from typing import Any
 
 from expertd_server.blocks import read_answer, read_timing
 from expertd_server.compiled import BLOCKS
-from expertd_server.messages import Message, check_message
-from expertd_server.regions import TENSORS, AnswerPlace
+from expertd_server.message_memory import answer_behind
+from expertd_server.messages import Message, answer_place, check_message
+from expertd_server.regions import AnswerPlace
 from expertd_server.remote_layer import RemoteLayer
 from expertd_server.ring import Block
 from expertd_server.store import LayerStore
 from expertd_server.wire_answer import join_response, join_stream_response
-from expertd_server.wire_check import ITEM_BYTES, CheckedRequest
-from expertd_server.wire_parse import RawRequest
+from expertd_server.wire_check import CheckedRequest
 
 __all__ = ["RemoteAnswer", "RemoteCall", "typed_call", "write_answer", "write_stream_answer"]
 
@@ -53,22 +53,15 @@ def typed_call(
     layer, request = check_message(
         message, store, max_batch_tokens=max_batch_tokens, max_message_bytes=max_message_bytes
     )
-    return RemoteCall(layer, request, place=_place_of(message, layer, request))
-
-
-def _place_of(message: Message, layer: RemoteLayer, request: CheckedRequest) -> memoryview | None:
-    """See `RemoteCall.place`."""
-    num_tokens, *_, output_dtype, do_finalize, return_routing = request
-    if isinstance(message, RawRequest) or not do_finalize or return_routing:
-        return None
-    room = message.bound(len(TENSORS))  # the answer_slice, which a stream has found in its regions
-    nbytes = num_tokens * layer.spec.hidden_size * ITEM_BYTES[output_dtype]
-    return room[:nbytes] if isinstance(room, memoryview) and 0 < nbytes <= len(room) else None
+    return RemoteCall(layer, request, place=answer_place(message, layer.spec.hidden_size, request))
 
 
 def write_answer(answer: RemoteAnswer, queue_depth_tokens: int) -> bytes:
     """A serialised ForwardResponse."""
     view = answer.block.view
+    room = answer_behind(answer.place)
+    if room is not None:
+        return room.finish(*answer.timing.numbers, queue_depth_tokens, answer.weights_version)
     if BLOCKS is not None and answer.place is None:
         return BLOCKS.encode_answer(view, False, 0, queue_depth_tokens)
     return join_response(read_answer(view, answer.place), answer.timing, queue_depth_tokens, answer.weights_version)
@@ -79,6 +72,9 @@ def write_stream_answer(
 ) -> bytes:
     """A serialised ForwardStreamResponse that holds an answer. place: where its tensors go as far as they fit."""
     view, written = answer.block.view, answer.place
+    room = answer_behind(written)
+    if room is not None:
+        return room.finish(*answer.timing.numbers, queue_depth_tokens, answer.weights_version)
     if BLOCKS is not None and place is None and written is None:
         return BLOCKS.encode_answer(view, True, request_id, queue_depth_tokens)
     if BLOCKS is not None and place is not None and written is not None:

@@ -84,6 +84,10 @@ class RunningBatch:
     compute_s: float = 0.0
     topk_ids: torch.Tensor | npt.NDArray[np.int16] | None = None
     """As in `BatchReport`; None where the batch has no results."""
+    parts: list[ForwardResult | _BundleRows] | None = None
+    """The calls' shares of the answer; None: not made yet."""
+    copies: Copies | None = None
+    """Where the parts note what is to be copied; see `ForwardResult`."""
 
     @property
     def num_requests(self) -> int:
@@ -92,6 +96,8 @@ class RunningBatch:
 
     def wait(self, seconds: float | None = None) -> bool:
         try:
+            if self.parts is None and self.in_slot is not None and self._may_be_taken_apart:
+                self.parts = self._take_apart(self.in_slot)  # while the device computes
             if seconds is not None:
                 return self.slot.is_done_within(seconds)
             self.slot.wait()
@@ -158,53 +164,74 @@ class RunningBatch:
             return self._answer_bundle(only)
         clock = self.clock
         start_s = clock()
-        whole = self._host_answer()
-        num_tokens, num_requests, version = self.num_tokens, self.num_requests, self.layer.weights_version
         copy_in_s, wait_s, compute_s, copy_out_s = self.slot.times()
-        is_padded = self.graph_rows is not None and self.graph_rows != num_tokens
+        whole = self._host_answer()
+        parts = self.parts if self.parts is not None else self._take_apart(whole)
+        is_padded = self.graph_rows is not None and self.graph_rows != self.num_tokens
         self.compute_s = compute_s
-        self.topk_ids = whole.topk_ids[:num_tokens] if is_padded else whole.topk_ids
+        self.topk_ids = whole.topk_ids[: self.num_tokens] if is_padded else whole.topk_ids
         copy_in_us, compute_us = round((self.gather_s + copy_in_s) * 1e6), round(compute_s * 1e6)
-        is_alone = only is not None
-        copies = None if is_alone else Copies()  # see gather
-        parts: list[ForwardResult | _BundleRows] = []
-        first = 0
-        for number, (entry, call) in enumerate(zip(self.batch.entries, self.calls, strict=True)):
-            # A bundle knows since when each of its members waits.
-            queued_s = 0.0 if isinstance(call, BundledCalls) else entry.queued_s
-            queue_us = round((queued_s + wait_s) * 1e6)
-            timing = ForwardTiming(queue_us, copy_in_us, compute_us, 0, num_tokens, num_requests)
-            if isinstance(call, BundledCalls):
-                assert whole.output_at is not None
-                parts.append(_BundleRows(timing, whole.output_at.rows(first, call.num_tokens)))
-            else:
-                part = ForwardResult(version, timing, copies=copies)
-                place = self.places[number] if self.places else 0
-                self._place_output(part, call, whole, first, place, is_whole=is_alone and not is_padded)
-                if call.return_routing or not call.do_finalize:
-                    self._fill(part, call, whole.tensors, first)
-                parts.append(part)
-            first += call.num_tokens
         copy_out_us = round((copy_out_s + clock() - start_s) * 1e6)
         # Last, and then nothing may go wrong any more: the batch must not run again, because answers may have been
         # written over what they were computed from.
         answers: list[Any] = []
-        for call, each in zip(self.calls, parts, strict=True):
-            each.timing.copy_out_us = copy_out_us
+        for entry, call, each in zip(self.batch.entries, self.calls, parts, strict=True):
+            timing = each.timing
+            # A bundle knows since when each of its members waits.
+            queued_s = 0.0 if isinstance(call, BundledCalls) else entry.queued_s
+            timing.queue_us = round((queued_s + wait_s) * 1e6)
+            timing.copy_in_us, timing.compute_us, timing.copy_out_us = copy_in_us, compute_us, copy_out_us
             try:
                 if isinstance(each, _BundleRows):
                     assert isinstance(call, BundledCalls)
-                    assert copies is not None
-                    call.answer(each.rows.address, each.rows.num_columns, each.timing, version, copies)
+                    assert self.copies is not None
+                    version = self.layer.weights_version
+                    call.answer(each.rows.address, each.rows.num_columns, timing, version, self.copies)
                     answers.append(None)
                 else:
                     assert isinstance(call, ForwardCall)
                     answers.append(each if call.encode is None else call.encode(each))
             except Exception as error:  # its own alone
                 answers.append(error)
-        if copies is not None:
-            copies.run()  # from what the parts hold
+        if self.copies is not None:
+            self.copies.run()  # from what the parts hold
         return answers
+
+    @property
+    def _may_be_taken_apart(self) -> bool:
+        """Whether all that the parts say is where something will be, once it is computed."""
+        calls = self.calls
+        is_bundle = len(calls) == 1 and isinstance(calls[0], BundledCalls)  # which has a shorter way
+        return (
+            not is_bundle
+            and self.answer is None
+            and all(
+                isinstance(call, BundledCalls) or not (call.encode is None or call.return_routing) for call in calls
+            )
+        )
+
+    def _take_apart(self, whole: HostOutput) -> list[ForwardResult | _BundleRows]:
+        """The calls' shares of the answer; their timing says in what company they ran, and no times yet."""
+        num_tokens, num_requests, version = self.num_tokens, self.num_requests, self.layer.weights_version
+        is_padded = self.graph_rows is not None and self.graph_rows != num_tokens
+        is_alone = len(self.calls) == 1
+        self.copies = None if is_alone and isinstance(self.calls[0], ForwardCall) else Copies()  # see gather
+        parts: list[ForwardResult | _BundleRows] = []
+        first = 0
+        for number, call in enumerate(self.calls):
+            timing = ForwardTiming(0, 0, 0, 0, num_tokens, num_requests)
+            if isinstance(call, BundledCalls):
+                assert whole.output_at is not None
+                parts.append(_BundleRows(timing, whole.output_at.rows(first, call.num_tokens)))
+            else:
+                part = ForwardResult(version, timing, copies=self.copies)
+                place = self.places[number] if self.places else 0
+                self._place_output(part, call, whole, first, place, is_whole=is_alone and not is_padded)
+                if call.return_routing or not call.do_finalize:
+                    self._fill(part, call, whole.tensors, first)
+                parts.append(part)
+            first += call.num_tokens
+        return parts
 
     def _place_output(
         self, part: ForwardResult, call: ForwardCall, whole: HostOutput, first: int, place: int, *, is_whole: bool

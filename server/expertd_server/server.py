@@ -38,14 +38,22 @@ class Server:
     """One server process' worth of objects; several may live in one process, as in tests.
 
     layers: what to serve, in place of what the options name.
+    is_alone: whether no other ever will: then its device copies from and to the messages themselves.
     """
 
     def __init__(
-        self, config: Config, *, backend: Backend | None = None, layers: Iterable[MoELayer] | None = None
+        self,
+        config: Config,
+        *,
+        backend: Backend | None = None,
+        layers: Iterable[MoELayer] | None = None,
+        is_alone: bool = False,
     ) -> None:
         self.config = config
         self.instance_id = uuid.uuid4().hex
         self._host = EngineHost(config, backend=backend, layers=layers, on_hang=self._on_hang)
+        if is_alone:
+            self._host.share_messages()
         self.backend, self.metrics = self._host.backend, self._host.metrics
         self.store, self.engine = self._host.store, self._host.engine
         self.port = 0

@@ -33,6 +33,7 @@ from serving import (
 import expertd
 from expertd.v1 import expertd_pb2 as pb
 from expertd.v1 import expertd_pb2_grpc
+from expertd_server import remote
 from expertd_server.errors import UnavailableError
 
 SEED = 20261126
@@ -45,11 +46,13 @@ def one() -> Iterator[Running]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def many() -> Iterator[Split]:
-    """A server with two front-ends."""
-    with split() as server:
-        yield server
+@pytest.fixture(scope="module", params=["woken", "looking"])
+def many(request: pytest.FixtureRequest) -> Iterator[Split]:
+    """A server with two front-ends, which are woken for answers, or look for those to lone requests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote, "_LEAST_CORES_TO_LOOK", 1 if request.param == "looking" else 1 << 16)
+        with split() as server:
+            yield server
 
 
 class TestAnswers:

@@ -30,6 +30,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "malloc",
             "host_memory",
             "memory",
+            "message_memory",
             "native",
             "pinning",
             "metrics",

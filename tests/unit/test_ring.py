@@ -136,6 +136,20 @@ class TestRing:
         writer.close()
         reader.close()
 
+    def test_who_looks_sees_what_was_put_and_takes_the_rest(self, kind: Any) -> None:
+        writer, reader = both_ends(kind, 5)
+        seen = [reader.look()]
+        for number in range(4):
+            writer.publish(1, number)
+            seen.append(reader.look())
+        assert seen == [[], *([(1, number, 0, 0)] for number in range(4))]
+        assert reader.take() == []
+        writer.publish(1, 4)
+        assert select.select([reader.eventfd], [], [], 0)[0], "who has looked and does so no more is woken"
+        assert reader.take() == [(1, 4, 0, 0)]
+        reader.close()
+        writer.close()
+
     def test_many_threads_publish_and_none_is_overslept(self, kind: Any) -> None:
         writer, reader = both_ends(kind, 4000)
 
@@ -205,8 +219,12 @@ while number < int(sys.argv[3]):
 """
 
 
-def test_another_process_publishes_and_none_is_overslept() -> None:
-    """The reader sleeps whenever it has taken all, so a wake-up that is lost leaves it asleep."""
+@pytest.mark.parametrize("looks", [0, 1, 3])
+def test_another_process_publishes_and_none_is_overslept(looks: int) -> None:
+    """The reader sleeps whenever it has taken all, so a wake-up that is lost leaves it asleep.
+
+    looks: how often it looks by itself before.
+    """
     count = 20_000
     fd, event = os.memfd_create("ring"), os.eventfd(0, os.EFD_NONBLOCK)
     os.ftruncate(fd, ring_bytes(count + 7))
@@ -216,6 +234,8 @@ def test_another_process_publishes_and_none_is_overslept() -> None:
     with subprocess.Popen(command, pass_fds=[fd, event]) as publisher:
         while len(taken) < count:
             assert select.select([reader.eventfd], [], [], PATIENCE_S)[0], f"asleep after {len(taken)}"
+            for _ in range(looks):
+                taken += [number for _, number, _, _ in reader.look()]
             taken += [number for _, number, _, _ in reader.take()]
     assert publisher.returncode == 0
     assert taken == list(range(1, len(taken) + 1))
