@@ -3,6 +3,7 @@
 #include "wire.h"
 
 inline constexpr int kNumParts = 4;    // of a request: hidden_states, routing_logits, topk_ids, topk_weights
+inline constexpr int kLogits = 1;      // of the parts
 inline constexpr int kMaxTensors = 5;  // of an answer
 inline constexpr Py_ssize_t kBlockAlignment = 64;
 inline constexpr Py_ssize_t kMaxErrorBytes = 8192;

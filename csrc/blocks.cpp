@@ -146,6 +146,7 @@ PyObject* write_call(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
   block.write(0, CallHead{layer_id, deadline_s, request.num_tokens, request.output_dtype, request.do_finalize,
                           request.return_routing, hidden_states, place});
   Py_ssize_t at = kDataAt;
+  bool has_numbers = true;
   for (int n = 0; n < kNumParts; ++n) {
     if (request.parts[n] == nullptr) {
       block.write_entry(n, Entry{});
@@ -164,12 +165,14 @@ PyObject* write_call(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
       block.write_entry(n, Entry{request.dtypes[n], 1, num_items, 1, static_cast<uint64_t>(at)});
       FreeInterpreter freed(data.len);
       std::memcpy(block.at(at), data.buf, data.len);
+      const bool is_real = request.dtypes[n] == kFloat32 || request.dtypes[n] == kBFloat16;
+      if (n == kLogits && is_real) has_numbers = !has_nan(request.dtypes[n], block.at(at), data.len);
     }
     at += aligned(data.len);
     PyBuffer_Release(&data);
     if (!fits) return nullptr;
   }
-  Py_RETURN_NONE;
+  return PyBool_FromLong(has_numbers);
 }
 
 PyDoc_STRVAR(read_call_doc, "read_call(block, regions)\n\nSee blocks.py.");

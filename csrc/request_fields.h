@@ -238,24 +238,7 @@ inline bool is_matrix(const Tensor& tensor, uint64_t rows, uint64_t columns) {
 
 inline bool is_real(const Tensor& tensor) { return tensor.dtype == kFloat32 || tensor.dtype == kBFloat16; }
 
-// Of float32 or bfloat16 elements at any address. No early exit, so that the compiler makes vectors of it.
-inline bool has_nan(const Tensor& tensor) {
-  uint32_t found = 0;
-  if (tensor.dtype == kFloat32) {
-    for (Py_ssize_t at = 0; at < tensor.num_bytes; at += 4) {
-      int32_t bits;
-      std::memcpy(&bits, tensor.data + at, 4);
-      found |= (bits & 0x7FFFFFFF) > 0x7F800000;
-    }
-  } else {
-    for (Py_ssize_t at = 0; at < tensor.num_bytes; at += 2) {
-      int16_t bits;
-      std::memcpy(&bits, tensor.data + at, 2);
-      found |= static_cast<int16_t>(bits & 0x7FFF) > static_cast<int16_t>(0x7F80);
-    }
-  }
-  return found != 0;
-}
+inline bool has_nan(const Tensor& tensor) { return has_nan(tensor.dtype, tensor.data, tensor.num_bytes); }
 
 inline bool ids_in_range(const Tensor& tensor, int32_t num_experts) {
   uint32_t found = 0;

@@ -15,6 +15,7 @@ from typing import Final
 
 import numpy as np
 
+from expertd.v1 import expertd_pb2 as pb
 from expertd_server.compiled import BLOCKS
 from expertd_server.config import LARGEST_BLOCK_OVERHEAD_BYTES
 from expertd_server.native import copy_bytes
@@ -22,7 +23,7 @@ from expertd_server.region_handover import Where
 from expertd_server.ring import ALIGNMENT_BYTES
 from expertd_server.timing import ForwardTiming
 from expertd_server.wire_answer import AnswerTensor
-from expertd_server.wire_check import ITEM_BYTES, CheckedRequest, Part
+from expertd_server.wire_check import ITEM_BYTES, CheckedRequest, Part, is_nan
 
 __all__ = ["MAX_ERROR_BYTES", "answer_place", "block_bytes", "read_answer", "read_call", "read_error", "read_timing"]
 __all__ += ["write_answer", "write_call", "write_error"]
@@ -41,6 +42,7 @@ _TENSOR: Final = struct.Struct("<5Q")
 _ELSEWHERE: Final = 0
 _MAX_TENSORS: Final = 5
 _NUM_PARTS: Final = 4
+_LOGITS: Final = 1
 _DIRECTORY_AT: Final = max(_CALL.size, _ANSWER.size)
 _DATA_AT: Final = -(-(_DIRECTORY_AT + _MAX_TENSORS * _TENSOR.size) // _ALIGNMENT) * _ALIGNMENT
 
@@ -76,8 +78,9 @@ def _write_call(  # noqa: PLR0917 (the compiled one takes no keywords)
     deadline_s: float | None,
     hidden_states: Where | None = None,
     place: Where | None = None,
-) -> None:
-    """Write a request into a block of at least `block_bytes`. layer_id: what stands for the layer that it asks.
+) -> bool:
+    """Write a request into a block of at least `block_bytes`. layer_id: what stands for the layer that it asks. Whether
+    the logits are numbers as they lie there: who shares them with a caller has not seen them change since the check.
 
     hidden_states: where the reader finds those, instead of the block. place: where it is to put the answer, which must
     be one matrix of as many bytes, instead of the block.
@@ -86,7 +89,7 @@ def _write_call(  # noqa: PLR0917 (the compiled one takes no keywords)
     deadline_s = math.inf if deadline_s is None else deadline_s
     elsewhere = *(hidden_states or _NOWHERE), *(place or _NOWHERE)
     _CALL.pack_into(block, 0, layer_id, deadline_s, num_tokens, output_dtype, do_finalize, return_routing, *elsewhere)
-    at = _DATA_AT
+    at, has_numbers = _DATA_AT, True
     for index, part in enumerate(parts):
         if part is None:
             _write_absent(block, index)
@@ -94,7 +97,10 @@ def _write_call(  # noqa: PLR0917 (the compiled one takes no keywords)
             _write_entry(block, index, part[0], (hidden_states[2] // ITEM_BYTES[part[0]],), _ELSEWHERE)
         else:
             dtype, data = part
-            at = _write_tensor(block, index, dtype, (len(data) // ITEM_BYTES[dtype],), data, at)
+            first, at = at, _write_tensor(block, index, dtype, (len(data) // ITEM_BYTES[dtype],), data, at)
+            if index == _LOGITS and dtype in {pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_BFLOAT16}:
+                has_numbers = not is_nan(dtype, block[first : first + len(data)]).any()
+    return has_numbers
 
 
 def _read_call(

@@ -20,6 +20,9 @@ class Codec(Protocol):
     """Between messages and what an engine takes and gives: `codec` for one in this process, `remote_codec` for one in
     another."""
 
+    CHECKS_LOGITS_AGAIN: bool
+    """Whether it looks for NaN in logits that lie in callers' memory once more, after which nobody changes them."""
+
     def typed_call(
         self, message: Message, store: LayerStore[Any], *, max_batch_tokens: int, max_message_bytes: int
     ) -> Any:

@@ -17,7 +17,10 @@ from expertd_server.store import LayerStore
 from expertd_server.wire import WIRE_DTYPES, call_of, encode_response, encode_stream_response
 
 __all__ = ["Message", "read_message", "read_stream_message", "typed_call"]
-__all__ += ["write_answer", "write_stream_answer"]
+__all__ += ["CHECKS_LOGITS_AGAIN", "write_answer", "write_stream_answer"]
+
+CHECKS_LOGITS_AGAIN = False
+"""See `Codec`: the device may read them where they are."""
 
 
 def typed_call(

@@ -38,6 +38,8 @@ _MAX_FOUND: Final = 1024
 TENSORS: Final = ("hidden_states", "routing_logits", "topk_ids", "topk_weights")
 """The tensors of a ForwardRequest, in the order of its fields."""
 
+_LOGITS: Final = TENSORS.index("routing_logits")
+
 
 @dataclass(eq=False, slots=True)
 class _Region:
@@ -138,10 +140,13 @@ class StreamRegions:
     """The regions of one stream. Thread-safe.
 
     door: where memory is handed in; None: the server takes none. max_bytes: most of all regions together.
+    copies_logits: whether what is checked of them must not change any more. Of hidden states any bits will do; ids and
+    weights, which are small, are copied in any case.
     """
 
-    def __init__(self, door: RegionDoor | None, max_bytes: int) -> None:
+    def __init__(self, door: RegionDoor | None, max_bytes: int, *, copies_logits: bool = True) -> None:
         self._door = door
+        self._first_copied = _LOGITS if copies_logits else _LOGITS + 1
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._regions: dict[int, _Region] = {}
@@ -196,7 +201,7 @@ class StreamRegions:
         for _ in self._clashes(found.pieces, found.start, found.stop):
             return None
         for number, view in found.views:
-            matters = 0 < number < len(TENSORS)  # of hidden states any bits will do
+            matters = self._first_copied <= number < len(TENSORS)
             request.bind(number, bytes(view) if matters else view)
         place = None if found.place is None else AnswerPlace(*found.place)
         lease = Lease(self, found.pieces, found.start, found.stop, place)

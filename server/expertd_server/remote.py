@@ -25,7 +25,13 @@ from google.rpc import status_pb2
 
 from expertd_server.blocks import block_bytes, read_error, write_call
 from expertd_server.control import Control
-from expertd_server.errors import ExpertdServerError, OverloadedError, RequestTimeoutError, UnavailableError
+from expertd_server.errors import (
+    ExpertdServerError,
+    InvalidArgumentError,
+    OverloadedError,
+    RequestTimeoutError,
+    UnavailableError,
+)
 from expertd_server.event_loop import EventLoop
 from expertd_server.promise import Promise
 from expertd_server.region_handover import RegionGiver, is_let_go, where_of
@@ -344,7 +350,10 @@ class _Link:
         call, asked.call = asked.call, None
         assert call is not None, "it is sent once"
         layer_id = call.layer.layer_id
-        write_call(block.view, call.request, layer_id, asked.deadline_s, asked.hidden_states, asked.place)
+        if not write_call(block.view, call.request, layer_id, asked.deadline_s, asked.hidden_states, asked.place):
+            raise InvalidArgumentError.of(
+                "routing_logits.slice", "holds NaN, expected numbers, which stay as they are until the answer comes"
+            )
         with self._lock:
             self._check_open()
             asked.block = block

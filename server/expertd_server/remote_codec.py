@@ -17,7 +17,10 @@ from expertd_server.store import LayerStore
 from expertd_server.wire_answer import join_response, join_stream_response
 from expertd_server.wire_check import CheckedRequest
 
-__all__ = ["RemoteAnswer", "RemoteCall", "typed_call", "write_answer", "write_stream_answer"]
+__all__ = ["CHECKS_LOGITS_AGAIN", "RemoteAnswer", "RemoteCall", "typed_call", "write_answer", "write_stream_answer"]
+
+CHECKS_LOGITS_AGAIN = True
+"""See `Codec`: `write_call` does, when it copies them."""
 
 
 @dataclass(slots=True)

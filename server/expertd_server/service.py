@@ -141,7 +141,11 @@ class ExpertService:
             self._calls,
             context,
             self._inbox,
-            regions=StreamRegions(self._region_door, self._max_region_bytes),
+            regions=StreamRegions(
+                self._region_door,
+                self._max_region_bytes,
+                copies_logits=not self._calls.codec.CHECKS_LOGITS_AGAIN,
+            ),
             max_requests=self._max_stream_requests,
             max_tokens=2 * self._calls.max_batch_tokens,
             max_answer_bytes=self._max_stream_answer_bytes,

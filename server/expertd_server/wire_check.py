@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server.errors import FieldViolation, InvalidArgumentError
@@ -14,7 +15,7 @@ from expertd_server.store import HeldLayer, LayerStore
 from expertd_server.types import LayerSpec
 from expertd_server.wire_parse import RawRequest, RawTensor
 
-__all__ = ["ITEM_BYTES", "MAX_NAME_LENGTH", "CheckedRequest", "Part", "check_request", "checked_name"]
+__all__ = ["ITEM_BYTES", "MAX_NAME_LENGTH", "CheckedRequest", "Part", "check_request", "checked_name", "is_nan"]
 
 Part: TypeAlias = tuple[int, bytes | memoryview]
 """A pb.DataType, and the elements of a dense, row-major, little-endian matrix, whose shape the layer says."""
@@ -36,6 +37,16 @@ ITEM_BYTES: Final[dict[int, int]] = {
 """Of one element, by pb.DataType."""
 
 _Layer = TypeVar("_Layer", bound=HeldLayer)
+
+
+def is_nan(dtype: int, data: bytes | memoryview) -> npt.NDArray[np.bool_]:
+    """Which elements, float32 or bfloat16, are NaN."""
+    if dtype == pb.DATA_TYPE_FLOAT32:
+        found: npt.NDArray[np.bool_] = np.isnan(np.frombuffer(data, "<f4"))
+    else:  # bfloat16, which numpy does not know: all exponent bits, and a mantissa
+        found = (np.frombuffer(data, "<u2") & 0x7FFF) > 0x7F80
+    return found
+
 
 _FP8_ONLY: Final = (pb.DATA_TYPE_FLOAT8_E4M3FN,)
 _HIDDEN_DTYPES: Final = (*_FP8_ONLY, pb.DATA_TYPE_BFLOAT16, pb.DATA_TYPE_FLOAT16, pb.DATA_TYPE_FLOAT32)
@@ -170,12 +181,9 @@ class _Checks:
     def no_nan(self, field: str, tensor: _Tensor | None) -> None:
         if tensor is None:
             return
-        if tensor.dtype == pb.DATA_TYPE_FLOAT32:
-            is_nan = np.isnan(np.frombuffer(tensor.data, "<f4"))
-        else:  # bfloat16, which numpy does not know: all exponent bits, and a mantissa
-            is_nan = (np.frombuffer(tensor.data, "<u2") & 0x7FFF) > 0x7F80
-        if is_nan.any():
-            row, column = divmod(int(is_nan.argmax()), tensor.shape[1])
+        found = is_nan(tensor.dtype, tensor.data)
+        if found.any():
+            row, column = divmod(int(found.argmax()), tensor.shape[1])
             self.add(f"{field}.data", f"row {row} holds NaN (column {column}), expected numbers")
 
     def ids_in_range(self, field: str, tensor: _Tensor | None, num_experts: int) -> None:

@@ -176,6 +176,24 @@ def test_what_lies_in_a_region_takes_no_room_in_the_block(block_bytes: Any) -> N
     assert block_bytes(request, HIDDEN_SIZE, TOP_K, in_region, place) == head + logits
 
 
+@pytest.mark.parametrize("dtype", [pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_BFLOAT16])
+@pytest.mark.parametrize(
+    "write_call",
+    [blocks._write_call, pytest.param(blocks.write_call, marks=needs_compiled)],
+    ids=["python", "as-built"],
+)
+def test_logits_are_numbers_or_it_says_so(write_call: Any, dtype: int) -> None:
+    torch_dtype = TORCH_DTYPES[dtype]
+    for bad in (None, 0, 7, 2 * NUM_EXPERTS - 1):
+        logits = torch.full((2 * NUM_EXPERTS,), torch.inf, dtype=torch_dtype)
+        if bad is not None:
+            logits[bad] = torch.nan
+        data = logits.view(torch.uint8).numpy().tobytes()
+        request = 2, (pb.DATA_TYPE_FLOAT8_E4M3FN, b"\x7f" * 2 * HIDDEN_SIZE), (dtype, data), None, None, 1, True, False
+        block = guarded(blocks.block_bytes(request, HIDDEN_SIZE, TOP_K))[:-GUARD]
+        assert write_call(block, request, 1, None) is (bad is None)
+
+
 @needs_compiled
 @settings(max_examples=300, deadline=None)
 @given(shared_requests(), deadlines, st.integers(0, 2**64 - 1))
@@ -184,8 +202,8 @@ def test_the_compiled_module_writes_the_same_requests(shared: Shared, deadline_s
     size = blocks._block_bytes(request_, HIDDEN_SIZE, TOP_K, *elsewhere)
     assert BLOCKS.block_bytes(request_, HIDDEN_SIZE, TOP_K, *elsewhere) == size
     mine, theirs = guarded(size), guarded(size)
-    BLOCKS.write_call(mine[:-GUARD], request_, layer_id, deadline_s, *elsewhere)
-    blocks._write_call(theirs[:-GUARD], request_, layer_id, deadline_s, *elsewhere)
+    has_numbers = BLOCKS.write_call(mine[:-GUARD], request_, layer_id, deadline_s, *elsewhere)
+    assert has_numbers is blocks._write_call(theirs[:-GUARD], request_, layer_id, deadline_s, *elsewhere)
     assert bytes(mine) == bytes(theirs)
     regions = shared.regions()
     read = BLOCKS.read_call(mine, regions)

@@ -31,7 +31,7 @@ from test_remote import (
 from expertd.v1 import expertd_pb2 as pb
 from expertd_server import blocks, gate, remote, result_blocks, ring
 from expertd_server.blocks import MAX_ERROR_BYTES
-from expertd_server.errors import RequestTimeoutError, UnavailableError
+from expertd_server.errors import InvalidArgumentError, RequestTimeoutError, UnavailableError
 from expertd_server.forward import ForwardResult, Matrix
 from expertd_server.native import address_of
 from expertd_server.region_handover import RegionTaker, where_of
@@ -247,6 +247,36 @@ class TestPartly:
         assert not future.result(PATIENCE_S)[0]
         assert bytes(view[50_000:][: 3 * ROW_BYTES]) == b"\xaa" * 3 * ROW_BYTES
         forget(rig.engine)
+
+
+def test_logits_that_change_to_nan_after_they_were_checked_are_refused(rig: Rig) -> None:
+    side = rig.side()
+    view = map_taken(side)
+
+    def call() -> RemoteCall:
+        made = placed(side, view)
+        num_tokens, hidden_states, _, *others = made.request
+        shared = view[90_000 : 90_000 + len(logits(num_tokens))]
+        return RemoteCall(
+            made.layer,
+            (num_tokens, hidden_states, (pb.DATA_TYPE_BFLOAT16, shared), *others),  # type: ignore[arg-type]
+            made.encode,
+            made.place,
+        )
+
+    view[90_000 : 90_000 + len(logits(3))] = logits(3)
+    view[90_002:90_004] = b"\xff\xff"
+    with pytest.raises(InvalidArgumentError, match=r"routing_logits\.slice: holds NaN, expected numbers, which stay"):
+        side.remote.submit(call())
+    assert not rig.engine.calls
+    side.wait_arena_free()
+    view[90_000 : 90_000 + len(logits(3))] = logits(3)
+    future = side.remote.submit(call())
+    rig.engine.wait(1).set_result(result_of(3))
+    assert future.result(PATIENCE_S)[0]
+    del future
+    forget(rig.engine)
+    side.wait_arena_free()
 
 
 class TestRefusals:
