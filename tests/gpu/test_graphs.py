@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import select
 import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,8 +24,9 @@ from expertd_server.graphs import CudaCapturer, Graphs  # noqa: E402
 from expertd_server.layer import MoELayer  # noqa: E402
 from expertd_server.layout import BatchKind, input_layout, num_valid_tokens, output_layout, slot_bytes  # noqa: E402
 from expertd_server.spans import whole  # noqa: E402
-from expertd_server.staging import SlotPool  # noqa: E402
+from expertd_server.staging import SlotPool, run_in_turn  # noqa: E402
 
+PATIENCE_S = 30.0
 KIND = BatchKind(torch.float8_e4m3fn, False, torch.bfloat16)
 
 
@@ -33,8 +37,11 @@ def make(backend: CudaBackend, layer: MoELayer, max_rows: int) -> tuple[Graphs, 
     return Graphs(pool, max_rows, CudaCapturer(streams)), pool
 
 
+@pytest.mark.parametrize("is_started_elsewhere", [False, True])
 @pytest.mark.parametrize("rows", [1, 8, 64, 128])
-def test_a_replay_reads_and_writes_the_tokens_and_nothing_else(backend: CudaBackend, rows: int) -> None:
+def test_a_replay_reads_and_writes_the_tokens_and_nothing_else(
+    backend: CudaBackend, rows: int, is_started_elsewhere: bool
+) -> None:
     layer = MoELayer("layer", prepared(backend, 51, max_num_tokens=128), backend)
     graphs, pool = make(backend, layer, 128)
     graphs.capture([layer])
@@ -54,11 +61,13 @@ def test_a_replay_reads_and_writes_the_tokens_and_nothing_else(backend: CudaBack
         num_valid_tokens(slot.host_in).fill_(tokens)
         slot.device_out.fill_(0x55)
         torch.cuda.synchronize()
-        slot.send(whole(inputs.nbytes(rows)))
-        with slot.compute():
-            graph.replay()
-        slot.fetch(whole(outputs.nbytes(rows)))
+        sent, fetched = whole(inputs.nbytes(rows)), whole(outputs.nbytes(rows))
+        if is_started_elsewhere:
+            slot.run(sent, graph, fetched)
+        else:
+            run_in_turn(slot, sent, graph, fetched)
         slot.wait()
+        assert slot.is_computed()
         output = outputs.output.view(slot.host_out, rows)
         assert expected is not None
         assert same_bits(output[:tokens], expected.cpu()), f"rows {rows}, T {tokens}"
@@ -66,6 +75,71 @@ def test_a_replay_reads_and_writes_the_tokens_and_nothing_else(backend: CudaBack
         times = slot.times()
         assert min(times.copy_in_s, times.compute_s, times.copy_out_s) >= 0
         pool.give_back(slot)
+
+
+def test_what_is_started_elsewhere_rings_and_what_is_started_here_comes_after_it(backend: CudaBackend) -> None:
+    layer = MoELayer("layer", prepared(backend, 53, max_num_tokens=64), backend)
+    graphs, pool = make(backend, layer, 64)
+    graphs.capture([layer])
+    inputs, outputs = input_layout(layer.spec, KIND, 64), output_layout(layer.spec, KIND, 64)
+    slots = [pool.take(0.0) for _ in range(2)]
+    bells = [os.eventfd(0, os.EFD_CLOEXEC) for _ in slots]
+    expected = []
+    for number, (slot, bell) in enumerate(zip(slots, bells, strict=True)):
+        graph = graphs.find(slot, layer, KIND, 64)
+        assert graph is not None
+        hidden_states, logits = make_inputs(layer.spec, 64, number)
+        expected.append(backend.forward(layer.prepared, hidden_states, routing_logits=logits.float()).output)
+        arguments = inputs.arguments(slot.host_in, 64)
+        arguments["hidden_states"].copy_(hidden_states)
+        arguments["routing_logits"].copy_(logits)
+        num_valid_tokens(slot.host_in).fill_(64)
+        torch.cuda.synchronize()
+        (slot.run if number == 0 else partial(run_in_turn, slot))(
+            whole(inputs.nbytes(64)), graph, whole(outputs.nbytes(64))
+        )
+        slot.ring_when_done(bell)
+    num_rung = 0
+    while num_rung < 2:  # when it is computed, and when it is over
+        assert select.select([bells[1]], [], [], PATIENCE_S)[0]
+        num_rung += os.eventfd_read(bells[1])
+    assert slots[1].is_done_within(0.0)
+    assert slots[0].is_done_within(0.0), "it was first"
+    for slot, answer, bell in zip(slots, expected, bells, strict=True):
+        assert answer is not None
+        assert same_bits(outputs.output.view(slot.host_out, 64), answer.cpu())
+        os.close(bell)
+        pool.give_back(slot)
+
+
+def test_what_cannot_be_started_elsewhere_is_told_to_who_waits(backend: CudaBackend) -> None:
+    """Its stream is recording a graph meanwhile, which nothing that is no part of it may wait for."""
+    layer = MoELayer("layer", prepared(backend, 54, max_num_tokens=8), backend)
+    streams = CudaStreams(backend.device)
+    pool = SlotPool([CudaSlot(0, streams)])
+    pool.require(*slot_bytes(layer.spec, 8, takes_wide=False))
+    graphs = Graphs(pool, 8, CudaCapturer(streams))
+    graphs.capture([layer])
+    slot = pool.take(0.0)
+    graph = graphs.find(slot, layer, KIND, 8)
+    assert graph is not None
+    spans = whole(input_layout(layer.spec, KIND, 8).nbytes(8)), whole(output_layout(layer.spec, KIND, 8).nbytes(8))
+    recording = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(streams.compute):
+        recording.capture_begin(capture_error_mode="relaxed")
+        slot.run(spans[0], graph, spans[1])
+        bell = os.eventfd(0, os.EFD_CLOEXEC)
+        slot.ring_when_done(bell)
+        assert select.select([bell], [], [], PATIENCE_S)[0]
+        for ask in (slot.wait, partial(slot.is_done_within, 1.0), slot.is_computed):
+            with pytest.raises(RuntimeError, match="CUDA"):
+                ask()
+        with pytest.raises(RuntimeError):  # the recording has suffered
+            recording.capture_end()
+    os.close(bell)
+    num_valid_tokens(slot.host_in).fill_(8)
+    slot.run(spans[0], graph, spans[1])
+    slot.wait()
 
 
 def test_capturing_beside_replays_changes_neither(backend: CudaBackend) -> None:
