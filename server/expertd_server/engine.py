@@ -15,7 +15,6 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -146,16 +145,19 @@ class Engine:
         key = self._key_of(call)
         return self.batcher.submit(key, call, call.num_tokens, deadline_s, on_done, is_last, call.num_requests)
 
-    def join(self, promise: Promise[Any], call: BundledCalls, bundle: Bundle) -> bool:
-        """Have as many of a bundle's members as there is room for join a call that was submitted; whether any did.
-        promise: the call's, of `submit`. What is left of the bundle must be a call of its own."""
+    def join(self, promise: Promise[Any], bundle: Bundle) -> bool:
+        """Have as many of a bundle's members as there is room for join a bundle that was submitted; whether any did.
+        promise: of `submit`. What is left must be a call of its own."""
         assert isinstance(promise, Entry)
-        return self.batcher.join(promise, partial(call.absorb, bundle))
+        return self.batcher.join(promise, lambda *room: promise.payload.absorb(bundle, *room))
 
     def left(self, promise: Promise[Any], num_tokens: int, num_requests: int) -> None:
         """So many of a bundle that was submitted will not run."""
         assert isinstance(promise, Entry)
-        self.batcher.left(promise, num_tokens, num_requests)
+        call = promise.payload
+        if call is not None:
+            call.count()
+            self.batcher.left(promise, num_tokens, num_requests)
 
     @property
     def max_bundle_tokens(self) -> int:

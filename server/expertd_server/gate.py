@@ -324,9 +324,9 @@ class EngineGate:
                 return
         batch_kind = BatchKind(TORCH_DTYPES[hidden_dtype], is_routed, TORCH_DTYPES[output_dtype])
         asked = _AskedTogether(self, bundle)
-        asked.call = BundledCalls(layer, bundle, batch_kind, asked.are_late, self._queue_tokens)
+        call = BundledCalls(layer, bundle, batch_kind, asked.are_late, self._queue_tokens)
         try:
-            asked.promise = self.engine.submit(asked.call)
+            asked.promise = self.engine.submit(call)
         except ExpertdServerError:  # there may be room for some, and the others are told that there is none
             self.submit_each(bundle)
             return
@@ -401,10 +401,11 @@ class _Asked:
 class _AskedTogether:
     """Requests of front-ends that the engine has as one call. Exactly one answer goes to each, whatever happens."""
 
-    __slots__ = ("asked_s", "bundle", "call", "gate", "promise")
+    __slots__ = ("asked_s", "bundle", "gate", "promise")
 
-    call: BundledCalls
     promise: Promise[Any]
+    """Of the engine's call. NOTE: not the call, which knows this: nothing may lie in callers' memory for longer than
+    needed, and a cycle does until garbage is looked for."""
 
     def __init__(self, gate: EngineGate, bundle: Bundle) -> None:
         self.gate = gate
@@ -414,7 +415,7 @@ class _AskedTogether:
 
     def take_in(self, peer: _Peer, bundle: Bundle) -> None:
         """Have as many of a bundle's requests as there is room for, which the bundle loses."""
-        if self.gate.engine.join(self.promise, self.call, bundle):
+        if self.gate.engine.join(self.promise, bundle):
             peer.together.add(self)
 
     def cancel(self, peer: _Peer, number: int | None = None) -> bool:
@@ -423,7 +424,6 @@ class _AskedTogether:
         places = self.bundle.cancel(peer, number)
         if not places:
             return False
-        self.call.count()
         self.gate.engine.left(self.promise, num_tokens - self.bundle.num_tokens, len(places))
         _fail_at(places, CancelledError())
         if not self.bundle.num_requests:
