@@ -311,8 +311,8 @@ class Engine:
     ) -> list[int]:
         """Start the copies in, the graph and the copies out; the calls' places, see `scatter`."""
         num_tokens = sum([call.num_tokens for call in calls])
-        fetched, places = scatter(plan.outputs, calls, num_tokens, wants_routing=False)
         if self.slots.in_use > 1:
+            fetched, places = scatter(plan.outputs, calls, num_tokens, wants_routing=False)
             _spend(batch, places)  # who hears that something went wrong does not hear how far it had got
             slot.run(spans, graph, fetched)
             return places
@@ -320,6 +320,7 @@ class Engine:
         slot.send(spans)
         with slot.compute():
             graph.replay()
+        fetched, places = scatter(plan.outputs, calls, num_tokens, wants_routing=False)  # while it computes
         _spend(batch, places)
         slot.fetch(fetched)
         return places
