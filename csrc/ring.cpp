@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstdint>
 #include <new>
 
@@ -100,11 +101,8 @@ PyObject* ring_put(PyObject* self, PyObject* const* arguments, Py_ssize_t given)
   Py_RETURN_NONE;
 }
 
-PyObject* ring_wake(PyObject* self, PyObject*) {
-  Ring* ring = ring_of(self);
-  // NOTE: the number of a closed ring's eventfd may be another file's by now.
-  if (ring->head == nullptr || ring->is_closed || ring->num_woken == ring->next) Py_RETURN_NONE;
-  ring->num_woken = ring->next;
+// Wake the reader of a ring that is open, unless it comes by itself.
+PyObject* wake_reader(Ring* ring) {
   // The exchange here and that of the reader are in one order. If this comes first, the reader sees the descriptors
   // when it comes to take; else it has said that it wants to be woken.
   if (ring->head->is_woken.exchange(1, std::memory_order_seq_cst) == 0) {
@@ -114,6 +112,21 @@ PyObject* ring_wake(PyObject* self, PyObject*) {
   Py_RETURN_NONE;
 }
 
+// NOTE: the number of a closed ring's eventfd may be another file's by now.
+bool is_open(const Ring* ring) { return ring->head != nullptr && !ring->is_closed; }
+
+PyObject* ring_wake(PyObject* self, PyObject*) {
+  Ring* ring = ring_of(self);
+  if (!is_open(ring) || ring->num_woken == ring->next) Py_RETURN_NONE;
+  ring->num_woken = ring->next;
+  return wake_reader(ring);
+}
+
+PyObject* ring_announce(PyObject* self, PyObject*) {
+  Ring* ring = ring_of(self);
+  return is_open(ring) ? wake_reader(ring) : Py_NewRef(Py_None);
+}
+
 PyObject* ring_publish(PyObject* self, PyObject* const* arguments, Py_ssize_t given) {
   return put(ring_of(self), arguments, given) ? ring_wake(self, nullptr) : nullptr;
 }
@@ -121,7 +134,7 @@ PyObject* ring_publish(PyObject* self, PyObject* const* arguments, Py_ssize_t gi
 // What was put and not taken yet, for the reader.
 PyObject* descriptors_of(Ring* ring) {
   PyObject* taken = PyList_New(0);
-  if (taken == nullptr || ring->head == nullptr || ring->is_closed) return taken;
+  if (taken == nullptr || !is_open(ring)) return taken;
   const uint64_t end = ring->head->num_put.load(std::memory_order_acquire);
   for (; ring->next != end; ++ring->next) {
     const Descriptor& one = ring->slots[ring->next % ring->num_slots];
@@ -140,7 +153,7 @@ PyObject* descriptors_of(Ring* ring) {
 
 PyObject* ring_take(PyObject* self, PyObject*) {
   Ring* ring = ring_of(self);
-  if (ring->head != nullptr && !ring->is_closed) {
+  if (is_open(ring)) {
     uint64_t count;
     if (read(ring->eventfd, &count, sizeof(count)) < 0 && errno != EAGAIN) return PyErr_SetFromErrno(PyExc_OSError);
     ring->head->is_woken.exchange(0, std::memory_order_seq_cst);
@@ -151,13 +164,29 @@ PyObject* ring_take(PyObject* self, PyObject*) {
 PyObject* ring_look(PyObject* self, PyObject*) {
   Ring* ring = ring_of(self);
   // Not an exchange: nobody depends on when the writer sees it, but for not being woken once.
-  if (ring->head != nullptr && !ring->is_closed) ring->head->is_woken.store(1, std::memory_order_relaxed);
+  if (is_open(ring)) ring->head->is_woken.store(1, std::memory_order_relaxed);
   return descriptors_of(ring);
+}
+
+PyObject* ring_take_within(PyObject* self, PyObject* seconds) {
+  Ring* ring = ring_of(self);
+  const double most = PyFloat_AsDouble(seconds);
+  if (PyErr_Occurred()) return nullptr;
+  if (is_open(ring)) {
+    const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(most);
+    ring->head->is_woken.store(1, std::memory_order_relaxed);  // as in ring_look
+    Py_BEGIN_ALLOW_THREADS;
+    while (ring->head->num_put.load(std::memory_order_relaxed) == ring->next &&
+           std::chrono::steady_clock::now() < until) {
+    }
+    Py_END_ALLOW_THREADS;
+  }
+  return ring_take(self, nullptr);
 }
 
 PyObject* ring_close(PyObject* self, PyObject*) {
   Ring* ring = ring_of(self);
-  if (!ring->is_closed && ring->head != nullptr) {
+  if (is_open(ring)) {
     ring->is_closed = true;
     close(ring->eventfd);
   }
@@ -173,9 +202,11 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 PyMethodDef ring_methods[] = {
     {"put", fast(ring_put), METH_FASTCALL, "put(kind, request_id, offset=0, nbytes=0)\n\nSee ring.py."},
     {"wake", ring_wake, METH_NOARGS, "See ring.py."},
+    {"announce", ring_announce, METH_NOARGS, "See ring.py."},
     {"publish", fast(ring_publish), METH_FASTCALL, "publish(kind, request_id, offset=0, nbytes=0)\n\nSee ring.py."},
     {"take", ring_take, METH_NOARGS, "See ring.py."},
     {"look", ring_look, METH_NOARGS, "See ring.py."},
+    {"take_within", ring_take_within, METH_O, "take_within(seconds)\n\nSee ring.py."},
     {"close", ring_close, METH_NOARGS, "See ring.py."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -62,6 +62,10 @@ class CallEngine(Protocol):
         """
         ...
 
+    def announce(self) -> None:
+        """A request is about to be submitted, and nothing else is in flight: be ready, if that takes time."""
+        ...
+
     def hurry(self) -> None:
         """Nobody else is about to submit anything: run what waits now, if it runs in this thread at all."""
         ...
@@ -124,6 +128,11 @@ class Calls:
         call.encode = encode
         deadline_s = arrived_s + min(timeout_s, self.request_timeout_s)
         return self.engine.submit(call, deadline_s, on_done, self._is_alone)
+
+    def announce(self) -> None:
+        """To be called when a request has come and nothing was made of it yet."""
+        if not (self.in_flight or self.unread_rings):
+            self.engine.announce()
 
     def hurry(self) -> None:
         """To be called when a request was admitted and its promise is known: see `CallEngine.hurry`."""

@@ -176,6 +176,14 @@ class Engine:
             key = self._keys.setdefault(common, _Key())
         return key
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits and nothing runs."""
+        return self.batcher.oldest_work() is None
+
+    def announce(self) -> None:
+        """There is nothing to do before it comes."""
+
     def hurry(self) -> None:
         """See `Batcher.hurry`."""
         self.batcher.hurry()

@@ -46,10 +46,13 @@ log = logging.getLogger(__name__)
 
 _MAX_HELLO_BYTES: Final = 4096
 _STALE_RETRY_DELAY_S: Final = 0.01
+# Longer than a front-end takes to read, check and send a request.
+_ANNOUNCED_S: Final = 0.0002
 
 
 class EngineGate:
-    """Serves every front-end that says hello. One thread reads all that they send; it never waits for any of them.
+    """Serves every front-end that says hello. One thread reads all that they send; it waits for none of them, but for a
+    moment, while nothing else is to be done, for a request that one has announced.
 
     store: what to serve, see `publish`. mailbox: see `RemoteEngine`. backend, device: as GetServerInfo tells them.
     share: see `Channel.open`. max_bundle_tokens: see `Engine.max_bundle_tokens`.
@@ -264,6 +267,8 @@ class EngineGate:
     def _read(self, peer: _Peer, fd: int) -> None:
         if fd == peer.from_frontend.eventfd:
             descriptors = peer.from_frontend.take()
+            if not descriptors and self.engine.is_idle:  # it was announced
+                descriptors = peer.from_frontend.take_within(_ANNOUNCED_S)
             if self._max_bundle_tokens:
                 bundles, descriptors = bundles_of(
                     descriptors,

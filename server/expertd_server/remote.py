@@ -162,6 +162,12 @@ class RemoteEngine:
             raise _no_engine()
         return link.submit(call, deadline_s, on_done, is_last)
 
+    def announce(self) -> None:
+        """Wake the engine for a lone request while that is read and checked."""
+        link = self._link
+        if link is not None:
+            link.announce()
+
     def hurry(self) -> None:
         """Wake the engine now; else it is woken when the event loop has read what else has come."""
         link = self._link
@@ -373,6 +379,11 @@ class _Link:
         """Have the engine take what was sent."""
         self._num_untold = 0
         self._to_engine.wake()
+
+    def announce(self) -> None:
+        """See `RemoteEngine.announce`."""
+        if self._may_look:
+            self._to_engine.announce()
 
     def look_soon(self) -> None:
         """Look for the answer to a lone request whenever the loop has nothing else to do, for a while."""

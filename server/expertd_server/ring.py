@@ -18,6 +18,7 @@ import bisect
 import mmap
 import os
 import queue
+import select
 import struct
 import threading
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -82,6 +83,9 @@ class PythonRing:
                 os.eventfd_write(self.eventfd, self._num_put)
                 self._num_put = 0
 
+    def announce(self) -> None:
+        """Have the reader come for what is about to be put, if that can be: it wakes while that is made up."""
+
     def publish(self, kind: int, request_id: int, offset: int = 0, nbytes: int = 0) -> None:
         """Put a descriptor and wake the reader."""
         self.put(kind, request_id, offset, nbytes)
@@ -101,6 +105,12 @@ class PythonRing:
 
     def look(self) -> list[Descriptor]:
         """As `take`, for a reader that looks again by itself: its writer need not wake it. `take` must follow."""
+        return self.take()
+
+    def take_within(self, seconds: float) -> list[Descriptor]:
+        """As `take`, but wait so long for a descriptor, if there is none. Where compiled it looks all the time, which
+        is sooner to see it than to be woken, and keeps nobody from the interpreter."""
+        select.select([self.eventfd], [], [], seconds)
         return self.take()
 
     def close(self) -> None:

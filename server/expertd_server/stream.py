@@ -218,6 +218,7 @@ class Stream:
             if self._is_closing:  # the message is lost, which the stream's status says
                 raise _closing()
             arrived_s = clock()
+            calls.announce()
             request_id, timeout_ms, num_tokens, request = read_stream_message(data)
             num_tokens = min(num_tokens, self._max_tokens)
             while self._pending and not self._has_room(num_tokens):

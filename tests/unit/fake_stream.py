@@ -47,6 +47,8 @@ class FakeCalls:
         self.promises.append(Promise(on_done))
         return self.promises[-1]
 
+    def announce(self) -> None: ...
+
     def hurry(self) -> None: ...
 
     def _refusal(self) -> Exception:

@@ -92,6 +92,8 @@ class Answering(Future[Any]):
 class FakeEngine:
     """Keeps what is submitted, for the test to answer."""
 
+    is_idle = True
+
     def __init__(self) -> None:
         self.queue_tokens = 0
         self.calls: list[tuple[ForwardCall, float | None]] = []

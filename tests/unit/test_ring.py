@@ -150,6 +150,30 @@ class TestRing:
         reader.close()
         writer.close()
 
+    def test_who_was_announced_is_waited_for(self, kind: Any) -> None:
+        writer, reader = both_ends(kind, 5)
+
+        def is_woken() -> bool:
+            return bool(select.select([reader.eventfd], [], [], 0)[0])
+
+        writer.announce()
+        assert is_woken() == (kind is not PythonRing), "Python's reader is woken for descriptors alone"
+        assert reader.take() == []
+        publisher = threading.Timer(0.05, writer.publish, (1, 7))
+        publisher.start()
+        assert reader.take_within(PATIENCE_S) == [(1, 7, 0, 0)]
+        publisher.join()
+        assert not is_woken() or reader.take() == []
+        writer.announce()
+        reader.take()
+        assert reader.take_within(0.001) == [], "it did not come"
+        writer.publish(1, 8)
+        assert is_woken()
+        assert reader.take_within(0.0) == [(1, 8, 0, 0)]
+        writer.close()
+        writer.announce()
+        reader.close()
+
     def test_many_threads_publish_and_none_is_overslept(self, kind: Any) -> None:
         writer, reader = both_ends(kind, 4000)
 
