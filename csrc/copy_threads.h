@@ -1,7 +1,5 @@
 // Threads that help with copies of host memory too large for one: a core copies at a fraction of what memory can do.
 #pragma once
-#include <sched.h>
-
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -11,6 +9,8 @@
 #include <mutex>
 #include <thread>
 #include <vector>
+
+#include "any_core.h"
 
 namespace expertd {
 
@@ -75,7 +75,7 @@ class CopyThreads {
 
   CopyThreads() {
     cpu_set_t cores;
-    const unsigned num_cores = sched_getaffinity(0, sizeof(cores), &cores) == 0 ? CPU_COUNT(&cores) : 1;
+    const unsigned num_cores = cores_of_process(&cores) ? CPU_COUNT(&cores) : 1;
     num_helpers_ = std::min(kMaxHelpers, num_cores / kCoresPerThread);
   }
 
@@ -97,6 +97,7 @@ class CopyThreads {
   }
 
   void run() {
+    run_on_any_core();
     uint64_t seen = 0;
     while (true) {
       std::shared_ptr<Job> job;

@@ -17,6 +17,8 @@
 #include <thread>
 #include <utility>
 
+#include "any_core.h"
+
 namespace expertd {
 
 struct DestroyEvent {
@@ -82,6 +84,7 @@ class Ringer {
   };
 
   void run() {
+    run_on_any_core();
     int device = -1;
     while (true) {
       const Due due = next();

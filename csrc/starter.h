@@ -8,6 +8,8 @@
 #include <thread>
 #include <utility>
 
+#include "any_core.h"
+
 namespace expertd {
 
 class Starter {
@@ -47,6 +49,7 @@ class Starter {
 
  private:
   void run() {
+    run_on_any_core();
     std::unique_lock<std::mutex> lock(lock_);
     while (true) {
       wake_.wait(lock, [this] { return !due_.empty(); });

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -73,6 +74,11 @@ class EventLoop:
             self.loop.call_soon(function)
         else:
             self.loop.call_soon_threadsafe(function)
+
+    def stay_on(self, core: int) -> None:
+        """Run on one core, together with all threads that are started in here from now on, which gRPC's are: on a core
+        of their own they wake each other sooner, and find in its caches what one has read for the other."""
+        self.soon(partial(os.sched_setaffinity, 0, {core}))
 
     def told(self) -> None:
         """See `ServingThread`; nothing is put off."""

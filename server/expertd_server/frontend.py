@@ -19,6 +19,7 @@ from expertd_server.remote import EngineState, RemoteEngine
 from expertd_server.remote_layer import RemoteLayer
 from expertd_server.service import ServerFacts
 from expertd_server.store import LayerStore
+from expertd_server.threads import core_of
 
 __all__ = ["Frontend", "run_frontend"]
 
@@ -52,6 +53,8 @@ class Frontend:
         self.metrics = Metrics()
         self.store: LayerStore[RemoteLayer] = LayerStore()
         self._loop = EventLoop.acquire()
+        if config.grpc_on_one_core:
+            self._loop.stay_on(core_of(int(name.rpartition("-")[2])))
         self.engine = RemoteEngine(
             name,
             mailbox,

@@ -25,6 +25,7 @@ from expertd_server.ready import clear_ready_file, write_ready_file
 from expertd_server.region_door import map_memory
 from expertd_server.server_metrics import engine_hangs
 from expertd_server.service import ServerFacts
+from expertd_server.threads import core_of
 
 __all__ = ["Server", "stop_on_signals"]
 
@@ -81,6 +82,8 @@ class Server:
             ),
             map_file=partial(map_memory, share=self._host.share),
         )
+        if config.grpc_on_one_core:
+            self._listener.loop.stay_on(core_of(0))
 
     def startup(self) -> bool:
         """Listen, load every layer, say that it is ready.

@@ -1,17 +1,25 @@
-"""The end of threads that were told to end."""
+"""Where threads run, and the end of those that were told to end."""
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from typing import Final
 
-__all__ = ["ended"]
+__all__ = ["core_of", "ended"]
 
 log = logging.getLogger(__name__)
 
 # Far longer than it takes them to hear of it, and less than a process may take to close down.
 _END_S: Final = 2.0
+
+
+def core_of(number: int) -> int:
+    """The core of what has this number among those of a kind, from the last on that this process may use: the first
+    have the most to do for others."""
+    cores = sorted(os.sched_getaffinity(os.getpid()))  # its first thread's, which stays on none
+    return cores[-1 - number % len(cores)]
 
 
 def ended(thread: threading.Thread) -> bool:

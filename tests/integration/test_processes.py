@@ -481,6 +481,18 @@ def test_a_drain_outlives_every_process_that_was_told(tmp_path: Path) -> None:
         assert server.popen.wait(PATIENCE_S) == 0, server.errors()
 
 
+def test_grpc_stays_on_one_core_and_the_rest_of_the_process_does_not(tmp_path: Path) -> None:
+    with Processes(tmp_path, "--grpc-on-one-core") as server:
+        facts = server.facts()
+        everywhere = os.sched_getaffinity(0)
+        for number, pid in enumerate(sorted(facts["frontend_pids"])):
+            cores = [os.sched_getaffinity(thread.id) for thread in psutil.Process(pid).threads()]
+            staying = [each for each in cores if len(each) == 1]
+            assert len(everywhere) == 1 or 1 < len(staying) < len(cores), (number, cores)
+            assert len(set(map(frozenset, staying))) == 1
+        assert os.sched_getaffinity(facts["engine_pid"]) == everywhere
+
+
 def test_children_do_not_outlive_a_supervisor_that_was_killed(tmp_path: Path) -> None:
     with Processes(tmp_path, "--frontends", "1") as server:
         facts = server.facts()

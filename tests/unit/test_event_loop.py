@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 
+from expertd_server.compiled import CODEC
 from expertd_server.event_loop import EventLoop, Inbox
+from expertd_server.threads import core_of
 
 PATIENCE_S = 30.0
 
@@ -23,6 +27,54 @@ def loop() -> Iterator[EventLoop]:
 
 
 async def nothing() -> None: ...
+
+
+async def cores() -> tuple[set[int], set[int]]:
+    """Of the loop, and of a thread that it has started."""
+    seen: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
+    threading.Thread(target=lambda: seen.put(os.sched_getaffinity(0))).start()
+    return os.sched_getaffinity(0), seen.get(timeout=PATIENCE_S)
+
+
+def test_it_stays_on_a_core_with_what_it_starts_and_nobody_else_does(loop: EventLoop) -> None:
+    everywhere = os.sched_getaffinity(0)
+    assert loop.run(cores(), PATIENCE_S) == (everywhere, everywhere)
+    for number in range(len(everywhere) + 1):
+        core = core_of(number)
+        loop.stay_on(core)
+        assert loop.run(cores(), PATIENCE_S) == ({core}, {core})
+    assert {core_of(number) for number in range(len(everywhere))} == everywhere
+    assert core_of(0) == max(everywhere)
+    assert os.sched_getaffinity(0) == everywhere
+
+
+COPIES = """
+import os, threading
+from expertd_server.compiled import CODEC
+everywhere, before = os.sched_getaffinity(0), set(os.listdir("/proc/self/task"))
+CODEC.set_copy_helpers(2)
+def copy():
+    os.sched_setaffinity(0, {min(everywhere)})
+    data = bytes([7]) * (4 << 20)
+    copied = bytearray(len(data))
+    CODEC.copy(copied, 0, data)
+    assert copied == data
+thread = threading.Thread(target=copy)
+thread.start()
+thread.join()
+left = []
+for _ in range(1000):  # until those that have just been started have begun
+    left = [os.sched_getaffinity(int(task)) for task in set(os.listdir("/proc/self/task")) - before]
+    if left == [everywhere] * 2:
+        break
+    threading.Event().wait(0.01)
+assert left == [everywhere] * 2, left
+"""
+
+
+@pytest.mark.skipif(CODEC is None, reason="the compiled codec was not built")
+def test_threads_that_copy_go_where_they_want() -> None:
+    subprocess.run([sys.executable, "-c", COPIES], check=True, timeout=PATIENCE_S)
 
 
 def test_its_users_share_it_and_the_last_one_stops_it() -> None:
