@@ -13,6 +13,7 @@
 #include "check.h"
 #include "params.h"
 #include "permute.cuh"
+#include "permute_many.cuh"
 #include "route_few.cuh"
 #include "route_four.cuh"
 #include "route_token.cuh"
@@ -24,10 +25,6 @@ namespace {
 
 constexpr int kMinWarps = 8;
 constexpr int kMaxClusterBlocks = 8;
-constexpr int kByRowTokens = 32;                         // of a block; from here on rows are written in order
-constexpr int kMaxSlots = kRouteBlockTokens * kMaxTopK;  // of a block
-constexpr int kSumLanes = 8;                             // that add up the counts of one expert
-constexpr int kCountBlocks = 16;                         // whose counts of an expert a lane reads at a time
 
 // How blocks learn of each other's tokens: they are a cluster; through memory and a second launch.
 enum Way { kCluster, kMany };
@@ -46,31 +43,18 @@ constexpr int kMaxWarps = kPer <= 8 ? 32 : 16;
 template <int kPer>
 constexpr bool kBiasEarly = kPer <= 16;
 
+// Shared memory, by way.
 template <Way kWay>
-struct WaySmem : RouteSmem<kRouteBlockTokens / 32> {};
+struct WaySmem {
+  alignas(16) uint32_t bitmaps[kMaxExperts][kRouteBlockTokens / 32];  // as RouteSmem
+};
 template <>
-struct WaySmem<kCluster> : RouteSmem<2> {
+struct WaySmem<kCluster> : RouteSmem {
   alignas(16) uint8_t sent[kMaxClusterBlocks][kMaxExperts];  // counts of each block of the cluster
   alignas(8) uint64_t all_sent;
 };
 
 // ---- kernels
-
-template <int kWords>
-__device__ __forceinline__ void clear_bitmaps(uint32_t (*bitmaps)[kWords], int num_local) {
-  for (int e = threadIdx.x; e < num_local; e += blockDim.x) {
-    for (uint32_t& word : bitmaps[e]) word = 0;
-  }
-}
-
-// The block's token t chose an expert.
-template <int kWords>
-__device__ __forceinline__ void mark_expert(const RouteParams& p, uint32_t (*bitmaps)[kWords], int t, int id) {
-  const int local = id - p.local_offset;
-  if (static_cast<unsigned>(local) < static_cast<unsigned>(p.num_local)) {
-    atomicOr(&bitmaps[local][t >> 5], 1u << (t & 31));
-  }
-}
 
 // What is said of slot k of the block's token t: its expert, and its weight.
 __device__ __forceinline__ void write_slot(const RouteParams& p, const Share& share, int t, int k, int id,
@@ -174,50 +158,6 @@ __device__ __forceinline__ ExpertRows rows_of_cluster(const WaySmem<kCluster>& s
   return rows;
 }
 
-// Where a block leaves its count of an expert: those of 16 blocks lie together, as one lane reads them.
-__device__ __forceinline__ size_t count_at(int block, int expert, int num_local) {
-  return (static_cast<size_t>(block / kCountBlocks) * num_local + expert) * kCountBlocks + block % kCountBlocks;
-}
-
-template <int kWords>
-__device__ __forceinline__ void leave_counts(const RouteParams& p, const uint32_t (*bitmaps)[kWords], int block) {
-  for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) {
-    p.counts[count_at(block, e, p.num_local)] = num_bits(bitmaps[e]);
-  }
-}
-
-// A byte of 1 for each of the first n of four blocks.
-__device__ __forceinline__ uint32_t ones(int n) {
-  return n >= 4 ? 0x01010101u : n <= 0 ? 0u : 0x01010101u >> (8 * (4 - n));
-}
-
-// Rows of each expert in earlier blocks, and in all, from what the blocks left in memory.
-__device__ __forceinline__ void add_up_counts(const RouteParams& p, WaySmem<kMany>& smem, const Share& share) {
-  const int part = threadIdx.x % kSumLanes;
-#pragma unroll 4
-  for (int first = 0; first < p.num_local; first += kMaxThreads / kSumLanes) {
-    const int expert = first + threadIdx.x / kSumLanes;
-    unsigned before = 0, total = 0;
-    if (expert < p.num_local) {
-      for (int b = part * kCountBlocks; b < share.num_blocks; b += kSumLanes * kCountBlocks) {
-        const uint4 counts = __ldcg(reinterpret_cast<const uint4*>(p.counts + count_at(b, expert, p.num_local)));
-        const uint32_t words[4] = {counts.x, counts.y, counts.z, counts.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          before = __dp4a(words[i], ones(share.block - b - 4 * i), before);
-          total = __dp4a(words[i], ones(share.num_blocks - b - 4 * i), total);
-        }
-      }
-    }
-#pragma unroll
-    for (int mask = kSumLanes / 2; mask > 0; mask >>= 1) {
-      before += __shfl_xor_sync(kAllLanes, before, mask);
-      total += __shfl_xor_sync(kAllLanes, total, mask);
-    }
-    if (part == 0 && expert < p.num_local) smem.row_start[expert] = before, smem.total[expert] = total;
-  }
-}
-
 template <Score kScore, int kPer, Way kWay>
 __global__ void __launch_bounds__(kMaxWarps<kPer> * 32, 1) route_kernel(const __grid_constant__ RouteParams p) {
   __shared__ WaySmem<kWay> smem;
@@ -250,7 +190,7 @@ __global__ void __launch_bounds__(kMaxWarps<kPer> * 32, 1) route_kernel(const __
     send_counts(p, smem, share);
     write_slots<kScore>(p, share, last, lane);
     if (share.num_blocks > 1) sm90::mbarrier_wait(sm90::smem_address(&smem.all_sent), 0);
-    write_permutation<false>(p, smem, share, [&](int e) { return rows_of_cluster(smem, share, e); });
+    write_permutation(p, smem, share, [&](int e) { return rows_of_cluster(smem, share, e); });
   } else {
     __syncthreads();
     leave_counts(p, smem.bitmaps, share.block);
@@ -332,39 +272,6 @@ __global__ void __launch_bounds__(kRouteBlockTokens / kFour * 32, 1)
   leave_counts(p, smem.bitmaps, share.block);
 }
 
-__global__ void __launch_bounds__(kMaxThreads, 1) permute_kernel(const __grid_constant__ RouteParams p) {
-  __shared__ WaySmem<kMany> smem;
-  __shared__ ByRowSmem by_row;
-  clear_bitmaps(smem.bitmaps, p.num_local);
-  __syncthreads();
-  sm90::griddepcontrol_wait();
-  sm90::griddepcontrol_launch_dependents();
-  const Share share = share_of(p);
-  const int num_slots = share.num_tokens * p.top_k;
-  int ids[kMaxSlots / kMaxThreads];  // under way while the counts are added up
-#pragma unroll
-  for (int n = 0; n < kMaxSlots / kMaxThreads; ++n) {
-    const int i = n * kMaxThreads + threadIdx.x;
-    ids[n] = i < num_slots ? __ldcg(p.topk_ids + static_cast<size_t>(share.first_token) * p.top_k + i) : -1;
-  }
-  add_up_counts(p, smem, share);
-#pragma unroll
-  for (int n = 0; n < kMaxSlots / kMaxThreads; ++n) {
-    const int i = n * kMaxThreads + threadIdx.x, local = ids[n] - p.local_offset, t = divide(i, p.top_k_inverse);
-    if (i >= num_slots) break;
-    const bool held = static_cast<unsigned>(local) < static_cast<unsigned>(p.num_local);
-    smem.ids[i] = held ? local : -1;
-    if (held) atomicOr(&smem.bitmaps[local][t >> 5], 1u << (t & 31));
-  }
-  __syncthreads();
-  const auto rows_of = [&](int e) { return ExpertRows{smem.row_start[e], smem.total[e]}; };
-  if (p.block_tokens >= kByRowTokens) {
-    write_permutation<true>(p, smem, share, rows_of, &by_row);
-  } else {
-    write_permutation<false>(p, smem, share, rows_of);
-  }
-}
-
 // ---- launch
 
 void launch_one(void (*kernel)(RouteParams), const RouteParams& p, int blocks, int warps, int memory,
@@ -405,7 +312,12 @@ void launch_size(const RouteParams& p, int blocks, const LaunchConfig& launch) {
     launch_one(route_kernel<kScore, kPer, kMany>, p, blocks, warps, memory(warps), launch);
   }
   // Its launch always overlaps, because both are ours.
-  check_cuda(launch_kernel(permute_kernel, blocks, kMaxThreads, 0, {launch.stream, true}, p),
+  const int lanes = sum_lanes(p.num_local);
+  const auto permute = lanes == 8   ? permute_kernel<8>
+                       : lanes == 4 ? permute_kernel<4>
+                       : lanes == 2 ? permute_kernel<2>
+                                    : permute_kernel<1>;
+  check_cuda(launch_kernel(permute, blocks, kMaxThreads, 0, {launch.stream, true}, p),
              "launching the permutation kernel");
 }
 
