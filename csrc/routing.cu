@@ -16,6 +16,7 @@
 #include "permute_many.cuh"
 #include "route_few.cuh"
 #include "route_four.cuh"
+#include "route_near.cuh"
 #include "route_token.cuh"
 #include "sm90.cuh"
 #include "warp.cuh"
@@ -201,20 +202,25 @@ __global__ void __launch_bounds__(kMaxWarps<kPer> * 32, 1) route_kernel(const __
 // order of the warps: all at once, all warps would have theirs at the end.
 constexpr int kAheadTokens = 8192, kAheadBytes = 40 << 10;
 
+// Whether scores are first computed nearly.
+template <Score kScore, int kPer>
+constexpr bool kNear = kScore == kBySigmoid && kPer == kNearPer;
+
 // Shared memory of a block that routes four tokens in each warp.
 template <int kPer>
 struct FourBlockSmem {
   uint32_t bitmaps[32 * kPer][kRouteBlockTokens / 32];  // as RouteSmem
-  alignas(16) float bias[32 * kPer];
+  alignas(16) float bias[32 * kPer];                    // -infinity past the last expert
   FourSmem warps[kRouteBlockTokens / kFour];
+  unsigned greatest_bias;  // the magnitude's bits
 };
 
 // Many tokens whose layer allows it: the first launch.
-template <Score kScore, int kPer>
+template <Score kScore, int kPer, bool kGroups>
 __global__ void __launch_bounds__(kRouteBlockTokens / kFour * 32, 1)
     route_four_kernel(const __grid_constant__ RouteParams p) {
   __shared__ FourBlockSmem<kPer> smem;
-  extern __shared__ uint4 logits[];  // [warps, four, num_experts]
+  extern __shared__ uint4 logits[];  // [warps, four, num_experts], and NearSmem [warps] where scores are near ones
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   FourSmem& own = smem.warps[warp];
   const int bytes = kFour * bytes_of_row(p);
@@ -223,6 +229,7 @@ __global__ void __launch_bounds__(kRouteBlockTokens / kFour * 32, 1)
     sm90::mbarrier_init(sm90::smem_address(&own.logits_here), 1);
     sm90::fence_mbarrier_init();
   }
+  if (kNear<kScore, kPer> && threadIdx.x == 0) smem.greatest_bias = 0;
   __syncthreads();  // the copies of logits arrive there, and they are none of the threads
   sm90::griddepcontrol_wait();
   sm90::griddepcontrol_launch_dependents();
@@ -237,18 +244,31 @@ __global__ void __launch_bounds__(kRouteBlockTokens / kFour * 32, 1)
   if (kScore == kBySigmoid && threadIdx.x < p.num_experts) {
     bias = p.bias == nullptr ? 0.0f : load_float(p.bias, p.bias_dtype, threadIdx.x);
   }
-  const int ahead = p.num_tokens >= kAheadTokens && kPer == 8 ? max(1, kAheadBytes / bytes) : 32;
-  if (lane == 0 && warp < ahead) fetch(warp);
+  if (lane == 0 && warp < p.warps_ahead) fetch(warp);
   clear_bitmaps(smem.bitmaps, p.num_local);
-  if (kScore == kBySigmoid && threadIdx.x < 32 * kPer) smem.bias[threadIdx.x] = bias;
+  if (kScore == kBySigmoid && threadIdx.x < 32 * kPer) {
+    smem.bias[threadIdx.x] = bias;
+    if constexpr (kNear<kScore, kPer>) {
+      const unsigned magnitude = threadIdx.x < p.num_experts ? __float_as_uint(fabsf(bias)) : 0;
+      const unsigned greatest = __reduce_max_sync(kAllLanes, magnitude);
+      if (lane == 0) atomicMax(&smem.greatest_bias, greatest);
+    }
+  }
   __syncthreads();
   if (count > 0) {
-    void* own_logits = logits_of(warp);
     sm90::mbarrier_wait(sm90::smem_address(&own.logits_here), 0);
-    if (lane == 0 && warp + ahead < 32) fetch(warp + ahead);
+    if (kPer == 8 && lane == 0 && warp + p.warps_ahead < 32) fetch(warp + p.warps_ahead);
+    const char* own_logits = logits_of(warp);
     int id;
     float weight;
-    const unsigned other_way = route_four<kScore, kPer>(p, count, own_logits, smem.bias, own, lane, id, weight);
+    unsigned other_way;
+    if constexpr (kNear<kScore, kPer>) {
+      const float off = near_off(__uint_as_float(smem.greatest_bias));
+      NearSmem& near = reinterpret_cast<NearSmem*>(logits_of(blockDim.x / 32))[warp];
+      other_way = route_near<kGroups>(p, count, own_logits, smem.bias, off, own, near, lane, id, weight);
+    } else {
+      other_way = route_four<kScore, kPer>(p, count, own_logits, smem.bias, own, lane, id, weight);
+    }
     const int token = lane / kTokenLanes, k = lane % kTokenLanes;
     if (token < count && k < p.top_k && (other_way >> lane & 1) == 0) {
       mark_expert(p, smem.bitmaps, first + token, id);
@@ -258,13 +278,14 @@ __global__ void __launch_bounds__(kRouteBlockTokens / kFour * 32, 1)
     for (int t = 0; t < count && other_way != 0; ++t) {
       if ((other_way >> t * kTokenLanes & 1) == 0) continue;
       float values[kPer], biases[kPer];
-      load_logits<kPer>(p, share.first_token + first + t, lane, values);
-      load_bias<kScore, kPer>(p, lane, biases);
+      load_shared<kPer>(own_logits + t * bytes_of_row(p), p.logits_dtype, p.num_experts, lane, values);
+      if (kScore == kBySigmoid) load_shared<kPer>(smem.bias, DType::kFloat32, 32 * kPer, lane, biases);
+      __syncwarp();  // the list lies where candidates were
       const auto tell = [&](int slot, int expert) {
         if (slot >= 0) mark_expert(p, smem.bitmaps, first + t, expert);
       };
-      const Slot slot =
-          route_logits<kScore, kPer>(p, share.first_token + first + t, values, biases, nullptr, nullptr, lane, tell);
+      const Slot slot = route_logits<kScore, kPer>(p, share.first_token + first + t, values, biases, nullptr,
+                                                   reinterpret_cast<ListSmem*>(own.candidates), lane, tell);
       write_slots<kScore>(p, share, {first + t, slot}, lane);
     }
   }
@@ -283,13 +304,21 @@ void launch_one(void (*kernel)(RouteParams), const RouteParams& p, int blocks, i
 
 // The first launch of many tokens, if they can be routed four in a warp.
 template <Score kScore, int kPer>
-bool launch_four(const RouteParams& p, int blocks, const LaunchConfig& launch) {
+bool launch_four(RouteParams p, int blocks, const LaunchConfig& launch) {
   if constexpr (kPer == 4 || (kPer == 8 && kScore != kBySoftmax)) {
     if (!routes_four<kScore, kPer>(p)) return false;
+    const bool groups = kScore == kBySigmoid && p.n_group > 1;
     // In groups a token alone in a warp is faster where each warp has one.
-    if (p.n_group > 1 && p.block_tokens <= kMinBlockTokens) return false;
+    if (groups && p.block_tokens <= kMinBlockTokens) return false;
     const int warps = std::max(kPer, (p.block_tokens + kFour - 1) / kFour);  // a thread for each expert at least
-    launch_one(route_four_kernel<kScore, kPer>, p, blocks, warps, warps * kFour * bytes_of_row(p), launch);
+    const int bytes = kFour * bytes_of_row(p);
+    p.warps_ahead = p.num_tokens >= kAheadTokens && kPer == 8 ? std::max(1, kAheadBytes / bytes) : 32;
+    auto kernel = route_four_kernel<kScore, kPer, false>;
+    if constexpr (kNear<kScore, kPer>) {
+      if (groups) kernel = route_four_kernel<kScore, kPer, true>;
+    }
+    const int near = kNear<kScore, kPer> ? sizeof(NearSmem) : 0;
+    launch_one(kernel, p, blocks, warps, warps * (bytes + near), launch);
     return true;
   }
   return false;
