@@ -41,6 +41,7 @@ struct RouteParams {
   // The launcher sets these. The inverses: ceil(2^32 / divisor), 0 for 1, because a division takes ten times as long as
   // a product; exact where the dividend times the divisor is below 2^32.
   int block_tokens;  // tokens of a block
+  int warps_ahead;   // of many tokens, four in a warp: so many warps' logits are on their way at a time
   uint32_t top_k_inverse, tile_n_inverse, tile_quantum_inverse, tiles_per_block_inverse;
   int method, n_group, topk_group;
   float routed_scaling_factor;

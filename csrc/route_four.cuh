@@ -5,8 +5,7 @@
 // its candidates, are listed in shared memory, and a candidate's slot is how many others are better.
 //
 // A lane owns every eighth four of consecutive experts. Its two best fours give two values, and the eighth of a token's
-// sixteen values is the bound: so many different experts reach it. In groups of experts, which are such fours of all
-// lanes, the groups' second scores are known, and the least of those that stay is one.
+// sixteen values is the bound: so many different experts reach it. Sigmoids of more than 128 experts: `route_near.cuh`.
 //
 // NOTE: scores are compared as floats here, by instructions that ignore NaN. A NaN is greater than any score, so that
 // the bound only gets lower; and it is always a candidate, as the sign of what it gives less the bound is plus.
@@ -24,7 +23,7 @@ namespace expertd {
 constexpr int kFour = 4, kTokenLanes = 32 / kFour;
 constexpr int kFourSlots = 8;       // of a token, at most
 constexpr int kMaxCandidates = 32;  // of a token; there are 9 to 11 on average, and more than these if scores are equal
-constexpr int kFourGroupSize = 32;  // experts of a group: a four of each lane
+constexpr int kFourGroupSize = 32;  // experts of a group
 
 // Shared memory of a warp. Candidates are {~id, key}: the greater is better, and {0, 0} is none.
 struct FourSmem {
@@ -37,7 +36,7 @@ __host__ __device__ __forceinline__ int bytes_of_row(const RouteParams& p) {
   return p.num_experts * (p.logits_dtype == DType::kFloat32 ? 4 : 2);
 }
 
-// Whether tokens can be routed in this way by kPer fours a lane.
+// Whether tokens can be routed in this way, or nearly, by kPer fours a lane.
 template <Score kScore, int kPer>
 bool routes_four(const RouteParams& p) {
   const bool copies = reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 && bytes_of_row(p) % 16 == 0;
@@ -72,13 +71,6 @@ __device__ __forceinline__ Two greatest_two(const float (&values)[kN]) {
   for (int i = 2; i < kN; i += 2) best = greatest_two(best, two(values[i], values[i + 1]));
   return best;
 }
-// The same with NaN greater than all.
-__device__ __forceinline__ Two nan_two(float a, float b) { return {sm90::max_nan(a, b), sm90::min_nan(a, b)}; }
-__device__ __forceinline__ Two nan_greatest_two(Two a, Two b) {
-  return {sm90::max_nan(a.first, b.first),
-          sm90::max_nan(sm90::min_nan(a.first, b.first), sm90::max_nan(a.second, b.second))};
-}
-
 __device__ __forceinline__ float from_lane_xor(float v, int mask) { return __shfl_xor_sync(kAllLanes, v, mask); }
 
 // What eight scores of a token reach at least: the eighth greatest of its lanes' two values each.
@@ -95,42 +87,15 @@ __device__ __forceinline__ float eighth(Two own) {
   return least;
 }
 
-// The bound of routing in groups; `kept`: a bit for each group that stays.
-// `scores`: a four of each of the groups. The lanes of a token end up with a group each.
-__device__ __forceinline__ float bound_of_groups(const RouteParams& p, const float (&scores)[4 * kTokenLanes], int lane,
-                                                 uint32_t& kept) {
-  const int group = lane % kTokenLanes;
-  Two best[kTokenLanes];
+// A bound that eight of a token's scores reach at least.
+template <int kN>
+__device__ __forceinline__ float bound_of_fours(const float (&scores)[kN]) {
+  float fours[kN / 4];
 #pragma unroll
-  for (int i = 0; i < kTokenLanes; ++i) {
-    best[i] =
-        nan_greatest_two(nan_two(scores[4 * i], scores[4 * i + 1]), nan_two(scores[4 * i + 2], scores[4 * i + 3]));
+  for (int i = 0; i < kN; i += 4) {
+    fours[i / 4] = fmaxf(fmaxf(scores[i], scores[i + 1]), fmaxf(scores[i + 2], scores[i + 3]));
   }
-#pragma unroll
-  for (int half = kTokenLanes / 2; half > 0;
-       half /= 2) {  // each lane passes on half of its groups, and gets the others
-    const bool upper = (lane & half) != 0;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const Two sent = upper ? best[i] : best[i + half], own = upper ? best[i + half] : best[i];
-      best[i] = nan_greatest_two(own, {from_lane_xor(sent.first, half), from_lane_xor(sent.second, half)});
-    }
-  }
-  // NOTE: less one, so that there is a key above that of NaN. Equal groups: the lower one is better.
-  const uint32_t mine = order_key(__fadd_rn(best[0].first, best[0].second)) - 1;
-  const auto least_better = [&](int bit) { return mine + ((group & bit) == 0 ? 1 : 0); };
-  const uint32_t if_1 = least_better(1), if_2 = least_better(2), if_4 = least_better(4);
-  int better = 0;
-#pragma unroll
-  for (int mask = 1; mask < kTokenLanes; ++mask) {
-    better += __shfl_xor_sync(kAllLanes, mine, mask) >= (mask < 2 ? if_1 : mask < 4 ? if_2 : if_4);
-  }
-  const bool stays = better < p.topk_group;
-  kept = __ballot_sync(kAllLanes, stays) >> (lane - group) & 0xffu;
-  float least = stays ? best[0].second : INFINITY;
-#pragma unroll
-  for (int mask = 1; mask < kTokenLanes; mask *= 2) least = sm90::min_nan(least, from_lane_xor(least, mask));
-  return least;
+  return eighth(greatest_two(fours));
 }
 
 // Logits -> softmax values, to the bit as `route_logits` has them of lanes of four experts: these are our fours.
@@ -159,16 +124,35 @@ __device__ __forceinline__ void softmax(float (&scores)[16]) {
   for (float& score : scores) score = __fmul_rn(score, inverse);
 }
 
-// Four times each of eight bits.
-__device__ __forceinline__ uint32_t four_times_each(uint32_t bits) {
-  bits = (bits | bits << 12) & 0x000f000fu;
-  bits = (bits | bits << 6) & 0x03030303u;
-  bits = (bits | bits << 3) & 0x11111111u;
-  return bits * 15;
+// The first expert of a lane's four i.
+__device__ __forceinline__ int first_of_four(int i, int part) { return i * 4 * kTokenLanes + part * 4; }
+
+// Four values of a row in shared memory, as floats.
+template <DType kType>
+__device__ __forceinline__ void load_four(const void* row, int first, float* four) {
+  if constexpr (kType == DType::kFloat32) {
+    const float4 v = *reinterpret_cast<const float4*>(static_cast<const float*>(row) + first);
+    four[0] = v.x, four[1] = v.y, four[2] = v.z, four[3] = v.w;
+  } else {
+    const uint2 v = *reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(row) + first);
+    four[0] = __uint_as_float(v.x << 16), four[1] = __uint_as_float(v.x & 0xffff0000u);
+    four[2] = __uint_as_float(v.y << 16), four[3] = __uint_as_float(v.y & 0xffff0000u);
+  }
 }
 
-// The first expert of a lane's four i.
-__device__ __forceinline__ int first_of_four(int i, int part) { return i * kFourGroupSize + part * 4; }
+// A lane's kPer consecutive of a row's n values in shared memory; past the last any of them.
+template <int kPer>
+__device__ __forceinline__ void load_shared(const void* row, DType dtype, int n, int lane, float (&values)[kPer]) {
+#pragma unroll
+  for (int i = 0; i < kPer; i += 4) {
+    const int first = min(lane * kPer + i, n - 4);
+    if (dtype == DType::kFloat32) {
+      load_four<DType::kFloat32>(row, first, values + i);
+    } else {
+      load_four<DType::kBFloat16>(row, first, values + i);
+    }
+  }
+}
 
 // A lane's logits of a token, -infinity past the last expert.
 template <DType kType, int kN>
@@ -179,13 +163,8 @@ __device__ __forceinline__ void load_fours(const RouteParams& p, const void* row
     float* four = logits + 4 * i;
     if (first >= p.num_experts) {
       four[0] = four[1] = four[2] = four[3] = -INFINITY;
-    } else if constexpr (kType == DType::kFloat32) {
-      const float4 v = *reinterpret_cast<const float4*>(static_cast<const float*>(row) + first);
-      four[0] = v.x, four[1] = v.y, four[2] = v.z, four[3] = v.w;
     } else {
-      const uint2 v = *reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(row) + first);
-      four[0] = __uint_as_float(v.x << 16), four[1] = __uint_as_float(v.x & 0xffff0000u);
-      four[2] = __uint_as_float(v.y << 16), four[3] = __uint_as_float(v.y & 0xffff0000u);
+      load_four<kType>(row, first, four);
     }
   }
 }
@@ -193,6 +172,28 @@ __device__ __forceinline__ void load_fours(const RouteParams& p, const void* row
 __device__ __forceinline__ float logit_of(const RouteParams& p, const void* row, int expert) {
   return p.logits_dtype == DType::kFloat32 ? static_cast<const float*>(row)[expert]
                                            : __bfloat162float(static_cast<const __nv_bfloat16*>(row)[expert]);
+}
+
+// A sum over the lanes of a token up to this one.
+__device__ __forceinline__ int upto_lane(int v, int part) {
+#pragma unroll
+  for (int d = 1; d < kTokenLanes; d *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, v, d, kTokenLanes);
+    v += part >= d ? other : 0;
+  }
+  return v;
+}
+
+// The last step: what lies in smem.slots. Of a token that has too many candidates nothing.
+template <Score kScore>
+__device__ __forceinline__ unsigned take_slots(const RouteParams& p, int count, const FourSmem& smem, int lane,
+                                               bool too_many, int& id, float& weight) {
+  const int token = lane / kTokenLanes, part = lane % kTokenLanes;
+  const bool active = part < p.top_k && !too_many;
+  const uint2 slot = smem.slots[token][part];
+  id = active ? slot.x : 0;
+  weight = slot_weight<kScore, kTokenLanes>(p, __uint_as_float(slot.y), active);
+  return __ballot_sync(kAllLanes, too_many && token < count);
 }
 
 // `count` tokens of a warp, up to four, whose logits lie in shared memory. Lane 8 t + k returns the expert of slot k of
@@ -220,36 +221,15 @@ __device__ __forceinline__ unsigned route_four(const RouteParams& p, int count, 
     }
   }
 
-  uint32_t allowed = 0xffffffffu;
-  float bound;
-  if (kPer == kTokenLanes && kScore == kBySigmoid && p.n_group > 1) {
-    if constexpr (kPer == kTokenLanes) {
-      bound = bound_of_groups(p, scores, lane, allowed);
-      allowed = four_times_each(allowed);
-    }
-  } else {
-    float fours[kPer];
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      fours[i] = fmaxf(fmaxf(scores[4 * i], scores[4 * i + 1]), fmaxf(scores[4 * i + 2], scores[4 * i + 3]));
-    }
-    bound = eighth(greatest_two(fours));
-  }
-  const float less_bound = __fsub_rn(0.0f, bound);  // of a bound of zero +0, so that -0 reaches it
+  const float less_bound = __fsub_rn(0.0f, bound_of_fours(scores));  // of a bound of zero +0, so that -0 reaches it
   uint32_t below = kPer < kTokenLanes ? ~0u : 0u;
 #pragma unroll
   for (int n = 4 * kPer - 1; n >= 0; --n) {
     below = __funnelshift_l(__float_as_uint(__fadd_rn(scores[n], less_bound)), below, 1);
   }
-  uint32_t reached = ~below & allowed;
+  uint32_t reached = ~below;
 
-  const int own = __popc(reached);
-  int upto = own;
-#pragma unroll
-  for (int d = 1; d < kTokenLanes; d *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, upto, d, kTokenLanes);
-    upto += part >= d ? other : 0;
-  }
+  const int own = __popc(reached), upto = upto_lane(own, part);
   const int candidates = __shfl_sync(kAllLanes, upto, kTokenLanes - 1, kTokenLanes);
   const bool too_many = candidates > kMaxCandidates;
   if (too_many) reached = 0;
@@ -306,11 +286,7 @@ __device__ __forceinline__ unsigned route_four(const RouteParams& p, int count, 
     }
   }
   __syncwarp();
-  const bool active = part < p.top_k && !too_many;
-  const uint2 slot = smem.slots[token][part];
-  id = active ? slot.x : 0;
-  weight = slot_weight<kScore, kTokenLanes>(p, __uint_as_float(slot.y), active);
-  return __ballot_sync(kAllLanes, too_many && token < count);
+  return take_slots<kScore>(p, count, smem, lane, too_many, id, weight);
 }
 
 }  // namespace expertd

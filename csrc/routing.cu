@@ -13,8 +13,10 @@
 #include "check.h"
 #include "params.h"
 #include "permute.cuh"
+#include "permute_many.cuh"
 #include "route_few.cuh"
 #include "route_four.cuh"
+#include "route_near.cuh"
 #include "route_token.cuh"
 #include "sm90.cuh"
 #include "warp.cuh"
@@ -24,10 +26,6 @@ namespace {
 
 constexpr int kMinWarps = 8;
 constexpr int kMaxClusterBlocks = 8;
-constexpr int kByRowTokens = 32;                         // of a block; from here on rows are written in order
-constexpr int kMaxSlots = kRouteBlockTokens * kMaxTopK;  // of a block
-constexpr int kSumLanes = 8;                             // that add up the counts of one expert
-constexpr int kCountBlocks = 16;                         // whose counts of an expert a lane reads at a time
 
 // How blocks learn of each other's tokens: they are a cluster; through memory and a second launch.
 enum Way { kCluster, kMany };
@@ -46,31 +44,18 @@ constexpr int kMaxWarps = kPer <= 8 ? 32 : 16;
 template <int kPer>
 constexpr bool kBiasEarly = kPer <= 16;
 
+// Shared memory, by way.
 template <Way kWay>
-struct WaySmem : RouteSmem<kRouteBlockTokens / 32> {};
+struct WaySmem {
+  alignas(16) uint32_t bitmaps[kMaxExperts][kRouteBlockTokens / 32];  // as RouteSmem
+};
 template <>
-struct WaySmem<kCluster> : RouteSmem<2> {
+struct WaySmem<kCluster> : RouteSmem {
   alignas(16) uint8_t sent[kMaxClusterBlocks][kMaxExperts];  // counts of each block of the cluster
   alignas(8) uint64_t all_sent;
 };
 
 // ---- kernels
-
-template <int kWords>
-__device__ __forceinline__ void clear_bitmaps(uint32_t (*bitmaps)[kWords], int num_local) {
-  for (int e = threadIdx.x; e < num_local; e += blockDim.x) {
-    for (uint32_t& word : bitmaps[e]) word = 0;
-  }
-}
-
-// The block's token t chose an expert.
-template <int kWords>
-__device__ __forceinline__ void mark_expert(const RouteParams& p, uint32_t (*bitmaps)[kWords], int t, int id) {
-  const int local = id - p.local_offset;
-  if (static_cast<unsigned>(local) < static_cast<unsigned>(p.num_local)) {
-    atomicOr(&bitmaps[local][t >> 5], 1u << (t & 31));
-  }
-}
 
 // What is said of slot k of the block's token t: its expert, and its weight.
 __device__ __forceinline__ void write_slot(const RouteParams& p, const Share& share, int t, int k, int id,
@@ -174,50 +159,6 @@ __device__ __forceinline__ ExpertRows rows_of_cluster(const WaySmem<kCluster>& s
   return rows;
 }
 
-// Where a block leaves its count of an expert: those of 16 blocks lie together, as one lane reads them.
-__device__ __forceinline__ size_t count_at(int block, int expert, int num_local) {
-  return (static_cast<size_t>(block / kCountBlocks) * num_local + expert) * kCountBlocks + block % kCountBlocks;
-}
-
-template <int kWords>
-__device__ __forceinline__ void leave_counts(const RouteParams& p, const uint32_t (*bitmaps)[kWords], int block) {
-  for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) {
-    p.counts[count_at(block, e, p.num_local)] = num_bits(bitmaps[e]);
-  }
-}
-
-// A byte of 1 for each of the first n of four blocks.
-__device__ __forceinline__ uint32_t ones(int n) {
-  return n >= 4 ? 0x01010101u : n <= 0 ? 0u : 0x01010101u >> (8 * (4 - n));
-}
-
-// Rows of each expert in earlier blocks, and in all, from what the blocks left in memory.
-__device__ __forceinline__ void add_up_counts(const RouteParams& p, WaySmem<kMany>& smem, const Share& share) {
-  const int part = threadIdx.x % kSumLanes;
-#pragma unroll 4
-  for (int first = 0; first < p.num_local; first += kMaxThreads / kSumLanes) {
-    const int expert = first + threadIdx.x / kSumLanes;
-    unsigned before = 0, total = 0;
-    if (expert < p.num_local) {
-      for (int b = part * kCountBlocks; b < share.num_blocks; b += kSumLanes * kCountBlocks) {
-        const uint4 counts = __ldcg(reinterpret_cast<const uint4*>(p.counts + count_at(b, expert, p.num_local)));
-        const uint32_t words[4] = {counts.x, counts.y, counts.z, counts.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          before = __dp4a(words[i], ones(share.block - b - 4 * i), before);
-          total = __dp4a(words[i], ones(share.num_blocks - b - 4 * i), total);
-        }
-      }
-    }
-#pragma unroll
-    for (int mask = kSumLanes / 2; mask > 0; mask >>= 1) {
-      before += __shfl_xor_sync(kAllLanes, before, mask);
-      total += __shfl_xor_sync(kAllLanes, total, mask);
-    }
-    if (part == 0 && expert < p.num_local) smem.row_start[expert] = before, smem.total[expert] = total;
-  }
-}
-
 template <Score kScore, int kPer, Way kWay>
 __global__ void __launch_bounds__(kMaxWarps<kPer> * 32, 1) route_kernel(const __grid_constant__ RouteParams p) {
   __shared__ WaySmem<kWay> smem;
@@ -250,7 +191,7 @@ __global__ void __launch_bounds__(kMaxWarps<kPer> * 32, 1) route_kernel(const __
     send_counts(p, smem, share);
     write_slots<kScore>(p, share, last, lane);
     if (share.num_blocks > 1) sm90::mbarrier_wait(sm90::smem_address(&smem.all_sent), 0);
-    write_permutation<false>(p, smem, share, [&](int e) { return rows_of_cluster(smem, share, e); });
+    write_permutation(p, smem, share, [&](int e) { return rows_of_cluster(smem, share, e); });
   } else {
     __syncthreads();
     leave_counts(p, smem.bitmaps, share.block);
@@ -261,20 +202,25 @@ __global__ void __launch_bounds__(kMaxWarps<kPer> * 32, 1) route_kernel(const __
 // order of the warps: all at once, all warps would have theirs at the end.
 constexpr int kAheadTokens = 8192, kAheadBytes = 40 << 10;
 
+// Whether scores are first computed nearly.
+template <Score kScore, int kPer>
+constexpr bool kNear = kScore == kBySigmoid && kPer == kNearPer;
+
 // Shared memory of a block that routes four tokens in each warp.
 template <int kPer>
 struct FourBlockSmem {
   uint32_t bitmaps[32 * kPer][kRouteBlockTokens / 32];  // as RouteSmem
-  alignas(16) float bias[32 * kPer];
+  alignas(16) float bias[32 * kPer];                    // -infinity past the last expert
   FourSmem warps[kRouteBlockTokens / kFour];
+  unsigned greatest_bias;  // the magnitude's bits
 };
 
 // Many tokens whose layer allows it: the first launch.
-template <Score kScore, int kPer>
+template <Score kScore, int kPer, bool kGroups>
 __global__ void __launch_bounds__(kRouteBlockTokens / kFour * 32, 1)
     route_four_kernel(const __grid_constant__ RouteParams p) {
   __shared__ FourBlockSmem<kPer> smem;
-  extern __shared__ uint4 logits[];  // [warps, four, num_experts]
+  extern __shared__ uint4 logits[];  // [warps, four, num_experts], and NearSmem [warps] where scores are near ones
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   FourSmem& own = smem.warps[warp];
   const int bytes = kFour * bytes_of_row(p);
@@ -283,6 +229,7 @@ __global__ void __launch_bounds__(kRouteBlockTokens / kFour * 32, 1)
     sm90::mbarrier_init(sm90::smem_address(&own.logits_here), 1);
     sm90::fence_mbarrier_init();
   }
+  if (kNear<kScore, kPer> && threadIdx.x == 0) smem.greatest_bias = 0;
   __syncthreads();  // the copies of logits arrive there, and they are none of the threads
   sm90::griddepcontrol_wait();
   sm90::griddepcontrol_launch_dependents();
@@ -297,18 +244,31 @@ __global__ void __launch_bounds__(kRouteBlockTokens / kFour * 32, 1)
   if (kScore == kBySigmoid && threadIdx.x < p.num_experts) {
     bias = p.bias == nullptr ? 0.0f : load_float(p.bias, p.bias_dtype, threadIdx.x);
   }
-  const int ahead = p.num_tokens >= kAheadTokens && kPer == 8 ? max(1, kAheadBytes / bytes) : 32;
-  if (lane == 0 && warp < ahead) fetch(warp);
+  if (lane == 0 && warp < p.warps_ahead) fetch(warp);
   clear_bitmaps(smem.bitmaps, p.num_local);
-  if (kScore == kBySigmoid && threadIdx.x < 32 * kPer) smem.bias[threadIdx.x] = bias;
+  if (kScore == kBySigmoid && threadIdx.x < 32 * kPer) {
+    smem.bias[threadIdx.x] = bias;
+    if constexpr (kNear<kScore, kPer>) {
+      const unsigned magnitude = threadIdx.x < p.num_experts ? __float_as_uint(fabsf(bias)) : 0;
+      const unsigned greatest = __reduce_max_sync(kAllLanes, magnitude);
+      if (lane == 0) atomicMax(&smem.greatest_bias, greatest);
+    }
+  }
   __syncthreads();
   if (count > 0) {
-    void* own_logits = logits_of(warp);
     sm90::mbarrier_wait(sm90::smem_address(&own.logits_here), 0);
-    if (lane == 0 && warp + ahead < 32) fetch(warp + ahead);
+    if (kPer == 8 && lane == 0 && warp + p.warps_ahead < 32) fetch(warp + p.warps_ahead);
+    const char* own_logits = logits_of(warp);
     int id;
     float weight;
-    const unsigned other_way = route_four<kScore, kPer>(p, count, own_logits, smem.bias, own, lane, id, weight);
+    unsigned other_way;
+    if constexpr (kNear<kScore, kPer>) {
+      const float off = near_off(__uint_as_float(smem.greatest_bias));
+      NearSmem& near = reinterpret_cast<NearSmem*>(logits_of(blockDim.x / 32))[warp];
+      other_way = route_near<kGroups>(p, count, own_logits, smem.bias, off, own, near, lane, id, weight);
+    } else {
+      other_way = route_four<kScore, kPer>(p, count, own_logits, smem.bias, own, lane, id, weight);
+    }
     const int token = lane / kTokenLanes, k = lane % kTokenLanes;
     if (token < count && k < p.top_k && (other_way >> lane & 1) == 0) {
       mark_expert(p, smem.bitmaps, first + token, id);
@@ -318,51 +278,19 @@ __global__ void __launch_bounds__(kRouteBlockTokens / kFour * 32, 1)
     for (int t = 0; t < count && other_way != 0; ++t) {
       if ((other_way >> t * kTokenLanes & 1) == 0) continue;
       float values[kPer], biases[kPer];
-      load_logits<kPer>(p, share.first_token + first + t, lane, values);
-      load_bias<kScore, kPer>(p, lane, biases);
+      load_shared<kPer>(own_logits + t * bytes_of_row(p), p.logits_dtype, p.num_experts, lane, values);
+      if (kScore == kBySigmoid) load_shared<kPer>(smem.bias, DType::kFloat32, 32 * kPer, lane, biases);
+      __syncwarp();  // the list lies where candidates were
       const auto tell = [&](int slot, int expert) {
         if (slot >= 0) mark_expert(p, smem.bitmaps, first + t, expert);
       };
-      const Slot slot =
-          route_logits<kScore, kPer>(p, share.first_token + first + t, values, biases, nullptr, nullptr, lane, tell);
+      const Slot slot = route_logits<kScore, kPer>(p, share.first_token + first + t, values, biases, nullptr,
+                                                   reinterpret_cast<ListSmem*>(own.candidates), lane, tell);
       write_slots<kScore>(p, share, {first + t, slot}, lane);
     }
   }
   __syncthreads();
   leave_counts(p, smem.bitmaps, share.block);
-}
-
-__global__ void __launch_bounds__(kMaxThreads, 1) permute_kernel(const __grid_constant__ RouteParams p) {
-  __shared__ WaySmem<kMany> smem;
-  __shared__ ByRowSmem by_row;
-  clear_bitmaps(smem.bitmaps, p.num_local);
-  __syncthreads();
-  sm90::griddepcontrol_wait();
-  sm90::griddepcontrol_launch_dependents();
-  const Share share = share_of(p);
-  const int num_slots = share.num_tokens * p.top_k;
-  int ids[kMaxSlots / kMaxThreads];  // under way while the counts are added up
-#pragma unroll
-  for (int n = 0; n < kMaxSlots / kMaxThreads; ++n) {
-    const int i = n * kMaxThreads + threadIdx.x;
-    ids[n] = i < num_slots ? __ldcg(p.topk_ids + static_cast<size_t>(share.first_token) * p.top_k + i) : -1;
-  }
-  add_up_counts(p, smem, share);
-#pragma unroll
-  for (int n = 0; n < kMaxSlots / kMaxThreads; ++n) {
-    const int i = n * kMaxThreads + threadIdx.x, local = ids[n] - p.local_offset, t = divide(i, p.top_k_inverse);
-    if (i >= num_slots) break;
-    const bool held = static_cast<unsigned>(local) < static_cast<unsigned>(p.num_local);
-    smem.ids[i] = held ? local : -1;
-    if (held) atomicOr(&smem.bitmaps[local][t >> 5], 1u << (t & 31));
-  }
-  __syncthreads();
-  const auto rows_of = [&](int e) { return ExpertRows{smem.row_start[e], smem.total[e]}; };
-  if (p.block_tokens >= kByRowTokens) {
-    write_permutation<true>(p, smem, share, rows_of, &by_row);
-  } else {
-    write_permutation<false>(p, smem, share, rows_of);
-  }
 }
 
 // ---- launch
@@ -376,13 +304,21 @@ void launch_one(void (*kernel)(RouteParams), const RouteParams& p, int blocks, i
 
 // The first launch of many tokens, if they can be routed four in a warp.
 template <Score kScore, int kPer>
-bool launch_four(const RouteParams& p, int blocks, const LaunchConfig& launch) {
+bool launch_four(RouteParams p, int blocks, const LaunchConfig& launch) {
   if constexpr (kPer == 4 || (kPer == 8 && kScore != kBySoftmax)) {
     if (!routes_four<kScore, kPer>(p)) return false;
+    const bool groups = kScore == kBySigmoid && p.n_group > 1;
     // In groups a token alone in a warp is faster where each warp has one.
-    if (p.n_group > 1 && p.block_tokens <= kMinBlockTokens) return false;
+    if (groups && p.block_tokens <= kMinBlockTokens) return false;
     const int warps = std::max(kPer, (p.block_tokens + kFour - 1) / kFour);  // a thread for each expert at least
-    launch_one(route_four_kernel<kScore, kPer>, p, blocks, warps, warps * kFour * bytes_of_row(p), launch);
+    const int bytes = kFour * bytes_of_row(p);
+    p.warps_ahead = p.num_tokens >= kAheadTokens && kPer == 8 ? std::max(1, kAheadBytes / bytes) : 32;
+    auto kernel = route_four_kernel<kScore, kPer, false>;
+    if constexpr (kNear<kScore, kPer>) {
+      if (groups) kernel = route_four_kernel<kScore, kPer, true>;
+    }
+    const int near = kNear<kScore, kPer> ? sizeof(NearSmem) : 0;
+    launch_one(kernel, p, blocks, warps, warps * (bytes + near), launch);
     return true;
   }
   return false;
@@ -405,7 +341,12 @@ void launch_size(const RouteParams& p, int blocks, const LaunchConfig& launch) {
     launch_one(route_kernel<kScore, kPer, kMany>, p, blocks, warps, memory(warps), launch);
   }
   // Its launch always overlaps, because both are ours.
-  check_cuda(launch_kernel(permute_kernel, blocks, kMaxThreads, 0, {launch.stream, true}, p),
+  const int lanes = sum_lanes(p.num_local);
+  const auto permute = lanes == 8   ? permute_kernel<8>
+                       : lanes == 4 ? permute_kernel<4>
+                       : lanes == 2 ? permute_kernel<2>
+                                    : permute_kernel<1>;
+  check_cuda(launch_kernel(permute, blocks, kMaxThreads, 0, {launch.stream, true}, p),
              "launching the permutation kernel");
 }
 

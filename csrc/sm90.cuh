@@ -212,6 +212,16 @@ __device__ __forceinline__ float min_nan(float a, float b) {
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
+// n, less 1 where a < b, of numbers whose y is the upper half: the borrow of a - b.
+__device__ __forceinline__ int less_if_below(int n, uint2 a, uint2 b) {
+  asm("{\n.reg .u32 low, high;\n"
+      "sub.cc.u32 low, %2, %4;\n"
+      "subc.cc.u32 high, %1, %3;\n"
+      "subc.u32 %0, %0, 0;\n}\n"
+      : "+r"(n)
+      : "r"(a.y), "r"(a.x), "r"(b.y), "r"(b.x));
+  return n;
+}
 __device__ __forceinline__ void stmatrix_x2_trans(uint32_t address, uint32_t a, uint32_t b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b)
                : "memory");
