@@ -527,7 +527,16 @@ PyObject* bundle_begin(PyObject* self, PyObject* argument) {
   Requests& requests = of(self);
   requests.has_begun = true;
   requests.begun_s = now_s;
-  return take_out(&requests, [&](const Member& member) { return member.deadline_s <= now_s; });
+  const auto is_late = [&](const Member& member) { return member.deadline_s <= now_s; };
+  Ref waited(PyList_New(0));
+  if (!waited) return nullptr;
+  for (const Member& member : requests.members) {
+    if (!is_late(member)) continue;
+    Ref seconds(PyFloat_FromDouble(std::max(0.0, now_s - member.joined_s)));
+    if (!seconds || PyList_Append(waited.get(), seconds.get()) < 0) return nullptr;
+  }
+  Ref places(take_out(&requests, is_late));
+  return places ? PyTuple_Pack(2, places.get(), waited.get()) : nullptr;
 }
 
 // Have a part of the members' rows written to host memory of `room` bytes, from `*start` on, and go on to where they

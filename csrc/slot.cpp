@@ -192,7 +192,7 @@ class SlotWork {
 
   // Whether the device is through with computing the batch that was fetched or started last.
   bool is_computed() const {
-    if (!await_start(std::chrono::steady_clock::time_point::min())) return false;
+    if (!await_start(std::chrono::steady_clock::time_point{})) return false;
     const cudaError_t status = cudaEventQuery(computed_->event.get());
     if (status != cudaErrorNotReady) {
       check_cuda(status, "asking for a batch");

@@ -9,7 +9,7 @@ starts; each has its own answer. What is not plain, or where nothing was compile
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from expertd_server import spans as span_rules
@@ -69,11 +69,11 @@ class BundledCalls:
         layer: MoELayer,
         bundle: Bundle,
         kind: BatchKind,
-        on_late: Callable[[Sequence[BlockPlace]], object],
+        on_late: Callable[[BlockPlace, float], object],
         queue_tokens: Callable[[], int],
     ) -> None:
-        """kind: what the bundle says of it, in torch's terms. on_late: takes the members whose deadline had passed when
-        their batch started. queue_tokens: for answers.
+        """kind: what the bundle says of it, in torch's terms. on_late: takes each member whose deadline had passed when
+        the batch started, and for how long it had waited. queue_tokens: for answers.
         """
         self._bundle = bundle
         self._on_late = on_late
@@ -85,10 +85,10 @@ class BundledCalls:
 
     def begin(self, now_s: float) -> None:
         """Its batch starts: who is late is left out, and nobody joins or can be cancelled any more."""
-        late = self._bundle.begin(now_s)
+        late, waited_s = self._bundle.begin(now_s)
         self.count()
-        if late:
-            self._on_late(late)
+        for place, seconds in zip(late, waited_s, strict=True):
+            self._on_late(place, seconds)
 
     def absorb(self, bundle: Bundle, most_tokens: int, most_requests: int) -> tuple[int, int]:
         """Have the first of another's members as well, of the same kind, which that one loses, as many as may be; their

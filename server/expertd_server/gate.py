@@ -328,8 +328,8 @@ class EngineGate:
             if not bundle.num_requests:
                 return
         batch_kind = BatchKind(TORCH_DTYPES[hidden_dtype], is_routed, TORCH_DTYPES[output_dtype])
+        call = BundledCalls(layer, bundle, batch_kind, _fail_late, self._queue_tokens)
         asked = _AskedTogether(self, bundle)
-        call = BundledCalls(layer, bundle, batch_kind, asked.are_late, self._queue_tokens)
         try:
             asked.promise = self.engine.submit(call)
         except ExpertdServerError:  # there may be room for some, and the others are told that there is none
@@ -406,17 +406,14 @@ class _Asked:
 class _AskedTogether:
     """Requests of front-ends that the engine has as one call. Exactly one answer goes to each, whatever happens."""
 
-    __slots__ = ("asked_s", "bundle", "gate", "promise")
+    __slots__ = ("bundle", "gate", "promise")
 
     promise: Promise[Any]
-    """Of the engine's call. NOTE: not the call, which knows this: nothing may lie in callers' memory for longer than
-    needed, and a cycle does until garbage is looked for."""
+    """Of the engine's call."""
 
     def __init__(self, gate: EngineGate, bundle: Bundle) -> None:
         self.gate = gate
         self.bundle = bundle
-        self.asked_s = time.monotonic()
-        """When the first of them was read."""
 
     def take_in(self, peer: _Peer, bundle: Bundle) -> None:
         """Have as many of a bundle's requests as there is room for, which the bundle loses."""
@@ -434,10 +431,6 @@ class _AskedTogether:
         if not self.bundle.num_requests:
             self.promise.cancel()
         return True
-
-    def are_late(self, places: Sequence[BlockPlace]) -> None:
-        """The deadline of these had passed when their batch started."""
-        _fail_at(places, RequestTimeoutError.before_computing(time.monotonic() - self.asked_s))
 
     def over(self, promise: Promise[Any]) -> None:
         """The promise is kept, and so the answers are written, or it is given up; in any thread."""
@@ -457,6 +450,11 @@ class _AskedTogether:
             _fail_at(bundle.places(), failure)
         for peer in peers:
             peer.let_go()
+
+
+def _fail_late(place: BlockPlace, waited_s: float) -> None:
+    """Answer one whose deadline had passed when its batch started."""
+    _fail_at([place], RequestTimeoutError.before_computing(waited_s))
 
 
 def _fail_at(places: Sequence[BlockPlace], error: BaseException) -> None:

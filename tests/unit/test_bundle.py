@@ -276,6 +276,16 @@ def test_who_is_late_is_told_so_and_the_others_run(rig: Rig, late: tuple[int, ..
     assert sum(report.num_requests for report in rig.reports) == 4 - len(late)
 
 
+def test_who_joined_later_and_is_late_is_told_how_long_it_waited_itself(rig: Rig) -> None:
+    rig.ask(*usual(rig, 1))
+    time.sleep(0.3)
+    (late,) = rig.ask(*usual(rig, 1), deadlines_s={0: time.monotonic() + 0.01})
+    assert len(rig.submitted) == 1
+    time.sleep(0.05)
+    rig.run()
+    assert error_of(late).startswith("the deadline passed after 0.0") or "after 0.1" in error_of(late)
+
+
 def test_of_a_bundle_that_does_not_fit_into_the_queue_some_do(rig: Rig) -> None:
     first, more = usual(rig, 4), usual(rig, 4)
     promises = rig.ask(*first)
@@ -506,7 +516,7 @@ def test_a_bundle_is_copied_as_its_members_would_be(
             single = call_of(layer, checked)
             single.place, single.encode = answer_place(block), lambda result: result
             singles.append(single)
-        together = BundledCalls(layer, bundle, wanted, lambda _: None, lambda: 0)
+        together = BundledCalls(layer, bundle, wanted, lambda *_: None, lambda: 0)
         num_tokens = together.num_tokens
         assert num_tokens == sum(call.num_tokens for call in calls)
         layout = input_layout(spec, wanted, num_tokens)
