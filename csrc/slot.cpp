@@ -21,6 +21,7 @@
 
 #include "address.h"
 #include "check.h"
+#include "packed_span.h"
 #include "ringer.h"
 #include "starter.h"
 
@@ -56,15 +57,8 @@ class Graph {
 // the slot's host memory. See spans.py.
 using Spans = std::vector<std::tuple<size_t, size_t, Address>>;
 
-// The same as bundle.cpp packs them.
-struct Span {
-  int64_t offset, num_bytes;
-  uint64_t host;
-};
-static_assert(sizeof(Span) == 24);
-
-std::vector<Span> each_of(const Spans& spans) {
-  std::vector<Span> each;
+std::vector<PackedSpan> each_of(const Spans& spans) {
+  std::vector<PackedSpan> each;
   each.reserve(spans.size());
   for (const auto& [offset, num_bytes, host] : spans) {
     each.push_back({static_cast<int64_t>(offset), static_cast<int64_t>(num_bytes), host});
@@ -72,14 +66,14 @@ std::vector<Span> each_of(const Spans& spans) {
   return each;
 }
 
-std::vector<Span> each_of(const py::bytes& packed) {
+std::vector<PackedSpan> each_of(const py::bytes& packed) {
   char* start;
   py::ssize_t num_bytes;
   if (PyBytes_AsStringAndSize(packed.ptr(), &start, &num_bytes) < 0) throw py::error_already_set();
-  if (num_bytes % static_cast<py::ssize_t>(sizeof(Span)) != 0) {
+  if (num_bytes % static_cast<py::ssize_t>(sizeof(PackedSpan)) != 0) {
     throw py::value_error("packed spans have " + std::to_string(num_bytes) + " bytes, expected a multiple of 24");
   }
-  std::vector<Span> each(static_cast<size_t>(num_bytes) / sizeof(Span));
+  std::vector<PackedSpan> each(static_cast<size_t>(num_bytes) / sizeof(PackedSpan));
   std::memcpy(each.data(), start, static_cast<size_t>(num_bytes));
   return each;
 }
@@ -249,22 +243,22 @@ class SlotWork {
  private:
   enum Event { kBegun, kSent, kStarted, kNumEvents };
 
-  void send(const std::vector<Span>& spans) {
+  void send(const std::vector<PackedSpan>& spans) {
     record(kBegun, copy_in_);
     copies_.clear();
-    for (const Span& span : spans) {
-      copies_.add(device_in_ + span.offset, span.host ? span.host : host_in_ + span.offset, span.num_bytes);
+    for (const PackedSpan& span : spans) {
+      copies_.add(device_in_ + span.start, span.address ? span.address : host_in_ + span.start, span.num_bytes);
     }
     copies_.start(copy_in_);
     record(kSent, copy_in_);
     order(kSent, compute_);
   }
 
-  void fetch(const std::vector<Span>& spans) {
+  void fetch(const std::vector<PackedSpan>& spans) {
     check_cuda(cudaStreamWaitEvent(copy_out_, computed_->event.get(), 0), "ordering CUDA streams");
     copies_.clear();
-    for (const Span& span : spans) {
-      copies_.add(span.host ? span.host : host_out_ + span.offset, device_out_ + span.offset, span.num_bytes);
+    for (const PackedSpan& span : spans) {
+      copies_.add(span.address ? span.address : host_out_ + span.start, device_out_ + span.start, span.num_bytes);
     }
     copies_.start(copy_out_);
     ++fetched_->batch;
@@ -344,8 +338,8 @@ class SlotWork {
   std::shared_ptr<const BellFile> bell_;
   int bell_fd_ = -1;  // what bell_ is a copy of
 
-  std::vector<Span> sent_, fetched_spans_;  // of a batch that is started elsewhere
-  mutable std::mutex lock_;                 // for what follows
+  std::vector<PackedSpan> sent_, fetched_spans_;  // of a batch that is started elsewhere
+  mutable std::mutex lock_;                       // for what follows
   mutable std::condition_variable started_;
   bool is_queued_ = false;
   bool is_bell_due_ = false;

@@ -286,9 +286,11 @@ class Engine:
         places: list[int]
         answer: MoEOutput | None = None
         if graph is not None and not wants_routing:
-            places = self._run_graph(batch, slot, calls, plan, spans, graph)
+            places = self._run_graph(batch, slot, calls, num_tokens, plan, spans, graph)
         else:
-            places, answer = self._run_in_steps(batch, slot, calls, plan, spans, graph, wants_routing=wants_routing)
+            places, answer = self._run_in_steps(
+                batch, slot, calls, num_tokens, plan, spans, graph, wants_routing=wants_routing
+            )
         if self.graphs is not None and do_finalize and graph is None:
             self.graphs.capture_unforeseen(slot, layer, kind, num_tokens)
         graph_rows = None if graph is None else graph.num_rows
@@ -313,12 +315,12 @@ class Engine:
         batch: Batch[ForwardCall | BundledCalls, Any],
         slot: Slot,
         calls: list[ForwardCall | BundledCalls],
+        num_tokens: int,
         plan: _Plan,
         spans: list[Span] | PackedSpans,
         graph: Graph,
     ) -> list[int]:
         """Start the copies in, the graph and the copies out; the calls' places, see `scatter`."""
-        num_tokens = sum([call.num_tokens for call in calls])
         if self.slots.in_use > 1:
             fetched, places = scatter(plan.outputs, calls, num_tokens, wants_routing=False)
             _spend(batch, places)  # who hears that something went wrong does not hear how far it had got
@@ -338,6 +340,7 @@ class Engine:
         batch: Batch[ForwardCall | BundledCalls, Any],
         slot: Slot,
         calls: list[ForwardCall | BundledCalls],
+        num_tokens: int,
         plan: _Plan,
         spans: list[Span] | PackedSpans,
         graph: Graph | None,
@@ -346,8 +349,7 @@ class Engine:
     ) -> tuple[list[int], MoEOutput | None]:
         """Start a batch whose graph is none, or not all of it. The calls' places, and the answer where that does not
         lie in the slot."""
-        layer, num_tokens = calls[0].layer, sum([call.num_tokens for call in calls])
-        kind, do_finalize = plan.kind, calls[0].do_finalize
+        layer, kind, do_finalize = calls[0].layer, plan.kind, calls[0].do_finalize
         if not slot.is_host:
             slot.send(spans)
         answer: MoEOutput | None = None

@@ -60,7 +60,7 @@ class _Mapping:
         self.nbytes = len(mapped)
         self._first_piece = address // PIECE_BYTES
         self.states = bytearray((address + self.nbytes - 1) // PIECE_BYTES - self._first_piece + 1)
-        """Of the pieces; csrc/bundle.cpp reads them, too."""
+        """Of the pieces; csrc/held_memory.h reads them, too."""
 
     def bounds(self, piece: int) -> tuple[int, int]:
         """Address and bytes of a piece."""

@@ -18,7 +18,7 @@ Span: TypeAlias = tuple[int, int, int]
 the slot's host memory."""
 
 PackedSpans: TypeAlias = bytes
-"""Spans as csrc/bundle.cpp makes them and csrc/slot.cpp takes them: three numbers of eight bytes each."""
+"""Spans as csrc/spans.h makes them and csrc/slot.cpp takes them: three numbers of eight bytes each."""
 
 _PACKED: Final = struct.Struct("<qqQ")
 
