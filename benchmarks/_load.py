@@ -106,9 +106,19 @@ class Gate:
         self._is_open.set()
 
 
+def layers_of(job: Job, index: int) -> list[str]:
+    """For each place of a stream a layer, by chance; it keeps that, as its message or call is made once."""
+    return stream_chance(job, index).choices(job.layers, k=job.in_flight)
+
+
+def stream_chance(job: Job, index: int) -> random.Random:
+    """Chance for one stream, the same in every run."""
+    return random.Random(job.seed * 1009 + index)
+
+
 def due_times(job: Job, index: int) -> Iterator[float]:
     """When the requests of one stream are due: a Poisson process in the open loop, now in the closed one."""
-    chance = random.Random(job.seed * 1009 + index)
+    chance = stream_chance(job, index)
     due_s = job.begin_s - job.warmup_s
     while True:
         if job.rate is None:
@@ -131,7 +141,7 @@ def run_stream(job: Job, index: int, record: Record, gate: Gate) -> None:
     """One channel, one ForwardStream, `in_flight` requests at most."""
     shape = RequestShape(**job.shape)
     # A message for each place, made once: the ids tell the answers apart, and sending copies nothing here.
-    messages = {n: stream_message(n, job.layers[n % len(job.layers)], shape) for n in range(1, job.in_flight + 1)}
+    messages = {n: stream_message(n, layer, shape) for n, layer in enumerate(layers_of(job, index), 1)}
     free: queue.SimpleQueue[int] = queue.SimpleQueue()
     for n in messages:
         free.put(n)
@@ -177,7 +187,7 @@ def run_unary(job: Job, index: int, record: Record, gate: Gate) -> None:
     shape = RequestShape(**job.shape)
     method = job.method
     if job.transport == "unary":
-        message = unary_message(job.layers[index % len(job.layers)], shape)
+        message = unary_message(layers_of(job, index)[0], shape)
     else:
         method = V2_METHOD
         message = v2_message(shape, "bytes" if job.transport == "v2-bytes" else "numbers")
@@ -219,7 +229,7 @@ def run_sdk(job: Job, index: int, record: Record, gate: Gate) -> None:
             except expertd.ExpertdError as error:
                 raise FailedError(type(error).__name__) from error
 
-        layers = [job.layers[n % len(job.layers)] for n in range(job.in_flight)]
+        layers = layers_of(job, index)
         if not job.transport.endswith(_PREPARED):
             forwards = [functools.partial(client.forward, layer, **arguments()) for layer in layers]
             ask_in_threads(job, index, record, gate, [functools.partial(ask, forward) for forward in forwards])
