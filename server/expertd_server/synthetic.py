@@ -6,7 +6,9 @@ Their bytes depend on (seed, layer, global expert id) alone: servers with differ
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -147,7 +149,8 @@ def synthetic_weights(
     # Scales under which each product keeps unit variance.
     gemm1_scale = 1 / (WEIGHT_RMS * spec.hidden_size**0.5)
     gemm2_scale = 1 / (WEIGHT_RMS * spec.intermediate_size**0.5 * INTER_RMS[spec.activation.is_gated])
-    for local in range(spec.num_local):
+
+    def fill(local: int) -> int:
         random = np.random.SFC64(np.random.SeedSequence([seed, layer, spec.local_expert_offset + local]))
         # Scales differ by expert and projection, as those of real checkpoints do.
         up, gate, down = 0.75 + 0.5 * (random.random_raw(3) / 2.0**64)
@@ -159,8 +162,12 @@ def synthetic_weights(
         output2[local] = gemm2_scale * down * GEMM2_INPUT_SCALE
         _fill(gemm1[local], random)
         _fill(gemm2[local], random)
-        if progress is not None:
-            progress(gemm1[local].numel() + gemm2[local].numel())
+        return gemm1[local].numel() + gemm2[local].numel()
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # drawing does not need the interpreter
+        for num_bytes in pool.map(fill, range(spec.num_local)):
+            if progress is not None:
+                progress(num_bytes)
     return ExpertWeights(
         gemm1_weights=gemm1,
         output1_scales_scalar=output1,
@@ -176,7 +183,7 @@ def _fill(weights: torch.Tensor, random: np.random.SFC64) -> None:
     """Random finite values into a contiguous float8_e4m3fn matrix, log-uniform in magnitude below 2."""
     words = random.random_raw(-(-weights.numel() // 8))
     words &= FINITE_MASK
-    weights.view(torch.uint8).view(-1).copy_(torch.from_numpy(words.view(np.uint8)[: weights.numel()]))
+    weights.view(torch.uint8).view(-1).numpy()[:] = words.view(np.uint8)[: weights.numel()]
 
 
 def _bias(spec: LayerSpec, seed: int, layer: int) -> torch.Tensor:
