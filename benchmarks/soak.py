@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -116,6 +117,16 @@ class Server:
             sum(text.count(" /dev/shm/") for text in maps),
             gpu_bytes,
         )
+
+    def open_files(self) -> Counter[str]:
+        """What its processes have open, by process and kind; to say what is left, if anything is."""
+        files: Counter[str] = Counter()
+        for number, process in enumerate(self.processes):
+            for entry in Path(f"/proc/{process.pid}/fd").iterdir():
+                with contextlib.suppress(OSError):  # closed a moment ago
+                    kind = re.sub(r"\[\d+\]|\d+", "N", str(entry.readlink()))
+                    files[f"process {number}: {kind}"] += 1
+        return files
 
     def gauges(self) -> dict[str, float]:
         """What is under way: all of it is 0 when nothing is."""
@@ -240,7 +251,7 @@ def soak(
     """Load, look, let go, look again."""
     ask_once(server, job, options)  # what is taken once and kept is there now
     settled(server)
-    before = server.sample()
+    before, files_before = server.sample(), server.open_files()
     kinds = [("steady", "shm", 3), ("steady", "grpc", 3), ("prepared", "shm", 2), ("impatient", "auto", 6)]
     kinds += [("malformed", "grpc", 1)]
     clients = [start(f"{kind}-{transport}", kind, transport, count, job, folder) for kind, transport, count in kinds]
@@ -307,6 +318,7 @@ def soak(
         "gauges": gauges,
         "before": dataclasses.asdict(before),
         "after": dataclasses.asdict(after),
+        "files_left": dict(server.open_files() - files_before),
         "most": {
             "rss_bytes": max(sample.rss_bytes for sample in samples),
             "open_files": max(sample.open_files for sample in samples),
@@ -391,6 +403,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     early, late = (value / 2**20 for value in result["rss_quarters"])
     held.add_row("RSS, MiB: second quarter, last", f"{early:.0f}", "", f"{late:.0f}")
     console.print(held)
+    for kind, count in result["files_left"].items():
+        console.print(f"more open than before: {count} of {kind}")
     for check, is_met in result["checks"].items():
         console.print(f"[{'green' if is_met else 'red'}]{'yes' if is_met else 'NO '}[/] {check}")
 

@@ -193,6 +193,8 @@ def channel_options(config: ClientConfig, index: int) -> list[tuple[str, Any]]:
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.keepalive_time_ms", round(config.keepalive_time_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(config.keepalive_timeout_s * 1000)),
+        # However long nothing is said over a connection: the messages of a stream may go through shared memory.
+        ("grpc.http2.max_pings_without_data", 0),
         ("grpc.service_config", _SERVICE_CONFIG),
         # The SDK retries itself: gRPC's own retries hold at most 256 KiB, less than a batch of tokens.
         ("grpc.enable_retries", 0),

@@ -151,7 +151,10 @@ class Listener:
                 ("grpc.keepalive_time_ms", 30_000),  # notice callers that vanished without a word
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+                # However long nothing is said over the connection: the messages of a stream may go through rings.
+                ("grpc.http2.max_pings_without_data", 0),
+                # And let callers do the same: gRPC's own is five minutes, and who pings more often is hung up on.
+                ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
             ],
         )
         self._grpc.add_generic_rpc_handlers((self.service.handler(), not_here_handler(config, self._metrics)))

@@ -1,10 +1,12 @@
-"""A server that sends GOAWAY, because a connection is old or because it stops, fails no request of any client."""
+"""A server that sends GOAWAY, because a connection is old or because it stops, fails no request of any client; and it
+sends none because a connection is silent."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +32,9 @@ AGING = (
     ("grpc.max_connection_age_grace_ms", 50),  # then open streams are cut, with what is in flight on them
 )
 MANY_CONNECTIONS = 8  # more than any client below opens by itself
+
+PING_S = 1.1  # just more than a server asks of its callers
+SILENT_S = 6.0  # gRPC hangs up at the third ping that comes too soon
 
 
 @pytest.fixture
@@ -135,3 +140,16 @@ def test_a_server_that_stops_and_comes_back_on_its_port_fails_no_request(kind: s
         load.stop()
     assert load.failures == []
     assert load.outputs == {expected}
+
+
+def test_a_caller_whose_messages_go_through_rings_may_ping_over_its_silent_connection() -> None:
+    server = start({LAYER: CASE})
+    config = ClientConfig(address(server), transport="shm", keepalive_time_s=PING_S)
+    with stopping(server), Client(config) as client, Load(client, LAYER, CASE) as load:
+        load.wait(3)
+        before = connections_to(server)
+        time.sleep(SILENT_S)
+        load.wait(3)
+        assert connections_to(server) == before != set()
+        load.stop()
+    assert load.failures == []
