@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import numpy as np
@@ -33,6 +33,8 @@ from _v2 import v2_message
 _PATIENCE_S = 30.0
 _LONGEST_S = 3600.0
 _IN_PLACE, _PREPARED = "-inplace", "-prepared"
+Steps: TypeAlias = tuple[Callable[[], None], Callable[[], None]]
+"""Starts a call, and waits for what it has started."""
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -206,12 +208,13 @@ def run_unary(job: Job, index: int, record: Record, gate: Gate) -> None:
 
 
 def run_sdk(job: Job, index: int, record: Record, gate: Gate) -> None:
-    """expertd.Client, one thread for each place in flight; prepared calls in a closed loop one for all of them."""
+    """expertd.Client, one thread for each place in flight; prepared calls need one for all, in the open loop two."""
     import expertd  # noqa: PLC0415 (the raw clients do not need it)
 
     shape = RequestShape(**job.shape)
     transport: Any = job.transport.removeprefix("sdk-").removesuffix(_IN_PLACE).removesuffix(_PREPARED)
-    with expertd.Client(expertd.ClientConfig(job.target, transport=transport)) as client:
+    config = expertd.ClientConfig(job.target, transport=transport, max_in_flight=max(32, job.in_flight))
+    with expertd.Client(config) as client:
 
         def arguments() -> dict[str, Any]:
             """Of one place in flight."""
@@ -235,10 +238,11 @@ def run_sdk(job: Job, index: int, record: Record, gate: Gate) -> None:
             ask_in_threads(job, index, record, gate, [functools.partial(ask, forward) for forward in forwards])
             return
         calls = [client.prepare(expertd.ForwardRequest(layer=layer, **arguments())) for layer in layers]
+        steps: list[Steps] = [(call.start, functools.partial(ask, call.wait)) for call in calls]
         if job.rate is None:
-            ask_in_turn(job, record, gate, [(call.start, functools.partial(ask, call.wait)) for call in calls])
+            ask_in_turn(job, record, gate, steps)
         else:
-            ask_in_threads(job, index, record, gate, [functools.partial(ask, call.run) for call in calls])
+            ask_when_due(job, index, record, gate, steps)
 
 
 class FailedError(Exception):
@@ -273,23 +277,11 @@ def ask_in_threads(job: Job, index: int, record: Record, gate: Gate, asks: list[
     run_threads([threading.Thread(target=repeat, args=(ask,)) for ask in asks])
 
 
-def ask_in_turn(
-    job: Job, record: Record, gate: Gate, calls: list[tuple[Callable[[], None], Callable[[], None]]]
-) -> None:
+def ask_in_turn(job: Job, record: Record, gate: Gate, calls: list[Steps]) -> None:
     """Start all of these, wait for each and start it again, in this thread, when the first was answered once."""
-
-    def wait(wait_for: Callable[[], None], due_s: float | None) -> None:
-        try:
-            wait_for()
-        except FailedError as error:
-            record.fail(str(error))
-        else:
-            if due_s is not None:
-                record.times.append((due_s, time.monotonic()))
-
     start, wait_for = calls[0]
     start()
-    wait(wait_for, None)
+    note(record, wait_for, None)
     gate.arrive()
     gate.wait()
     in_flight: deque[tuple[int, float]] = deque()
@@ -302,9 +294,54 @@ def ask_in_turn(
         begin(number)
     while in_flight:
         number, due_s = in_flight.popleft()
-        wait(calls[number][1], due_s)
+        note(record, calls[number][1], due_s)
         if time.monotonic() < job.end_s:
             begin(number)
+
+
+def ask_when_due(job: Job, index: int, record: Record, gate: Gate, calls: list[Steps]) -> None:
+    """Start whichever of these is free when a request is due, when each was answered once; where none is, the request
+    waits, which counts. Another thread waits for them in the order in which they were started, which is that of the
+    answers as long as one layer is asked for."""
+    for start, wait_for in calls:  # all of them: the server maps and pins memory when it is first used
+        start()
+        note(record, wait_for, None)
+    gate.arrive()
+    gate.wait()
+    # The one that was used last first: its memory is in caches, and no more is used than there is in flight.
+    free: queue.LifoQueue[int] = queue.LifoQueue()
+    for number in range(len(calls)):
+        free.put(number)
+    started: queue.SimpleQueue[tuple[int, float] | None] = queue.SimpleQueue()
+
+    def wait_for_all() -> None:
+        while (one := started.get()) is not None:
+            number, due_s = one
+            note(record, calls[number][1], due_s)
+            free.put(number)
+
+    waiter = threading.Thread(target=wait_for_all)
+    waiter.start()
+    try:
+        for due_s in due_times(job, index):
+            sleep_until(due_s)
+            number = free.get(timeout=_PATIENCE_S)
+            calls[number][0]()
+            started.put((number, due_s))
+    finally:
+        started.put(None)
+        waiter.join()
+
+
+def note(record: Record, wait_for: Callable[[], None], due_s: float | None) -> None:
+    """Wait for an answer and note when it is there; due_s: None where it does not count."""
+    try:
+        wait_for()
+    except FailedError as error:
+        record.fail(str(error))
+    else:
+        if due_s is not None:
+            record.times.append((due_s, time.monotonic()))
 
 
 def stream_id(answer: bytes) -> int:

@@ -41,7 +41,7 @@ def running_expertd(options: argparse.Namespace, frontends: int, folder: str) ->
     command += [f"--ready-file={ready}"]
     command += [f"--device={options.device}", f"--synthetic={options.preset}", f"--synthetic-layers={options.layers}"]
     places = options.clients * options.streams
-    command += [f"--max-streams={max(64, places)}", f"--max-unary-requests={max(64, places * options.in_flight)}"]
+    command += [f"--max-streams={max(64, places)}", f"--max-unary-requests={places * max(64, options.in_flight)}"]
     command.append("--log-level=warning")
     if options.device == "noop":
         command.append("--experts=0-0")  # the weights are dropped anyway

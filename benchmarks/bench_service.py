@@ -26,7 +26,7 @@ nothing else.
 
 lone: one request in flight. saturated: `--clients` processes with `--streams` streams of `--in-flight` requests each.
 open loop: requests due at random times at a share of the transport's saturated rate (the echo's of its own, where that
-is lower); latencies count from when a request was due.
+is lower); latencies count from when a request was due, and no client waits for an answer before it sends what is due.
 CPU µs/req: of all processes of the server, then of its front-ends, of its engine, of the echo, and of the server's
 clients. MiB: resident memory of the largest front-end, or of the server that has none; pages of memory shared with the
 engine count.
@@ -97,8 +97,7 @@ def measure_server(options: argparse.Namespace, frontends: int, results: list[di
                     add(name, row)
                     if name.startswith("saturated"):
                         saturated = [row[who]["requests_per_s"] for who in ("expertd", "echo")]
-                        # With the SDK a place is a thread, and whoever is free does what is due next.
-                        places = 100 if load.transport == "stream" else load.in_flight
+                        places = open_places(load.transport, shape)
                         for share in options.shares:
                             ours, theirs = (
                                 Load(load.transport, load.clients, load.streams, places, rate * share)
@@ -108,6 +107,15 @@ def measure_server(options: argparse.Namespace, frontends: int, results: list[di
                             theirs = min(ours, theirs, key=lambda each: each.rate or 0)
                             row = compare(expertd, echo, shape, layers, ours, seconds, options.rounds, theirs)
                             add(f"open loop {load.transport}, {share:.0%} of saturated", row, share=share)
+
+
+def open_places(transport: str, shape: RequestShape) -> int:
+    """Requests that a stream of the open loop can have in flight: more than come in twenty milliseconds. What is due
+    beyond that waits for a place, which counts. The SDK has as many as its rings take, and the half of its memory that
+    callers' arrays may have."""
+    if transport == "stream":
+        return 100
+    return max(8, min(60, 112 * 2**20 // (shape.request_bytes + shape.answer_bytes)))
 
 
 def measure_peers(options: argparse.Namespace, num_tokens: int, console: Console) -> dict[str, Any]:
