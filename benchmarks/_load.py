@@ -12,7 +12,7 @@ standard output.
 
 from __future__ import annotations
 
-import functools
+import itertools
 import json
 import queue
 import random
@@ -22,7 +22,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
@@ -30,11 +31,12 @@ from _requests import RequestShape, stream_message, unary_message
 from _v2 import METHOD as V2_METHOD
 from _v2 import v2_message
 
+if TYPE_CHECKING:
+    from expertd import PreparedForward
+
 _PATIENCE_S = 30.0
 _LONGEST_S = 3600.0
 _IN_PLACE, _PREPARED = "-inplace", "-prepared"
-Steps: TypeAlias = tuple[Callable[[], None], Callable[[], None]]
-"""Starts a call, and waits for what it has started."""
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -113,6 +115,11 @@ def layers_of(job: Job, index: int) -> list[str]:
     return stream_chance(job, index).choices(job.layers, k=job.in_flight)
 
 
+def stream_seeds(job: Job, index: int) -> Iterator[int]:
+    """What the tensors of a stream's places are drawn from: none is like another, of whatever client."""
+    return itertools.count((job.seed * 1009 + index) * 1009)
+
+
 def stream_chance(job: Job, index: int) -> random.Random:
     """Chance for one stream, the same in every run."""
     return random.Random(job.seed * 1009 + index)
@@ -143,7 +150,8 @@ def run_stream(job: Job, index: int, record: Record, gate: Gate) -> None:
     """One channel, one ForwardStream, `in_flight` requests at most."""
     shape = RequestShape(**job.shape)
     # A message for each place, made once: the ids tell the answers apart, and sending copies nothing here.
-    messages = {n: stream_message(n, layer, shape) for n, layer in enumerate(layers_of(job, index), 1)}
+    places = zip(layers_of(job, index), stream_seeds(job, index), strict=False)
+    messages = {n: stream_message(n, layer, shape, seed) for n, (layer, seed) in enumerate(places, 1)}
     free: queue.SimpleQueue[int] = queue.SimpleQueue()
     for n in messages:
         free.put(n)
@@ -189,7 +197,7 @@ def run_unary(job: Job, index: int, record: Record, gate: Gate) -> None:
     shape = RequestShape(**job.shape)
     method = job.method
     if job.transport == "unary":
-        message = unary_message(layers_of(job, index)[0], shape)
+        message = unary_message(layers_of(job, index)[0], shape, next(stream_seeds(job, index)))
     else:
         method = V2_METHOD
         message = v2_message(shape, "bytes" if job.transport == "v2-bytes" else "numbers")
@@ -215,10 +223,11 @@ def run_sdk(job: Job, index: int, record: Record, gate: Gate) -> None:
     transport: Any = job.transport.removeprefix("sdk-").removesuffix(_IN_PLACE).removesuffix(_PREPARED)
     config = expertd.ClientConfig(job.target, transport=transport, max_in_flight=max(32, job.in_flight))
     with expertd.Client(config) as client:
+        seeds = stream_seeds(job, index)
 
         def arguments() -> dict[str, Any]:
             """Of one place in flight."""
-            arrays = shape.arrays()
+            arrays = shape.arrays(next(seeds))
             if not job.transport.endswith((_IN_PLACE, _PREPARED)):
                 return arrays
             copies = {name: client.empty(array.shape, array.dtype) for name, array in arrays.items()}
@@ -234,15 +243,23 @@ def run_sdk(job: Job, index: int, record: Record, gate: Gate) -> None:
 
         layers = layers_of(job, index)
         if not job.transport.endswith(_PREPARED):
-            forwards = [functools.partial(client.forward, layer, **arguments()) for layer in layers]
-            ask_in_threads(job, index, record, gate, [functools.partial(ask, forward) for forward in forwards])
+            forwards = [partial(client.forward, layer, **arguments()) for layer in layers]
+            ask_in_threads(job, index, record, gate, [partial(ask, forward) for forward in forwards])
             return
         calls = [client.prepare(expertd.ForwardRequest(layer=layer, **arguments())) for layer in layers]
-        steps: list[Steps] = [(call.start, functools.partial(ask, call.wait)) for call in calls]
+        steps = [Steps(call, partial(ask, call.wait)) for call in calls]
         if job.rate is None:
             ask_in_turn(job, record, gate, steps)
         else:
             ask_when_due(job, index, record, gate, steps)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A prepared call that is made in steps. wait: in place of its own; raises FailedError."""
+
+    call: PreparedForward[Any]
+    wait: Callable[[], None]
 
 
 class FailedError(Exception):
@@ -278,65 +295,76 @@ def ask_in_threads(job: Job, index: int, record: Record, gate: Gate, asks: list[
 
 
 def ask_in_turn(job: Job, record: Record, gate: Gate, calls: list[Steps]) -> None:
-    """Start all of these, wait for each and start it again, in this thread, when the first was answered once."""
-    start, wait_for = calls[0]
-    start()
-    note(record, wait_for, None)
-    gate.arrive()
-    gate.wait()
-    in_flight: deque[tuple[int, float]] = deque()
+    """Start all of these, wait for each and start it again, in this thread, when each was answered once. Of several
+    layers some answer before others that were asked sooner: these start again, too, whenever one was waited for."""
+    answer_each_once(record, gate, calls)
+    due_s: dict[int, float] = {}
+    """By number of the call, in the order in which they were started."""
 
     def begin(number: int) -> None:
-        in_flight.append((number, time.monotonic()))
-        calls[number][0]()
+        due_s[number] = time.monotonic()
+        calls[number].call.start()
+
+    def end(number: int) -> None:
+        note(record, calls[number], due_s.pop(number))
 
     for number in range(len(calls)):
         begin(number)
-    while in_flight:
-        number, due_s = in_flight.popleft()
-        note(record, calls[number][1], due_s)
+    while due_s:
+        answered = [next(iter(due_s))]
+        end(answered[0])
+        if len(job.layers) > 1:
+            others = [number for number in due_s if calls[number].call.is_answered]
+            for number in others:
+                end(number)
+            answered += others
         if time.monotonic() < job.end_s:
-            begin(number)
+            for number in answered:
+                begin(number)
 
 
 def ask_when_due(job: Job, index: int, record: Record, gate: Gate, calls: list[Steps]) -> None:
     """Start whichever of these is free when a request is due, when each was answered once; where none is, the request
     waits, which counts. Another thread waits for them in the order in which they were started, which is that of the
     answers as long as one layer is asked for."""
-    for start, wait_for in calls:  # all of them: the server maps and pins memory when it is first used
-        start()
-        note(record, wait_for, None)
-    gate.arrive()
-    gate.wait()
+    answer_each_once(record, gate, calls)
     # The one that was used last first: its memory is in caches, and no more is used than there is in flight.
-    free: queue.LifoQueue[int] = queue.LifoQueue()
-    for number in range(len(calls)):
-        free.put(number)
-    started: queue.SimpleQueue[tuple[int, float] | None] = queue.SimpleQueue()
+    free: queue.LifoQueue[Steps] = queue.LifoQueue()
+    for call in calls:
+        free.put(call)
+    started: queue.SimpleQueue[tuple[Steps, float] | None] = queue.SimpleQueue()
 
     def wait_for_all() -> None:
         while (one := started.get()) is not None:
-            number, due_s = one
-            note(record, calls[number][1], due_s)
-            free.put(number)
+            note(record, *one)
+            free.put(one[0])
 
     waiter = threading.Thread(target=wait_for_all)
     waiter.start()
     try:
         for due_s in due_times(job, index):
             sleep_until(due_s)
-            number = free.get(timeout=_PATIENCE_S)
-            calls[number][0]()
-            started.put((number, due_s))
+            call = free.get(timeout=_PATIENCE_S)
+            call.call.start()
+            started.put((call, due_s))
     finally:
         started.put(None)
         waiter.join()
 
 
-def note(record: Record, wait_for: Callable[[], None], due_s: float | None) -> None:
+def answer_each_once(record: Record, gate: Gate, calls: list[Steps]) -> None:
+    """Before the clock is told: the server maps and pins memory when it is first used."""
+    for call in calls:
+        call.call.start()
+        note(record, call, None)
+    gate.arrive()
+    gate.wait()
+
+
+def note(record: Record, call: Steps, due_s: float | None) -> None:
     """Wait for an answer and note when it is there; due_s: None where it does not count."""
     try:
-        wait_for()
+        call.wait()
     except FailedError as error:
         record.fail(str(error))
     else:

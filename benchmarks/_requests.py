@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,22 +31,17 @@ class RequestShape:
         """Bytes of the tensor that comes back."""
         return self.num_tokens * self.hidden_size * 2
 
-    def arrays(self) -> dict[str, Any]:
-        """Arguments of expertd.Client.forward."""
-        return dict(_arrays(self))
+    def arrays(self, seed: int = 0) -> dict[str, Any]:
+        """Arguments of expertd.Client.forward, random ones."""
+        chance = np.random.default_rng(seed)
+        codes = chance.integers(0, 0x70, (self.num_tokens, self.hidden_size), dtype=np.uint8)
+        codes |= chance.integers(0, 2, codes.shape, dtype=np.uint8) << 7
+        logits = chance.standard_normal((self.num_tokens, self.num_experts), np.float32)
+        return {"hidden_states": codes.view(ml_dtypes.float8_e4m3fn), "routing_logits": logits}
 
 
-@functools.cache
-def _arrays(shape: RequestShape) -> dict[str, np.ndarray[Any, Any]]:
-    chance = np.random.default_rng(0)
-    codes = chance.integers(0, 0x70, (shape.num_tokens, shape.hidden_size), dtype=np.uint8)
-    codes |= chance.integers(0, 2, codes.shape, dtype=np.uint8) << 7
-    logits = chance.standard_normal((shape.num_tokens, shape.num_experts), np.float32)
-    return {"hidden_states": codes.view(ml_dtypes.float8_e4m3fn), "routing_logits": logits}
-
-
-def _message(layer: str, shape: RequestShape) -> pb.ForwardRequest:
-    arrays = _arrays(shape)
+def _message(layer: str, shape: RequestShape, seed: int) -> pb.ForwardRequest:
+    arrays = shape.arrays(seed)
     hidden, logits = arrays["hidden_states"], arrays["routing_logits"]
     return pb.ForwardRequest(
         layer=layer,
@@ -56,11 +50,11 @@ def _message(layer: str, shape: RequestShape) -> pb.ForwardRequest:
     )
 
 
-def unary_message(layer: str, shape: RequestShape) -> bytes:
+def unary_message(layer: str, shape: RequestShape, seed: int = 0) -> bytes:
     """A serialised ForwardRequest."""
-    return _message(layer, shape).SerializeToString()
+    return _message(layer, shape, seed).SerializeToString()
 
 
-def stream_message(request_id: int, layer: str, shape: RequestShape) -> bytes:
+def stream_message(request_id: int, layer: str, shape: RequestShape, seed: int = 0) -> bytes:
     """A serialised ForwardStreamRequest."""
-    return pb.ForwardStreamRequest(id=request_id, request=_message(layer, shape)).SerializeToString()
+    return pb.ForwardStreamRequest(id=request_id, request=_message(layer, shape, seed)).SerializeToString()

@@ -87,6 +87,11 @@ class Pipeline:
         """Make the caller's thread look again, because the client was closed. From any thread."""
         self._settled.put(None)
 
+    @property
+    def has_news(self) -> bool:
+        """Whether something has come of an operation that nobody has looked at; or one has failed as it was started."""
+        return not self._settled.empty() or any(operation.error is not None for operation in self._operations)
+
     def _arrived(self, run: Run, outcome: Outcome) -> None:
         self._settled.put((run, outcome))
 

@@ -66,6 +66,17 @@ class PreparedForward(Generic[ArrayT]):
         """
         self._start(reads=False)
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether there is something for `wait` to return, or to look at, of the request that was started.
+
+        As far as it was read: whoever waits for one of the client's calls takes the answers to others as well.
+        """
+        sent = self._sent
+        if sent is not None:
+            return not sent.settled.empty()
+        return self._pipeline is not None and self._pipeline.has_news
+
     def wait(self) -> ForwardResult[ArrayT]:
         """The result of the request that was started. Raises ExpertdError: see `expertd.errors`."""
         sent = self._sent
