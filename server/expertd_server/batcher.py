@@ -42,6 +42,10 @@ _MIN_RETRY_DELAY_S = 0.001
 _MAX_RETRY_DELAY_S = 10.0
 # What `hurry` waits for a batch: longer than a small one takes, shorter than others mind.
 _BRIEFLY_S = 0.0005
+# To wake who asked takes longer than most else that is done for a batch. Where as much waits as so many of its size
+# hold, answers are told of together, those of some batches: beside the time that all have waited that is little.
+_LONG_QUEUE_BATCHES = 16
+_TOLD_TOGETHER = 4
 # Weight of the newest batch in the moving average of the drain rate.
 _RATE_SMOOTHING = 0.2
 
@@ -93,6 +97,8 @@ class Batcher(Generic[P, R]):
         self._here: ServingThread | None = None
         self._bell: Bell | None = None
         """Rung by each batch that is over, where the serving thread launches and hands out and does not wait."""
+        self._num_untold = 0
+        """Batches that were handed out since the serving thread was last told so."""
         self._is_called = False
         self._caller: threading.Thread | None = None
         self._alone: Batch[P, R] | None = None
@@ -382,12 +388,21 @@ class Batcher(Generic[P, R]):
             self._account_served(batch, flight.launched_s)
         finally:
             try:
-                if self._here is not None:
-                    self._here.told()
+                self._tell(batch)
                 running.close()
             finally:
                 self._taken.pop(batch.number, None)
             del flight, batch, running  # an error holds this frame, see _clear_frames
+
+    def _tell(self, batch: Batch[P, R]) -> None:
+        """A batch was handed out: tell the serving thread, now or together with those in flight."""
+        if self._here is None:
+            return
+        self._num_untold += 1
+        is_long = self._waiting.num_requests >= _LONG_QUEUE_BATCHES * batch.num_requests
+        if not (self._flights and is_long and self._num_untold < _TOLD_TOGETHER):
+            self._num_untold = 0
+            self._here.told()
 
     @property
     def is_draining(self) -> bool:

@@ -211,6 +211,24 @@ def test_many_in_flight_of_one_thread(server: Running, spy: Spy) -> None:
     assert spy.sent == 160
 
 
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_which_are_answered_is_known_when_one_was_waited_for(transport: str) -> None:
+    backend = SteeredBackend()
+    with running(backend) as one, connected("sync", one.server.port, transport) as driver:
+        first, second = InPlace(driver, 1, 1), InPlace(driver, 1, 2)
+        assert not first.call.is_answered, "nothing was started"
+        first.call.start()
+        backend.wait_started()
+        second.call.start()
+        assert not first.call.is_answered
+        assert not second.call.is_answered
+        backend.gate.set()
+        second.call.wait()
+        assert first.call.is_answered
+        assert not second.call.is_answered, "it was waited for"
+        first.call.wait()
+
+
 def test_more_in_flight_than_places(server: Running, spy: Spy) -> None:
     """Places become free although nobody waits for the answers that hold them."""
     port = server.server.port

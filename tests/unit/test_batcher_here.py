@@ -80,12 +80,14 @@ class Here:
     def __init__(self) -> None:
         self._asked: deque[Callable[[], object]] = deque()
         self.bells: list[Bell] = []
+        self.num_told = 0
 
     def soon(self, function: Callable[[], object]) -> None:
         self._asked.append(function)
 
     def told(self) -> None:
         """Nothing is put off."""
+        self.num_told += 1
 
     def bell(self, function: Callable[[], object]) -> Bell:
         self.bells.append(Bell(function, self._silence))
@@ -200,6 +202,21 @@ class TestInOneThread:
             here.step_until(promises[n].done)
         assert [promise.result(0) for promise in promises] == [f"{name} done" for name in "vwxyz"]
         assert batcher.drain(0.0)
+
+    def test_answers_are_told_of_together_as_long_as_much_waits(
+        self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]]
+    ) -> None:
+        batcher, here, launched = bench
+        num_requests = 26
+        promises = [batcher.submit(str(n), "x", 1) for n in range(num_requests)]  # 26 batches
+        here.step()
+        told = []
+        for n, promise in enumerate(promises):
+            launched[n].end()
+            here.step_until(promise.done)
+            told.append(here.num_told)
+        # As many as sixteen batches hold wait until the ninth is over; from then on each is told of at once.
+        assert told == [0, 0, 0, 1, 1, 1, 1, 2, 2, *range(3, 3 + num_requests - 9)]
 
     def test_of_a_device_that_is_lost_nobody_asks_more_than_once(
         self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]]
