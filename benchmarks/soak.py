@@ -9,10 +9,10 @@ with prepared calls, several of each thread in flight, one that cancels and sets
 every request is wrong, and victims of either transport that are killed with -9 in mid-stream and replaced. All request
 sizes from 1 to 512 tokens.
 
-Passes when every answer had the bits of the operator, run on the same kind of device in this process; when nothing
-failed that should not; when memory (RSS of the server's processes), open files, mappings of shared memory and GPU
-memory stayed flat and nothing of the server's lay in /dev/shm; and when, at the end, nothing is in flight and every
-case is answered once more. Exits with 1 if not.
+First a rehearsal of some seconds, in which is taken what is taken once and kept. Passes when every answer had the bits
+of the operator, run on the same kind of device in this process; when nothing failed that should not; when memory (RSS
+of the server's processes), open files, mappings of shared memory and GPU memory stayed flat and nothing of the server's
+lay in /dev/shm; and when, at the end, nothing is in flight and every case is answered once more. Exits with 1 if not.
 
 RSS counts as flat when its median over the last quarter of the run is at most 10 % and 32 MiB above that of the second.
 """
@@ -57,6 +57,15 @@ HERE = Path(__file__).resolve().parent
 START_TIMEOUT_S = 300.0
 SETTLE_TIMEOUT_S = 60.0
 SAMPLE_S = 1.0
+REHEARSAL_S = 5.0
+CLIENTS = (
+    ("steady", "shm", 3),
+    ("steady", "grpc", 3),
+    ("prepared", "shm", 2),
+    ("impatient", "auto", 6),
+    ("malformed", "grpc", 1),
+)
+"""That live to the end: kind, transport, threads."""
 VICTIM_LIFE_S = (0.1, 4.0)
 """From its first answer to its end."""
 EXPECTED = {"ok", "cancelled", "late", "refused"}
@@ -90,14 +99,21 @@ class Server:
         if options.frontends:
             command.append(f"--frontends={options.frontends}")
         self._is_gpu = options.gpu
+        self._ready = ready
         self.popen = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        self.target = ""
+        self.processes: list[psutil.Process] = []
+
+    def wait_ready(self) -> None:
+        """Return when every layer answers; exits when that takes too long."""
+        ready = self._ready
         until_s = time.monotonic() + START_TIMEOUT_S
         while not ready.exists():
             if time.monotonic() > until_s or self.popen.poll() is not None:
                 sys.exit(f"the server was not ready within {START_TIMEOUT_S:.0f} s")
             time.sleep(0.05)
         facts = json.loads(ready.read_text())
-        self.target: str = facts["address"]
+        self.target = facts["address"]
         self._metrics = f"http://127.0.0.1:{facts['metrics_port']}/metrics"
         self.processes = [psutil.Process(self.popen.pid)]
         self.processes += self.processes[0].children(recursive=True)
@@ -200,10 +216,11 @@ def main() -> None:
     console = Console(width=110)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        console.print("the operator's answers ...")
-        job = answers_of(options, folder)
         server = Server(options, folder)
         try:
+            console.print("the operator's answers ...")
+            job = answers_of(options, folder)
+            server.wait_ready()
             result = soak(server, job | {"target": server.target}, options, folder, console)
         finally:
             result_code = server.stop()
@@ -249,15 +266,15 @@ def soak(
     server: Server, job: dict[str, Any], options: argparse.Namespace, folder: Path, console: Console
 ) -> dict[str, Any]:
     """Load, look, let go, look again."""
-    ask_once(server, job, options)  # what is taken once and kept is there now
+    ask_once(server, job, options)
+    console.print("a rehearsal, so that what is taken once and kept is there ...")
+    rehearse(job, folder)
     settled(server)
     before, files_before = server.sample(), server.open_files()
-    kinds = [("steady", "shm", 3), ("steady", "grpc", 3), ("prepared", "shm", 2), ("impatient", "auto", 6)]
-    kinds += [("malformed", "grpc", 1)]
-    clients = [start(f"{kind}-{transport}", kind, transport, count, job, folder) for kind, transport, count in kinds]
+    clients = start_all(job, folder)
     chance = random.Random(1)
     victims = {transport: start_victim(transport, job, folder, chance) for transport in ("shm", "grpc")}
-    wait_for_answers([*clients, *victims.values()])
+    wait_for_answers(list(victims.values()))
     dies_s = dict.fromkeys(victims, 0.0)
     killed, num_killed = Counter[str](), 0
     samples: list[Sample] = []
@@ -328,6 +345,21 @@ def soak(
         "samples": [dataclasses.asdict(sample) for sample in samples[:: max(1, len(samples) // 60)]],
         "checks": checks,
     }
+
+
+def rehearse(job: dict[str, Any], folder: Path) -> None:
+    """All clients for some seconds."""
+    clients = start_all(job, folder)
+    time.sleep(REHEARSAL_S)
+    for client in clients:
+        client.finish()
+
+
+def start_all(job: dict[str, Any], folder: Path) -> list[Client]:
+    """Every client that lives to the end, each with an answer."""
+    clients = [start(f"{kind}-{transport}", kind, transport, count, job, folder) for kind, transport, count in CLIENTS]
+    wait_for_answers(clients)
+    return clients
 
 
 def start(  # noqa: PLR0917
