@@ -1,4 +1,4 @@
-"""A process of a server that has several, from its first line to its last: `python -m expertd_server.child NAME FD FD`.
+"""A process of a server that has several, from first line to last: `python -m expertd_server.child NAME FD FD FD`.
 
 The supervisor starts it and tells it what to be. Signals are the supervisor's business: a child ends when it is told
 to, or when the supervisor is gone.
@@ -33,12 +33,13 @@ _LOOK_UP_S: Final = 1.0
 _MAILBOX_TIMEOUT_S: Final = 5.0
 
 
-def start_child(name: str, control: socket.socket, mailbox: socket.socket) -> subprocess.Popen[bytes]:
-    """Start a child. name: ENGINE, or any other of a front-end; control: its end of the connection.
+def start_child(name: str, control: socket.socket, mailbox: socket.socket, port_file: int) -> subprocess.Popen[bytes]:
+    """Start a child. name: ENGINE, or any other of a front-end; control: its end of the connection; port_file: see
+    `PortShare`.
 
     It finds modules where this process does, and no file of the current directory takes the place of one.
     """
-    fds = control.fileno(), mailbox.fileno()
+    fds = control.fileno(), mailbox.fileno(), port_file
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "expertd_server.child", name, *map(str, fds)],
         pass_fds=fds,
@@ -50,9 +51,10 @@ def start_child(name: str, control: socket.socket, mailbox: socket.socket) -> su
 class Child:
     """A child's side of what it and the supervisor have to say to each other."""
 
-    def __init__(self, name: str, control: Control, mailbox: socket.socket, start: Start) -> None:
+    def __init__(self, name: str, control: Control, mailbox: socket.socket, port_file: int, start: Start) -> None:
         self.name = name
         self.mailbox = mailbox
+        self.port_file = port_file
         self.config, self.port, self.instance_id = start.config, start.port, start.instance_id
         self.is_draining = start.is_draining
         """Whether the server was told to drain before this process was started."""
@@ -102,7 +104,7 @@ class _Role(Protocol):
 
 
 def _main() -> int:
-    name, control_fd, mailbox_fd = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    name, (control_fd, mailbox_fd, port_file) = sys.argv[1], map(int, sys.argv[2:5])
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, signal.SIG_IGN)
     control = Control(socket.socket(fileno=control_fd))
@@ -116,7 +118,7 @@ def _main() -> int:
     else:
         from expertd_server.frontend import run_frontend as role  # noqa: PLC0415
     look_rarely()
-    return role(Child(name, control, mailbox, start))
+    return role(Child(name, control, mailbox, port_file, start))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from expertd_server.event_loop import EventLoop
 from expertd_server.exits import EXIT_CUT_OFF
 from expertd_server.listener import Listener
 from expertd_server.metrics import Metrics
+from expertd_server.port_sharing import PortShare
 from expertd_server.remote import EngineState, RemoteEngine
 from expertd_server.remote_layer import RemoteLayer
 from expertd_server.service import ServerFacts
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 class Frontend:
     """What a front-end process holds. mailbox: see `RemoteEngine`. on_serving: told whether requests are answered.
 
-    is_draining: whether the server was told to drain before this process was started.
+    is_draining: whether the server was told to drain before this process was started. port_share: see `Listener`.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Frontend:
         on_serving: Callable[[bool], None] = lambda _: None,
         *,
         is_draining: bool = False,
+        port_share: PortShare | None = None,
     ) -> None:
         self._config = config
         self._on_serving = on_serving
@@ -54,7 +56,7 @@ class Frontend:
         self.store: LayerStore[RemoteLayer] = LayerStore()
         self._loop = EventLoop.acquire()
         if config.grpc_on_one_core:
-            self._loop.stay_on(core_of(int(name.rpartition("-")[2])))
+            self._loop.stay_on(core_of(number_of(name)))
         self.engine = RemoteEngine(
             name,
             mailbox,
@@ -78,6 +80,7 @@ class Frontend:
             metrics=self.metrics,
             facts=facts,
             shares_port=True,
+            port_share=port_share,
             map_file=self.engine.regions.map_file,
         )
 
@@ -128,6 +131,11 @@ class Frontend:
         self._on_serving(is_serving)
 
 
+def number_of(name: str) -> int:
+    """That of the front-end with a name."""
+    return int(name.rpartition("-")[2])
+
+
 def run_frontend(child: Child) -> int:
     """Serve until the supervisor says stop; returns the exit code. Raises ConfigError."""
     frontend = Frontend(
@@ -137,6 +145,7 @@ def run_frontend(child: Child) -> int:
         child.instance_id,
         lambda serving: child.tell(is_serving=serving),
         is_draining=child.is_draining,
+        port_share=PortShare(child.port_file, number_of(child.name), child.config.frontends),
     )
     frontend.share_messages()
     child.listen(lambda: list(frontend.metrics.registry.collect()))

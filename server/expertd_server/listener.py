@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any, Protocol
 
 import grpc
@@ -20,6 +21,7 @@ from expertd_server.errors import ConfigError
 from expertd_server.event_loop import EventLoop
 from expertd_server.listen import bind
 from expertd_server.metrics import Metrics
+from expertd_server.port_sharing import PortShare
 from expertd_server.region_door import MapMemory, RegionDoor, map_memory
 from expertd_server.service import SERVICE_NAME, ExpertService, ServerFacts
 from expertd_server.store import LayerStore
@@ -66,7 +68,8 @@ class Listener:
     """ExpertService, health and reflection on one port. Until told otherwise, health says NOT_SERVING.
 
     codec: between messages and what the engine takes and gives. shares_port: whether other processes of this server
-    listen on the same port. map_file: maps callers' memory. Call `shutdown` in any case; again is of no effect.
+    listen on the same port; port_share: this one's place among them. map_file: maps callers' memory. Call `shutdown` in
+    any case; again is of no effect.
     """
 
     def __init__(
@@ -80,11 +83,13 @@ class Listener:
         facts: ServerFacts,
         shares_port: bool = False,
         map_file: MapMemory = map_memory,
+        port_share: PortShare | None = None,
     ) -> None:
         self._config = config
         self._shares_port = shares_port
         self._metrics = metrics
         self._region_door = _region_door(config, map_file)
+        self._port_share = port_share
         self.loop = EventLoop.acquire()
         calls = Calls(
             store=store,
@@ -105,6 +110,7 @@ class Listener:
             max_stream_answer_bytes=config.max_stream_answer_bytes,
             region_door=self._region_door,
             max_region_bytes=config.max_region_bytes,
+            on_streams=None if port_share is None else port_share.has,
         )
         self._health = _Health()
         self._serving: dict[str, bool] = {}
@@ -162,7 +168,8 @@ class Listener:
         if config.reflection:
             names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._grpc)
-        return bind(self._grpc, config, config.host, port, shares_port=self._shares_port)
+        listen = partial(bind, self._grpc, config, config.host, port, shares_port=self._shares_port)
+        return listen() if self._port_share is None else self._port_share.listen(listen)
 
     def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Have it run, and wait for it where that is possible."""
@@ -193,6 +200,8 @@ class Listener:
         if self._is_drained is not None:
             return self._is_drained
         drained = self._is_drained = self.drain(engine, grace_s)
+        if self._port_share is not None:
+            self._port_share.close()
         if self._grpc is not None:
             grace_s_left = _CLOSE_S if drained else 0
             self.loop.run(self._grpc.stop(grace_s_left), _START_S)

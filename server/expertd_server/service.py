@@ -48,7 +48,8 @@ class ExpertService:
     """The service. Errors are raised; `guarded` turns them into statuses.
 
     Everything runs in the event loop but `begin_drain` and `wait_idle`, which are for other threads.
-    region_door: where callers hand in memory; None: nowhere. max_region_bytes: most of one stream.
+    region_door: where callers hand in memory; None: nowhere. max_region_bytes: most of one stream. on_streams: told how
+    many are open.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class ExpertService:
         max_stream_answer_bytes: int,
         region_door: RegionDoor | None = None,
         max_region_bytes: int = 0,
+        on_streams: Callable[[int], object] | None = None,
     ) -> None:
         self.facts = facts
         self._calls = calls
@@ -74,6 +76,7 @@ class ExpertService:
         self._max_stream_answer_bytes = max_stream_answer_bytes
         self._region_door = region_door
         self._max_region_bytes = 0 if region_door is None else max_region_bytes
+        self._on_streams = on_streams
         self._changed = threading.Condition()
         self._unary_calls = 0
         self._streams: set[Stream] = set()
@@ -238,12 +241,16 @@ class ExpertService:
                 _BUSY_RETRY_DELAY_S,
             )
         self._streams.add(stream)
+        if self._on_streams is not None:
+            self._on_streams(len(self._streams))
         if self._is_draining:
             stream.close()
         context.add_done_callback(lambda _: self._leave_stream(stream))  # type: ignore[arg-type]
 
     def _leave_stream(self, stream: Stream) -> None:
         self._streams.discard(stream)
+        if self._on_streams is not None:
+            self._on_streams(len(self._streams))
         self._tell_idle()
 
     def _tell_idle(self) -> None:

@@ -27,6 +27,7 @@ from expertd_server.errors import ConfigError
 from expertd_server.exits import EXIT_CUT_OFF, EXIT_FAILED
 from expertd_server.host_memory import available_memory_bytes
 from expertd_server.metrics_endpoint import MetricsEndpoint
+from expertd_server.port_sharing import make_port_file
 from expertd_server.ready import clear_ready_file, write_ready_file
 from expertd_server.ring import shared_bytes
 from expertd_server.server_metrics import ServerMetrics
@@ -78,6 +79,7 @@ class Supervisor:
         self._frontends = [_Process(f"frontend-{number}") for number in range(config.frontends)]
         self._processes = [self._engine, *self._frontends]
         self._mailbox_in, self._mailbox_out = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._port_file = make_port_file(config.frontends)
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._signals: list[int] = []
         self._metrics = ServerMetrics(self._ask_for_metrics)
@@ -134,7 +136,7 @@ class Supervisor:
         mailbox = self._mailbox_out if process.is_engine else self._mailbox_in
         with theirs:
             try:
-                process.popen = start_child(process.name, theirs, mailbox)
+                process.popen = start_child(process.name, theirs, mailbox, self._port_file)
             except OSError:
                 mine.close()
                 raise

@@ -1,12 +1,18 @@
-"""Programs of benchmarks/ that drive parts of a server without gRPC follow these parts."""
+"""Programs of benchmarks/ follow what they drive: parts of a server without gRPC, and servers as clients of theirs."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+from serving import HIDDEN_SIZE, LAYER, NUM_EXPERTS, PATIENCE_S, running
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from _load import Gate, Job, Record, due_times, run_one
 
 PROGRAMS = Path(__file__).parents[2] / "benchmarks"
 
@@ -31,3 +37,36 @@ def test_it_runs(program: str, options: list[str], expected: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
+
+
+@pytest.mark.parametrize("rate", [None, 200.0])
+@pytest.mark.parametrize("transport", ["sdk-shm-prepared", "sdk-shm-inplace", "sdk-stream", "stream"])
+def test_a_client_of_bench_service_has_an_answer_to_all_that_is_due(transport: str, rate: float | None) -> None:
+    with running() as server:
+        job = Job(
+            target=f"127.0.0.1:{server.server.port}",
+            method="/expertd.v1.ExpertService/ForwardStream",
+            transport=transport,
+            layers=[LAYER],
+            shape={"num_tokens": 2, "hidden_size": HIDDEN_SIZE, "num_experts": NUM_EXPERTS},
+            streams=1,
+            in_flight=4 if rate is None else 20,
+            rate=rate,
+            warmup_s=0.0,
+            seed=0,
+            result_file="",
+        )
+        record, gate = Record(), Gate()
+        thread = threading.Thread(target=run_one, args=(job, 0, record, gate))
+        thread.start()
+        gate.wait_arrived(1)
+        job.begin_s = time.monotonic()
+        job.end_s = job.begin_s + 0.5
+        gate.open()
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+    assert record.errors == {}
+    assert record.times
+    assert all(job.begin_s <= due_s <= done_s for due_s, done_s in record.times)
+    if rate is not None:
+        assert sorted(due_s for due_s, _ in record.times) == list(due_times(job, 0))

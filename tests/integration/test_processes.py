@@ -481,6 +481,20 @@ def test_a_drain_outlives_every_process_that_was_told(tmp_path: Path) -> None:
         assert server.popen.wait(PATIENCE_S) == 0, server.errors()
 
 
+def test_front_ends_have_as_many_streams_as_each_other(tmp_path: Path) -> None:
+    with Processes(tmp_path) as server, contextlib.ExitStack() as stack:
+        facts = server.facts()
+        clients = []
+        for _ in range(20):  # of which lots alone would leave one with twelve or more every second time
+            client = stack.enter_context(expertd.Client(f"127.0.0.1:{facts['port']}"))
+            hidden, logits = np.ones((2, HIDDEN_SIZE), np.float32), np.ones((2, NUM_EXPERTS), np.float32)
+            client.forward(LAYER, hidden, routing_logits=logits)
+            clients.append(client)
+        most, fewest = (pick(map(server._connections, facts["frontend_pids"])) for pick in (max, min))
+        assert most - fewest <= 2
+        assert most + fewest == 20
+
+
 def test_grpc_stays_on_one_core_and_the_rest_of_the_process_does_not(tmp_path: Path) -> None:
     with Processes(tmp_path, "--grpc-on-one-core") as server:
         facts = server.facts()

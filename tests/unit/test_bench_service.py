@@ -17,11 +17,11 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from _load import Gate, Job, Record, run_one
+from _load import FailedError, Gate, Job, Record, ask_when_due, due_times, run_one
 from _peers import Peer, PeerMissingError, compared, facts_of, running_peer
 from _requests import RequestShape
 from _v2 import Encoding, v2_message
-from bench_service import parse_options
+from bench_service import open_places, parse_options
 
 SHAPE = RequestShape(num_tokens=3, hidden_size=200, num_experts=5)
 PATIENCE_S = 30.0
@@ -204,3 +204,82 @@ def test_what_ends_a_client_is_told(slow: tuple[SlowToBegin, str], transport: st
         gate.open()
     assert record.times == []
     assert [what for what in record.errors if "RESOURCE_EXHAUSTED" in what]
+
+
+class TakesItsTime:
+    """A call of which nothing is known before a while has passed."""
+
+    WHILE_S = 0.1
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.until_s = 0.0
+        self.fails = fails
+
+    def start(self) -> None:
+        assert time.monotonic() >= self.until_s, "it is started before it was waited for"
+        self.until_s = time.monotonic() + self.WHILE_S
+
+    def wait(self) -> None:
+        time.sleep(max(0.0, self.until_s - time.monotonic()))
+        if self.fails:
+            raise FailedError("it failed")
+
+
+def asked_when_due(*, places: int, fails: bool = False) -> tuple[Record, list[float]]:
+    """What becomes of 300 requests in a second, and when they were due."""
+    job = Job(
+        target="",
+        method="",
+        transport="sdk-shm-prepared",
+        layers=[],
+        shape={},
+        streams=1,
+        in_flight=places,
+        rate=300.0,
+        warmup_s=0.0,
+        seed=0,
+        result_file="",
+    )
+    record, gate = Record(), Gate()
+    calls = [TakesItsTime(fails=fails) for _ in range(places)]
+    steps = [(call.start, call.wait) for call in calls]
+    thread = threading.Thread(target=ask_when_due, args=(job, 0, record, gate, steps))
+    thread.start()
+    gate.wait_arrived(1)
+    job.begin_s = time.monotonic()
+    job.end_s = job.begin_s + 1.0
+    gate.open()
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+    return record, list(due_times(job, 0))
+
+
+def test_in_the_open_loop_nobody_waits_for_an_answer_before_the_next_is_asked_for() -> None:
+    record, due = asked_when_due(places=100)
+    assert [due_s for due_s, _ in record.times] == due
+    assert record.errors == {}
+    latencies = [done_s - due_s for due_s, done_s in record.times]
+    assert min(latencies) >= TakesItsTime.WHILE_S
+    assert np.median(latencies) < 3 * TakesItsTime.WHILE_S
+
+
+def test_what_finds_no_place_waits_for_one_and_that_counts() -> None:
+    record, due = asked_when_due(places=10)
+    assert [due_s for due_s, _ in record.times] == due
+    # Ten in a tenth of a second, a third of what is due.
+    assert record.times[-1][1] - record.times[-1][0] > 1.0
+
+
+def test_what_fails_is_counted_and_its_place_used_again() -> None:
+    record, due = asked_when_due(places=40, fails=True)
+    assert record.times == []
+    assert record.errors == {"it failed": 40 + len(due)}
+
+
+def test_places_of_the_open_loop_fit_in_what_a_client_shares() -> None:
+    assert open_places("stream", SHAPE) == 100
+    assert open_places("sdk-shm-prepared", SHAPE) == 60
+    for num_tokens in (128, 512, 1024):
+        shape = RequestShape(num_tokens, 2048, 128)
+        places = open_places("sdk-shm-prepared", shape)
+        assert 8 < places * (shape.request_bytes + shape.answer_bytes + 3 * 8192) / 2**20 < 127, "half of 256 MiB"

@@ -16,7 +16,8 @@ PATIENCE_S = 30.0
 def test_metrics_that_fail_leave_a_child_that_listens(caplog: pytest.LogCaptureFixture) -> None:
     mine, theirs = socket.socketpair()
     supervisor = Control(mine)
-    child = Child("engine", Control(theirs), mine, Start(Config(synthetic="tiny"), 1, "an-instance", is_draining=False))
+    start = Start(Config(synthetic="tiny"), 1, "an-instance", is_draining=False)
+    child = Child("engine", Control(theirs), mine, -1, start)
     answers = iter([RuntimeError("changed size during iteration"), ["a family"]])
 
     def collect() -> list[str]:

@@ -126,6 +126,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "listen",
             "listener",
             "loader",
+            "port_sharing",
             "sources",
         }
     ),
