@@ -35,6 +35,7 @@ from serving import (
     running,
 )
 from shared_memory import mapped_regions
+from shared_port import skip_without_programs
 
 import expertd
 from expertd.v1 import expertd_pb2 as pb
@@ -482,6 +483,7 @@ def test_a_drain_outlives_every_process_that_was_told(tmp_path: Path) -> None:
 
 
 def test_front_ends_have_as_many_streams_as_each_other(tmp_path: Path) -> None:
+    skip_without_programs()
     with Processes(tmp_path) as server, contextlib.ExitStack() as stack:
         facts = server.facts()
         clients = []

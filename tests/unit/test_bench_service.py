@@ -17,7 +17,7 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from _load import FailedError, Gate, Job, Record, ask_when_due, due_times, run_one
+from _load import FailedError, Gate, Job, Record, Steps, ask_when_due, due_times, run_one
 from _peers import Peer, PeerMissingError, compared, facts_of, running_peer
 from _requests import RequestShape
 from _v2 import Encoding, v2_message
@@ -242,7 +242,7 @@ def asked_when_due(*, places: int, fails: bool = False) -> tuple[Record, list[fl
     )
     record, gate = Record(), Gate()
     calls = [TakesItsTime(fails=fails) for _ in range(places)]
-    steps = [(call.start, call.wait) for call in calls]
+    steps = [Steps(call, call.wait) for call in calls]
     thread = threading.Thread(target=ask_when_due, args=(job, 0, record, gate, steps))
     thread.start()
     gate.wait_arrived(1)

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+from shared_port import skip_without_programs
 
 from expertd_server import port_sharing
 from expertd_server.port_sharing import PortShare, lots, make_port_file, wanted
@@ -84,6 +85,7 @@ def group(request: pytest.FixtureRequest) -> Iterator[Group]:
 
 
 def test_who_has_fewer_streams_gets_what_comes(group: Group) -> None:
+    skip_without_programs()
     for busy in range(NUM_PROCESSES):
         for number, one in enumerate(group.all):
             one.share.has(0 if number == busy else 9)
@@ -105,6 +107,7 @@ def test_between_equals_lots_are_drawn(group: Group) -> None:
 
 
 def test_one_that_was_started_again_is_counted_anew_and_nobody_is_mixed_up(group: Group) -> None:
+    skip_without_programs()
     for one in group.all:
         one.share.has(9)
     group.replace(0)
