@@ -140,8 +140,8 @@ __device__ __forceinline__ void send_counts(const RouteParams& p, WaySmem<kClust
     __syncwarp();
     if (peer < share.num_blocks && peer != share.block && first + chunk < p.num_local) {
       uint8_t* counts = own + first + chunk;
-      sm90::send_v4(sm90::smem_address(counts), *reinterpret_cast<const int4*>(counts),
-                    sm90::smem_address(&smem.all_sent), peer);
+      sm90::st_async_v4(sm90::smem_address(counts), *reinterpret_cast<const int4*>(counts),
+                        sm90::smem_address(&smem.all_sent), peer);
     }
   }
   if (p.num_local > static_cast<int>(blockDim.x)) __syncthreads();  // else who has counted an expert reads it again
@@ -168,7 +168,9 @@ __global__ void __launch_bounds__(kMaxWarps<kPer> * 32, 1) route_kernel(const __
   if constexpr (kWay == kCluster) {
     if (gridDim.x > 1) {
       if (threadIdx.x == 0) {
-        sm90::mbarrier_init(sm90::smem_address(&smem.all_sent), (gridDim.x - 1) * ((p.num_local + 15) / 16));
+        const uint32_t all_sent = sm90::smem_address(&smem.all_sent);
+        sm90::mbarrier_init(all_sent, 1);
+        sm90::mbarrier_arrive_expect_tx(all_sent, (gridDim.x - 1) * ((p.num_local + 15) & ~15));
         sm90::fence_mbarrier_init();
       }
       __syncwarp();

@@ -27,7 +27,18 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t bar, uint32_t b
       "r"(block)
       : "memory");
 }
-// Sixteen bytes into another block's shared memory; who waits for the barrier there sees them.
+// Sixteen bytes into another block's shared memory; who waits for the barrier there sees them. The barrier's owner must
+// expect them; `send_v4` arrives there and makes it do so.
+__device__ __forceinline__ void st_async_v4(uint32_t address, int4 v, uint32_t bar, uint32_t block) {
+  asm volatile(
+      "{\n.reg .b32 remote, remote_bar;\n"
+      "mapa.shared::cluster.u32 remote, %0, %2;\n"
+      "mapa.shared::cluster.u32 remote_bar, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [remote], {%3, %4, %5, %6}, [remote_bar];\n"
+      "}\n" ::"r"(address),
+      "r"(bar), "r"(block), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+      : "memory");
+}
 __device__ __forceinline__ void send_v4(uint32_t address, int4 v, uint32_t bar, uint32_t block) {
   asm volatile(
       "{\n.reg .b32 remote, remote_bar;\n"
