@@ -1,7 +1,13 @@
-"""The layers that the kernels are measured on: shapes of known models, random weights, inputs, and what they cost."""
+"""The layers that the kernels are measured on: shapes of known models, random weights, inputs, and what they cost.
+
+Random, but the same in every run, whatever else it measures: a case's weights and routing bias follow from its name,
+inputs from that, the number of tokens and the kind of routing. Otherwise a slice of the experts would have a tenth more
+rows in one run than in another, by the bias alone.
+"""
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +23,7 @@ from expertd_server.weights import ExpertWeights
 if TYPE_CHECKING:
     from expertd_server.backend_cuda import CudaBackend
 
-__all__ = ["CASES", "make_call", "make_layer", "relative_error", "work"]
+__all__ = ["CASES", "make_call", "make_layer", "relative_error", "seed_of", "work"]
 
 FP8 = torch.float8_e4m3fn
 CASES = {
@@ -29,6 +35,11 @@ CASES = {
 }
 
 
+def seed_of(*what: object) -> int:
+    """A seed that is the same in every run for the same names and numbers."""
+    return zlib.crc32(" ".join(map(str, what)).encode())
+
+
 def random_fp8(*shape: int, device: torch.device, size: float = 1.0) -> torch.Tensor:
     """Normal values, expert by expert so that the float copy stays small."""
     out = torch.empty(*shape, dtype=FP8, device=device)
@@ -37,8 +48,9 @@ def random_fp8(*shape: int, device: torch.device, size: float = 1.0) -> torch.Te
     return out
 
 
-def make_layer(backend: CudaBackend, spec: LayerSpec, max_num_tokens: int) -> PreparedLayer:
-    """A layer whose activations and outputs are of order 1."""
+def make_layer(backend: CudaBackend, spec: LayerSpec, max_num_tokens: int, seed: int) -> PreparedLayer:
+    """A layer whose activations and outputs are of order 1. Seeds torch's generators."""
+    torch.manual_seed(seed)
     experts, hidden, inter = spec.num_local, spec.hidden_size, spec.intermediate_size
     device = backend.device
     ones = torch.ones(experts, device=device)
@@ -63,9 +75,12 @@ def make_logits(spec: LayerSpec, num_tokens: int, zipf: bool, device: torch.devi
     return logits
 
 
-def make_call(layer: PreparedLayer, num_tokens: int, zipf: bool, touched: int | None) -> Call:
-    """Random inputs; touched: drawn until that many local experts are chosen, so that runs compare."""
+def make_call(layer: PreparedLayer, num_tokens: int, zipf: bool, touched: int | None, seed: int) -> Call:
+    """Random inputs; touched: drawn until that many local experts are chosen, as many as the peers' runs had. Seeds
+    torch's generators.
+    """
     spec, device = layer.spec, layer.weights.device
+    torch.manual_seed(seed)
     for _ in range(100):
         logits = make_logits(spec, num_tokens, zipf, device)
         if touched is None or zipf:

@@ -3,6 +3,7 @@
 Rules: routing logits in, bfloat16 out, hidden states already FP8, the whole layer in one CUDA graph; 256 MiB are read
 before each replay, so that weights, logits and activations are cold; median of CUDA-event times. The floor of a cell is
 the larger of (touched weights + tokens in and out) / measured read rate and FLOPs / best measured dense FP8 rate.
+Weights, routing bias, logits and tokens are random, and the same in every run (`_kernel_cases.py`).
 
 Sustained figures, of prefill: replays back to back for some seconds, so that the card's power is the bound; median of
 the last second, and the dense FP8 rate of their floor is measured the same way.
@@ -28,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from _common import header, write_json
-from _kernel_cases import CASES, make_call, make_layer, work
+from _kernel_cases import CASES, make_call, make_layer, seed_of, work
 from _kernel_cells import time_cell, time_peer
 from _kernel_table import read_published, row, summarize, title
 from _kernel_timer import WINDOW_S, Timer, fp8_rate_tflops, read_rate_gbs, sustained_fp8_rate_tflops
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def measure(layer: PreparedLayer, name: str, num_tokens: int, zipf: bool) -> None:
         touched = published["experts_touched"].get(name, {}).get(str(num_tokens)) if published else None
-        call = make_call(layer, num_tokens, zipf, touched)
+        call = make_call(layer, num_tokens, zipf, touched, seed_of(name, num_tokens, "zipf" if zipf else "even"))
         backend.force_family = None
         sustained_s = args.sustained if num_tokens >= PREFILL_TOKENS else 0.0
         more = {"stages": args.stages, "check_rows": args.check_rows, "sustained_s": sustained_s}
@@ -133,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     print(title(sustained=bool(args.sustained), peers=args.beside))
     for name in args.cases:
-        layer = make_layer(backend, CASES[name], max(args.tokens))
+        layer = make_layer(backend, CASES[name], max(args.tokens), seed_of(name))
         beside.open(name, layer.spec, layer.weights)
         for num_tokens in args.tokens:
             for zipf in (False, True) if args.zipf else (False,):

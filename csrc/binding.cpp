@@ -37,7 +37,8 @@ void route(Address logits, int logits_dtype, Address bias, int bias_dtype, Addre
            int num_local, int method, int n_group, int topk_group, float routed_scaling_factor, bool norm_topk_prob,
            int tile_n, int tile_quantum, int tiles_per_block, int cluster, Address topk_ids, Address topk_weights,
            Address replay, Address counts, Address expanded_to_row, Address row_token, Address row_weight,
-           Address schedule, Address tiles, Address tile_ready, Address stream, bool pdl) {
+           Address schedule, Address tiles, Address tile_ready, Address weights, size_t expert_bytes, int early_blocks,
+           int early_bytes, Address stream, bool pdl) {
   RouteParams p = {};
   p.logits = pointer<void>(logits);
   p.logits_dtype = static_cast<DType>(logits_dtype);
@@ -71,6 +72,10 @@ void route(Address logits, int logits_dtype, Address bias, int bias_dtype, Addre
   p.schedule = pointer<Schedule>(schedule);
   p.tiles = pointer<TokenTile>(tiles);
   p.tile_ready = pointer<int>(tile_ready);
+  p.weights = pointer<uint8_t>(weights);
+  p.expert_bytes = expert_bytes;
+  p.early_blocks = early_blocks;
+  p.early_bytes = early_bytes;
   launch_route(p, launch_config(stream, pdl));
 }
 
@@ -188,7 +193,8 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("routed_scaling_factor"), py::arg("norm_topk_prob"), py::arg("tile_n"), py::arg("tile_quantum"),
         py::arg("tiles_per_block"), py::arg("cluster"), py::arg("topk_ids"), py::arg("topk_weights"), py::arg("replay"),
         py::arg("counts"), py::arg("expanded_to_row"), py::arg("row_token"), py::arg("row_weight"), py::arg("schedule"),
-        py::arg("tiles"), py::arg("tile_ready"), py::arg("stream"), py::arg("pdl"), release());
+        py::arg("tiles"), py::arg("tile_ready"), py::arg("weights"), py::arg("expert_bytes"), py::arg("early_blocks"),
+        py::arg("early_bytes"), py::arg("stream"), py::arg("pdl"), release());
   m.def("gemm1", &gemm1, py::kw_only(), py::arg("family"), py::arg("activation"), py::arg("maps"), py::arg("x"),
         py::arg("row_token"), py::arg("row_weight"), py::arg("scale_gate"), py::arg("scale"), py::arg("out"),
         py::arg("out_columns"), py::arg("k"), py::arg("weight_rows"), py::arg("max_token_tiles"),

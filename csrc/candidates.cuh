@@ -10,6 +10,7 @@
 
 #include "order_key.cuh"
 #include "params.h"
+#include "sm90.cuh"
 #include "warp.cuh"
 
 namespace expertd {
@@ -30,10 +31,6 @@ template <int kPer>
 __device__ __forceinline__ bool lists_candidates(const RouteParams& p) {
   const bool groups = p.n_group == kListGroups && p.num_experts == 32 * kPer && p.top_k <= 2 * p.topk_group;
   return p.top_k <= kListSlots && (p.n_group <= 1 || groups);
-}
-
-__device__ __forceinline__ bool is_better(uint2 candidate, uint2 than) {
-  return (static_cast<uint64_t>(candidate.y) << 32 | candidate.x) > (static_cast<uint64_t>(than.y) << 32 | than.x);
 }
 
 // The two greatest of some keys.
@@ -118,26 +115,33 @@ __device__ __forceinline__ bool slots_of_list(const RouteParams& p, const uint32
     listed += bit * __popc(lanes);
   }
   if (listed > kListLength) return false;
+  // NOTE: addresses, because the compiler would make a new one of an index for each candidate.
+  uint32_t key_at = sm90::smem_address(smem.candidates + at), score_at = sm90::smem_address(smem.scores + at);
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
     if ((reached >> i & 1) != 0) {
-      smem.candidates[at] = make_uint2(~(lane * kPer + i), keys[i]);
-      if constexpr (kScores) smem.scores[at] = scores[i];
-      ++at;
+      sm90::st_shared_v2(key_at, ~(lane * kPer + i), keys[i]);
+      key_at += sizeof(uint2);
+      if constexpr (kScores) {
+        sm90::st_shared(score_at, __float_as_uint(scores[i]));
+        score_at += sizeof(float);
+      }
     }
   }
   __syncwarp();
   const uint2 mine = smem.candidates[lane];
   const float my_score = kScores ? smem.scores[lane] : 0.0f;
-  int better = 0;
+  int rank = 0;  // below 0
   const auto look_at = [&](int n) {
     const uint4 others = *reinterpret_cast<const uint4*>(&smem.candidates[n]);
-    better += is_better({others.x, others.y}, mine) + is_better({others.z, others.w}, mine);
+    rank = sm90::less_if_below(rank, mine, {others.x, others.y});
+    rank = sm90::less_if_below(rank, mine, {others.z, others.w});
   };
 #pragma unroll
   for (int n = 0; n < kListFirst; n += 2) look_at(n);
 #pragma unroll 1
   for (int n = kListFirst; n < listed; n += 4) look_at(n), look_at(n + 2);
+  const int better = -rank;
   const bool chosen = mine.y != 0 && better < p.top_k;
   tell(chosen ? better : -1, static_cast<int>(~mine.x));
   __syncwarp();

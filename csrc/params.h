@@ -40,9 +40,10 @@ struct RouteParams {
   int num_tokens, num_experts, top_k, local_offset, num_local;
   // The launcher sets these. The inverses: ceil(2^32 / divisor), 0 for 1, because a division takes ten times as long as
   // a product; exact where the dividend times the divisor is below 2^32.
-  int block_tokens;  // tokens of a block
-  int warps_ahead;   // of many tokens, four in a warp: so many warps' logits are on their way at a time
-  uint32_t top_k_inverse, tile_n_inverse, tile_quantum_inverse, tiles_per_block_inverse;
+  int block_tokens;       // tokens of a block
+  int warps_ahead;        // of many tokens, four in a warp: so many warps' logits are on their way at a time
+  uint32_t early_stride;  // of an expert's weights, from what one block asks for to the next one's
+  uint32_t top_k_inverse, tile_n_inverse, tile_quantum_inverse, tiles_per_block_inverse, num_tokens_inverse;
   int method, n_group, topk_group;
   float routed_scaling_factor;
   bool norm_topk_prob;
@@ -59,6 +60,11 @@ struct RouteParams {
   Schedule* schedule;
   TokenTile* tiles;
   int* tile_ready;  // zeroed for each tile
+  // Up to early_blocks blocks beside the one that routes a handful of tokens each bring early_bytes of product 1's
+  // weights into L2, of experts that will be chosen. 0: none.
+  const uint8_t* weights;  // [L, expert_bytes]
+  size_t expert_bytes;
+  int early_blocks, early_bytes;
 };
 
 struct FinalizeParams {
@@ -108,6 +114,7 @@ struct LaunchConfig {
   cudaStream_t stream;
   bool pdl;
   int cluster = 1;
+  bool shared_memory_next = false;  // the next kernel needs most of the shared memory, and starts beside this one
 };
 
 int max_route_blocks(int num_tokens);  // of calls of up to num_tokens tokens
@@ -117,10 +124,12 @@ void launch_quantize(const QuantizeParams& p, const LaunchConfig& launch);
 
 // Launches one kernel: in clusters of launch.cluster blocks, and with the attribute for programmatic dependent launch
 // where asked.
+// NOTE: how much of an SM's memory is shared memory changes only while nothing runs there. So a kernel that is on all
+// SMs would keep out the next one, if that needs more.
 template <class Kernel, class... Args>
 cudaError_t launch_kernel(Kernel kernel, int grid, int block, int smem, const LaunchConfig& launch,
                           const Args&... args) {
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   int count = 0;
   if (launch.pdl) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -131,6 +140,10 @@ cudaError_t launch_kernel(Kernel kernel, int grid, int block, int smem, const La
     attributes[count].val.clusterDim.x = launch.cluster;
     attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
     ++count;
+  }
+  if (launch.shared_memory_next) {
+    attributes[count].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attributes[count++].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid);

@@ -94,6 +94,41 @@ __device__ __forceinline__ Place place_few(const RouteParams& p, FewSmem& smem, 
   return place;
 }
 
+// Beside the block that routes, in one warp of another: asks for weights of a token's best expert, as memory is idle
+// until product 1 knows its tiles. All experts are local here, so that product 1 needs them. (Groups may exclude the
+// best expert, hardly ever; then they are read for nothing.)
+template <Score kScore, int kPer>
+__device__ __forceinline__ void fetch_early(const RouteParams& p, int block, int lane) {
+  const int part = divide(block, p.num_tokens_inverse), token = block - part * p.num_tokens;
+  const int num_tokens = p.num_valid == nullptr ? p.num_tokens : *p.num_valid;
+  int expert;
+  if (p.logits != nullptr) {
+    float values[kPer], bias[kPer];
+    load_logits<kPer>(p, token, lane, values);
+    load_bias<kScore, kPer>(p, lane, bias);
+    uint32_t keys[kPer], top = 0;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const float score = kScore == kBySigmoid ? __fadd_rn(sigmoid(values[i]), bias[i]) : values[i];
+      keys[i] = lane * kPer + i < p.num_experts ? order_key(score) : 0;
+      top = max(top, keys[i]);
+    }
+    const uint32_t best = __reduce_max_sync(kAllLanes, top);
+    int mine = 0;
+#pragma unroll
+    for (int i = 1; i < kPer; ++i) mine = keys[i] == best ? i : mine;
+    const int owner = __ffs(__ballot_sync(kAllLanes, top == best)) - 1;
+    if (lane != owner) return;
+    expert = lane * kPer + mine;
+  } else {
+    expert = p.in_ids[token * p.top_k];
+    if (lane != 0 || static_cast<unsigned>(expert) >= static_cast<unsigned>(p.num_experts)) return;
+  }
+  if (token >= num_tokens) return;
+  const uint8_t* weights = p.weights + expert * p.expert_bytes;
+  sm90::cp_async_bulk_prefetch(weights + static_cast<size_t>(part) * p.early_stride, p.early_bytes);
+}
+
 // memory: of each warp that routes [num_experts + n_group], for odd groups.
 template <Score kScore, int kPer>
 __global__ void __launch_bounds__(2 * kFewTokens * 32, 1) route_few_kernel(const __grid_constant__ RouteParams p) {
@@ -105,6 +140,10 @@ __global__ void __launch_bounds__(2 * kFewTokens * 32, 1) route_few_kernel(const
   const size_t slot = static_cast<size_t>(token) * p.top_k + lane;
   sm90::griddepcontrol_wait();
   sm90::griddepcontrol_launch_dependents();
+  if (blockIdx.x > 0) {
+    if (warp == 0) fetch_early<kScore, kPer>(p, blockIdx.x - 1, lane);
+    return;
+  }
   const int num_tokens = share_of(p).num_tokens;
   const bool own = token < num_tokens && lane < p.top_k;
   if (routes) {

@@ -98,22 +98,26 @@ __device__ __forceinline__ float bound_of_fours(const float (&scores)[kN]) {
   return eighth(greatest_two(fours));
 }
 
-// Logits -> softmax values, to the bit as `route_logits` has them of lanes of four experts: these are our fours.
+// Logits -> softmax values, to the bit as `route_logits` has them of lanes of four experts: these are our fours. With a
+// NaN anywhere the sum is one, and so is every value, whatever the greatest logit is taken to be.
 __device__ __forceinline__ void softmax(float (&scores)[16]) {
-  uint32_t top = 0;
+  float tops[8];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float* four = scores + 4 * i;
-    top = max(top, order_key(fmaxf(fmaxf(fmaxf(four[0], four[1]), four[2]), four[3])));
+  for (int i = 0; i < 8; ++i) tops[i] = fmaxf(scores[i], scores[i + 8]);
+#pragma unroll
+  for (int half = 4; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) tops[i] = fmaxf(tops[i], tops[i + half]);
   }
+  float top = tops[0];
 #pragma unroll
-  for (int mask = 1; mask < kTokenLanes; mask *= 2) top = max(top, __shfl_xor_sync(kAllLanes, top, mask));
+  for (int mask = 1; mask < kTokenLanes; mask *= 2) top = fmaxf(top, from_lane_xor(top, mask));
   float sums[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     float* four = scores + 4 * i;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) four[j] = expf(__fsub_rn(four[j], key_value(top)));
+    for (int j = 0; j < 4; ++j) four[j] = expf(__fsub_rn(four[j], top));
     sums[i] = __fadd_rn(__fadd_rn(__fadd_rn(four[0], four[1]), four[2]), four[3]);
   }
   float sum = __fadd_rn(__fadd_rn(sums[0], sums[2]), __fadd_rn(sums[1], sums[3]));  // NOTE: the order of `warp_sum`
@@ -158,14 +162,11 @@ __device__ __forceinline__ void load_shared(const void* row, DType dtype, int n,
 template <DType kType, int kN>
 __device__ __forceinline__ void load_fours(const RouteParams& p, const void* row, int part, float (&logits)[kN]) {
 #pragma unroll
-  for (int i = 0; i < kN / 4; ++i) {
-    const int first = first_of_four(i, part);
-    float* four = logits + 4 * i;
-    if (first >= p.num_experts) {
-      four[0] = four[1] = four[2] = four[3] = -INFINITY;
-    } else {
-      load_four<kType>(row, first, four);
-    }
+  for (int i = 0; i < kN; i += 4) load_four<kType>(row, min(first_of_four(i / 4, part), p.num_experts - 4), logits + i);
+  if (p.num_experts == kTokenLanes * kN) return;
+#pragma unroll
+  for (int i = 0; i < kN; ++i) {
+    if (first_of_four(i / 4, part) >= p.num_experts) logits[i] = -INFINITY;
   }
 }
 
@@ -228,50 +229,68 @@ __device__ __forceinline__ unsigned route_four(const RouteParams& p, int count, 
     below = __funnelshift_l(__float_as_uint(__fadd_rn(scores[n], less_bound)), below, 1);
   }
   uint32_t reached = ~below;
+  // A softmax value sorts as its bits do, so it is its own key. Those past the last expert may reach a bound of zero.
+  constexpr bool kOwnKeys = kScore == kBySoftmax;
+  if (kOwnKeys && p.num_experts != 32 * kPer) {
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) reached &= first_of_four(i, part) < p.num_experts ? ~0u : ~(0xfu << 4 * i);
+  }
 
   const int own = __popc(reached), upto = upto_lane(own, part);
   const int candidates = __shfl_sync(kAllLanes, upto, kTokenLanes - 1, kTokenLanes);
   const bool too_many = candidates > kMaxCandidates;
   if (too_many) reached = 0;
   const int most = __reduce_max_sync(kAllLanes, too_many ? 0 : candidates);
-  int at = upto - own;
+  uint2* const list = smem.candidates[token];
+  if constexpr (kOwnKeys) {  // empty ones will be behind them
+#pragma unroll 1
+    for (int first = 0; first < most; first += 2 * kTokenLanes) {
+      *reinterpret_cast<uint4*>(list + first + 2 * part) = make_uint4(0, 0, 0, 0);
+    }
+    __syncwarp();
+  }
+  uint32_t at = sm90::smem_address(list + upto - own);  // as in `slots_of_list`
 #pragma unroll
   for (int n = 0; n < 4 * kPer; ++n) {
     if ((reached >> n & 1) != 0) {
-      const uint32_t expert = first_of_four(n / 4, part) + n % 4;
-      smem.candidates[token][at++] = make_uint2(~expert, __float_as_uint(scores[n]));
+      sm90::st_shared_v2(at, ~(first_of_four(n / 4, part) + n % 4), __float_as_uint(scores[n]));
+      at += sizeof(uint2);
     }
   }
   __syncwarp();
 
-  // Their keys: a lane has one of each eight, two at a time. Empty ones behind them.
-  const int listed = too_many ? 0 : candidates;
+  if constexpr (!kOwnKeys) {
+    // Their keys: a lane has one of each eight, two at a time. Empty ones behind them.
+    const int listed = too_many ? 0 : candidates;
 #pragma unroll 1
-  for (int first = part; first < most + part; first += 2 * kTokenLanes) {
+    for (int first = part; first < most + part; first += 2 * kTokenLanes) {
 #pragma unroll
-    for (int i = first; i < first + 2 * kTokenLanes; i += kTokenLanes) {
-      const uint2 candidate = smem.candidates[token][i];
-      // Those past the last expert reach a bound of -infinity.
-      const bool exists = i < listed && static_cast<int>(~candidate.x) < p.num_experts;
-      const uint32_t key = order_key(__uint_as_float(candidate.y));
-      smem.candidates[token][i] = exists ? make_uint2(candidate.x, key) : make_uint2(0, 0);
+      for (int i = first; i < first + 2 * kTokenLanes; i += kTokenLanes) {
+        const uint2 candidate = list[i];
+        // Those past the last expert reach a bound of -infinity.
+        const bool exists = i < listed && static_cast<int>(~candidate.x) < p.num_experts;
+        const uint32_t key = order_key(__uint_as_float(candidate.y));
+        list[i] = exists ? make_uint2(candidate.x, key) : make_uint2(0, 0);
+      }
     }
+    __syncwarp();
   }
-  __syncwarp();
 #pragma unroll 1
   for (int first = part; first < most + part; first += 2 * kTokenLanes) {
-    const uint2 own[2] = {smem.candidates[token][first], smem.candidates[token][first + kTokenLanes]};
+    const uint2 own[2] = {list[first], list[first + kTokenLanes]};
     float values[2];
-    int better[2] = {};
+    int rank[2] = {};  // below 0
     const auto look_at = [&](int m) {
-      const uint4 others = *reinterpret_cast<const uint4*>(&smem.candidates[token][m]);
+      const uint4 others = *reinterpret_cast<const uint4*>(list + m);
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        better[i] += is_better({others.x, others.y}, own[i]) + is_better({others.z, others.w}, own[i]);
+      for (int i = 0; i < 2; ++i) {
+        rank[i] = sm90::less_if_below(rank[i], own[i], {others.x, others.y});
+        rank[i] = sm90::less_if_below(rank[i], own[i], {others.z, others.w});
+      }
     };
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      values[i] = key_value(own[i].y);
+      values[i] = kOwnKeys ? __uint_as_float(own[i].y) : key_value(own[i].y);
       if constexpr (kScore == kBySigmoid) values[i] = sigmoid(logit_of(p, row, own[i].y != 0 ? ~own[i].x : 0));
     }
 #pragma unroll
@@ -280,8 +299,8 @@ __device__ __forceinline__ unsigned route_four(const RouteParams& p, int count, 
     for (int m = kListFirst; m < most; m += 4) look_at(m), look_at(m + 2);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (own[i].y != 0 && better[i] < p.top_k) {
-        smem.slots[token][better[i]] = make_uint2(~own[i].x, __float_as_uint(values[i]));
+      if (own[i].x != 0 && -rank[i] < p.top_k) {
+        smem.slots[token][-rank[i]] = make_uint2(~own[i].x, __float_as_uint(values[i]));
       }
     }
   }

@@ -140,8 +140,8 @@ __device__ __forceinline__ void send_counts(const RouteParams& p, WaySmem<kClust
     __syncwarp();
     if (peer < share.num_blocks && peer != share.block && first + chunk < p.num_local) {
       uint8_t* counts = own + first + chunk;
-      sm90::send_v4(sm90::smem_address(counts), *reinterpret_cast<const int4*>(counts),
-                    sm90::smem_address(&smem.all_sent), peer);
+      sm90::st_async_v4(sm90::smem_address(counts), *reinterpret_cast<const int4*>(counts),
+                        sm90::smem_address(&smem.all_sent), peer);
     }
   }
   if (p.num_local > static_cast<int>(blockDim.x)) __syncthreads();  // else who has counted an expert reads it again
@@ -168,7 +168,9 @@ __global__ void __launch_bounds__(kMaxWarps<kPer> * 32, 1) route_kernel(const __
   if constexpr (kWay == kCluster) {
     if (gridDim.x > 1) {
       if (threadIdx.x == 0) {
-        sm90::mbarrier_init(sm90::smem_address(&smem.all_sent), (gridDim.x - 1) * ((p.num_local + 15) / 16));
+        const uint32_t all_sent = sm90::smem_address(&smem.all_sent);
+        sm90::mbarrier_init(all_sent, 1);
+        sm90::mbarrier_arrive_expect_tx(all_sent, (gridDim.x - 1) * ((p.num_local + 15) & ~15));
         sm90::fence_mbarrier_init();
       }
       __syncwarp();
@@ -324,14 +326,32 @@ bool launch_four(RouteParams p, int blocks, const LaunchConfig& launch) {
   return false;
 }
 
+uint32_t inverse_of(int divisor) {
+  return divisor == 1 ? 0 : static_cast<uint32_t>(((1ull << 32) + divisor - 1) / divisor);
+}
+
+// A handful of tokens. Of a slice nothing is fetched early: a token's best local expert is often not chosen.
+template <Score kScore, int kPer>
+void launch_few(RouteParams p, int memory, LaunchConfig launch) {
+  int early_blocks = 0;
+  if (p.early_blocks > 0 && p.num_local == p.num_experts) {
+    const int most = (p.early_blocks + p.num_tokens - 1) / p.num_tokens;
+    const int parts = static_cast<int>(std::min<size_t>(most, p.expert_bytes / p.early_bytes));  // of an expert
+    early_blocks = std::min(p.early_blocks, parts * p.num_tokens);
+    p.early_stride = static_cast<uint32_t>(p.expert_bytes / std::max(parts, 1)) & -128u;
+    p.num_tokens_inverse = inverse_of(p.num_tokens);
+  }
+  launch.shared_memory_next = early_blocks > 0;
+  launch_one(route_few_kernel<kScore, kPer>, p, 1 + early_blocks, 2 * p.num_tokens, memory, launch);
+}
+
 template <Score kScore, int kPer>
 void launch_size(const RouteParams& p, int blocks, const LaunchConfig& launch) {
   const bool odd_groups = p.logits != nullptr && p.n_group > 1 && lanes_per_group<kPer>(p) == 0;
   const auto memory = [&](int warps) { return odd_groups ? warps * (p.num_experts + p.n_group) * 4 : 0; };
   const int warps = std::clamp(p.block_tokens, kMinWarps, kMaxWarps<kPer>);
   if (p.num_tokens <= kFewTokens && p.cluster == 1) {
-    const int routing = p.num_tokens;
-    return launch_one(route_few_kernel<kScore, kPer>, p, 1, 2 * routing, memory(routing), launch);
+    return launch_few<kScore, kPer>(p, memory(p.num_tokens), launch);
   }
   if (p.num_tokens <= cluster_tokens(p.num_experts)) {
     return launch_one(route_kernel<kScore, kPer, kCluster>, p, blocks, warps, memory(warps),
@@ -357,10 +377,6 @@ void launch_score(const RouteParams& p, int blocks, const LaunchConfig& launch) 
   if (p.num_experts <= 256) return launch_size<kScore, 8>(p, blocks, launch);
   if (p.num_experts <= 512) return launch_size<kScore, 16>(p, blocks, launch);
   return launch_size<kScore, 32>(p, blocks, launch);
-}
-
-uint32_t inverse_of(int divisor) {
-  return divisor == 1 ? 0 : static_cast<uint32_t>(((1ull << 32) + divisor - 1) / divisor);
 }
 
 }  // namespace

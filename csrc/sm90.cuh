@@ -27,7 +27,18 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t bar, uint32_t b
       "r"(block)
       : "memory");
 }
-// Sixteen bytes into another block's shared memory; who waits for the barrier there sees them.
+// Sixteen bytes into another block's shared memory; who waits for the barrier there sees them. The barrier's owner must
+// expect them; `send_v4` arrives there and makes it do so.
+__device__ __forceinline__ void st_async_v4(uint32_t address, int4 v, uint32_t bar, uint32_t block) {
+  asm volatile(
+      "{\n.reg .b32 remote, remote_bar;\n"
+      "mapa.shared::cluster.u32 remote, %0, %2;\n"
+      "mapa.shared::cluster.u32 remote_bar, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [remote], {%3, %4, %5, %6}, [remote_bar];\n"
+      "}\n" ::"r"(address),
+      "r"(bar), "r"(block), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+      : "memory");
+}
 __device__ __forceinline__ void send_v4(uint32_t address, int4 v, uint32_t bar, uint32_t block) {
   asm volatile(
       "{\n.reg .b32 remote, remote_bar;\n"
@@ -79,6 +90,10 @@ __device__ __forceinline__ void cp_async_bulk(uint32_t dst, const void* src, uin
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
                "l"(src), "r"(bytes), "r"(bar)
                : "memory");
+}
+// Into L2, without a word when it is done.
+__device__ __forceinline__ void cp_async_bulk_prefetch(const void* src, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void prefetch_tensormap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -190,7 +205,7 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
   return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
 
-// ---- arithmetic, and what the epilogue stores
+// ---- arithmetic, and stores
 __device__ __forceinline__ float ex2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -225,6 +240,9 @@ __device__ __forceinline__ int less_if_below(int n, uint2 a, uint2 b) {
 __device__ __forceinline__ void stmatrix_x2_trans(uint32_t address, uint32_t a, uint32_t b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b)
                : "memory");
+}
+__device__ __forceinline__ void st_shared(uint32_t address, uint32_t a) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(a) : "memory");
 }
 __device__ __forceinline__ void st_shared_v2(uint32_t address, uint32_t a, uint32_t b) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");

@@ -43,6 +43,10 @@ def route(
     schedule: int,
     tiles: int,
     tile_ready: int,
+    weights: int,
+    expert_bytes: int,
+    early_blocks: int,
+    early_bytes: int,
     stream: int,
     pdl: bool,
 ) -> None: ...

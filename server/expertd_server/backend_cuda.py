@@ -25,6 +25,8 @@ from expertd_server.weights import ExpertWeights, pad_intermediate
 __all__ = ["FAMILIES", "CudaBackend", "Family"]
 
 _TILE_MULTIPLE = 16
+_EARLY_BYTES = 32 * 1024
+"""Weights that each idle SM asks for while a handful of tokens is routed: about what memory delivers meanwhile."""
 _DTYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -261,6 +263,10 @@ class CudaBackend:
             schedule=plan.schedule,
             tiles=plan.tiles,
             tile_ready=plan.tile_ready,
+            weights=layer.weights.gemm1_weights.data_ptr(),
+            expert_bytes=layer.weights.gemm1_weights[0].numel(),
+            early_blocks=self.num_sms - 1,
+            early_bytes=_EARLY_BYTES,
             stream=call.stream,
             pdl=call.pdl,
         )

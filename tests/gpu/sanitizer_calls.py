@@ -47,13 +47,16 @@ def main() -> None:
             outputs = []
             for family in TILE_FAMILIES if num_tokens < 4100 else TILE_FAMILIES[-1:]:
                 backend.force_family = family
-                outputs.append(backend.forward(layer, hidden_states, routing_logits=logits).output)
+                routed = backend.forward(layer, hidden_states, routing_logits=logits)
+                outputs.append(routed.output)
                 torch.cuda.synchronize()
                 print(f"shape {seed}, T {num_tokens}: {family}", flush=True)  # what is reported above this is of it
+            ready = {"topk_ids": routed.topk_ids, "topk_weights": routed.expert_weights}
+            outputs.append(backend.forward(layer, hidden_states, **ready).output)
             backend.forward(layer, hidden_states.to(torch.bfloat16), routing_logits=logits, output_dtype=torch.float32)
             torch.cuda.synchronize()
             assert all(same_bits(outputs[0], other) for other in outputs[1:]), f"T {num_tokens}, {fields}"
-            print(f"shape {seed}, T {num_tokens}: {len(outputs)} families agree", flush=True)
+            print(f"shape {seed}, T {num_tokens}: {len(outputs)} outputs agree", flush=True)
     for seed, fields in enumerate(ROUTED):
         spec = make_spec(hidden_size=16, intermediate_size=16, **fields)
         layer = backend.prepare(spec, make_weights(spec, seed), max_num_tokens=8200)

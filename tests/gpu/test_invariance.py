@@ -97,6 +97,32 @@ def test_routing_of_many_tokens(backend: CudaBackend, fields: dict[str, Any], dt
     assert torch.equal(many.expanded_idx_to_permuted_idx.flatten(), rows)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_experts": 8, "top_k": 2},
+        {"num_experts": 8, "top_k": 2, "local_expert_offset": 2, "local_num_experts": 4},
+        {"routing_method": RoutingMethod.RENORMALIZE_NAIVE, "num_experts": 128, "top_k": 8},
+        {"routing_method": RoutingMethod.DEEPSEEK_V3, "num_experts": 256, "top_k": 8, "n_group": 8, "topk_group": 4},
+        {"routing_method": RoutingMethod.TOPK, "num_experts": 600, "top_k": 8},
+    ],
+    ids=lambda f: f"{f['num_experts']} {f.get('local_num_experts', 'all')}",
+)
+def test_weights_that_are_asked_for_while_few_tokens_are_routed(backend: CudaBackend, fields: dict[str, Any]) -> None:
+    layer = prepared(backend, 23, hidden_size=512, intermediate_size=96, **fields)  # three times what a block asks for
+    hidden_states, logits = make_inputs(layer.spec, 64, 2)
+    many = backend.forward(layer, hidden_states, routing_logits=logits)
+    assert many.output is not None
+    for num_tokens in range(1, 9):
+        x = hidden_states[:num_tokens]
+        few = backend.forward(layer, x, routing_logits=logits[:num_tokens])
+        ready = backend.forward(layer, x, topk_ids=few.topk_ids, topk_weights=few.expert_weights)
+        for result in (few, ready):
+            assert result.output is not None
+            assert same_bits(result.output, many.output[:num_tokens])
+            assert torch.equal(result.topk_ids, many.topk_ids[:num_tokens])
+
+
 @pytest.mark.parametrize("num_tokens", [1, 8, 300])
 def test_product_2_waits_for_all_of_product_1_or_for_its_token_tiles(
     backend: CudaBackend, monkeypatch: pytest.MonkeyPatch, num_tokens: int
