@@ -111,8 +111,8 @@ def measure_server(options: argparse.Namespace, frontends: int, results: list[di
 
 def open_places(transport: str, shape: RequestShape) -> int:
     """Requests that a stream of the open loop can have in flight: more than come in twenty milliseconds. What is due
-    beyond that waits for a place, which counts. The SDK has as many as its rings take, and the half of its memory that
-    callers' arrays may have."""
+    beyond that waits for a place, which counts. With the SDK sixty, fewer where arrays do not fit in the half of its
+    memory that callers' may have."""
     if transport == "stream":
         return 100
     return max(8, min(60, 112 * 2**20 // (shape.request_bytes + shape.answer_bytes)))

@@ -85,7 +85,10 @@ class BaseClient:
         self._wanted_memory: WantedMemory | None = None
         if self.config.transport in ("auto", "shm"):
             self._wanted_memory = WantedMemory(
-                self.config.target, self.config.shared_memory_bytes, is_required=self.config.transport == "shm"
+                self.config.target,
+                self.config.shared_memory_bytes,
+                is_required=self.config.transport == "shm",
+                max_in_flight=self.config.max_in_flight,
             )
 
     def _unwanted(self, response: Response) -> None:

@@ -10,14 +10,12 @@ from expertd.errors import ProtocolError
 from expertd.v1 import expertd_pb2 as pb
 from expertd.v1.message_ring import IS_SUPPORTED, RingBrokenError, RingReader, RingWriter, ring_nbytes
 
-__all__ = ["END", "HUNG_UP_S", "StreamRings", "hung_up", "wanted_rings"]
+__all__ = ["HUNG_UP_S", "StreamRings", "hung_up", "num_slots", "rings_end", "wanted_rings"]
 
-_NUM_SLOTS: Final = 64  # as many as max_in_flight by default, twice
+_LEAST_SLOTS: Final = 64
+_SHARE: Final = 8  # of a region the most that rings take, as one in so many bytes
 _SLOT_NBYTES: Final = 1024  # of a request some 200 are used, of an answer 100; an error that is longer goes over gRPC
-_RING_NBYTES: Final = ring_nbytes(_NUM_SLOTS, _SLOT_NBYTES)
 _OFFSET: Final = 64  # behind the proof
-END: Final = _OFFSET + 2 * _RING_NBYTES
-"""Where the rest of the region starts."""
 
 HUNG_UP_S: Final = 5.0
 """A server hangs up when it ends the stream. One that does not end it within this time is not as it should be."""
@@ -25,9 +23,20 @@ HUNG_UP_S: Final = 5.0
 _NUM_BELLS: Final = 2
 
 
-def wanted_rings() -> pb.MessageRings | None:
+def num_slots(max_in_flight: int, region_nbytes: int) -> int:
+    """Messages that each ring has room for: twice as many as may be in flight, as far as the region is large enough.
+    What finds no room goes over gRPC."""
+    return max(_LEAST_SLOTS, min(2 * max_in_flight, region_nbytes // _SHARE // (2 * _SLOT_NBYTES)))
+
+
+def rings_end(slots: int) -> int:
+    """Where the rest of the region starts behind rings of so many slots."""
+    return _OFFSET + 2 * ring_nbytes(slots, _SLOT_NBYTES)
+
+
+def wanted_rings(slots: int) -> pb.MessageRings | None:
     """What to ask the server for; None: this machine cannot."""
-    return pb.MessageRings(offset=_OFFSET, num_slots=_NUM_SLOTS, slot_nbytes=_SLOT_NBYTES) if IS_SUPPORTED else None
+    return pb.MessageRings(offset=_OFFSET, num_slots=slots, slot_nbytes=_SLOT_NBYTES) if IS_SUPPORTED else None
 
 
 def hung_up() -> ProtocolError:
@@ -38,8 +47,9 @@ def hung_up() -> ProtocolError:
 class StreamRings:
     """Messages to the server and from it. `put` and `take` are for one thread at a time each; `close` must follow."""
 
-    def __init__(self, region: memoryview, bells: Sequence[int]) -> None:
-        """region: that asked for `wanted_rings`. bells: what the server's socket gave; they are closed in any case.
+    def __init__(self, region: memoryview, slots: int, bells: Sequence[int]) -> None:
+        """region, slots: as `wanted_rings` was asked for them. bells: what the server's socket gave; they are closed in
+        any case.
 
         Raises ValueError where they are not those of rings.
         """
@@ -50,9 +60,9 @@ class StreamRings:
         for fd in bells:
             os.set_inheritable(fd, False)
             os.set_blocking(fd, False)
-        middle = _OFFSET + _RING_NBYTES
-        self._requests = RingWriter(region[_OFFSET:middle], _NUM_SLOTS, _SLOT_NBYTES, bells[0])
-        self._answers = RingReader(region[middle:END], _NUM_SLOTS, _SLOT_NBYTES, bells[1])
+        middle = _OFFSET + ring_nbytes(slots, _SLOT_NBYTES)
+        self._requests = RingWriter(region[_OFFSET:middle], slots, _SLOT_NBYTES, bells[0])
+        self._answers = RingReader(region[middle : rings_end(slots)], slots, _SLOT_NBYTES, bells[1])
         self.put = self._requests.put
         """Send a message; False: it finds no room and has to go over gRPC."""
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from expertd._arena import MIN_ARENA_BYTES, Arena, Bytes, Piece, aligned
 from expertd._pages import SharedPages
-from expertd._rings import END, StreamRings, wanted_rings
+from expertd._rings import StreamRings, num_slots, rings_end, wanted_rings
 from expertd._wire import Encoded, encode_placed_request
 from expertd._wire_read import TENSOR_FIELDS, Answer, AnswerTensor, Response, answer_of
 from expertd.errors import ExpertdError, ProtocolError, SharedMemoryError
@@ -47,6 +47,8 @@ class WantedMemory:
     """Most bytes to share on each stream."""
     is_required: bool
     """Whether to fail without it (transport="shm")."""
+    max_in_flight: int = 1
+    """Of its requests."""
     limit: int = 0
     """Most bytes that the server takes, as it last said; 0: none, or it did not say yet."""
     _said: set[str] = field(default_factory=set)
@@ -128,6 +130,7 @@ class StreamMemory:
         self.failure: str | None = None
         """Why there is none, once that is known."""
         self._nbytes = min(wanted.nbytes, wanted.limit)
+        self._num_slots = num_slots(wanted.max_in_flight, self._nbytes)
         if not wanted.limit:
             self.fail("the server takes no shared memory (it is off there, or the server is an older one)")
         elif self._nbytes < MIN_ARENA_BYTES:
@@ -165,7 +168,7 @@ class StreamMemory:
 
     def opening(self) -> bytes:
         """The message that asks for it."""
-        register = pb.RegisterRegion(region=_REGION, nbytes=self._nbytes, rings=wanted_rings())
+        register = pb.RegisterRegion(region=_REGION, nbytes=self._nbytes, rings=wanted_rings(self._num_slots))
         return pb.ForwardStreamRequest(id=self.request_id, register_region=register).SerializeToString()
 
     def take(self, answer: pb.RegionTicket | Response | ExpertdError) -> None:
@@ -174,7 +177,7 @@ class StreamMemory:
             self.fail(str(answer) if isinstance(answer, ExpertdError) else "the server answers with something else")
             return
         try:
-            self._arena, self.rings = _shared(answer, self._nbytes)
+            self._arena, self.rings = _shared(answer, self._nbytes, self._num_slots)
             what = "tensors" if self.rings is None else "requests and answers"
             self._wanted.say(f"{what} go through shared memory, {self._nbytes} bytes on each stream")
         except (OSError, ValueError) as error:
@@ -268,8 +271,8 @@ class StreamMemory:
         return offset, body.out.data
 
 
-def _shared(ticket: pb.RegionTicket, nbytes: int) -> tuple[Arena, StreamRings | None]:
-    """Memory that the server has mapped too, and the rings in it, if it has them.
+def _shared(ticket: pb.RegionTicket, nbytes: int, slots: int) -> tuple[Arena, StreamRings | None]:
+    """Memory that the server has mapped too, and the rings in it, if it has them; slots: of each.
 
     Raises OSError, or ValueError with the server's reason.
     """
@@ -288,8 +291,8 @@ def _shared(ticket: pb.RegionTicket, nbytes: int) -> tuple[Arena, StreamRings | 
     finally:
         os.close(fd)
     if answer == b"\0" + proof:
-        rings = StreamRings(region, bells) if bells else None
-        return Arena(memory, first=_PROOF_BYTES if rings is None else END, pages=pages), rings
+        rings = StreamRings(region, slots, bells) if bells else None
+        return Arena(memory, first=_PROOF_BYTES if rings is None else rings_end(slots), pages=pages), rings
     for bell in bells:
         os.close(bell)
     if answer[:1] == b"\0":

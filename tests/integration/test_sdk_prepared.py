@@ -21,7 +21,6 @@ from serving import HIDDEN_SIZE, LAYER, PATIENCE_S, Running, SteeredBackend, run
 from shared_memory import eventually, forget_tests_before, mapped_regions
 
 import expertd
-from expertd import _rings
 from expertd._shm import StreamMemory
 from expertd._standing import FIRST_STANDING_ID, STANDING_KEY, key_of
 from expertd._transport import _Stream
@@ -245,10 +244,24 @@ def test_more_in_flight_than_places(server: Running, spy: Spy) -> None:
     assert spy.refused
 
 
+def test_with_more_in_flight_the_rings_are_longer(spy: Spy) -> None:
+    backend = SteeredBackend()
+    with (
+        running(backend, max_stream_requests=200) as one,
+        connected("sync", one.server.port, max_in_flight=100) as driver,
+    ):
+        many = [InPlace(driver, 1, seed) for seed in range(100)]
+        for mine in many:
+            mine.call.start()
+        backend.gate.set()
+        for mine in many:
+            mine.call.wait()
+        assert (spy.sent, spy.refused) == (100, 0)
+
+
 def test_a_ring_that_is_full(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
     """What finds no room goes over gRPC, and finds room again later."""
-    monkeypatch.setattr(_rings, "_NUM_SLOTS", 2)
-    monkeypatch.setattr(_rings, "_RING_NBYTES", _rings.ring_nbytes(2, _rings._SLOT_NBYTES))
+    monkeypatch.setattr("expertd._shm.num_slots", lambda *_: 2)
     backend = SteeredBackend()
     with running(backend, max_stream_requests=1) as one, connected("sync", one.server.port) as driver:
         many = [InPlace(driver, 1 + seed, seed) for seed in range(8)]

@@ -20,7 +20,7 @@ from serving import HIDDEN_SIZE, LAYER, NUM_EXPERTS, PATIENCE_S, Running, Steere
 from shared_memory import eventually, forget_tests_before, mapped_regions, shared_fds
 
 import expertd
-from expertd import ForwardRequest, _ring_reader, _rings, _transport, _transport_aio
+from expertd import ForwardRequest, _ring_reader, _transport, _transport_aio
 from expertd._rings import StreamRings
 from expertd.v1.message_ring import RingWriter
 from expertd_server import ring_pair
@@ -128,8 +128,7 @@ def test_answers_that_come_over_grpc_are_not_waited_for_in_the_ring(server: Runn
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_ring_that_is_full(spy: Spy, flavour: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_rings, "_NUM_SLOTS", 2)
-    monkeypatch.setattr(_rings, "_RING_NBYTES", _rings.ring_nbytes(2, _rings._SLOT_NBYTES))
+    monkeypatch.setattr("expertd._shm.num_slots", lambda *_: 2)
     backend = SteeredBackend()
     requests = [a_request(seed) for seed in range(20)]
     with running(backend, max_stream_requests=3) as one:
@@ -152,7 +151,7 @@ def test_older_ones_go_on_over_grpc(
     if who == "server":
         monkeypatch.setattr(RingPlace, "asked_for", lambda _: None)
     elif who == "client":
-        monkeypatch.setattr("expertd._shm.wanted_rings", lambda: None)
+        monkeypatch.setattr("expertd._shm.wanted_rings", lambda _: None)
     else:
         monkeypatch.setattr(ring_pair, "IS_SUPPORTED", False)
     caplog.set_level(logging.INFO, "expertd.client")

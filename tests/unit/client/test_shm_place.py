@@ -11,8 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from expertd._arena import Arena, Bytes
+from expertd._arena import MIN_ARENA_BYTES, Arena, Bytes
 from expertd._pages import SharedPages
+from expertd._rings import num_slots, rings_end
 from expertd._shm import StreamMemory, WantedMemory
 from expertd._split import owners, split
 from expertd._wire import Encoded, encode_forward_request, encode_stream_request
@@ -209,3 +210,12 @@ class TestInPlace:
         while (array := arena.lend(64)) is not None:
             held.append(array)
         return [arena.find(array) for array in held]
+
+
+def test_rings_have_room_for_twice_what_is_in_flight_where_the_region_is_large_enough() -> None:
+    assert num_slots(32, 1 << 28) == 64
+    assert num_slots(100, 1 << 28) == 200
+    assert num_slots(1, 1 << 28) == 64
+    assert num_slots(10**6, 1 << 28) == 1 << 14
+    for nbytes in (MIN_ARENA_BYTES, 1 << 28):
+        assert rings_end(num_slots(10**6, nbytes)) < nbytes / 7
