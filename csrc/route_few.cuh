@@ -129,8 +129,9 @@ __device__ __forceinline__ void fetch_early(const RouteParams& p, int block, int
   sm90::cp_async_bulk_prefetch(weights + static_cast<size_t>(part) * p.early_stride, p.early_bytes);
 }
 
-// memory: of each warp that routes [num_experts + n_group], for odd groups.
-template <Score kScore, int kPer>
+// memory: of each warp that routes [num_experts + n_group], for odd groups. kEarly: whether there are blocks that fetch
+// weights; without, nothing of them is between the start and the logits.
+template <Score kScore, int kPer, bool kEarly>
 __global__ void __launch_bounds__(2 * kFewTokens * 32, 1) route_few_kernel(const __grid_constant__ RouteParams p) {
   __shared__ FewSmem smem;
   extern __shared__ uint32_t memory[];
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(2 * kFewTokens * 32, 1) route_few_kernel(const
   const size_t slot = static_cast<size_t>(token) * p.top_k + lane;
   sm90::griddepcontrol_wait();
   sm90::griddepcontrol_launch_dependents();
-  if (blockIdx.x > 0) {
+  if (kEarly && blockIdx.x > 0) {
     if (warp == 0) fetch_early<kScore, kPer>(p, blockIdx.x - 1, lane);
     return;
   }

@@ -342,7 +342,8 @@ void launch_few(RouteParams p, int memory, LaunchConfig launch) {
     p.num_tokens_inverse = inverse_of(p.num_tokens);
   }
   launch.shared_memory_next = early_blocks > 0;
-  launch_one(route_few_kernel<kScore, kPer>, p, 1 + early_blocks, 2 * p.num_tokens, memory, launch);
+  const auto kernel = early_blocks > 0 ? route_few_kernel<kScore, kPer, true> : route_few_kernel<kScore, kPer, false>;
+  launch_one(kernel, p, 1 + early_blocks, 2 * p.num_tokens, memory, launch);
 }
 
 template <Score kScore, int kPer>
