@@ -29,7 +29,7 @@ import ml_dtypes
 import numpy as np
 
 import expertd
-from expertd._rings import END, wanted_rings
+from expertd._rings import rings_end, wanted_rings
 from expertd._shm import _shared
 from expertd.v1 import expertd_pb2 as pb
 
@@ -39,6 +39,8 @@ SIZES = (1, 8, 32, 128, 512)
 REPORT_S = 0.25
 TIMEOUT_S = 60.0
 REGION_BYTES = 1 << 20
+NUM_SLOTS = 64
+"""Of each ring."""
 FORWARD, FORWARD_STREAM = "/expertd.v1.ExpertService/Forward", "/expertd.v1.ExpertService/ForwardStream"
 _FP8, _BFLOAT16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
 
@@ -267,7 +269,7 @@ def wrong_slices(worker: Worker, channel: grpc.Channel, chance: random.Random) -
         return pb.ForwardStreamResponse.FromString(next(answers))
 
     granted = ask(1, register_region=pb.RegisterRegion(region=1, nbytes=REGION_BYTES))
-    memory = _shared(granted.region_ticket, REGION_BYTES)[0].memory
+    memory = _shared(granted.region_ticket, REGION_BYTES, NUM_SLOTS)[0].memory
     for number, (region, offset) in enumerate(
         ((1, REGION_BYTES), (1, 2**64 - 1), (7, 0), (1, REGION_BYTES - 1)), start=2
     ):
@@ -297,17 +299,17 @@ def wrong_rings(worker: Worker, channel: grpc.Channel, chance: random.Random) ->
     """Rings whose every byte may change at any time, their counts at last to what cannot be."""
     to_send: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     answers: Any = channel.stream_stream(FORWARD_STREAM, None, None)(iter(to_send.get, None), timeout=TIMEOUT_S)
-    asked = pb.RegisterRegion(region=1, nbytes=REGION_BYTES, rings=wanted_rings())
+    asked = pb.RegisterRegion(region=1, nbytes=REGION_BYTES, rings=wanted_rings(NUM_SLOTS))
     to_send.put(pb.ForwardStreamRequest(id=1, register_region=asked).SerializeToString())
     granted = pb.ForwardStreamResponse.FromString(next(answers))
-    arena, rings = _shared(granted.region_ticket, REGION_BYTES)
+    arena, rings = _shared(granted.region_ticket, REGION_BYTES, NUM_SLOTS)
     if rings is None:
         worker.count("wrong_rings: none")
         return
     good = pb.ForwardStreamRequest(id=2, request=pb.ForwardRequest(layer=worker.layer)).SerializeToString()
     for _ in range(chance.randrange(100)):
         rings.put(good if chance.random() < 0.9 else chance.randbytes(chance.randrange(1000)))
-        at = chance.randrange(64, END)
+        at = chance.randrange(64, rings_end(NUM_SLOTS))
         arena.memory[at : at + 8] = chance.randrange(256)
     arena.memory[64:72] = 0xFF
     with contextlib.suppress(OSError):  # the stream may have ended already
