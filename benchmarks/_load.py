@@ -330,8 +330,8 @@ def ask_when_due(job: Job, index: int, record: Record, gate: Gate, calls: list[S
     answer_each_once(record, gate, calls)
     # The one that was used last first: its memory is in caches, and no more is used than there is in flight.
     free: queue.LifoQueue[Steps] = queue.LifoQueue()
-    for call in calls:
-        free.put(call)
+    for steps in calls:
+        free.put(steps)
     started: queue.SimpleQueue[tuple[Steps, float] | None] = queue.SimpleQueue()
 
     def wait_for_all() -> None:
@@ -344,9 +344,9 @@ def ask_when_due(job: Job, index: int, record: Record, gate: Gate, calls: list[S
     try:
         for due_s in due_times(job, index):
             sleep_until(due_s)
-            call = free.get(timeout=_PATIENCE_S)
-            call.call.start()
-            started.put((call, due_s))
+            steps = free.get(timeout=_PATIENCE_S)
+            steps.call.start()
+            started.put((steps, due_s))
     finally:
         started.put(None)
         waiter.join()
@@ -354,17 +354,17 @@ def ask_when_due(job: Job, index: int, record: Record, gate: Gate, calls: list[S
 
 def answer_each_once(record: Record, gate: Gate, calls: list[Steps]) -> None:
     """Before the clock is told: the server maps and pins memory when it is first used."""
-    for call in calls:
-        call.call.start()
-        note(record, call, None)
+    for steps in calls:
+        steps.call.start()
+        note(record, steps, None)
     gate.arrive()
     gate.wait()
 
 
-def note(record: Record, call: Steps, due_s: float | None) -> None:
+def note(record: Record, steps: Steps, due_s: float | None) -> None:
     """Wait for an answer and note when it is there; due_s: None where it does not count."""
     try:
-        call.wait()
+        steps.wait()
     except FailedError as error:
         record.fail(str(error))
     else:
