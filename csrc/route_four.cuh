@@ -197,6 +197,22 @@ __device__ __forceinline__ unsigned take_slots(const RouteParams& p, int count, 
   return __ballot_sync(kAllLanes, too_many && token < count);
 }
 
+// Two candidates of a token among `most` or more of its list: one less for each that is better.
+__device__ __forceinline__ void rank_in_list(const uint2* list, int most, const uint2 (&own)[2], int (&rank)[2]) {
+  const auto look_at = [&](int m) {
+    const uint4 others = *reinterpret_cast<const uint4*>(list + m);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      rank[i] = sm90::less_if_below(rank[i], own[i], {others.x, others.y});
+      rank[i] = sm90::less_if_below(rank[i], own[i], {others.z, others.w});
+    }
+  };
+#pragma unroll
+  for (int m = 0; m < kListFirst; m += 2) look_at(m);
+#pragma unroll 1
+  for (int m = kListFirst; m < most; m += 4) look_at(m), look_at(m + 2);
+}
+
 // `count` tokens of a warp, up to four, whose logits lie in shared memory. Lane 8 t + k returns the expert of slot k of
 // token t, and its weight. Returns a bit for each lane of a token that has too many candidates to be routed in this
 // way. bias: [32 * kPer] in shared memory, only for kBySigmoid; -infinity past the last expert.
@@ -279,24 +295,13 @@ __device__ __forceinline__ unsigned route_four(const RouteParams& p, int count, 
   for (int first = part; first < most + part; first += 2 * kTokenLanes) {
     const uint2 own[2] = {list[first], list[first + kTokenLanes]};
     float values[2];
-    int rank[2] = {};  // below 0
-    const auto look_at = [&](int m) {
-      const uint4 others = *reinterpret_cast<const uint4*>(list + m);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        rank[i] = sm90::less_if_below(rank[i], own[i], {others.x, others.y});
-        rank[i] = sm90::less_if_below(rank[i], own[i], {others.z, others.w});
-      }
-    };
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       values[i] = kOwnKeys ? __uint_as_float(own[i].y) : key_value(own[i].y);
       if constexpr (kScore == kBySigmoid) values[i] = sigmoid(logit_of(p, row, own[i].y != 0 ? ~own[i].x : 0));
     }
-#pragma unroll
-    for (int m = 0; m < kListFirst; m += 2) look_at(m);
-#pragma unroll 1
-    for (int m = kListFirst; m < most; m += 4) look_at(m), look_at(m + 2);
+    int rank[2] = {};
+    rank_in_list(list, most, own, rank);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (own[i].x != 0 && -rank[i] < p.top_k) {

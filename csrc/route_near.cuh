@@ -181,19 +181,8 @@ __device__ __forceinline__ unsigned route_near(const RouteParams& p, int count, 
   for (int first = part; first < most + part; first += 2 * kTokenLanes) {
     const uint2 own[2] = {smem.candidates[token][first], smem.candidates[token][first + kTokenLanes]};
     const float values[2] = {near.values[token][first], near.values[token][first + kTokenLanes]};
-    int rank[2] = {};  // below 0
-    const auto look_at = [&](int m) {
-      const uint4 others = *reinterpret_cast<const uint4*>(&smem.candidates[token][m]);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        rank[i] = sm90::less_if_below(rank[i], own[i], {others.x, others.y});
-        rank[i] = sm90::less_if_below(rank[i], own[i], {others.z, others.w});
-      }
-    };
-#pragma unroll
-    for (int m = 0; m < kListFirst; m += 2) look_at(m);
-#pragma unroll 1
-    for (int m = kListFirst; m < most; m += 4) look_at(m), look_at(m + 2);
+    int rank[2] = {};
+    rank_in_list(smem.candidates[token], most, own, rank);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (own[i].y != 0 && -rank[i] < p.top_k) {
