@@ -92,27 +92,25 @@ class Server:
     """expertd-server, and what can be seen of it from outside."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        ready = folder / "ready.json"
+        self._ready = folder / "ready.json"
         command = [sys.executable, "-m", "expertd_server", "serve", "--port=0", "--metrics-port=0"]
-        command += [f"--ready-file={ready}", f"--synthetic={options.preset}", "--log-level=error"]
+        command += [f"--ready-file={self._ready}", f"--synthetic={options.preset}", "--log-level=error"]
         command += [f"--device={'cuda' if options.gpu else 'cpu'}", "--max-batch-tokens=1024"]
         if options.frontends:
             command.append(f"--frontends={options.frontends}")
         self._is_gpu = options.gpu
-        self._ready = ready
         self.popen = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         self.target = ""
         self.processes: list[psutil.Process] = []
 
     def wait_ready(self) -> None:
         """Return when every layer answers; exits when that takes too long."""
-        ready = self._ready
         until_s = time.monotonic() + START_TIMEOUT_S
-        while not ready.exists():
+        while not self._ready.exists():
             if time.monotonic() > until_s or self.popen.poll() is not None:
                 sys.exit(f"the server was not ready within {START_TIMEOUT_S:.0f} s")
             time.sleep(0.05)
-        facts = json.loads(ready.read_text())
+        facts = json.loads(self._ready.read_text())
         self.target = facts["address"]
         self._metrics = f"http://127.0.0.1:{facts['metrics_port']}/metrics"
         self.processes = [psutil.Process(self.popen.pid)]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from serving import HIDDEN_SIZE, LAYER, NUM_EXPERTS, PATIENCE_S, running
+from bench_client import a_job, open_for, while_it_asks
+from serving import HIDDEN_SIZE, LAYER, NUM_EXPERTS, running
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from _load import Gate, Job, Record, due_times, run_one
+from _load import due_times, run_one
 
 PROGRAMS = Path(__file__).parents[2] / "benchmarks"
 
@@ -43,28 +43,18 @@ def test_it_runs(program: str, options: list[str], expected: str) -> None:
 @pytest.mark.parametrize("transport", ["sdk-shm-prepared", "sdk-shm-inplace", "sdk-stream", "stream"])
 def test_a_client_of_bench_service_has_an_answer_to_all_that_is_due(transport: str, rate: float | None) -> None:
     with running() as server:
-        job = Job(
+        job = a_job(
+            transport,
+            4 if rate is None else 20,
+            rate,
             target=f"127.0.0.1:{server.server.port}",
             method="/expertd.v1.ExpertService/ForwardStream",
-            transport=transport,
-            layers=[LAYER],
+            layers=(LAYER,),
             shape={"num_tokens": 2, "hidden_size": HIDDEN_SIZE, "num_experts": NUM_EXPERTS},
-            streams=1,
-            in_flight=4 if rate is None else 20,
-            rate=rate,
-            warmup_s=0.0,
-            seed=0,
-            result_file="",
         )
-        record, gate = Record(), Gate()
-        thread = threading.Thread(target=run_one, args=(job, 0, record, gate))
-        thread.start()
-        gate.wait_arrived(1)
-        job.begin_s = time.monotonic()
-        job.end_s = job.begin_s + 0.5
-        gate.open()
-        thread.join(PATIENCE_S)
-        assert not thread.is_alive()
+        with while_it_asks(partial(run_one, job, 0)) as (record, gate):
+            gate.wait_arrived(1)
+            open_for(0.5, job, gate)
     assert record.errors == {}
     assert record.times
     assert all(job.begin_s <= due_s <= done_s for due_s, done_s in record.times)

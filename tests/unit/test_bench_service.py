@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from bench_client import a_job, open_for, while_it_asks
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -155,27 +157,10 @@ def slow() -> Iterator[tuple[SlowToBegin, str]]:
 @contextlib.contextmanager
 def client(target: str, transport: str) -> Iterator[tuple[Job, Record, Gate]]:
     """One stream of a client process, from its start to its end."""
-    job = Job(
-        target=target,
-        method=f"/test.Echo/{transport.capitalize()}",
-        transport=transport,
-        layers=["a"],
-        shape=vars(SHAPE),
-        streams=1,
-        in_flight=2,
-        rate=None,
-        warmup_s=0.0,
-        seed=0,
-        result_file="",
-    )
-    record, gate = Record(), Gate()
-    thread = threading.Thread(target=run_one, args=(job, 0, record, gate))
-    thread.start()
-    try:
+    method = f"/test.Echo/{transport.capitalize()}"
+    job = a_job(transport, 2, target=target, method=method, layers=("a",), shape=vars(SHAPE))
+    with while_it_asks(partial(run_one, job, 0)) as (record, gate):
         yield job, record, gate
-    finally:
-        thread.join(PATIENCE_S)
-        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("transport", ["stream", "unary"])
@@ -186,9 +171,7 @@ def test_no_clock_runs_before_a_client_has_had_an_answer(slow: tuple[SlowToBegin
         service.may_answer.set()
         gate.wait_arrived(1)
         assert record.times == []
-        job.begin_s = time.monotonic()
-        job.end_s = job.begin_s + 0.5
-        gate.open()
+        open_for(0.5, job, gate)
     assert record.errors == {}
     assert record.times
     assert all(job.begin_s <= due_s <= done_s for due_s, done_s in record.times)
@@ -227,30 +210,12 @@ class TakesItsTime:
 
 def asked_when_due(*, places: int, fails: bool = False) -> tuple[Record, list[float]]:
     """What becomes of 300 requests in a second, and when they were due."""
-    job = Job(
-        target="",
-        method="",
-        transport="sdk-shm-prepared",
-        layers=[],
-        shape={},
-        streams=1,
-        in_flight=places,
-        rate=300.0,
-        warmup_s=0.0,
-        seed=0,
-        result_file="",
-    )
-    record, gate = Record(), Gate()
+    job = a_job("sdk-shm-prepared", places, 300.0)
     calls = [TakesItsTime(fails=fails) for _ in range(places)]
     steps = [Steps(call, call.wait) for call in calls]
-    thread = threading.Thread(target=ask_when_due, args=(job, 0, record, gate, steps))
-    thread.start()
-    gate.wait_arrived(1)
-    job.begin_s = time.monotonic()
-    job.end_s = job.begin_s + 1.0
-    gate.open()
-    thread.join(PATIENCE_S)
-    assert not thread.is_alive()
+    with while_it_asks(lambda record, gate: ask_when_due(job, 0, record, gate, steps)) as (record, gate):
+        gate.wait_arrived(1)
+        open_for(1.0, job, gate)
     return record, list(due_times(job, 0))
 
 
