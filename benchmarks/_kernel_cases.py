@@ -17,6 +17,7 @@ from expertd_server.backend import PreparedLayer
 from expertd_server.cuda_call import Call
 from expertd_server.routing import route
 from expertd_server.synthetic import PRESETS
+from expertd_server.tuning import skewed_logits
 from expertd_server.types import LayerSpec
 from expertd_server.weights import ExpertWeights
 
@@ -66,15 +67,6 @@ def make_layer(backend: CudaBackend, spec: LayerSpec, max_num_tokens: int, seed:
     return backend.prepare(spec, weights, max_num_tokens=max_num_tokens)
 
 
-def make_logits(spec: LayerSpec, num_tokens: int, zipf: bool, device: torch.device) -> torch.Tensor:
-    """Even routing, or experts chosen in proportion to 1 / rank."""
-    logits = torch.randn(num_tokens, spec.num_experts, device=device)
-    if zipf:
-        gumbel = -torch.rand(num_tokens, spec.num_experts, device=device).clamp_(1e-9, 1 - 1e-7).log().neg().log()
-        logits = gumbel - torch.arange(1, spec.num_experts + 1, device=device).log()
-    return logits
-
-
 def make_call(layer: PreparedLayer, num_tokens: int, zipf: bool, touched: int | None, seed: int) -> Call:
     """Random inputs; touched: drawn until that many local experts are chosen, as many as the peers' runs had. Seeds
     torch's generators.
@@ -82,7 +74,8 @@ def make_call(layer: PreparedLayer, num_tokens: int, zipf: bool, touched: int | 
     spec, device = layer.spec, layer.weights.device
     torch.manual_seed(seed)
     for _ in range(100):
-        logits = make_logits(spec, num_tokens, zipf, device)
+        even = torch.randn(num_tokens, spec.num_experts, device=device)
+        logits = skewed_logits(spec, num_tokens, device) if zipf else even
         if touched is None or zipf:
             break
         ids, _ = route(spec, logits, layer.weights.routing_bias)

@@ -31,12 +31,11 @@ struct Family {
 
 // NOTE: memory gives more when what is asked for together lies together, and when much is on its way. So a stage of
 // weights is 256 or 512 consecutive bytes of each row, and few CTAs per SM have as many bytes on their way as fit.
-using FamilyS16W = Family<64, 16, 8, 2, 2, 5, 2, 5>;        // one token, short sums
-using FamilyS16X = Family<64, 16, 8, 1, 4, 5, 4, 5>;        // up to 9 rows per expert, long sums
-using FamilyD32W = Family<128, 32, 8, 1, 2, 10, 2, 5>;      // up to 20 rows per expert
-using FamilyD64W = Family<128, 64, 16, 1, 2, 8, 2, 4>;      // up to 45
-using FamilyM128 = Family<128, 128, 32, 1, 2, 6, 1, 6>;     // up to 100
-using FamilyP160 = Family<256, 160, 16, 1, 2, 4, 1, 4>;     // up to 150: memory still sets the pace
+using FamilyS16W = Family<64, 16, 8, 2, 2, 5, 2, 5>;        // one row per expert, short sums
+using FamilyS16X = Family<64, 16, 8, 1, 4, 5, 4, 5>;        // up to 4, long sums
+using FamilyD64W = Family<128, 64, 16, 1, 2, 8, 2, 4>;      // up to 9
+using FamilyM128 = Family<128, 128, 32, 1, 2, 6, 1, 6>;     // up to 24, with short sums 40
+using FamilyP160 = Family<256, 160, 16, 1, 2, 4, 1, 4>;     // up to 200: memory still sets the pace
 using FamilyC160 = Family<256, 160, 16, 1, 2, 4, 1, 4, 2>;  // prefill
 
 struct FamilyInfo {
@@ -50,7 +49,6 @@ void launch_family(Output output, const GemmMaps& maps, const GemmParams& p, int
 
 extern template void launch_family<FamilyS16W>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyS16X>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
-extern template void launch_family<FamilyD32W>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyD64W>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyM128>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
 extern template void launch_family<FamilyP160>(Output, const GemmMaps&, const GemmParams&, int, const LaunchConfig&);
@@ -63,9 +61,8 @@ constexpr FamilyInfo family_info(const char* name) {
 
 inline const auto& families() {
   static const std::array table = {
-      family_info<FamilyS16W>("s16w"), family_info<FamilyS16X>("s16x"), family_info<FamilyD32W>("d32w"),
-      family_info<FamilyD64W>("d64w"), family_info<FamilyM128>("m128"), family_info<FamilyP160>("p160"),
-      family_info<FamilyC160>("c160"),
+      family_info<FamilyS16W>("s16w"), family_info<FamilyS16X>("s16x"), family_info<FamilyD64W>("d64w"),
+      family_info<FamilyM128>("m128"), family_info<FamilyP160>("p160"), family_info<FamilyC160>("c160"),
   };
   return table;
 }

@@ -16,6 +16,7 @@
 #include <system_error>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "any_core.h"
 
@@ -64,22 +65,28 @@ class Ringer {
     return *ringer;
   }
 
-  // Rings when the batch that the event was recorded for last is over, or has failed. In the order of these calls.
-  void ring_after(std::shared_ptr<const BatchEvent> event, std::shared_ptr<const BellFile> bell) {
-    const uint64_t batch = event->batch.load();
+  // Rings when the batch that the last of these events was recorded for last is over, or has failed. They come one
+  // after the other. In the order of these calls.
+  void ring_after(const std::vector<std::shared_ptr<const BatchEvent>>& events, std::shared_ptr<const BellFile> bell) {
+    Due due = {{}, std::move(bell)};
+    for (const auto& event : events) due.moments.push_back({event, event->batch.load()});
     {
       std::lock_guard<std::mutex> lock(lock_);
       if (!is_started_) std::thread(&Ringer::run, this).detach();
       is_started_ = true;
-      due_.push_back({std::move(event), batch, std::move(bell)});
+      due_.push_back(std::move(due));
     }
     wake_.notify_one();
   }
 
  private:
-  struct Due {
+  struct Moment {
     std::shared_ptr<const BatchEvent> event;
     uint64_t batch;
+  };
+
+  struct Due {
+    std::vector<Moment> moments;
     std::shared_ptr<const BellFile> bell;
   };
 
@@ -88,9 +95,11 @@ class Ringer {
     int device = -1;
     while (true) {
       const Due due = next();
-      if (due.event->device != device) (void)cudaSetDevice(device = due.event->device);
-      // Where somebody else saw that it was over, the event may be of a later batch, which has a call of its own.
-      if (due.event->batch.load() == due.batch) (void)cudaEventSynchronize(due.event->event.get());
+      for (const auto& [event, batch] : due.moments) {
+        if (event->device != device) (void)cudaSetDevice(device = event->device);
+        // Where somebody else saw that it was over, the event may be of a later batch, which has a call of its own.
+        if (event->batch.load() == batch) (void)cudaEventSynchronize(event->event.get());
+      }
       due.bell->ring();  // an error is the end as well: whoever hears it asks, and is told
     }
   }

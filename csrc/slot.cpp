@@ -294,8 +294,9 @@ class SlotWork {
   // Under the lock, when the batch was started, or could not be.
   void ring() {
     if (error_.empty()) {
-      Ringer::of_computing().ring_after(computed_, bell_);
-      Ringer::of_answers().ring_after(fetched_, bell_);
+      Ringer::of_computing().ring_after({computed_}, bell_);
+      // Looking for the end of the copies takes a core, so the thread sleeps until they have begun.
+      Ringer::of_answers().ring_after({computed_, fetched_}, bell_);
     } else {
       bell_->ring();
     }

@@ -93,6 +93,7 @@ class CudaBackend:
     def tune(self, layer: PreparedLayer, tune_max_num_tokens: int = 8192) -> dict[int, str]:
         """Measure every tile family for 1, 2, 4, ... tune_max_num_tokens tokens and use the fastest from now on.
 
+        Fastest is the one with the least geometric mean of its times with even and with skewed routing.
         Returns {tokens: family}, which the tuning cache also keeps; what it knows already is not measured again. Takes
         seconds and stalls the device: not for a server under load. Bits do not depend on the choice.
         """
@@ -105,12 +106,13 @@ class CudaBackend:
         with torch.cuda.device(self.device):
             for num_tokens in missing:
                 x = torch.randn(num_tokens, spec.hidden_size, device=self.device).to(torch.float8_e4m3fn)
-                logits = torch.randn(num_tokens, spec.num_experts, device=self.device)
-                times: dict[str, float] = {}
-                for name in FAMILIES:
-                    self.force_family = name
-                    times[name] = _median_ms(partial(self.forward, layer, x, routing_logits=logits))
-                choice[num_tokens] = min(times, key=times.__getitem__)
+                even = torch.randn(num_tokens, spec.num_experts, device=self.device)
+                products = dict.fromkeys(FAMILIES, 1.0)
+                for logits in (even, tuning.skewed_logits(spec, num_tokens, self.device)):
+                    for name in FAMILIES:
+                        self.force_family = name
+                        products[name] *= _median_ms(partial(self.forward, layer, x, routing_logits=logits))
+                choice[num_tokens] = min(products, key=products.__getitem__)
         self.force_family = forced
         self._tuned.store(self.device_name, tuning.layer_key(spec), choice)
         layer.state.tuned = self._tuned.lookup(self.device_name, tuning.layer_key(spec))

@@ -13,12 +13,23 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
+import torch
+
 from expertd_server.types import LayerSpec
 
-__all__ = ["CACHE_VERSION", "TuningCache", "autotune", "bucket", "choose_family", "is_autotuning", "layer_key"]
+__all__ = [
+    "CACHE_VERSION",
+    "TuningCache",
+    "autotune",
+    "bucket",
+    "choose_family",
+    "is_autotuning",
+    "layer_key",
+    "skewed_logits",
+]
 
-CACHE_VERSION = 6
-"""Raise it when the kernels change, so that old measurements are not believed."""
+CACHE_VERSION = 7
+"""Raise it when the kernels change, or what is measured, so that old measurements are not believed."""
 
 
 _autotuning: ContextVar[bool] = ContextVar("autotuning", default=False)
@@ -58,19 +69,36 @@ def layer_key(spec: LayerSpec) -> str:
 
 
 def choose_family(tuned: dict[int, str] | None, spec: LayerSpec, num_tokens: int) -> str:
-    """Name of the family for a call: the tuned one of its bucket, else by the rows that an expert gets on average."""
+    """Name of the family for a call: the tuned one of its bucket, else by the rows that an expert gets on average.
+
+    Tiles are wider than an average expert needs, because few layers are routed evenly: one tile too wide costs a call
+    that is up to 1 %, but a popular expert that is cut into many tiles up to half of its time. How many rows there are
+    is not known where a call is planned. docs/kernels.md has the figures.
+    """
     if tuned is not None and (name := tuned.get(bucket(num_tokens))) is not None:
         return name
     rows = num_tokens * spec.top_k / spec.num_experts  # of one expert, routed evenly
+    if spec.num_local < spec.num_experts:
+        rows *= 3  # this slice may be the popular one
     long_sums = min(spec.hidden_size, spec.intermediate_size) >= 2048
-    if num_tokens == 1 and not long_sums:
-        return "s16w"
-    if rows <= 9 and long_sums:
-        return "s16x"
-    for limit, name in ((20, "d32w"), (45, "d64w"), (100, "m128")):
-        if rows <= limit:
-            return name
-    return "p160" if rows <= 150 else "c160"
+    if rows <= (4 if long_sums else 1):
+        return "s16x" if long_sums else "s16w"
+    if rows <= 9:
+        return "d64w"
+    if rows <= (24 if long_sums else 40):
+        return "m128"
+    fills_tiles = spec.gemm1_rows % 256 == 0  # else half a tile of each expert is for nothing, and not shared in p160
+    return "p160" if rows <= 200 and fills_tiles else "c160"
+
+
+def skewed_logits(spec: LayerSpec, num_tokens: int, device: torch.device) -> torch.Tensor:
+    """float32 [num_tokens, num_experts] of a layer with popular experts: drawn in proportion to 1 / rank (Zipf).
+
+    The first of the local experts is the most popular one, so that a slice has more than its share of the rows.
+    """
+    uniform = torch.rand(num_tokens, spec.num_experts, device=device).clamp_(1e-9, 1 - 1e-7)
+    rank = (torch.arange(spec.num_experts, device=device) - spec.local_expert_offset) % spec.num_experts + 1
+    return -uniform.log().neg().log() - rank.log()  # the greatest of them are Gumbel's way to draw without replacement
 
 
 class TuningCache:
