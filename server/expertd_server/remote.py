@@ -62,6 +62,9 @@ _ROOM_LOOK_UP_S: Final = 0.005
 # does for it, where there are cores to spare for that: whoever looks has one to itself.
 _LOOK_S: Final = 0.0005
 _LEAST_CORES_TO_LOOK: Final = 8
+# A request counts as lone when it and so many before it found no other in flight. Under load one in two or three is
+# alone by chance: to look for its answer then takes time from others.
+_LEAST_ALONE: Final = 16
 # Requests that are sent before the engine is woken for them.
 _MOST_UNTOLD: Final = 4
 # What callers are told while there is no engine.
@@ -318,6 +321,8 @@ class _Link:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._num_untold = 0
         self._may_look = loop is not None and len(os.sched_getaffinity(0)) >= _LEAST_CORES_TO_LOOK
+        self._num_alone = 0
+        """Requests in a row that found no other in flight."""
         self._look_until_s = 0.0
         """When to look for an answer no more, and to be woken for it; 0: nobody looks."""
         self._is_completing = False
@@ -362,6 +367,7 @@ class _Link:
             )
         with self._lock:
             self._check_open()
+            self._num_alone = 0 if self._waiting else self._num_alone + 1
             asked.block = block
             asked.number = number = next(self._numbers)
             self._waiting[number] = asked
@@ -382,12 +388,13 @@ class _Link:
 
     def announce(self) -> None:
         """See `RemoteEngine.announce`."""
-        if self._may_look:
+        if self._may_look and self._num_alone >= _LEAST_ALONE:
             self._to_engine.announce()
 
     def look_soon(self) -> None:
         """Look for the answer to a lone request whenever the loop has nothing else to do, for a while."""
-        if self._may_look and not self._look_until_s and len(self._waiting) == 1:
+        is_lone = self._num_alone >= _LEAST_ALONE and len(self._waiting) == 1
+        if self._may_look and is_lone and not self._look_until_s:
             assert self._loop is not None
             self._look_until_s = time.monotonic() + _LOOK_S
             self._loop.soon(self._look)

@@ -51,6 +51,7 @@ def many(request: pytest.FixtureRequest) -> Iterator[Split]:
     """A server with two front-ends, which are woken for answers, or look for those to lone requests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(remote, "_LEAST_CORES_TO_LOOK", 1 if request.param == "looking" else 1 << 16)
+        patch.setattr(remote, "_LEAST_ALONE", 1)
         with split() as server:
             yield server
 

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -577,6 +578,37 @@ class TestEnds:
                 loop.loop.call_soon_threadsafe(loop.loop.stop)
                 loop._thread.join(PATIENCE_S)
             os.close(fd)
+
+    def test_answers_are_looked_for_where_requests_have_come_one_by_one_for_a_while(self, rig: Rig) -> None:
+        side = rig.side()
+        link = side.remote._link
+        assert link is not None
+        turns: list[object] = []
+        number = 0
+
+        def is_looked_for(in_flight: int) -> bool:
+            """Of requests at once: whether the loop was asked to look for an answer."""
+            nonlocal number
+            turns.clear()
+            futures = []
+            for _ in range(in_flight):
+                futures.append(side.remote.submit(side.call(), is_last=True))
+                side.remote.hurry()
+            for future in futures:
+                number += 1
+                rig.engine.wait(number).set_result(result_of(3))
+                future.result(PATIENCE_S)
+            link._look_until_s = 0.0  # as `_look` leaves it
+            return link._look in turns
+
+        link._may_look, link._loop = True, SimpleNamespace(soon=turns.append, is_here=True)  # type: ignore[assignment]
+        try:
+            for _ in range(2):
+                looked = [is_looked_for(1) for _ in range(remote._LEAST_ALONE + 1)]
+                assert looked == [False] * (remote._LEAST_ALONE - 1) + [True, True]
+                is_looked_for(2)
+        finally:
+            link._may_look, link._loop = False, None
 
     def test_when_a_front_end_ends_the_others_go_on(self, rig: Rig) -> None:
         dying, living = rig.side(), rig.side()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cases import make_case, make_spec
 from test_ops import arguments
 
@@ -16,7 +18,17 @@ from expertd_server.backend_cpu import TorchBackend
 from expertd_server.config import Config
 from expertd_server.loader import load_layers
 from expertd_server.ops import trtllm_fp8_per_tensor_scale_moe
-from expertd_server.tuning import CACHE_VERSION, TuningCache, autotune, bucket, choose_family, is_autotuning, layer_key
+from expertd_server.synthetic import PRESETS
+from expertd_server.tuning import (
+    CACHE_VERSION,
+    TuningCache,
+    autotune,
+    bucket,
+    choose_family,
+    is_autotuning,
+    layer_key,
+    skewed_logits,
+)
 from expertd_server.types import LayerSpec
 from expertd_server.weights import ExpertWeights
 
@@ -29,6 +41,37 @@ def test_a_measured_choice_wins_over_the_built_in_one() -> None:
     spec = make_spec()
     assert choose_family({8: "measured"}, spec, 5) == "measured"
     assert choose_family({8: "measured"}, spec, 9) == choose_family(None, spec, 9)
+
+
+MEASURED = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("families-*.json"))
+SHAPES = {
+    "mixtral": PRESETS["mixtral-8x7b"],
+    "qwen3": PRESETS["qwen3-30b-a3b"],
+    "deepseek": replace(PRESETS["deepseek-v3"], local_num_experts=32),
+    "scout": PRESETS["llama4-scout"],
+    "nemotron": PRESETS["nemotron-3-super"],
+}
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
+def test_the_built_in_choice_is_near_the_best_that_was_measured(path: Path) -> None:
+    built = pytest.importorskip("expertd_server.cuda_families", reason="the kernels were not compiled").FAMILIES
+    cells = json.loads(path.read_text())["cells"]
+    assert len(cells) >= 50
+    for cell in cells:
+        families = {name: timed["us"] for name, timed in cell["families"].items() if name in built}
+        choice = choose_family(None, SHAPES[cell["case"]], cell["tokens"])
+        allowed = 1.02 if cell["routing"] == "even" else 1.05
+        assert families[choice] <= allowed * min(families.values()), (cell["case"], cell["tokens"], cell["routing"])
+
+
+def test_skewed_routing_prefers_the_first_local_experts() -> None:
+    spec = make_spec(num_experts=64, top_k=2, local_expert_offset=48, local_num_experts=16)
+    torch.manual_seed(3)
+    chosen = skewed_logits(spec, 20_000, torch.device("cpu")).topk(1).indices.flatten().bincount(minlength=64) / 20_000
+    expected = 1 / torch.arange(1, 65)
+    expected = (expected / expected.sum()).roll(48)
+    assert (chosen - expected).abs().max() < 0.01
 
 
 def test_the_cache_is_kept_in_its_file(tmp_path: Path) -> None:
