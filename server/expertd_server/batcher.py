@@ -475,19 +475,11 @@ class Batcher(Generic[P, R]):
     @property
     def _has_room_in_flight(self) -> bool:
         """Whether one batch more may be launched now."""
-        more, crowd_tokens = self._num_more, self._limits.crowd_tokens
-        return more < 0 or (more == 0 and crowd_tokens is not None and self._waiting.num_tokens >= crowd_tokens)
-
-    @property
-    def is_full(self) -> bool:
-        """For the serving thread: whether nothing that comes now can be launched before a batch rings."""
-        return self._bell is not None and self._num_more >= (self._limits.crowd_tokens is not None)
-
-    @property
-    def _num_more(self) -> int:
-        """Batches that are in flight beyond max_in_flight, without those that are coming back."""
         limits = self._limits
-        return self._num_in_flight - min(self._num_coming_back, limits.max_coming_back) - limits.max_in_flight
+        more = self._num_in_flight - min(self._num_coming_back, limits.max_coming_back) - limits.max_in_flight
+        return more < 0 or (
+            more == 0 and limits.crowd_tokens is not None and self._waiting.num_tokens >= limits.crowd_tokens
+        )
 
     @property
     def _is_over(self) -> bool:

@@ -181,11 +181,6 @@ class Engine:
         """Whether nothing waits and nothing runs."""
         return self.batcher.oldest_work() is None
 
-    @property
-    def is_full(self) -> bool:
-        """See `Batcher.is_full`."""
-        return self.batcher.is_full
-
     def announce(self) -> None:
         """There is nothing to do before it comes."""
 

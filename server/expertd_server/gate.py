@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from expertd_server.bell import Bell
@@ -32,7 +31,7 @@ from expertd_server.region_handover import RegionTaker
 from expertd_server.remote import ANSWERED, CANCEL, FAILED, NUM_HELLO_FILES, SUBMIT, Applied, EngineState, Hello
 from expertd_server.remote_layer import RemoteLayer
 from expertd_server.result_blocks import write_result
-from expertd_server.ring import Channel, Descriptor
+from expertd_server.ring import Channel
 from expertd_server.status import status_of
 from expertd_server.store import LayerStore
 from expertd_server.threads import ended
@@ -49,8 +48,6 @@ _MAX_HELLO_BYTES: Final = 4096
 _STALE_RETRY_DELAY_S: Final = 0.01
 # Longer than a front-end takes to read, check and send a request.
 _ANNOUNCED_S: Final = 0.0002
-# Who need not wake the engine's thread is come by for at least this often, whatever becomes of the batches in flight.
-_COMES_BY_S: Final = 0.005
 
 
 class EngineGate:
@@ -96,8 +93,6 @@ class EngineGate:
         """By their files."""
         self._waiting: dict[tuple[int, int, bool, int], _AskedTogether] = {}
         """What others of the same kind may join, by `Bundle.kind`."""
-        self._comes_by_itself = False
-        """The thread's own: front-ends need not wake it."""
         self._to_wake: set[_Peer] = set()
         """The thread's own: who is to read answers."""
         self._thread = threading.Thread(target=self._run, name="expertd-gate", daemon=True)
@@ -200,9 +195,7 @@ class EngineGate:
         while not self._is_closed:
             for _ in range(len(self._due)):  # what these ask for has to wait until others have been read
                 self._due.popleft()()
-            self._agree_on_waking()
-            timeout_s = 0.0 if self._due else _COMES_BY_S if self._comes_by_itself else None
-            for fd, _ in self._epoll.poll(timeout_s):
+            for fd, _ in self._epoll.poll(0.0 if self._due else None):
                 if fd == self._wake_fd:
                     os.eventfd_read(fd)
                     continue
@@ -216,34 +209,14 @@ class EngineGate:
                 peer = self._peers.get(fd)
                 if peer is None:  # it was dropped a moment ago, or the gate is closed
                     continue
-                self._guarded(peer, partial(self._read, peer, fd))
-            if self._comes_by_itself:
-                for peer in set(self._peers.values()):
-                    self._guarded(peer, partial(self._come_by, peer))
+                try:
+                    self._read(peer, fd)
+                except EOFError:
+                    self._drop(peer)
+                except Exception:  # this thread serves everybody: one front-end's nonsense must not end it
+                    log.exception("cannot make sense of front-end %s", peer.name)
+                    self._drop(peer)
             self.engine.hurry()  # nothing else has come by now
-
-    def _guarded(self, peer: _Peer, step: Callable[[], object]) -> None:
-        """This thread serves everybody: one front-end's nonsense must not end it."""
-        try:
-            step()
-        except EOFError:
-            self._drop(peer)
-        except Exception:
-            log.exception("cannot make sense of front-end %s", peer.name)
-            self._drop(peer)
-
-    def _agree_on_waking(self) -> None:
-        """While nothing more can be launched nobody need wake this thread for a request, which costs both of them as
-        much as all else that is done for one: it comes by for them when a batch wakes it."""
-        if self.engine.is_full == self._comes_by_itself:
-            return
-        self._comes_by_itself = not self._comes_by_itself
-        for peer in set(self._peers.values()):
-            self._guarded(peer, partial(self._come_by, peer))
-
-    def _come_by(self, peer: _Peer) -> None:
-        ring = peer.from_frontend
-        self._take_all(peer, ring.look() if self._comes_by_itself else ring.take())
 
     def _welcome(self) -> None:
         try:
@@ -296,7 +269,24 @@ class EngineGate:
             descriptors = peer.from_frontend.take()
             if not descriptors and self.engine.is_idle:  # it was announced
                 descriptors = peer.from_frontend.take_within(_ANNOUNCED_S)
-            self._take_all(peer, descriptors)
+            if self._max_bundle_tokens:
+                bundles, descriptors = bundles_of(
+                    descriptors,
+                    SUBMIT,
+                    peer,
+                    peer.to_frontend,
+                    peer.memory,
+                    peer.regions.views,
+                    self._max_bundle_tokens,
+                    self.engine.clock(),
+                )
+                for bundle in bundles:
+                    self._submit_together(peer, bundle)
+            for kind, number, offset, nbytes in descriptors:
+                if kind == CANCEL:
+                    peer.cancel(number)
+                else:
+                    self.submit(peer, number, offset, nbytes)
             return
         if not peer.control.wait(0):  # the event was of an earlier file of this number
             return
@@ -304,26 +294,6 @@ class EngineGate:
         with self._changed:
             peer.applied = applied.sequence
             self._changed.notify_all()
-
-    def _take_all(self, peer: _Peer, descriptors: list[Descriptor]) -> None:
-        if descriptors and self._max_bundle_tokens:
-            bundles, descriptors = bundles_of(
-                descriptors,
-                SUBMIT,
-                peer,
-                peer.to_frontend,
-                peer.memory,
-                peer.regions.views,
-                self._max_bundle_tokens,
-                self.engine.clock(),
-            )
-            for bundle in bundles:
-                self._submit_together(peer, bundle)
-        for kind, number, offset, nbytes in descriptors:
-            if kind == CANCEL:
-                peer.cancel(number)
-            else:
-                self.submit(peer, number, offset, nbytes)
 
     def submit(self, peer: _Peer, number: int, offset: int, nbytes: int) -> None:
         """Have the engine compute what lies in a block of a front-end's."""

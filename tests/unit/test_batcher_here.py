@@ -9,7 +9,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
 from test_batcher import PATIENCE_S, Bench, Done, FailsLate, OnDevice, Payload
@@ -179,27 +178,6 @@ class TestInOneThread:
         assert promises[2].result(0) == "z done"
         assert all(set(batch.waited_s) == {0.0} for batch in launched), "nobody waits"
         assert batcher.drain(0.0)
-
-    def test_it_is_full_while_nothing_that_comes_could_be_launched(
-        self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]]
-    ) -> None:
-        batcher, here, launched = bench
-        full: list[bool] = []
-        for name in "xy":
-            full.append(batcher.is_full)
-            batcher.submit("a", name, 10)
-            here.step_until(lambda: here.is_idle)
-        assert [*full, batcher.is_full] == [False, False, True]
-        batcher._limits = replace(batcher._limits, crowd_tokens=20)
-        assert not batcher.is_full, "a crowd might come, and have a third launched"
-        for name in "vw":
-            batcher.submit("a", name, 10)
-        here.step_until(lambda: here.is_idle)
-        assert len(launched) == 3
-        assert batcher.is_full
-        launched[0].compute()
-        here.step()
-        assert not batcher.is_full, "one comes back"
 
     def test_a_third_is_launched_as_soon_as_one_is_computed_and_no_fourth(
         self, bench: tuple[Batcher[str | Exception, str], Here, list[InTime]]

@@ -28,7 +28,6 @@ from expertd_server.backend_noop import NoopBackend
 from expertd_server.blocks import (
     read_answer,
 )
-from expertd_server.compiled import BLOCKS
 from expertd_server.engine import ForwardCall, ForwardResult, ForwardTiming
 from expertd_server.errors import (
     ExpertdServerError,
@@ -95,7 +94,6 @@ class FakeEngine:
     """Keeps what is submitted, for the test to answer."""
 
     is_idle = True
-    is_full = False
 
     def __init__(self) -> None:
         self.queue_tokens = 0
@@ -611,40 +609,6 @@ class TestEnds:
                 is_looked_for(2)
         finally:
             link._may_look, link._loop = False, None
-
-    @pytest.mark.skipif(BLOCKS is None, reason="the compiled rings alone: Python's have no other way than to wake")
-    def test_nobody_wakes_the_engine_while_it_can_launch_nothing(
-        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        sides = [rig.side(), rig.side()]
-        woken: list[int] = []
-        read = rig.gate._read
-        monkeypatch.setattr(rig.gate, "_read", lambda peer, fd: (woken.append(fd), read(peer, fd)))
-
-        def wakes() -> int:
-            """How often the engine was woken for requests of both, each sent after the one before had come."""
-            woken.clear()
-            for number in range(6):
-                sides[number % 2].remote.submit(sides[number % 2].call())
-                rig.engine.wait(len(asked) + 1)
-                asked.append(rig.engine.futures[-1])
-                asked[-1].set_result(result_of(3))
-            return len(woken)
-
-        def is_full(value: bool) -> None:
-            """Have the gate's thread see it."""
-            rig.engine.is_full = value
-            for _ in range(2):  # the first may be called before it looks
-                turned = threading.Event()
-                rig.gate.soon(turned.set)
-                assert turned.wait(PATIENCE_S)
-
-        asked: list[Answering] = []
-        for _ in range(2):
-            is_full(True)
-            assert wakes() == 0
-            is_full(False)
-            assert wakes() == 6
 
     def test_when_a_front_end_ends_the_others_go_on(self, rig: Rig) -> None:
         dying, living = rig.side(), rig.side()
