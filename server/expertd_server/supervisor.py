@@ -28,7 +28,7 @@ from expertd_server.exits import EXIT_CUT_OFF, EXIT_FAILED
 from expertd_server.host_memory import available_memory_bytes
 from expertd_server.metrics_endpoint import MetricsEndpoint
 from expertd_server.port_sharing import make_port_file
-from expertd_server.ready import clear_ready_file, write_ready_file
+from expertd_server.ready import clear_ready_file, target_of, write_ready_file
 from expertd_server.ring import shared_bytes
 from expertd_server.server_metrics import ServerMetrics
 
@@ -309,7 +309,7 @@ class Supervisor:
     def _ready_facts(self) -> dict[str, object]:
         """What `Server.ready_facts` says, and which processes there are."""
         return {
-            "address": f"{self._config.host}:{self._port}",
+            "address": target_of(self._config.host, self._port),
             "port": self._port,
             "metrics_port": self._metrics_port,
             "admin_port": self._admin_port,
