@@ -61,6 +61,8 @@ LARGEST_BLOCK_OVERHEAD_BYTES: Final = 65536
 _UINT32_MAX: Final = 2**32 - 1
 _UNBOUNDED: Final = 2**63 - 1
 _MAX_FRONTEND_REQUESTS: Final = 65536
+_MAX_SECONDS: Final = 10**9
+"""Python waits ten times as long at most, and raises where it shall wait longer."""
 
 _RANGES: Final = {
     "port": (0, 65535),
@@ -260,10 +262,10 @@ class Config:
 
     def _check_seconds(self) -> None:
         for name in ("request_timeout_s", "shutdown_grace_s"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise self._error(name, "a positive number of seconds")
-        if not 0 <= self.engine_hang_timeout_s < float("inf"):
-            raise self._error("engine_hang_timeout_s", "a number of seconds, 0 for never")
+            if not 0 < getattr(self, name) <= _MAX_SECONDS:
+                raise self._error(name, f"a positive number of seconds, at most {_MAX_SECONDS}")
+        if not 0 <= self.engine_hang_timeout_s <= _MAX_SECONDS:
+            raise self._error("engine_hang_timeout_s", f"a number of seconds, 0 for never, at most {_MAX_SECONDS}")
 
     def _check_tls(self) -> None:
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
