@@ -122,7 +122,8 @@ class Control:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close the file."""
+        """End the conversation, and close the file."""
+        self.hang_up()  # whoever is sending would keep this waiting
         with self._lock:
             self._socket.close()
 
