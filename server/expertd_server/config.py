@@ -196,8 +196,8 @@ class Config:
     engine_hang_timeout_s: float = field(default=60.0, metadata=_in(_OPERATION, "SECONDS"))
     """When a batch has not ended after this time, or requests wait and none is taken, what computes is held to hang:
     the server says NOT_SERVING, fails its requests with UNAVAILABLE and ends with exit code 1; with front-ends the
-    process that computes is killed, and started again (engine_restart). Set it above what the longest batch takes, on a
-    CPU minutes perhaps. 0: never."""
+    process that computes is killed, and started again (engine_restart), also when it has said nothing for so long. Set
+    it above what the longest batch takes, on a CPU minutes perhaps. 0: never."""
     ready_file: Path | None = field(default=None, metadata=_in(_OPERATION, "FILE"))
     """Write one line of JSON here when every layer answers: address, port, metrics_port, admin_port, pid,
     instance_id. With front-ends also engine_pid and frontend_pids; it is removed while the engine or a front-end does
