@@ -262,6 +262,7 @@ int is_direct(const Requests& requests, const Piece& piece, Py_ssize_t num_bytes
 
 // Copy now, or note it in a native.Copies; both ends are the caller's to keep until that has run.
 bool copy(PyObject* copies, uint8_t* to, const uint8_t* from, Py_ssize_t num_bytes) {
+  if (num_bytes == 0) return true;  // there may be no address of nothing
   if (num_bytes < kCopyHereBytes) {
     std::memcpy(to, from, static_cast<size_t>(num_bytes));
     return true;

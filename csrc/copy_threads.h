@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -91,9 +92,13 @@ class CopyThreads {
     return pieces;
   }
 
-  // With the lock; not before there is something to do.
+  // With the lock; not before there is something to do. Where the system has no thread left those that there are help,
+  // and the next copy tries again.
   void start_helpers() {
-    for (; num_started_ < num_helpers_; ++num_started_) std::thread([this] { run(); }).detach();
+    try {
+      for (; num_started_ < num_helpers_; ++num_started_) std::thread([this] { run(); }).detach();
+    } catch (const std::system_error&) {
+    }
   }
 
   void run() {

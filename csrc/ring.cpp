@@ -131,11 +131,17 @@ PyObject* ring_publish(PyObject* self, PyObject* const* arguments, Py_ssize_t gi
   return put(ring_of(self), arguments, given) ? ring_wake(self, nullptr) : nullptr;
 }
 
-// What was put and not taken yet, for the reader.
+// What was put and not taken yet, for the reader. Raises ValueError where that is more than there is room for.
 PyObject* descriptors_of(Ring* ring) {
+  if (!is_open(ring)) return PyList_New(0);
+  const uint64_t end = ring->head->num_put.load(std::memory_order_acquire), waiting = end - ring->next;
+  if (waiting > ring->num_slots) {
+    PyErr_Format(PyExc_ValueError, "%llu descriptors wait in a ring of %llu", static_cast<unsigned long long>(waiting),
+                 static_cast<unsigned long long>(ring->num_slots));
+    return nullptr;
+  }
   PyObject* taken = PyList_New(0);
-  if (taken == nullptr || !is_open(ring)) return taken;
-  const uint64_t end = ring->head->num_put.load(std::memory_order_acquire);
+  if (taken == nullptr) return nullptr;
   for (; ring->next != end; ++ring->next) {
     const Descriptor& one = ring->slots[ring->next % ring->num_slots];
     PyObject* item = Py_BuildValue(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expertd_server.config import config_from
+from expertd_server.ready import target_of
 
 if TYPE_CHECKING:
     from expertd import AdminClient
@@ -140,5 +141,4 @@ def _drain(client: AdminClient, _layer: str, options: argparse.Namespace) -> str
 
 def _default_target() -> str:
     config = config_from({})
-    host = f"[{config.admin_host}]" if ":" in config.admin_host else config.admin_host
-    return f"{host}:{config.admin_port}"
+    return target_of(config.admin_host, config.admin_port)

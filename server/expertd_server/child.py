@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from expertd_server.control import Collect, Collected, Control, Draining, Hangs, Serving, Start, Stop
+from expertd_server.control import Collect, Collected, Control, Draining, Hangs, Ping, Pong, Serving, Start, Stop
 from expertd_server.exits import end_with
 from expertd_server.garbage import look_rarely
 from expertd_server.logs import configure_logging
@@ -90,6 +90,8 @@ class Child:
                     self.stop_requested.set()
                 case Collect(number):
                     self._send_metrics(number, collect)
+                case Ping():
+                    self._control.send(Pong())
 
     def _send_metrics(self, number: int, collect: Callable[[], list[Any]]) -> None:
         try:

@@ -20,6 +20,7 @@ from expertd_server.grpc_polling import read_where_messages_are_awaited
 from expertd_server.logs import configure_logging
 from expertd_server.malloc import reexec_with_settings
 from expertd_server.plan_cli import add_plan_command
+from expertd_server.ready import target_of
 
 __all__ = ["main"]
 
@@ -137,7 +138,7 @@ def _default_target() -> str:
     """The server that the same environment would start, as seen from its own machine."""
     config = config_from({})
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    return f"[{host}]:{config.port}" if ":" in host else f"{host}:{config.port}"
+    return target_of(host, config.port)
 
 
 def _read(path: Path) -> bytes:

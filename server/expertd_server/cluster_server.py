@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from expertd_server.config import ENV_PREFIX
+from expertd_server.ready import target_of
 from expertd_server.tether import tethered
 
 __all__ = ["ServerProcess", "ServerStats", "ServerStatus", "Silence", "parse_stats", "says_serving"]
@@ -171,7 +172,7 @@ class ServerProcess:
         return ServerStatus(
             state=state,
             address=str(facts["address"]) if facts else None,
-            metrics_address=f"{self._host}:{facts['metrics_port']}" if facts else None,
+            metrics_address=_metrics_address(self._host, facts) if facts else None,
             admin_port=_port(facts.get("admin_port")),
             pid=None if process is None else process.pid,
             instance_id=str(facts["instance_id"]) if facts else None,
@@ -265,7 +266,7 @@ class ServerProcess:
         if process is None or not facts:
             return "starting", ServerStats()
         try:
-            url = f"http://{self._host}:{facts['metrics_port']}/metrics"
+            url = f"http://{_metrics_address(self._host, facts)}/metrics"
             with urllib.request.urlopen(url, timeout=_PROBE_TIMEOUT_S) as response:
                 text = response.read().decode()
             stats = parse_stats(text)
@@ -279,6 +280,12 @@ class ServerProcess:
         except (OSError, grpc.RpcError, ValueError):
             return "unhealthy", None
         return "serving", stats
+
+
+def _metrics_address(host: str, facts: Mapping[str, object]) -> str:
+    port = _port(facts["metrics_port"])
+    assert port is not None, "the command asks for metrics"
+    return target_of(host, port)
 
 
 def _port(fact: object) -> int | None:

@@ -61,6 +61,8 @@ LARGEST_BLOCK_OVERHEAD_BYTES: Final = 65536
 _UINT32_MAX: Final = 2**32 - 1
 _UNBOUNDED: Final = 2**63 - 1
 _MAX_FRONTEND_REQUESTS: Final = 65536
+_MAX_SECONDS: Final = 10**9
+"""Python waits ten times as long at most, and raises where it shall wait longer."""
 
 _RANGES: Final = {
     "port": (0, 65535),
@@ -194,8 +196,8 @@ class Config:
     engine_hang_timeout_s: float = field(default=60.0, metadata=_in(_OPERATION, "SECONDS"))
     """When a batch has not ended after this time, or requests wait and none is taken, what computes is held to hang:
     the server says NOT_SERVING, fails its requests with UNAVAILABLE and ends with exit code 1; with front-ends the
-    process that computes is killed, and started again (engine_restart). Set it above what the longest batch takes, on a
-    CPU minutes perhaps. 0: never."""
+    process that computes is killed, and started again (engine_restart), also when it has said nothing for so long. Set
+    it above what the longest batch takes, on a CPU minutes perhaps. 0: never."""
     ready_file: Path | None = field(default=None, metadata=_in(_OPERATION, "FILE"))
     """Write one line of JSON here when every layer answers: address, port, metrics_port, admin_port, pid,
     instance_id. With front-ends also engine_pid and frontend_pids; it is removed while the engine or a front-end does
@@ -260,10 +262,10 @@ class Config:
 
     def _check_seconds(self) -> None:
         for name in ("request_timeout_s", "shutdown_grace_s"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise self._error(name, "a positive number of seconds")
-        if not 0 <= self.engine_hang_timeout_s < float("inf"):
-            raise self._error("engine_hang_timeout_s", "a number of seconds, 0 for never")
+            if not 0 < getattr(self, name) <= _MAX_SECONDS:
+                raise self._error(name, f"a positive number of seconds, at most {_MAX_SECONDS}")
+        if not 0 <= self.engine_hang_timeout_s <= _MAX_SECONDS:
+            raise self._error("engine_hang_timeout_s", f"a number of seconds, 0 for never, at most {_MAX_SECONDS}")
 
     def _check_tls(self) -> None:
         if (self.tls_cert_file is None) != (self.tls_key_file is None):

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from expertd_server.config import Config
 
-__all__ = ["Collect", "Collected", "Control", "Draining", "Hangs", "Serving", "Start", "Stop"]
+__all__ = ["Collect", "Collected", "Control", "Draining", "Hangs", "Ping", "Pong", "Serving", "Start", "Stop"]
 
 # A peer that takes a message, or the rest of one that it began, no faster than this is as good as gone.
 _TIMEOUT_S: Final = 5.0
@@ -61,6 +61,16 @@ class Collected:
 
     number: int
     families: list[Any]
+
+
+@dataclass(frozen=True)
+class Ping:
+    """To the engine: say that you are there."""
+
+
+@dataclass(frozen=True)
+class Pong:
+    """From the engine: it is."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,8 @@ class Control:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close the file."""
+        """End the conversation, and close the file."""
+        self.hang_up()  # whoever is sending would keep this waiting
         with self._lock:
             self._socket.close()
 

@@ -233,17 +233,15 @@ class EngineGate:
         try:
             if flags & socket.MSG_CTRUNC or len(fds) != NUM_HELLO_FILES:
                 raise OSError(f"{len(fds)} of its {NUM_HELLO_FILES} files came; is the limit of open files reached?")
-            peer = self._take_in(pickle.loads(data), fds)
+            self._take_in(pickle.loads(data), fds)
         except Exception as error:  # the front-end sees its files closed, and asks again; the others go on
             log.error("cannot take a front-end in: %s", error)
             return
         finally:
             for fd in fds:
                 os.close(fd)
-        if peer.control.send(self._state):
-            log.info("%s is connected", peer.name)
 
-    def _take_in(self, hello: Hello, fds: list[int]) -> _Peer:
+    def _take_in(self, hello: Hello, fds: list[int]) -> None:
         """Takes those files out of fds that are somebody's by now."""
         with contextlib.ExitStack() as undo:
             given = undo.enter_context(socket.socket(fileno=fds[-1]))
@@ -260,9 +258,16 @@ class EngineGate:
                     self._epoll.register(fd, select.EPOLLIN)
                     undo.callback(self._epoll.unregister, fd)
                 regions.start()
+                threading.Thread(target=self._greet, args=(peer,), name="expertd-greeting", daemon=True).start()
                 self._peers.update(dict.fromkeys(peer.read_fds, peer))
             undo.pop_all()
-        return peer
+
+    def _greet(self, peer: _Peer) -> None:
+        """Tell a front-end what is held; in a thread of its own: more than a socket takes waits for it to read."""
+        with self._changed:  # by now it is told of all that comes later
+            state = self._state
+        if peer.control.send(state):
+            log.info("%s is connected", peer.name)
 
     def _read(self, peer: _Peer, fd: int) -> None:
         if fd == peer.from_frontend.eventfd:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from rich.console import Console
@@ -126,7 +127,8 @@ class Graphs:
         # Held while a slot's table of layers changes or is gone through: other threads ask for sizes.
         self._tables_lock = threading.Lock()
         self._warm: set[tuple[LayerSpec, BatchKind, int]] = set()
-        self._num_unforeseen = 0
+        self._num_unforeseen: WeakKeyDictionary[MoELayer, int] = WeakKeyDictionary()
+        """Captures of kinds that nobody foresaw, those that failed included, of layer versions that are held."""
 
     @property
     def nbytes(self) -> int:
@@ -166,12 +168,12 @@ class Graphs:
         The slot is the caller's, and has just started such a batch without a graph: that loaded the kernels.
         """
         bucket = self.bucket(num_tokens)
-        if bucket is None or self._num_unforeseen >= _MAX_UNFORESEEN_GRAPHS:
+        if bucket is None or sum(self._num_unforeseen.values()) >= _MAX_UNFORESEEN_GRAPHS:
             return
         if not self._lock.acquire(blocking=False):
             return  # no batch waits for the graphs of others
         try:
-            self._num_unforeseen += 1
+            self._num_unforeseen[layer] = self._num_unforeseen.get(layer, 0) + 1
             self._capture(slot, layer, [(kind, bucket)], run_once=False)
         except RuntimeError as error:
             log.warning("layer %r: no graph for %d tokens of %s: %s", layer.name, bucket, kind, error)

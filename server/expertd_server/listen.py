@@ -11,6 +11,7 @@ import grpc
 
 from expertd_server.config import Config
 from expertd_server.errors import ConfigError
+from expertd_server.ready import target_of
 
 __all__ = ["bind"]
 
@@ -28,7 +29,7 @@ def bind(
 
     client_ca_option: the one that names the authorities of the clients. shares_port: others may listen there too.
     """
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    address = target_of(host, port)
     if port and not shares_port:
         _check_free(host, port)
     try:

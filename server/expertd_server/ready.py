@@ -9,7 +9,7 @@ from pathlib import Path
 
 from expertd_server.errors import ConfigError
 
-__all__ = ["clear_ready_file", "write_ready_file"]
+__all__ = ["clear_ready_file", "target_of", "write_ready_file"]
 
 
 def clear_ready_file(path: Path) -> None:
@@ -17,6 +17,11 @@ def clear_ready_file(path: Path) -> None:
     if not os.access(path.parent, os.W_OK | os.X_OK) or path.is_dir():
         raise ConfigError(f"ready_file is {path}, expected a file in a directory that this process may write to")
     path.unlink(missing_ok=True)
+
+
+def target_of(host: str, port: int) -> str:
+    """What a client dials: an IPv6 address stands in brackets there."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def write_ready_file(path: Path, facts: Mapping[str, object]) -> None:

@@ -92,11 +92,16 @@ class PythonRing:
         self.wake()
 
     def take(self) -> list[Descriptor]:
-        """Every descriptor that was published since, oldest first; does not wait."""
+        """Every descriptor that was published since, oldest first; does not wait.
+
+        Raises ValueError where those are more than there is room for: the other process makes no sense.
+        """
         try:
             count = os.eventfd_read(self.eventfd)
         except BlockingIOError:
             return []
+        if count > self._num_slots:
+            raise ValueError(f"{count} descriptors wait in a ring of {self._num_slots}")
         taken: list[Descriptor] = []
         for _ in range(count):
             taken.append(_DESCRIPTOR.unpack_from(self._memory, self._next * _DESCRIPTOR.size))

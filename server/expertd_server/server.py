@@ -21,7 +21,7 @@ from expertd_server.exits import EXIT_CUT_OFF, end_after
 from expertd_server.layer import MoELayer
 from expertd_server.listener import Listener
 from expertd_server.metrics_endpoint import MetricsEndpoint
-from expertd_server.ready import clear_ready_file, write_ready_file
+from expertd_server.ready import clear_ready_file, target_of, write_ready_file
 from expertd_server.region_door import map_memory
 from expertd_server.server_metrics import engine_hangs
 from expertd_server.service import ServerFacts
@@ -110,7 +110,7 @@ class Server:
         for layer in self.store.layers():
             self._listener.set_layer_serving(layer.name, True)
         self._listener.set_serving(True)
-        log.info("ready on %s:%d: %s", config.host, self.port, self._host.summary())
+        log.info("ready on %s: %s", target_of(config.host, self.port), self._host.summary())
         if config.ready_file is not None:
             write_ready_file(config.ready_file, self.ready_facts())
         return True
@@ -118,7 +118,7 @@ class Server:
     def ready_facts(self) -> dict[str, object]:
         """What a launcher wants to know: address, port, metrics_port, admin_port, pid, instance_id."""
         return {
-            "address": f"{self.config.host}:{self.port}",
+            "address": target_of(self.config.host, self.port),
             "port": self.port,
             "metrics_port": self.metrics_port,
             "admin_port": self.admin_port,

@@ -104,7 +104,9 @@ class ServerMetrics(Collector):
 def engine_hangs(registry: CollectorRegistry) -> Counter:
     """What an engine that hangs cannot be asked for: counted by whoever ends it."""
     return Counter(
-        "expertd_engine_hangs", "Times that a batch did not end within engine_hang_timeout_s.", registry=registry
+        "expertd_engine_hangs",
+        "Times that a batch did not end, or the engine said nothing, within engine_hang_timeout_s.",
+        registry=registry,
     )
 
 

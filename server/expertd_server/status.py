@@ -25,8 +25,10 @@ log = logging.getLogger(__name__)
 
 DOMAIN = "expertd"
 
-# gRPC refuses trailing metadata beyond 8 KiB by default, and the message is in it twice.
-_MAX_MESSAGE_CHARACTERS = 1024
+# gRPC refuses trailing metadata beyond 8 KiB by default. The message is in it twice: percent-encoded, which makes three
+# bytes of one that is no printable ASCII, and once more in the details, whose four bytes are three of these.
+_MAX_MESSAGE_BYTES = 1024
+_MAX_DESCRIPTION_BYTES = 2048
 
 
 class RelayedError(ExpertdServerError):
@@ -62,7 +64,8 @@ def status_of(error: BaseException, request_id: str = "") -> status_pb2.Status:
     if isinstance(error, InvalidArgumentError):
         bad_request = error_details_pb2.BadRequest()
         for violation in error.violations:
-            bad_request.field_violations.add(field=violation.field, description=violation.description)
+            description = _shortened(violation.description, _MAX_DESCRIPTION_BYTES)
+            bad_request.field_violations.add(field=violation.field, description=description)
         details.append(bad_request)
     if isinstance(error, OverloadedError | UnavailableError) and error.retry_delay_s is not None:
         delay = duration_pb2.Duration()
@@ -77,10 +80,17 @@ def stream_error_of(status: status_pb2.Status) -> pb.StreamError:
 
 
 def _status(code: str, message: str, details: list[Message]) -> status_pb2.Status:
-    if len(message) > _MAX_MESSAGE_CHARACTERS:
-        message = message[: _MAX_MESSAGE_CHARACTERS - 1] + "…"
+    message = _shortened(message, _MAX_MESSAGE_BYTES)
     packed = []
     for detail in details:
         packed.append(any_pb2.Any())
         packed[-1].Pack(detail)
     return status_pb2.Status(code=code_pb2.Code.Value(code), message=message, details=packed)
+
+
+def _shortened(text: str, most_bytes: int) -> str:
+    """As much of the text as takes so many bytes of UTF-8."""
+    if len(text.encode()) <= most_bytes:
+        return text
+    end = "…".encode()
+    return text.encode()[: most_bytes - len(end)].decode(errors="ignore") + end.decode()

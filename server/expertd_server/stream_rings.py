@@ -34,7 +34,7 @@ class StreamRings:
         self._loop.add_reader(pair.requests.bell_fd, self._rung)
 
     async def read(self) -> bytes:
-        """The next message. Raises InvalidArgumentError when there is no sense in the ring."""
+        """The next message. Raises InvalidArgumentError where the ring makes no sense, or holds too large a one."""
         requests = self._pair.requests
         while True:
             if not self._left:
@@ -46,6 +46,7 @@ class StreamRings:
             except RingBrokenError as error:
                 raise InvalidArgumentError.of("register_region.rings", f"make no sense: {error}") from None
             if message is not None:
+                self._check_size(len(message))
                 self._count_unread(requests.has_more)
                 return message
             if requests.may_sleep():
@@ -53,6 +54,14 @@ class StreamRings:
                 self._bell = self._loop.create_future()
                 await self._bell
                 self._left = _MESSAGES_A_ROUND
+
+    def _check_size(self, nbytes: int) -> None:
+        most_nbytes = self._calls.max_message_bytes
+        if nbytes > most_nbytes:
+            raise InvalidArgumentError.of(
+                "register_region.rings",
+                f"hold a message of {nbytes} bytes, expected at most {most_nbytes} (max_message_bytes)",
+            )
 
     def put(self, answer: bytes) -> bool:
         """Have the caller find an answer; False: there is no room for it.

@@ -22,13 +22,13 @@ from typing import Final
 
 from expertd_server.child import ENGINE, start_child
 from expertd_server.config import Config
-from expertd_server.control import Collect, Collected, Control, Draining, Hangs, Serving, Start, Stop
+from expertd_server.control import Collect, Collected, Control, Draining, Hangs, Ping, Pong, Serving, Start, Stop
 from expertd_server.errors import ConfigError
 from expertd_server.exits import EXIT_CUT_OFF, EXIT_FAILED
 from expertd_server.host_memory import available_memory_bytes
 from expertd_server.metrics_endpoint import MetricsEndpoint
 from expertd_server.port_sharing import make_port_file
-from expertd_server.ready import clear_ready_file, write_ready_file
+from expertd_server.ready import clear_ready_file, target_of, write_ready_file
 from expertd_server.ring import shared_bytes
 from expertd_server.server_metrics import ServerMetrics
 
@@ -42,7 +42,7 @@ _MAX_PAUSE_S: Final = 30.0
 _SOON_S: Final = 60.0
 # What processes may take to close down beyond the grace that they give to requests.
 _CLOSE_S: Final = 5.0
-# The loop looks up this often; nothing else depends on it.
+# The loop looks up this often, and whether the engine answers.
 _LOOK_UP_S: Final = 1.0
 _PORT_ATTEMPTS: Final = 8
 
@@ -59,6 +59,10 @@ class _Process:
         self.has_started = False
         """Whether any incarnation got as far as it must before it is worth starting another."""
         self.is_serving = False
+        self.is_asked = False
+        """Whether it is to say that it is there, and has not yet."""
+        self.silent_s = 0.0
+        """For how long."""
         self.started_s = 0.0
         self.pause_s = 0.0
         self.start_at_s: float | None = None
@@ -82,6 +86,8 @@ class Supervisor:
         self._port_file = make_port_file(config.frontends)
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._signals: list[int] = []
+        self._looked_s = time.monotonic()
+        """When it was last seen to that the engine answers."""
         self._metrics = ServerMetrics(self._ask_for_metrics)
         self._metrics_port: int | None = None
         self._port = 0
@@ -142,6 +148,7 @@ class Supervisor:
                 raise
         process.control = Control(mine)
         process.started_s, process.start_at_s = time.monotonic(), None
+        process.is_asked, process.silent_s = False, 0.0
         process.control.send(Start(self._config, self._port, self._instance_id, self._is_draining))
         self._metrics.started(process.name)
         log.info("%s is process %d", process.name, process.popen.pid)
@@ -164,6 +171,7 @@ class Supervisor:
         if self._exit_code is not None:
             self._go_on_stopping()
             return
+        self._look_after_engine()
         for process in self._processes:
             if process.start_at_s is not None and process.start_at_s <= time.monotonic():
                 self._start_again(process)
@@ -207,15 +215,38 @@ class Supervisor:
                 if process.is_engine:
                     self._summary, self._admin_port = summary, admin_port
             case Hangs(what):
-                self._metrics.engine_hangs.inc()
-                log.critical("%s is killed: %s", process.name, what)
-                assert process.popen is not None
-                process.popen.kill()
-                self._ended(process)
+                self._kill_hung(process, what)
+            case Pong():
+                process.is_asked, process.silent_s = False, 0.0
             case Draining():
                 self._is_draining = True
             case Collected(number, families):
                 self._metrics.received(process.name, number, families)
+
+    def _look_after_engine(self) -> None:
+        """Kill an engine that serves and is silent: what hangs may hold the interpreter, which its watchdog needs."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s < _LOOK_UP_S:
+            return
+        # Where the whole server stood still, as in a paused container, the engine is not to blame.
+        passed_s, self._looked_s = min(now_s - self._looked_s, 2 * _LOOK_UP_S), now_s
+        engine, timeout_s = self._engine, self._config.engine_hang_timeout_s
+        if not engine.is_serving or not timeout_s:
+            return
+        if not engine.is_asked:
+            assert engine.control is not None
+            engine.is_asked = engine.control.send(Ping())
+            return
+        engine.silent_s += passed_s
+        if engine.silent_s >= timeout_s:
+            self._kill_hung(engine, f"it stands still, and has said nothing for {engine.silent_s:.1f} s")
+
+    def _kill_hung(self, process: _Process, what: str) -> None:
+        self._metrics.engine_hangs.inc()
+        log.critical("%s is killed: %s", process.name, what)
+        assert process.popen is not None
+        process.popen.kill()
+        self._ended(process)
 
     def _ended(self, process: _Process) -> None:
         assert process.popen is not None
@@ -309,7 +340,7 @@ class Supervisor:
     def _ready_facts(self) -> dict[str, object]:
         """What `Server.ready_facts` says, and which processes there are."""
         return {
-            "address": f"{self._config.host}:{self._port}",
+            "address": target_of(self._config.host, self._port),
             "port": self._port,
             "metrics_port": self._metrics_port,
             "admin_port": self._admin_port,

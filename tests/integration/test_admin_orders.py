@@ -56,6 +56,8 @@ def checkpoint(path: str, **fields: Any) -> dict[str, Any]:
         ({"layer": LAYER, "weights_version": 2, **checkpoint("models")}, "checkpoint.path", "an absolute path"),
         ({"layer": LAYER, "weights_version": 2, **checkpoint("")}, "checkpoint.path", "an absolute path"),
         ({"layer": LAYER, "weights_version": 2, **checkpoint("/" + "x" * 5000)}, "checkpoint.path", "5001 characters"),
+        # A third of what such a message takes as gRPC's metadata are its characters.
+        ({"layer": LAYER, "weights_version": 2, **checkpoint("/" + "模" * 1000)}, "checkpoint.path", "/模模模"),
         (
             {"layer": LAYER, "weights_version": 2, **checkpoint("/" + "x" * 900)},
             "checkpoint.path",

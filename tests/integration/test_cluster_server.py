@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,6 +51,28 @@ def test_a_killed_server_comes_back_and_a_drained_one_does_not(monkeypatch: pyte
     assert process.drain()
     assert process.status().state == "stopped"
     assert not psutil.pid_exists(second.pid or 0)
+
+
+@pytest.mark.parametrize("frontends", [0, 1])
+def test_a_server_at_an_ipv6_address_says_what_to_dial(tmp_path: Path, frontends: int) -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError as error:
+        pytest.skip(f"there is no ::1 here: {error}")
+    flags = ["--synthetic", "tiny", "--device", "cpu", "--frontends", str(frontends)]
+    process = ServerProcess(flags, "::1", shutdown_grace_s=30, start_timeout_s=PATIENCE_S)
+    try:
+        serving = wait_for(process, lambda status: status.state == "serving")
+        assert serving.address is not None
+        assert serving.metrics_address is not None
+        assert serving.metrics_address.startswith("[::1]:")
+        topology = tmp_path / "experts.json"
+        write_topology(topology, [serving.address])
+        with ExpertGroup(topology) as group:
+            assert [layer.name for layer in group.layers(timeout_s=PATIENCE_S)] == ["synthetic.tiny.0"]
+    finally:
+        assert process.drain()
 
 
 def test_of_a_server_with_tls_the_metrics_tell_how_it_is(tmp_path: Path) -> None:

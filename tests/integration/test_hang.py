@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -161,6 +163,22 @@ def test_an_engine_process_is_killed_and_started_again(tmp_path: Path, hanging_b
         assert samples["expertd_engine_hangs_total", frozenset()] == 1
         assert samples["expertd_engine_restarts_total", frozenset()] == 1
         assert "engine is killed: the engine hangs: layer 'synthetic.tiny.0'" in server.errors()
+
+
+def test_an_engine_process_that_stands_still_is_killed_and_started_again(tmp_path: Path) -> None:
+    with Processes(tmp_path, *OPTIONS, "--frontends", "1") as server:
+        before = server.facts()
+        with insecure_channel(before["port"]) as channel:
+            stub = expertd_pb2_grpc.ExpertServiceStub(channel)
+            os.kill(before["engine_pid"], signal.SIGSTOP)
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Forward(request(np.random.default_rng(SEED), 1), timeout=START_S)
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            wait_for(
+                lambda: server.ready_file.exists() and server.facts()["engine_pid"] != before["engine_pid"], START_S
+            )
+            stub.Forward(request(np.random.default_rng(SEED), 1), timeout=PATIENCE_S)
+        assert server.scrape()["expertd_engine_hangs_total", frozenset()] == 1
 
 
 def test_in_shared_memory_a_request_that_hangs_fails_when_its_engine_is_dead(

@@ -26,6 +26,7 @@ class FakeCalls:
     """Admits requests for the test to answer, or refuses them."""
 
     queue_depth_tokens = 0
+    max_message_bytes = 2**20
     codec = codec
 
     def __init__(self, *, refuses: bool = False) -> None:

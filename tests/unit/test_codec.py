@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -528,6 +530,22 @@ class TestCopies:
 
         with ThreadPoolExecutor(4) as callers:
             assert all(callers.map(copy_all, range(40)))
+
+    def test_where_no_thread_can_be_started_the_caller_copies(self) -> None:
+        program = """
+import resource
+from expertd_server.compiled import CODEC
+
+source, destination = bytearray(b"x" * 2**22), bytearray(2**22)
+CODEC.set_copy_helpers(2)
+with open("/proc/self/statm") as statm:
+    mapped = int(statm.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**20, resource.RLIM_INFINITY))  # no room for a thread's stack
+CODEC.copy(destination, 0, source)
+assert destination == source
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
 
     def test_memory_by_its_address(self) -> None:
         source, destination, several = np.arange(100, dtype=np.uint8), bytearray(120), Copies()

@@ -99,6 +99,8 @@ def test_experts(text: str | None, experts: range | None) -> None:
         ({"request_timeout_s": 0.0}, "request_timeout_s is 0.0, expected a positive number"),
         ({"shutdown_grace_s": float("inf")}, "shutdown_grace_s is inf"),
         ({"shutdown_grace_s": float("nan")}, "shutdown_grace_s is nan"),
+        ({"shutdown_grace_s": 1e12}, r"shutdown_grace_s is 1000000000000.0, expected .* at most 1000000000"),
+        ({"engine_hang_timeout_s": 1e12}, "engine_hang_timeout_s is 1000000000000.0, expected .* at most"),
         ({"log_level": "loud"}, "log_level is 'loud', expected one of debug, info, warning, error"),
         ({"log_format": "xml"}, "log_format is 'xml'"),
         ({"host": ""}, "host is ''"),

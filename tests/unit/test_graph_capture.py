@@ -11,6 +11,7 @@ import pytest
 import torch
 from fake_device import FakeCapturer, FakeCudaBackend, FakeSlot, fake_slots
 
+from expertd_server.backend import MoEOutput
 from expertd_server.errors import BackendError
 from expertd_server.graphs import Graphs, buckets_up_to
 from expertd_server.layer import MoELayer
@@ -121,6 +122,21 @@ def test_unforeseen_graphs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for tokens in (1, 2, 4, 8):
         bench.graphs.capture_unforeseen(slot, layer, BatchKind(torch.float16, False, BF16), tokens)
     assert len(bench.graphs) == 2
+
+
+def test_graphs_of_versions_that_are_gone_count_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expertd_server.graphs._MAX_UNFORESEEN_GRAPHS", 2)
+    bench = Bench()
+    answer = MoEOutput(torch.empty(0), torch.empty(0))
+    monkeypatch.setattr(bench.capturer, "capture", lambda _: (lambda: None, answer))  # holds no layer, as above
+    slot = bench.pool.take(0.0)
+    for version in (1, 2, 3):
+        layer = bench.layer(version=version)
+        for tokens in (1, 2, 4):
+            bench.graphs.capture_unforeseen(slot, layer, BatchKind(torch.float16, False, BF16), tokens)
+        assert len(bench.kinds(slot, layer)) == 2
+        del layer
+        gc.collect()
 
 
 def test_an_unforeseen_capture_that_fails_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,7 @@ import gc
 import os
 import pickle
 import socket
+import struct
 import threading
 import weakref
 from collections.abc import Iterator
@@ -660,6 +661,28 @@ class TestEnds:
         future = side.remote.submit(side.call())
         rig.engine.wait(1).set_result(result_of(3))
         future.result(PATIENCE_S)
+
+    @pytest.mark.parametrize("says", [b"", struct.pack("<Q", 1) + b"?"])
+    def test_a_front_end_that_does_not_read_keeps_nobody_waiting(self, rig: Rig, says: bytes) -> None:
+        rig.publish(a_layer(), a_layer("x" * 2**20), timeout_s=0)  # more to be told than a socket takes
+        side = rig.side()
+        channel = ring.Channel.make(ARENA_BYTES, MAX_REQUESTS)
+        mine, theirs = socket.socketpair()
+        giving, taking = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with mine, giving:
+            with theirs, taking:
+                hello = pickle.dumps(Hello("asleep", ARENA_BYTES, MAX_REQUESTS))
+                socket.send_fds(rig.inlet, [hello], [*channel.fds, theirs.fileno(), taking.fileno()])
+                channel.close()
+            mine.settimeout(PATIENCE_S)
+            assert mine.recv(1), "it is being told what is held"
+            start_s = monotonic()
+            mine.sendall(says)  # perhaps nonsense, for which it is dropped
+            wait_for(lambda: not says or len(rig.gate._peers) == 2)
+            future = side.remote.submit(side.call())
+            rig.engine.wait(1).set_result(result_of(3))
+            future.result(PATIENCE_S)
+            assert monotonic() - start_s < 2.0
 
     def test_a_front_end_that_was_not_taken_in_asks_again(self, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
         refusals = [OSError("too many open files")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import select
+import struct
 import subprocess
 import sys
 import threading
@@ -206,6 +207,17 @@ class TestRing:
         with pytest.raises(BlockingIOError):
             os.eventfd_read(reused)
         os.close(reused)
+
+    def test_more_than_there_is_room_for_is_refused(self, kind: Any) -> None:
+        """Whoever has gone mad must not have the other side read for hours."""
+        memory, fd = memoryview(mmap.mmap(-1, ring_bytes(2))), os.eventfd(0, os.EFD_NONBLOCK)
+        num_slots = (len(memory) - 128) // 32
+        ring = kind(memory, fd)
+        struct.pack_into("<Q", memory, 0, num_slots + 1)  # what a compiled writer has put
+        os.eventfd_write(fd, num_slots + 1)  # and one in Python
+        with pytest.raises(ValueError, match=f"{num_slots + 1} descriptors wait in a ring of {num_slots}"):
+            ring.take()
+        ring.close()
 
 
 def test_a_channel_is_one_memory_in_both_processes() -> None:

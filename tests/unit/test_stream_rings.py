@@ -155,6 +155,18 @@ async def test_a_ring_that_makes_no_sense(caller: Caller) -> None:
 
 
 @in_loop
+async def test_a_message_is_bounded_as_it_is_on_the_stream(caller: Caller) -> None:
+    rings = StreamRings(caller.pair, caller.calls)
+    caller.calls.max_message_bytes = 100
+    for nbytes in (100, 101):
+        caller.requests.put(bytes(nbytes))
+    assert await rings.read() == bytes(100)
+    with pytest.raises(InvalidArgumentError, match=r"101 bytes, expected at most 100 \(max_message_bytes\)"):
+        await rings.read()
+    rings.close()
+
+
+@in_loop
 async def test_a_caller_that_hangs_up_is_not_asked_again_and_again(caller: Caller) -> None:
     rings = StreamRings(caller.pair, caller.calls)
     reading = asyncio.create_task(rings.read())

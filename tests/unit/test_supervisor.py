@@ -8,12 +8,13 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
+from types import SimpleNamespace
 
 import pytest
 
 from expertd_server import supervisor as module
 from expertd_server.config import Config
-from expertd_server.control import Control, Hangs
+from expertd_server.control import Control, Hangs, Ping, Pong
 from expertd_server.errors import ConfigError
 from expertd_server.supervisor import Supervisor
 
@@ -117,6 +118,58 @@ def test_an_engine_that_hangs_is_killed_counted_and_started_again(
     assert supervisor._metrics.engine_hangs._value.get() == 1
     assert "engine is killed: layer 'a'" in caplog.text
     engine.close()
+
+
+class TestEngineThatStandsStill:
+    """Its watchdog with it, as where a call into a driver that never returns holds the interpreter."""
+
+    @pytest.fixture
+    def popen(self, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakePopen]:
+        self.now_s = supervisor._looked_s
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now_s))
+        popen = FakePopen(-9)
+        self.control = give_engine(supervisor, popen)
+        supervisor._engine.is_serving = True
+        yield popen
+        self.control.close()
+        if supervisor._engine.control is not None:
+            supervisor._engine.control.close()
+
+    def look(self, supervisor: Supervisor, times: int, pause_s: float = 1.0) -> None:
+        for _ in range(times):
+            self.now_s += pause_s
+            supervisor._look_after_engine()
+
+    def test_is_killed_counted_and_started_again(
+        self, supervisor: Supervisor, popen: FakePopen, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        self.look(supervisor, 60)
+        assert not popen.was_killed
+        self.look(supervisor, 1)
+        assert popen.was_killed
+        assert supervisor._engine.start_at_s is not None
+        assert supervisor._metrics.engine_hangs._value.get() == 1
+        assert "engine is killed: it stands still, and has said nothing for 60.0 s" in caplog.text
+        assert self.control.receive() == Ping()
+        with pytest.raises(EOFError):  # it was asked once
+            self.control.receive()
+
+    def test_lives_as_long_as_it_answers(self, supervisor: Supervisor, popen: FakePopen) -> None:
+        for _ in range(3):
+            self.look(supervisor, 59)
+            assert self.control.receive() == Ping()
+            self.control.send(Pong())
+            supervisor._hear(supervisor._engine)
+        assert not popen.was_killed
+
+    def test_is_not_to_blame_where_the_server_stood_still(self, supervisor: Supervisor, popen: FakePopen) -> None:
+        self.look(supervisor, 10, pause_s=600.0)
+        assert not popen.was_killed
+
+    def test_may_load_as_long_as_it_takes(self, supervisor: Supervisor, popen: FakePopen) -> None:
+        supervisor._engine.is_serving = False
+        self.look(supervisor, 1000)
+        assert not popen.was_killed
 
 
 def test_a_process_that_does_not_end_when_killed_holds_nobody_up(
