@@ -192,6 +192,10 @@ class StreamTransport:
                 ticket = stream.send(body, timeout_ms(deadline - time.monotonic()), on_done, reads)
                 if ticket is not None:
                     return ticket
+                if stream.end is not None:  # the next one may end as soon: when to try again is the caller's to say
+                    self._slots.release()
+                    on_done(copy.copy(stream.end))
+                    return _OverTicket()
         except BaseException:
             self._slots.release()
             raise
@@ -303,6 +307,11 @@ class _Stream:
     def is_alive(self) -> bool:
         """Whether answers may still come."""
         return self._reader.is_alive()
+
+    @property
+    def end(self) -> ExpertdError | None:
+        """What ended it; None: answers may still come."""
+        return self._end
 
     @property
     def in_flight(self) -> int:
