@@ -12,12 +12,12 @@ from google.protobuf.message import DecodeError
 
 from expertd._plan import Plan, PreparedRequest
 from expertd._retry import Retries
+from expertd._seconds import checked_timeout_s
 from expertd._shm import WantedMemory
 from expertd._wire_read import Response, nbytes_of, read_answer, read_stream_answer
 from expertd.config import ClientConfig
 from expertd.errors import (
     ExpertdError,
-    InvalidRequestError,
     ProtocolError,
     UnavailableError,
     code_from_number,
@@ -105,12 +105,8 @@ class BaseClient:
         return Retries(self.config.retry, deadline, self._rng)
 
     def _timeout_s(self, timeout_s: float | None) -> float:
-        """The caller's timeout or the client's. Raises InvalidRequestError when it is not positive."""
-        if timeout_s is None:
-            return self.config.timeout_s
-        if not timeout_s > 0:
-            raise InvalidRequestError.of("timeout_s", f"is {timeout_s}, expected a positive number of seconds")
-        return timeout_s
+        """The caller's timeout or the client's. Raises InvalidRequestError when it cannot be waited for."""
+        return self.config.timeout_s if timeout_s is None else checked_timeout_s(timeout_s)
 
     def _learn_server(self, response: pb.GetServerInfoResponse) -> ServerInfo:
         if response.max_batch_tokens < 1:

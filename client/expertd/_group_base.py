@@ -18,12 +18,12 @@ from expertd._dispatch import Attempt, Dispatch, Job, Shared
 from expertd._lookup import Lookup
 from expertd._plan import PreparedRequest, prepare
 from expertd._replicas import BreakerState, HedgeBudget, Latencies, Replica
+from expertd._seconds import checked_timeout_s
 from expertd._stats import GroupStats
 from expertd._wire_read import nbytes_of
 from expertd.config import ClientConfig, RetryPolicy
 from expertd.errors import (
     ExpertdError,
-    InvalidRequestError,
     LayerNotFoundError,
     NoReplicaError,
     ProtocolError,
@@ -368,11 +368,7 @@ class GroupBase:
         return result
 
     def _timeout_s(self, timeout_s: float | None) -> float:
-        if timeout_s is None:
-            return self.config.timeout_s
-        if not timeout_s > 0:
-            raise InvalidRequestError.of("timeout_s", f"is {timeout_s}, expected a positive number of seconds")
-        return timeout_s
+        return self.config.timeout_s if timeout_s is None else checked_timeout_s(timeout_s)
 
 
 @dataclass(frozen=True)

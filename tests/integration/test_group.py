@@ -293,9 +293,10 @@ def test_errors_name_what_is_wrong(tier: list[Server]) -> None:
             group.forward(LAYER, hidden, topk_ids=ids, topk_weights=weights)
         with pytest.raises(InvalidRequestError, match="hidden_states"):
             group.forward(LAYER, hidden[:, :-1].copy(), routing_logits=logits)
-        with pytest.raises(InvalidRequestError, match="timeout_s: is 0"):
-            group.forward(LAYER, hidden, routing_logits=logits, timeout_s=0)
-        assert 'expertd_client_requests_total{outcome="error"} 6' in group.metrics_text()
+        for timeout_s in (0, float("inf")):
+            with pytest.raises(InvalidRequestError, match=f"timeout_s: is {timeout_s}"):
+                group.forward(LAYER, hidden, routing_logits=logits, timeout_s=timeout_s)
+        assert 'expertd_client_requests_total{outcome="error"} 7' in group.metrics_text()
 
 
 def test_layers_are_described_as_by_one_server(whole: Server, tier: list[Server]) -> None:

@@ -119,6 +119,20 @@ def test_timeout_is_the_callers_and_the_client_goes_on(connect: Connect, server:
         assert 0 < server.service.timeouts_ms[1] <= 300
 
 
+@pytest.mark.parametrize("timeout_s", [0, float("nan"), float("inf"), 1e10])
+def test_a_timeout_that_cannot_be_waited_for_is_named(connect: Connect, server: FakeServer, timeout_s: float) -> None:
+    hidden, logits = tokens(1)
+    driver = connect()
+    for call in (
+        lambda: driver.forward("a", hidden, routing_logits=logits, timeout_s=timeout_s),
+        lambda: driver.wait_ready(timeout_s=timeout_s),
+    ):
+        with pytest.raises(expertd.InvalidRequestError, match=r"timeout_s: is .*, expected a positive number"):
+            call()
+    assert driver.forward("a", hidden, routing_logits=logits, timeout_s=1e9).output.shape == (1, H)
+    assert server.service.parts == [1]
+
+
 def test_nobody_answers(connect: Connect) -> None:
     hidden, logits = tokens(1)
     driver = connect(target="localhost:1")

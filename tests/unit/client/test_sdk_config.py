@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from expertd import ClientConfig, ConfigError, RetryPolicy
+from expertd import Client, ClientConfig, ConfigError, RetryPolicy
 from expertd._base import channel_options
 
 
@@ -22,18 +22,40 @@ from expertd._base import channel_options
         ({"server_name": "x"}, "server_name"),
         ({"metadata": (("Upper", "x"),)}, "Upper"),
         ({"metadata": (("grpc-timeout", "1S"),)}, "grpc-timeout"),
+        ({"metadata": (("x y", "x"),)}, "x y"),
+        ({"metadata": (("authorization", "Bearer SECRET\n"),)}, "authorization"),
+        ({"metadata": (("name", "é"),)}, "name"),
+        ({"metadata": (("name", b"\xff"),)}, "name"),
+        ({"metadata": (("name-bin", "text"),)}, "name-bin"),
         ({"transport": "carrier pigeon"}, "transport"),
         ({"timeout_s": 0.0}, "timeout_s"),
         ({"timeout_s": float("inf")}, "timeout_s"),
+        ({"timeout_s": 1e300}, "timeout_s"),
         ({"keepalive_time_s": -1.0}, "keepalive_time_s"),
+        ({"keepalive_time_s": 1e7}, "keepalive_time_s"),
+        ({"keepalive_timeout_s": 1e7}, "keepalive_timeout_s"),
         ({"num_channels": 0}, "num_channels"),
         ({"max_in_flight": 0}, "max_in_flight"),
         ({"max_message_bytes": 10}, "max_message_bytes"),
+        ({"max_message_bytes": 2**31}, "max_message_bytes"),
     ],
 )
 def test_bad_option_is_named(options: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
+    with pytest.raises(ConfigError, match=named) as raised:
         ClientConfig(**{"target": "localhost:1", **options})
+    assert "SECRET" not in str(raised.value)
+
+
+def test_greatest_options_are_taken_by_grpc() -> None:
+    config = ClientConfig(
+        "localhost:1",
+        timeout_s=1e9,
+        keepalive_time_s=(2**31 - 1) // 1000,
+        keepalive_timeout_s=(2**31 - 1) // 1000,
+        max_message_bytes=2**31 - 1,
+        metadata=(("x-key_1.a", "any ~ text"), ("name", b"text"), ("name-bin", b"\xff\n")),
+    )
+    Client(config).close()
 
 
 @pytest.mark.parametrize(
