@@ -469,6 +469,8 @@ def test_an_index_cannot_point_outside_the_directory(tmp_path: Path) -> None:
 
 
 def test_directories_that_are_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         open_checkpoint(tmp_path)
     (tmp_path / "params.json").write_text("{}")
