@@ -608,6 +608,25 @@ def test_an_interrupt_abandons_what_is_in_flight(monkeypatch: pytest.MonkeyPatch
             assert mine.call.run().output.tobytes() == mine.expected(grpc)
 
 
+@pytest.mark.parametrize("how", ["run", "start"])
+def test_an_interrupt_before_it_is_sent_leaves_the_call_as_it_was(
+    how: str, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, logits = values(5)
+    with connected("sync", server.server.port, "grpc") as driver:
+        call = driver.prepare(LAYER, hidden, routing_logits=logits)
+        with monkeypatch.context() as patch:
+
+            def interrupted(*_: Any, **__: Any) -> None:
+                raise KeyboardInterrupt
+
+            patch.setattr(driver.client._transport, "submit", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                getattr(call, how)()
+        assert not driver.client._pipelines
+        assert call.run().output.shape == (5, HIDDEN_SIZE)
+
+
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_nonsense_in_an_answer_breaks_the_stream(flavour: str, server: Running) -> None:
     with connected(flavour, server.server.port) as driver:
