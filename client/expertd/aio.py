@@ -238,11 +238,15 @@ class AsyncClient(BaseClient):
         await self.close()
 
     async def _forward(
-        self, request: ForwardRequest[ArrayT], prepared: PreparedRequest | None = None
+        self,
+        request: ForwardRequest[ArrayT],
+        prepared: PreparedRequest | None = None,
+        deadline: float | None = None,
     ) -> ForwardResult[ArrayT]:
-        """prepared: the request, where that is checked already."""
+        """prepared: the request, where that is checked already. deadline: where some of its time is gone already."""
         timeout_s = self._timeout_s(request.timeout_s)
-        deadline = asyncio.get_running_loop().time() + timeout_s
+        if deadline is None:
+            deadline = asyncio.get_running_loop().time() + timeout_s
         scope = asyncio.timeout_at(deadline)
         try:
             async with scope:

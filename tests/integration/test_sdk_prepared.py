@@ -815,3 +815,29 @@ def test_a_task_that_is(how: str, spy: Spy) -> None:
             with pytest.raises(expertd.ClosedError):
                 mine.run()
     assert spy.sent == 1
+
+
+def test_a_task_that_waits_for_a_place_and_goes_another_way_has_one_deadline(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeout_s = 1.0
+
+    async def scenario(driver: Driver, mine: InPlace) -> float:
+        begin_s = time.monotonic()
+        await driver.client._places.acquire()
+        task = asyncio.create_task(mine.call.run())
+        await asyncio.sleep(0.7 * timeout_s)
+        driver.client._places.release()
+        with pytest.raises(expertd.TimeoutError, match="no answer within 1 s"):
+            await task
+        return time.monotonic() - begin_s
+
+    async def never(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    with connected("async", server.server.port, max_in_flight=1) as driver:
+        mine = InPlace(driver, 5, timeout_s=timeout_s)
+        monkeypatch.setattr(_AsyncStream, "send_standing", lambda *_: False)
+        monkeypatch.setattr(_AsyncStream, "forward", never)
+        took_s = driver.run(asyncio.wait_for(scenario(driver, mine), PATIENCE_S))
+    assert took_s < 1.5 * timeout_s
