@@ -175,7 +175,8 @@ def _parser() -> argparse.ArgumentParser:
         "inspect",
         help="say what a checkpoint holds and what a server would make of it",
         description="Read the headers and scales of a checkpoint, and say which of its layers can be served.\n"
-        "Exit code 0: every layer; 1: one or more cannot be loaded; 2: the checkpoint as a whole cannot be read.",
+        "Exit code 0: every layer, given a calibration file where it says that input scales are missing;\n"
+        "1: one or more cannot be loaded; 2: the checkpoint as a whole cannot be read.",
         epilog=_INSPECT_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

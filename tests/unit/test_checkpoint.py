@@ -645,6 +645,14 @@ def audit_text(path: Path) -> str:
         return text.getvalue()
 
 
+def test_the_audit_names_the_layers_where_there_is_little_room(tmp_path: Path) -> None:
+    with io.StringIO() as text:
+        print_audit(draft().write(tmp_path), console=Console(width=80, file=text))
+        shown = text.getvalue()
+    assert "model.layers.0" in shown, shown
+    assert "model.layers.1" in shown, shown
+
+
 def test_the_audit_shows_what_is_there(tmp_path: Path) -> None:
     made = draft("qwen2_moe")
     made.tensors["model.layers.0.mlp.shared_expert.up_proj.weight"] = torch.ones(2, 2)
