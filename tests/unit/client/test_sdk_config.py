@@ -11,6 +11,9 @@ import pytest
 from expertd import Client, ClientConfig, ConfigError, RetryPolicy
 from expertd._base import channel_options
 
+CERTS = Path(__file__).parents[2] / "integration/certs"
+PAIR = {"cert_file": CERTS / "client.pem", "key_file": CERTS / "client.key"}
+
 
 @pytest.mark.parametrize(
     ("options", "named"),
@@ -81,6 +84,22 @@ def test_certificates_imply_tls_and_come_from_file_or_bytes(tmp_path: Path) -> N
     assert not ClientConfig("h:1").uses_tls
     with pytest.raises(ConfigError, match=r"ca_file .*absent\.pem"):
         ClientConfig("h:1", ca_file=tmp_path / "absent.pem").pem("ca")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"ca_pem": b""}, "ca_pem holds no .*CERTIFICATE"),
+        ({"ca_file": "server.key"}, "ca_file holds no .*CERTIFICATE"),
+        ({"cert_file": "client.key", "key_file": "client.key"}, "cert_file holds no .*CERTIFICATE"),
+        ({"cert_file": "client.pem", "key_file": "client.pem"}, "key_file holds no .*PRIVATE KEY"),
+    ],
+)
+def test_files_that_are_no_certificate_or_no_key_are_named(options: dict[str, Any], named: str) -> None:
+    files = {name: CERTS / value if isinstance(value, str) else value for name, value in options.items()}
+    with pytest.raises(ConfigError, match=named):
+        Client(ClientConfig("localhost:1", **files))
+    Client(ClientConfig("localhost:1", ca_file=CERTS / "authority.pem", **PAIR)).close()
 
 
 def test_secrets_do_not_show_in_the_repr() -> None:
