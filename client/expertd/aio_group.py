@@ -179,7 +179,8 @@ class AsyncExpertGroup(GroupBase):
                     tasks.append(task)
                     attempt.ticket = _TaskTicket(task)
                 try:
-                    async with asyncio.timeout_at(wake_at):
+                    # Not longer than until the next refresh, which may find out that a server is gone.
+                    async with asyncio.timeout_at(min(wake_at, _now() + self.config.refresh_interval_s)):
                         attempt, outcome = await settled.get()
                 except builtins.TimeoutError:
                     continue

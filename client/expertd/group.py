@@ -195,7 +195,9 @@ class ExpertGroup(GroupBase):
                 for attempt in attempts:
                     self._submit(prepared, attempt, settled)
                 try:
-                    attempt, outcome = settled.get(timeout=max(0.0, wake_at - time.monotonic()))
+                    # Not longer than until the next refresh, which may find out that a server is gone.
+                    patience_s = min(wake_at - time.monotonic(), self.config.refresh_interval_s)
+                    attempt, outcome = settled.get(timeout=max(0.0, patience_s))
                 except queue.Empty:
                     continue
                 if isinstance(outcome, UnavailableError):
