@@ -20,6 +20,7 @@ __all__ = [
     "loaded",
     "swapped",
     "unloaded",
+    "version",
     "wait_ms",
 ]
 
@@ -48,7 +49,7 @@ def load_request(
     """The order of load_layer. Raises InvalidRequestError unless it names one source."""
     if (checkpoint is None) == (synthetic is None):
         raise InvalidRequestError.of("source", "is not one, expected either checkpoint or synthetic")
-    request = pb.LoadLayerRequest(layer=layer, weights_version=_unsigned("weights_version", weights_version))
+    request = pb.LoadLayerRequest(layer=layer, weights_version=version(weights_version))
     if checkpoint is not None:
         request.checkpoint.path = str(checkpoint)
         request.checkpoint.calibration_path = "" if calibration is None else str(calibration)
@@ -88,7 +89,15 @@ def call_timeout_s(timeout_s: float) -> float:
     return timeout_s + _ANSWER_S
 
 
-def _unsigned(name: str, value: int, most: int = 2**64 - 1) -> int:
-    if not 0 <= value <= most:
-        raise InvalidRequestError.of(name, f"is {value}, expected 0 to {most}")
+def version(weights_version: int) -> int:
+    """The version that an order is about. Raises InvalidRequestError for a number that no version has.
+
+    NOTE: 0 among them, which on the wire means all versions to an order that unloads.
+    """
+    return _unsigned("weights_version", weights_version, least=1)
+
+
+def _unsigned(name: str, value: int, most: int = 2**64 - 1, *, least: int = 0) -> int:
+    if not least <= value <= most:
+        raise InvalidRequestError.of(name, f"is {value}, expected {least} to {most}")
     return value

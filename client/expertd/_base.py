@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import random
+import re
 import uuid
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from expertd._plan import Plan, PreparedRequest
 from expertd._retry import Retries
+from expertd._seconds import checked_timeout_s
 from expertd._shm import WantedMemory
 from expertd._wire_read import Response, nbytes_of, read_answer, read_stream_answer
 from expertd.config import ClientConfig
 from expertd.errors import (
+    ConfigError,
     ExpertdError,
-    InvalidRequestError,
     ProtocolError,
     UnavailableError,
     code_from_number,
@@ -69,6 +71,11 @@ CLOSED_IN_FLIGHT = "the client was closed with the request in flight"
 _MAX_UINT32 = 2**32 - 1
 # Streams of several channels, and of several clients, spread over all addresses that the target's name stands for.
 _SERVICE_CONFIG = '{"loadBalancingConfig": [{"round_robin": {}}]}'
+_PEM_MARKS: dict[Literal["ca", "cert", "key"], re.Pattern[bytes]] = {
+    "ca": re.compile(rb"-----BEGIN (.* )?CERTIFICATE-----"),
+    "cert": re.compile(rb"-----BEGIN (.* )?CERTIFICATE-----"),
+    "key": re.compile(rb"-----BEGIN (.* )?PRIVATE KEY-----"),
+}
 
 
 class BaseClient:
@@ -105,12 +112,8 @@ class BaseClient:
         return Retries(self.config.retry, deadline, self._rng)
 
     def _timeout_s(self, timeout_s: float | None) -> float:
-        """The caller's timeout or the client's. Raises InvalidRequestError when it is not positive."""
-        if timeout_s is None:
-            return self.config.timeout_s
-        if not timeout_s > 0:
-            raise InvalidRequestError.of("timeout_s", f"is {timeout_s}, expected a positive number of seconds")
-        return timeout_s
+        """The caller's timeout or the client's. Raises InvalidRequestError when it cannot be waited for."""
+        return self.config.timeout_s if timeout_s is None else checked_timeout_s(timeout_s)
 
     def _learn_server(self, response: pb.GetServerInfoResponse) -> ServerInfo:
         if response.max_batch_tokens < 1:
@@ -215,9 +218,15 @@ def channel_options(config: ClientConfig, index: int) -> list[tuple[str, Any]]:
 
 
 def channel_credentials(config: ClientConfig) -> grpc.ChannelCredentials | None:
-    """TLS credentials; None: plain text. Raises ConfigError when a file cannot be read."""
+    """TLS credentials; None: plain text. Raises ConfigError when a file cannot be read or is no PEM of its kind."""
     if not config.uses_tls:
         return None
+    # NOTE: gRPC says to its own log alone what is wrong with them, and to callers that the server cannot be reached.
+    for name, mark in _PEM_MARKS.items():
+        pem = config.pem(name)
+        if pem is not None and not mark.search(pem):
+            given = f"{name}_pem" if getattr(config, f"{name}_file") is None else f"{name}_file"
+            raise ConfigError(f"{given} holds no {mark.pattern.decode()!r}, expected PEM")
     return grpc.ssl_channel_credentials(
         root_certificates=config.pem("ca"), private_key=config.pem("key"), certificate_chain=config.pem("cert")
     )

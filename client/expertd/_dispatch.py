@@ -32,6 +32,7 @@ from expertd.group_types import GroupConfig
 __all__ = ["Attempt", "Dispatch", "Job", "Shared", "Ticket"]
 
 _ROOM_POLL_S = 0.002  # how soon to look again when every server of a slice has all it may have on the wire
+_MAX_DOUBLINGS = 64  # more than any max_backoff_s lets count
 _FATAL = (InvalidRequestError, MessageTooLargeError, AccessDeniedError)
 _MAX_BROKEN_ANSWERS = 2  # servers that may fail on one part before the call does: the request may be to blame
 
@@ -289,7 +290,7 @@ class Dispatch:
     def _next_round(self, job: Job, now: float) -> None:
         """After a pause, all servers may be asked again that do not have the part still."""
         config = self._shared.config
-        pause = min(config.max_backoff_s, config.initial_backoff_s * 2**job.num_rounds)
+        pause = min(config.max_backoff_s, config.initial_backoff_s * 2 ** min(job.num_rounds, _MAX_DOUBLINGS))
         job.not_before = now + max(pause, job.retry_after_s)
         job.num_rounds += 1
         job.retry_after_s = 0.0

@@ -18,12 +18,13 @@ from expertd._dispatch import Attempt, Dispatch, Job, Shared
 from expertd._lookup import Lookup
 from expertd._plan import PreparedRequest, prepare
 from expertd._replicas import BreakerState, HedgeBudget, Latencies, Replica
+from expertd._seconds import checked_timeout_s
 from expertd._stats import GroupStats
 from expertd._wire_read import nbytes_of
 from expertd.config import ClientConfig, RetryPolicy
 from expertd.errors import (
+    ConfigError,
     ExpertdError,
-    InvalidRequestError,
     LayerNotFoundError,
     NoReplicaError,
     ProtocolError,
@@ -131,7 +132,7 @@ class GroupBase:
             self._configs[address] = config
         return config
 
-    def _take_members(self, addresses: Sequence[str], probes: Iterable[Probe]) -> None:
+    def _take_members(self, addresses: Sequence[str], probes: Sequence[Probe]) -> None:
         """Take what a refresh has shown, for all addresses that the targets stand for: place every layer anew.
 
         A server that does not answer stays what it was until the targets no longer name it; its breaker keeps requests
@@ -145,7 +146,8 @@ class GroupBase:
                     errors.append(f"{probe.address}: {probe.error}")
                 else:
                     members[probe.address] = probe.member
-            self._members = {member.address: member for member in distinct(members.values())}
+            answered = {probe.address for probe in probes if probe.member is not None}
+            self._members = {member.address: member for member in distinct(members.values(), answered)}
             self._replicas = {address: self._replica(address) for address in self._members}
             self._configs = {address: self._configs[address] for address in addresses if address in self._configs}
             for probe in probes:
@@ -161,10 +163,11 @@ class GroupBase:
         """The targets stand for nothing, or the look failed: go on with the members that there are."""
         if not isinstance(error, OSError | TopologyError):
             # A resolver of the caller's own, or a mistake of ours: the group must go on looking.
-            logger.error("refresh failed: %s", error, exc_info=error)
+            logger.error("refresh failed: %s", error, exc_info=None if isinstance(error, ConfigError) else error)
         with self._lock:
             self._end_refresh()
-            seen = error if isinstance(error, TopologyError) else UnavailableError(str(error) or repr(error))
+            text = str(error) or repr(error)
+            seen = error if isinstance(error, TopologyError | ConfigError) else UnavailableError(text)
             self._refresh_error = None if self._members else seen
 
     def _begin_refresh(self) -> None:
@@ -368,11 +371,7 @@ class GroupBase:
         return result
 
     def _timeout_s(self, timeout_s: float | None) -> float:
-        if timeout_s is None:
-            return self.config.timeout_s
-        if not timeout_s > 0:
-            raise InvalidRequestError.of("timeout_s", f"is {timeout_s}, expected a positive number of seconds")
-        return timeout_s
+        return self.config.timeout_s if timeout_s is None else checked_timeout_s(timeout_s)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -364,11 +365,15 @@ def _out(request: ForwardRequest[Any], output_dtype: int, inputs: dict[str, Wire
 def _weights_version(version: int | None) -> int:
     if version is None:
         return 0
-    if not 1 <= version <= _MAX_UINT64:
+    try:
+        number = operator.index(version)
+    except TypeError:
+        number = 0
+    if not 1 <= number <= _MAX_UINT64:
         raise InvalidRequestError.of(
-            "weights_version", f"is {version}, expected 1 to 2**64 - 1, or None for the current"
+            "weights_version", f"is {version!r}, expected 1 to 2**64 - 1, or None for the current"
         )
-    return version
+    return number
 
 
 def _check_index(rows: WireTensor, index: WireTensor) -> None:

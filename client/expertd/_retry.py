@@ -18,6 +18,7 @@ class Retries:
         self._deadline = deadline
         self._rng = rng
         self._attempts = 1
+        self._ceiling_s = policy.initial_backoff_s
 
     def delay_s(self, error: ExpertdError, now: float) -> float | None:
         """How long to wait before the next attempt; None: give up with `error`.
@@ -27,12 +28,12 @@ class Retries:
         policy = self._policy
         if not error.retryable or self._attempts >= policy.max_attempts:
             return None
-        ceiling = min(policy.max_backoff_s, policy.initial_backoff_s * policy.multiplier ** (self._attempts - 1))
         # Full jitter: callers that failed together must not come back together.
-        delay = self._rng.uniform(0, ceiling)
+        delay = self._rng.uniform(0, self._ceiling_s)
         if isinstance(error, OverloadedError | UnavailableError):
             delay += error.retry_after_s or 0.0
         if now + delay >= self._deadline:
             return None
         self._attempts += 1
+        self._ceiling_s = min(policy.max_backoff_s, self._ceiling_s * policy.multiplier)
         return delay

@@ -22,6 +22,7 @@ from expertd.errors import ExpertdError, ProtocolError, UnavailableError
 __all__ = ["RingReader"]
 
 _JOIN_TIMEOUT_S: Final = 5.0
+_LOOK_AGAIN_S: Final = 3600.0  # poll counts to 24 days, callers may wait longer
 
 
 class RingReader:
@@ -136,7 +137,8 @@ class RingReader:
 
     def _wait(self, until_s: float) -> None:
         until_s = min(until_s, self._hung_up_until_s)
-        patience_ms = None if until_s == math.inf else max(0.0, until_s - time.monotonic()) * 1e3
+        left_s = min(max(0.0, until_s - time.monotonic()), _LOOK_AGAIN_S)
+        patience_ms = None if until_s == math.inf else left_s * 1e3
         for fd, _ in self._poll.poll(patience_ms):
             if fd == self._look_fd:
                 os.eventfd_read(fd)

@@ -20,6 +20,7 @@ from expertd._admin_base import (
     loaded,
     swapped,
     unloaded,
+    version,
     wait_ms,
 )
 from expertd.client import Client
@@ -84,7 +85,7 @@ class AdminClient:
 
         The one before stays held. Raises LayerNotFoundError, VersionNotHeldError.
         """
-        request = pb.SwapWeightsRequest(layer=layer, weights_version=weights_version)
+        request = pb.SwapWeightsRequest(layer=layer, weights_version=version(weights_version))
         timeout_s = self._client._timeout_s(timeout_s)
         return swapped(self._call(SWAP_WEIGHTS, request, pb.SwapWeightsResponse, timeout_s))
 
@@ -97,9 +98,8 @@ class AdminClient:
         Raises LayerNotFoundError, VersionNotHeldError, and OrderRefusedError for the current version.
         """
         timeout_s = self._client._timeout_s(timeout_s)
-        request = pb.UnloadLayerRequest(
-            layer=layer, weights_version=weights_version or 0, timeout_ms=wait_ms(timeout_s)
-        )
+        which = 0 if weights_version is None else version(weights_version)
+        request = pb.UnloadLayerRequest(layer=layer, weights_version=which, timeout_ms=wait_ms(timeout_s))
         return unloaded(self._call(UNLOAD_LAYER, request, pb.UnloadLayerResponse, call_timeout_s(timeout_s)))
 
     def drain(self, *, timeout_s: float | None = None) -> bool:

@@ -147,9 +147,23 @@ class AsyncClient(BaseClient):
         """Run many requests, several on the wire at a time, and yield their results in the order of the requests.
 
         At most max_in_flight requests are ahead of the result that is read next: a slow reader slows the sending down.
-        A failure is raised in its place and ends the iteration; with return_exceptions it is yielded instead.
+        A failure is raised in its place and ends the iteration; with return_exceptions it is yielded instead. Results
+        do not wait for what an asynchronous iterable has yet to come; of any other, so many requests are taken first.
         """
         ahead: deque[asyncio.Task[ForwardResult[ArrayT]]] = deque()
+        feeder: asyncio.Task[None] | None = None
+        places, has_news = asyncio.Semaphore(self.config.max_in_flight), asyncio.Event()
+
+        async def feed(coming: AsyncIterator[ForwardRequest[ArrayT]]) -> None:
+            try:
+                while True:
+                    await places.acquire()
+                    ahead.append(asyncio.create_task(self._forward(await anext(coming))))
+                    has_news.set()
+            except StopAsyncIteration:
+                return
+            finally:
+                has_news.set()
 
         async def next_result() -> ForwardResult[ArrayT] | ExpertdError:
             try:
@@ -162,14 +176,26 @@ class AsyncClient(BaseClient):
                 ahead.popleft()
 
         try:
-            async for request in _each(requests):
+            if isinstance(requests, AsyncIterable):
+                feeder = asyncio.create_task(feed(aiter(requests)), name="expertd-forward-many")
+                while True:
+                    while not ahead and not feeder.done():
+                        has_news.clear()
+                        await has_news.wait()
+                    if not ahead:
+                        feeder.result()  # raises what the iterable has
+                        return
+                    result = await next_result()
+                    places.release()
+                    yield result
+            for request in requests:
                 ahead.append(asyncio.create_task(self._forward(request)))
                 if len(ahead) == self.config.max_in_flight:
                     yield await next_result()
             while ahead:
                 yield await next_result()
         finally:
-            await _cancel(ahead)
+            await _cancel(ahead if feeder is None else (*ahead, feeder))
 
     async def empty(self, shape: int | Sequence[int], dtype: Any, *, timeout_s: float | None = None) -> Any:
         """An array, not initialised, in the memory that is shared with the server, where that has some.
@@ -238,11 +264,15 @@ class AsyncClient(BaseClient):
         await self.close()
 
     async def _forward(
-        self, request: ForwardRequest[ArrayT], prepared: PreparedRequest | None = None
+        self,
+        request: ForwardRequest[ArrayT],
+        prepared: PreparedRequest | None = None,
+        deadline: float | None = None,
     ) -> ForwardResult[ArrayT]:
-        """prepared: the request, where that is checked already."""
+        """prepared: the request, where that is checked already. deadline: where some of its time is gone already."""
         timeout_s = self._timeout_s(request.timeout_s)
-        deadline = asyncio.get_running_loop().time() + timeout_s
+        if deadline is None:
+            deadline = asyncio.get_running_loop().time() + timeout_s
         scope = asyncio.timeout_at(deadline)
         try:
             async with scope:
@@ -397,15 +427,6 @@ class AsyncClient(BaseClient):
 
     def _deadline(self, timeout_s: float | None) -> float:
         return asyncio.get_running_loop().time() + self._timeout_s(timeout_s)
-
-
-async def _each(requests: Iterable[ResultT] | AsyncIterable[ResultT]) -> AsyncIterator[ResultT]:
-    if isinstance(requests, AsyncIterable):
-        async for request in requests:
-            yield request
-    else:
-        for request in requests:
-            yield request
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, None]]) -> None:

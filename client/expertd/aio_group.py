@@ -179,7 +179,8 @@ class AsyncExpertGroup(GroupBase):
                     tasks.append(task)
                     attempt.ticket = _TaskTicket(task)
                 try:
-                    async with asyncio.timeout_at(wake_at):
+                    # Not longer than until the next refresh, which may find out that a server is gone.
+                    async with asyncio.timeout_at(min(wake_at, _now() + self.config.refresh_interval_s)):
                         attempt, outcome = await settled.get()
                 except builtins.TimeoutError:
                     continue
@@ -232,7 +233,7 @@ class AsyncExpertGroup(GroupBase):
         try:
             while True:
                 self._wanted.clear()
-                retired += await self._refresh()
+                await self._refresh(retired)
                 retired = [pair for pair in retired if not await _closed_when_idle(*pair)]
                 await asyncio.sleep(_MIN_REFRESH_GAP_S)
                 try:
@@ -244,9 +245,8 @@ class AsyncExpertGroup(GroupBase):
             for _, client in retired:
                 await client.close()
 
-    async def _refresh(self) -> list[tuple[Replica | None, AsyncClient]]:
-        """Look at everything anew. Returns the servers that have left, whose last answers may still be under way."""
-        gone: list[tuple[Replica | None, AsyncClient]] = []
+    async def _refresh(self, retired: list[tuple[Replica | None, AsyncClient]]) -> None:
+        """Look at everything anew. retired: takes the servers that have left, whose last answers may be under way."""
         self._begin_refresh()
         try:
             addresses = await self._resolved()
@@ -255,13 +255,12 @@ class AsyncExpertGroup(GroupBase):
                     self._clients[address] = AsyncClient(self._client_config(address))
                     self._clients[address].on_unwanted = self._count_unwanted
             left = [address for address in self._clients if address not in addresses]
-            gone = [(self._replicas.get(address), self._clients.pop(address)) for address in left]
+            retired += [(self._replicas.get(address), self._clients.pop(address)) for address in left]
             self._take_members(addresses, await asyncio.gather(*map(self._ask, addresses)))
         except Exception as error:
             self._refresh_failed(error)
         self._refreshed.set()
         self._refreshed = asyncio.Event()
-        return gone
 
     async def _resolved(self) -> Sequence[str]:
         asked, patience_s = self._lookup.ask(), self._lookup.patience_s

@@ -73,7 +73,7 @@ class AsyncPreparedForward(Generic[ArrayT]):
         finally:
             del scope  # it knows the task, which may end with an error that knows this frame: leave no cycle
         self._standing = self._stand_again(standing)
-        return await client._forward(self._request, prepared)
+        return await client._forward(self._request, prepared, deadline)
 
     def _stand_again(self, standing: AwaitedStanding) -> AwaitedStanding | None:
         """In place of one that was not sent; None where there will be none any more."""

@@ -142,6 +142,7 @@ class Client(BaseClient):
         """Run many requests, several on the wire at a time, and yield their results in the order of the requests.
 
         At most max_in_flight requests are ahead of the result that is read next: a slow reader slows the sending down.
+        So many are taken before the first result comes: their iterable must not wait for results.
         A failure is raised in its place and ends the iteration; with return_exceptions it is yielded instead.
         """
         with Pipeline(self) as pipeline:

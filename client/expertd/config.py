@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from expertd._arena import MIN_ARENA_BYTES
+from expertd._seconds import check_seconds
 from expertd.errors import ConfigError
 
 __all__ = ["ClientConfig", "RetryPolicy"]
+
+_MAX_INT32: Final = 2**31 - 1  # of an option of a gRPC channel
+_METADATA_KEY: Final = re.compile(r"[0-9a-z_.-]+")
+_METADATA_TEXT: Final = re.compile(r"[ -~]*")
 
 
 def _positive(name: str, value: float) -> None:
@@ -21,6 +27,25 @@ def _positive(name: str, value: float) -> None:
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ConfigError(f"{name} is {value}, expected at least {least}")
+
+
+def _check_metadata(key: str, value: str | bytes) -> None:
+    """Raise ConfigError unless gRPC can send it. The value may be a secret: it is not told."""
+    if not _METADATA_KEY.fullmatch(key) or key.startswith("grpc-"):
+        raise ConfigError(
+            f"metadata key {key!r} cannot be sent, expected lower case letters, digits, '-', '_' and '.', and no "
+            f"'grpc-' prefix"
+        )
+    if key.endswith("-bin"):
+        if not isinstance(value, bytes):
+            raise ConfigError(f"metadata value of {key!r} is a {type(value).__name__}, expected bytes for '-bin'")
+        return
+    text = value.decode("latin-1") if isinstance(value, bytes) else value
+    if not isinstance(text, str) or not _METADATA_TEXT.fullmatch(text):
+        raise ConfigError(
+            f"metadata value of {key!r} cannot be sent, expected printable ASCII without a line break; other bytes go "
+            f"under a key that ends in '-bin'"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,16 +136,18 @@ class ClientConfig:
             raise ConfigError(f"a {given} is given without a {missing}; give {missing}_file or {missing}_pem too")
         if self.server_name is not None and not self.uses_tls:
             raise ConfigError(f"server_name is {self.server_name!r} without TLS; set tls=True or ca_file")
-        for key, _ in self.metadata:
-            if not key or key != key.lower() or key.startswith("grpc-"):
-                raise ConfigError(f"metadata key {key!r} cannot be sent, expected lower case and no 'grpc-' prefix")
+        for key, value in self.metadata:
+            _check_metadata(key, value)
         if self.transport not in ("auto", "grpc", "shm", "stream", "unary"):
             raise ConfigError(f"transport is {self.transport!r}, expected 'auto', 'grpc', 'shm' or 'unary'")
-        for name in ("timeout_s", "keepalive_time_s", "keepalive_timeout_s"):
-            _positive(name, getattr(self, name))
+        check_seconds("timeout_s", self.timeout_s)
+        for name in ("keepalive_time_s", "keepalive_timeout_s"):
+            check_seconds(name, getattr(self, name), _MAX_INT32 // 1000)
         _at_least("num_channels", self.num_channels, 1)
         _at_least("max_in_flight", self.max_in_flight, 1)
         _at_least("max_message_bytes", self.max_message_bytes, 64 * 1024)
+        if self.max_message_bytes > _MAX_INT32:
+            raise ConfigError(f"max_message_bytes is {self.max_message_bytes}, gRPC takes at most {_MAX_INT32}")
         _at_least("shared_memory_bytes", self.shared_memory_bytes, MIN_ARENA_BYTES)
 
     @property

@@ -67,7 +67,7 @@ class ExpertGroup(GroupBase):
         timeout_s: float | None = None,
         allow_partial: bool | None = None,
     ) -> GroupResult[ArrayT]:
-        """Run one layer on the caller's tokens. The arguments are those of Client.forward.
+        """Run one layer on the caller's tokens. The arguments are those of Client.forward, without `out`.
 
         allow_partial: answer without the experts that no server answered for, and say which; None: as configured.
         Raises NoReplicaError naming the experts that no server is left for, TopologyError when the servers do not make
@@ -195,7 +195,9 @@ class ExpertGroup(GroupBase):
                 for attempt in attempts:
                     self._submit(prepared, attempt, settled)
                 try:
-                    attempt, outcome = settled.get(timeout=max(0.0, wake_at - time.monotonic()))
+                    # Not longer than until the next refresh, which may find out that a server is gone.
+                    patience_s = min(wake_at - time.monotonic(), self.config.refresh_interval_s)
+                    attempt, outcome = settled.get(timeout=max(0.0, patience_s))
                 except queue.Empty:
                     continue
                 if isinstance(outcome, UnavailableError):
@@ -248,7 +250,8 @@ class ExpertGroup(GroupBase):
                 self._wanted.clear()
                 retired += self._refresh(executor)
                 retired = [pair for pair in retired if not _closed_when_idle(*pair)]
-                self._closed.wait(_MIN_REFRESH_GAP_S)
+                if self._closed.wait(_MIN_REFRESH_GAP_S):  # and not `_wanted` alone, which is cleared above
+                    break
                 self._wanted.wait(self.config.refresh_interval_s)
         for _, client in retired:
             client.close()

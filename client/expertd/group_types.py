@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal
 
 import numpy as np
 
+from expertd._seconds import check_seconds
 from expertd.config import ClientConfig
 from expertd.errors import ConfigError
 from expertd.types import ArrayT, ForwardResult, Timing
@@ -66,9 +67,7 @@ class GroupConfig:
             "probe_timeout_s",
             "refresh_interval_s",
         ):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} is {value}, expected a positive finite number")
+            check_seconds(name, getattr(self, name))
         if self.mode not in ("routed", "broadcast"):
             raise ConfigError(f"mode is {self.mode!r}, expected 'routed' or 'broadcast'")
         if self.partial_dtype not in ("auto", "bfloat16", "float32"):

@@ -51,8 +51,9 @@ class PreparedForward(Generic[ArrayT]):
 
     def run(self) -> ForwardResult[ArrayT]:
         """Make the call: `start`, then `wait`. The request is abandoned when an exception gets in between."""
-        self._start(reads=True)
+        self._check_idle()
         try:
+            self._start(reads=True)
             return self.wait()
         except BaseException:
             self._abandon()
@@ -64,7 +65,12 @@ class PreparedForward(Generic[ArrayT]):
         Waits for a place among max_in_flight, and for the server where it is not known any more. Raises
         InvalidRequestError when the request before was not waited for.
         """
-        self._start(reads=False)
+        self._check_idle()
+        try:
+            self._start(reads=False)
+        except BaseException:  # KeyboardInterrupt, most likely: nothing is left to wait for
+            self._abandon()
+            raise
 
     @property
     def is_answered(self) -> bool:
@@ -91,13 +97,20 @@ class PreparedForward(Generic[ArrayT]):
         if not isinstance(result, ExpertdError):
             return result
         pipeline = self._enter_pipeline(reads=True)
-        self._operation = pipeline.resume(sent.plan(), self._deadline, self.timeout_s, result)
-        del answer, result  # which will know this frame: leave no cycle, it would keep the caller's arrays
+        try:
+            self._operation = pipeline.resume(sent.plan(), self._deadline, self.timeout_s, result)
+        except BaseException:
+            self._abandon()
+            raise
+        finally:
+            del answer, result  # which will know this frame: leave no cycle, it would keep the caller's arrays
         return self._wait_otherwise()
 
-    def _start(self, *, reads: bool) -> None:
+    def _check_idle(self) -> None:
         if self._sent is not None or self._pipeline is not None:
             raise InvalidRequestError.of("start", "is called again before wait, expected one request at a time")
+
+    def _start(self, *, reads: bool) -> None:
         self._deadline = time.monotonic() + self.timeout_s
         standing = self._standing
         if standing is not None:

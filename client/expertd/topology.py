@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -394,9 +394,10 @@ def _bias_bytes(layer: LayerInfo) -> bytes | None:
     return None if layer.routing_bias is None else layer.routing_bias.tobytes()
 
 
-def distinct(members: Iterable[Member]) -> list[Member]:
-    """Members by address, without those that are the same server under another address."""
+def distinct(members: Iterable[Member], answered: Container[str] = ()) -> list[Member]:
+    """Members without those that are the same server under another address: of several addresses one of those that
+    have `answered` when they were asked last, and of these the first."""
     by_instance: dict[str, Member] = {}
-    for member in sorted(members, key=lambda each: each.address):
+    for member in sorted(members, key=lambda each: (each.address not in answered, each.address)):
         by_instance.setdefault(member.server.instance_id or member.address, member)
     return list(by_instance.values())

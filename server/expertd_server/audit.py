@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from expertd_server.accounting import LayerAccount, scale_problem
 from expertd_server.checkpoint import Checkpoint, open_checkpoint
@@ -30,7 +30,8 @@ def print_audit(path: str | Path, console: Console | None = None) -> bool:
     checkpoint = open_checkpoint(path)
     accounts = [_account(checkpoint, name) for name in checkpoint.layer_names]
     _print_summary(checkpoint, console)
-    table = Table("layer", "experts", "weights", "weight scales", "input scales", "bad scales", "gate and up differ")
+    layer = Column("layer", no_wrap=True)  # however narrow the rest: names that are cut off look alike
+    table = Table(layer, "experts", "weights", "weight scales", "input scales", "bad scales", "gate and up differ")
     problems: list[str] = []
     for account in accounts:
         values = _scale_values(checkpoint, account)

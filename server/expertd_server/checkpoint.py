@@ -47,6 +47,8 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist; expected a checkpoint's directory, or one .safetensors file")
         directory = path if path.is_dir() else path.parent
         config_path = directory / "config.json"
         if not config_path.is_file():

@@ -26,6 +26,8 @@ __all__ = ["main"]
 
 log = logging.getLogger(__name__)
 
+_MAX_HEALTH_TIMEOUT_S = 86400
+
 _SERVE_EXAMPLES = """\
 examples:
   Try it without a checkpoint, on the CPU:
@@ -126,9 +128,16 @@ def _health(options: argparse.Namespace) -> int:
 
     from expertd_server.health import check_health  # noqa: PLC0415
 
+    if not 0 < options.timeout_s <= _MAX_HEALTH_TIMEOUT_S:
+        raise ConfigError(
+            f"--timeout-s is {options.timeout_s:g}, expected a positive number of seconds, at most "
+            f"{_MAX_HEALTH_TIMEOUT_S}"
+        )
+    pair = (options.key_file, options.cert_file)
+    if pair != (None, None) and None in (options.ca_file, *pair):
+        raise ConfigError("--cert-file and --key-file go together, and with --ca-file; give all three or none of them")
     credentials = None
     if options.ca_file is not None:
-        pair = (options.key_file, options.cert_file)
         key, certificate = (None if path is None else _read(path) for path in pair)
         credentials = grpc.ssl_channel_credentials(_read(options.ca_file), key, certificate)
     return check_health(options.target or _default_target(), options.service, options.timeout_s, credentials)
@@ -167,7 +176,8 @@ def _parser() -> argparse.ArgumentParser:
         "inspect",
         help="say what a checkpoint holds and what a server would make of it",
         description="Read the headers and scales of a checkpoint, and say which of its layers can be served.\n"
-        "Exit code 0: every layer; 1: one or more cannot be loaded; 2: the checkpoint as a whole cannot be read.",
+        "Exit code 0: every layer, given a calibration file where it says that input scales are missing;\n"
+        "1: one or more cannot be loaded; 2: the checkpoint as a whole cannot be read.",
         epilog=_INSPECT_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -176,7 +186,8 @@ def _parser() -> argparse.ArgumentParser:
     health = commands.add_parser(
         "health",
         help="ask a server whether it answers: exit code 0 or 1",
-        description="Ask grpc.health.v1 of a running server once. Exit code 0: SERVING; 1: anything else.",
+        description="Ask grpc.health.v1 of a running server once.\n"
+        "Exit code 0: SERVING; 1: anything else; 2: options that cannot be used.",
     )
     health.add_argument("--target", metavar="HOST:PORT", help="default: this machine, with EXPERTD_HOST, EXPERTD_PORT")
     health.add_argument(

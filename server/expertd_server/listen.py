@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import ssl
 from pathlib import Path
 
 import grpc
@@ -37,7 +38,30 @@ def bind(
             return server.add_insecure_port(address)
         return server.add_secure_port(address, _credentials(config, client_ca_option))
     except RuntimeError as error:
-        raise ConfigError(f"cannot listen on {address}: {error}; is the port in use?") from error
+        # NOTE: a port that is taken was found before, unless others may listen there too.
+        otherwise = "is it an address of this machine, and a port for this user?"
+        raise ConfigError(
+            f"cannot listen on {address}: {_tls_problem(config, client_ca_option) or f'{error}; {otherwise}'}"
+        ) from error
+
+
+def _tls_problem(config: Config, client_ca_option: str) -> str:
+    """What is wrong with the files, if anything; gRPC says that to its own log alone."""
+    if config.tls_cert_file is None:
+        return ""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(config.tls_cert_file, config.tls_key_file, password=lambda: "")
+    except (OSError, ValueError) as error:
+        what = "are no certificate in PEM and its private key without a password"
+        return f"tls_cert_file {config.tls_cert_file} and tls_key_file {config.tls_key_file} {what}: {error}"
+    authorities: Path | None = getattr(config, client_ca_option)
+    try:
+        if authorities is not None:
+            context.load_verify_locations(authorities)
+    except (OSError, ValueError) as error:
+        return f"{client_ca_option} {authorities} holds no certificate in PEM: {error}"
+    return ""
 
 
 def _check_free(host: str, port: int) -> None:

@@ -32,7 +32,7 @@ _HEADLINES = {
 def print_plan(options: argparse.Namespace) -> int:
     """Print a plan as tables, or as JSON."""
     spec, num_layers = _model(options.model)
-    layers = options.layers or num_layers
+    layers = num_layers if options.layers is None else options.layers
     if layers is None:
         raise ConfigError(f"--layers is missing: how many MoE layers {options.model} has is not known here")
     question = Question(

@@ -197,7 +197,7 @@ class LayerStore(Generic[L]):
                 layer = versions.get(self._current[name] if weights_version is None else weights_version)
                 if layer is not None:
                     return layer
-            return self._find(name, weights_version)
+            return self._find(name, weights_version, or_else="; leave it unset for the current one")
 
     def held(self, name: str) -> Held[L]:
         """A layer with all its versions. Raises LayerNotFoundError, or UnavailableError when it may still come."""
@@ -239,7 +239,8 @@ class LayerStore(Generic[L]):
                 free_bytes=max(0, self._budget_bytes - held_bytes),
             )
 
-    def _find(self, name: str, weights_version: int | None) -> L:
+    def _find(self, name: str, weights_version: int | None, *, or_else: str = "") -> L:
+        """or_else: what a request may do where the version is not held. An order may not: unset, it unloads all."""
         versions = self._layers.get(name)
         if versions is None:
             if self._loading:
@@ -250,7 +251,7 @@ class LayerStore(Generic[L]):
         if weights_version not in versions:
             raise VersionNotHeldError(
                 f"layer {name!r} is not held in weights_version {weights_version}; held: "
-                f"{', '.join(map(str, sorted(versions)))}; leave it unset for the current one"
+                f"{', '.join(map(str, sorted(versions)))}{or_else}"
             )
         return versions[weights_version]
 

@@ -385,7 +385,10 @@ def _reserve_port(host: str, port: int) -> socket.socket:
             return _bind_alone(host, port)
         except OSError as error:
             if not attempts_left or error.errno != errno.EADDRINUSE:
-                raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; is the port in use?") from error
+                hint = "is it an address of this machine, and a port for this user?"
+                if error.errno == errno.EADDRINUSE:
+                    hint = "is the port in use?"
+                raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; {hint}") from error
 
 
 def _bind_alone(host: str, port: int) -> socket.socket:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from expertd_server.metrics import LayerFacts, Metrics
 from expertd_server.server_metrics import engine_hangs
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
+PROMTOOL = shutil.which("promtool")
 KUBERNETES = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 # Of kinds that Kubernetes' own schemas do not hold.
 SCHEMAS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "schemas").glob("*.json")}
@@ -176,6 +178,13 @@ def test_queries_name_metrics_that_the_server_exports(path: Path) -> None:
     queried = set(re.findall(r"\bexpertd_[a-z0-9_]+", path.read_text()))
     assert queried
     assert queried <= exported_metric_names()
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool, of Prometheus, is not installed")
+def test_errors_alert_however_few_they_are() -> None:
+    command = [str(PROMTOOL), "test", "rules", str(Path(__file__).parent / "alerts_test.yml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_dashboard_is_one_that_grafana_can_provision() -> None:

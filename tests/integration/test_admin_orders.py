@@ -237,3 +237,26 @@ def test_the_command_line_rolls_weights_over_servers(capsys: pytest.CaptureFixtu
         assert capsys.readouterr().out.endswith(": drained\n")
         for live in (one, two):
             assert [held.weights_versions for held in live.server.store.all_held()] == [[2]]
+
+
+@pytest.mark.parametrize("number", [0, -1, 2**64])
+def test_a_number_that_no_version_has_is_no_order(
+    settled: Running, number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the wire 0 unloads the layer with all its versions."""
+    what = f"weights_version: is {number}, expected 1 to"
+    target = f"127.0.0.1:{settled.server.admin_port}"
+    for order in (["load", "--synthetic", "tiny"], ["swap"], ["unload"]):
+        assert main(["admin", *order, LAYER, "--version", str(number), "--target", target]) == 1
+        assert what in capsys.readouterr().err
+
+    async def ask() -> None:
+        async with expertd.AsyncAdminClient(target) as admin:
+            with pytest.raises(expertd.InvalidRequestError, match=what):
+                await admin.swap_weights(LAYER, number)
+            with pytest.raises(expertd.InvalidRequestError, match=what):
+                await admin.unload_layer(LAYER, number)
+
+    asyncio.run(ask())
+    with client_of(settled) as client:
+        assert client.layer(LAYER).weights_versions == (1,)

@@ -62,6 +62,22 @@ class TestHealth:
             monkeypatch.setenv("EXPERTD_PORT", str(live.server.port))
             assert main(["health"]) == 0
 
+    @pytest.mark.parametrize("given", [("cert",), ("key",), ("cert", "key"), ("ca", "cert"), ("ca", "key")])
+    def test_certificates_that_would_not_be_used_are_an_error(
+        self, given: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        files = {"ca": "authority.pem", "cert": "client.pem", "key": "client.key"}
+        flags = [each for name in given for each in (f"--{name}-file", str(CERTS / files[name]))]
+        assert main(["health", "--target", "localhost:1", *flags]) == 2
+        assert "give all three or none of them" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("timeout_s", ["0", "-1", "nan", "inf"])
+    def test_a_time_that_cannot_be_waited_for_is_an_error(
+        self, timeout_s: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["health", "--target", "localhost:1", f"--timeout-s={timeout_s}"]) == 2
+        assert f"--timeout-s is {timeout_s}, expected a positive number" in capsys.readouterr().err
+
     def test_over_mutual_tls(self, capsys: pytest.CaptureFixture[str]) -> None:
         authority = CERTS / "authority.pem"
         options = {"tls_cert_file": CERTS / "server.pem", "tls_key_file": CERTS / "server.key"}

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from tier import (
 
 import expertd
 from expertd import AsyncExpertGroup, Client, ExpertGroup, GroupConfig
+from expertd._group_base import GroupBase
 from expertd.errors import (
     ClosedError,
     InvalidRequestError,
@@ -62,6 +64,9 @@ CASES = {spec_id(spec): make_case(spec, NUM_TOKENS, SEED) for spec in METHODS}
 LAYER = spec_id(make_spec(routing_method=RoutingMethod.RENORMALIZE))
 CASE = CASES[LAYER]
 ONE = {LAYER: CASE}
+
+
+SOON_S = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -293,9 +298,10 @@ def test_errors_name_what_is_wrong(tier: list[Server]) -> None:
             group.forward(LAYER, hidden, topk_ids=ids, topk_weights=weights)
         with pytest.raises(InvalidRequestError, match="hidden_states"):
             group.forward(LAYER, hidden[:, :-1].copy(), routing_logits=logits)
-        with pytest.raises(InvalidRequestError, match="timeout_s: is 0"):
-            group.forward(LAYER, hidden, routing_logits=logits, timeout_s=0)
-        assert 'expertd_client_requests_total{outcome="error"} 6' in group.metrics_text()
+        for timeout_s in (0, float("inf")):
+            with pytest.raises(InvalidRequestError, match=f"timeout_s: is {timeout_s}"):
+                group.forward(LAYER, hidden, routing_logits=logits, timeout_s=timeout_s)
+        assert 'expertd_client_requests_total{outcome="error"} 7' in group.metrics_text()
 
 
 def test_layers_are_described_as_by_one_server(whole: Server, tier: list[Server]) -> None:
@@ -642,6 +648,53 @@ def _wait_until(condition: Any) -> None:
     while not condition():
         assert time.monotonic() < deadline, "never came true"
         time.sleep(0.005)
+
+
+@pytest.mark.parametrize("flavour", ["sync", "async"])
+def test_a_call_leaves_a_server_that_goes_out_of_use_though_nothing_is_hedged(
+    flavour: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, logits = inputs(CASE)
+    gate, entered = threading.Event(), threading.Event()
+
+    def before(*_: object) -> None:
+        entered.set()
+        assert gate.wait(PATIENCE_S)
+
+    def trip(group: GroupBase) -> None:
+        """As probes without an answer do, which this server would answer."""
+        monkeypatch.setattr(group, "_take_health", lambda probe: None)
+        with group._lock:
+            (replica,) = (each for each in group._replicas.values() if each.in_flight_requests)
+            replica.breaker.trip()
+
+    servers = [start(ONE, backend=GatedBackend(before)), start(ONE)]
+    targets = [address(server) for server in servers]
+    config = GroupConfig(hedge_percentile=None, refresh_interval_s=0.1)  # and attempt_timeout_s is ten seconds
+
+    def sync() -> None:
+        with ExpertGroup(targets, config) as group, ThreadPoolExecutor(2) as pool:
+            calls = [pool.submit(group.forward, LAYER, hidden, routing_logits=logits) for _ in range(2)]
+            assert entered.wait(PATIENCE_S)
+            _wait_until(lambda: any(call.done() for call in calls))
+            trip(group)
+            for call in calls:
+                assert call.result(SOON_S).parts[0].replica == targets[1]
+
+    async def asynchronous() -> None:
+        async with AsyncExpertGroup(targets, config) as group:
+            calls = [asyncio.create_task(group.forward(LAYER, hidden, routing_logits=logits)) for _ in range(2)]
+            assert await asyncio.to_thread(entered.wait, PATIENCE_S)
+            await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED, timeout=PATIENCE_S)
+            trip(group)
+            async with asyncio.timeout(SOON_S):
+                assert {(await call).parts[0].replica for call in calls} == {targets[1]}
+
+    with stopping(*servers):
+        try:
+            sync() if flavour == "sync" else asyncio.run(asynchronous())
+        finally:
+            gate.set()
 
 
 def test_close_fails_what_is_in_flight_and_leaves_no_threads() -> None:

@@ -217,3 +217,60 @@ def test_async_source_of_requests(server: FakeServer) -> None:
             return [result async for result in client.forward_many(source())]
 
     check_answers(requests, asyncio.run(scenario()))
+
+
+def test_results_do_not_wait_for_requests_of_an_async_source(server: FakeServer) -> None:
+    """Each request is made when the result before is there; then the source fails, or its reader leaves."""
+    requests = requests_of([1, 2, 3])
+    tasks: list[set[asyncio.Task[Any]]] = []
+
+    async def scenario(leaves_after: int) -> list[Any]:
+        seen, results = asyncio.Semaphore(1), []
+
+        async def source() -> AsyncIterator[ForwardRequest[np.ndarray[Any, Any]]]:
+            for request in requests:
+                await seen.acquire()
+                yield request
+            raise RuntimeError("nothing more to ask")
+
+        async with expertd.AsyncClient(expertd.ClientConfig(server.target)) as client:
+            many = client.forward_many(source())
+            try:
+                async for result in many:
+                    results.append(result)
+                    seen.release()
+                    if len(results) == leaves_after:
+                        break
+            except RuntimeError as error:
+                results.append(str(error))
+            await many.aclose()  # type: ignore[attr-defined]
+        tasks.append(asyncio.all_tasks() - {asyncio.current_task()})  # type: ignore[arg-type]
+        return results
+
+    results = asyncio.run(asyncio.wait_for(scenario(4), 20))
+    assert results.pop() == "nothing more to ask"
+    check_answers(requests, results)
+    check_answers(requests[:2], asyncio.run(asyncio.wait_for(scenario(2), 20)))
+    assert not any(task.get_name() == "expertd-forward-many" for left in tasks for task in left)
+
+
+def test_an_async_source_is_not_asked_for_more_than_may_be_ahead(server: FakeServer) -> None:
+    requests = requests_of([1] * 20)
+    taken = 0
+
+    async def source() -> AsyncIterator[ForwardRequest[np.ndarray[Any, Any]]]:
+        nonlocal taken
+        for request in requests:
+            taken += 1
+            yield request
+
+    async def scenario() -> list[Any]:
+        results = []
+        async with expertd.AsyncClient(expertd.ClientConfig(server.target, max_in_flight=4)) as client:
+            async for result in client.forward_many(source()):
+                results.append(result)
+                await asyncio.sleep(0.005)
+                assert taken <= len(results) + 4, f"{taken} requests taken after {len(results)} results"
+        return results
+
+    check_answers(requests, asyncio.run(scenario()))

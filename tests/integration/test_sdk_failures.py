@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,7 +28,8 @@ from sdk_cases import (
 )
 
 import expertd
-from expertd import ForwardRequest
+from expertd import ForwardRequest, _transport
+from expertd._transport import _Stream
 from expertd.v1 import expertd_pb2 as pb
 
 
@@ -117,6 +119,20 @@ def test_timeout_is_the_callers_and_the_client_goes_on(connect: Connect, server:
         assert 0 < server.service.timeouts_ms[1] <= 300
 
 
+@pytest.mark.parametrize("timeout_s", [0, float("nan"), float("inf"), 1e10])
+def test_a_timeout_that_cannot_be_waited_for_is_named(connect: Connect, server: FakeServer, timeout_s: float) -> None:
+    hidden, logits = tokens(1)
+    driver = connect()
+    for call in (
+        lambda: driver.forward("a", hidden, routing_logits=logits, timeout_s=timeout_s),
+        lambda: driver.wait_ready(timeout_s=timeout_s),
+    ):
+        with pytest.raises(expertd.InvalidRequestError, match=r"timeout_s: is .*, expected a positive number"):
+            call()
+    assert driver.forward("a", hidden, routing_logits=logits, timeout_s=1e9).output.shape == (1, H)
+    assert server.service.parts == [1]
+
+
 def test_nobody_answers(connect: Connect) -> None:
     hidden, logits = tokens(1)
     driver = connect(target="localhost:1")
@@ -124,6 +140,36 @@ def test_nobody_answers(connect: Connect) -> None:
         driver.forward("a", hidden, routing_logits=logits)
     with pytest.raises(expertd.TimeoutError, match="not ready within"):
         driver.wait_ready(timeout_s=0.3)
+
+
+def test_streams_that_end_at_once_are_opened_as_often_as_the_policy_says(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However soon they end: with nobody at the other end, before the request is encoded."""
+    encode = _transport.encode_stream_request
+
+    def encode_slowly(*arguments: Any) -> bytes:
+        message = encode(*arguments)
+        time.sleep(0.05)
+        return message
+
+    opened: list[_Stream] = []
+    open_stream = _Stream.__init__
+
+    def count(stream: _Stream, *arguments: Any) -> None:
+        opened.append(stream)
+        open_stream(stream, *arguments)
+
+    hidden, logits = tokens(1)
+    config = expertd.ClientConfig(server.target, transport="stream", retry=QUICK, timeout_s=10)
+    with expertd.Client(config) as client:
+        client.forward("a", hidden, routing_logits=logits)
+        server.stop()
+        monkeypatch.setattr(_transport, "encode_stream_request", encode_slowly)
+        monkeypatch.setattr(_Stream, "__init__", count)
+        with pytest.raises(expertd.UnavailableError):
+            client.forward("a", hidden, routing_logits=logits)
+    assert 1 <= len(opened) <= QUICK.max_attempts
 
 
 def test_server_that_comes_back_is_found_again(connect: Connect, server: FakeServer) -> None:

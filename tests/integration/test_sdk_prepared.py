@@ -608,6 +608,25 @@ def test_an_interrupt_abandons_what_is_in_flight(monkeypatch: pytest.MonkeyPatch
             assert mine.call.run().output.tobytes() == mine.expected(grpc)
 
 
+@pytest.mark.parametrize("how", ["run", "start"])
+def test_an_interrupt_before_it_is_sent_leaves_the_call_as_it_was(
+    how: str, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, logits = values(5)
+    with connected("sync", server.server.port, "grpc") as driver:
+        call = driver.prepare(LAYER, hidden, routing_logits=logits)
+        with monkeypatch.context() as patch:
+
+            def interrupted(*_: Any, **__: Any) -> None:
+                raise KeyboardInterrupt
+
+            patch.setattr(driver.client._transport, "submit", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                getattr(call, how)()
+        assert not driver.client._pipelines
+        assert call.run().output.shape == (5, HIDDEN_SIZE)
+
+
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_nonsense_in_an_answer_breaks_the_stream(flavour: str, server: Running) -> None:
     with connected(flavour, server.server.port) as driver:
@@ -796,3 +815,29 @@ def test_a_task_that_is(how: str, spy: Spy) -> None:
             with pytest.raises(expertd.ClosedError):
                 mine.run()
     assert spy.sent == 1
+
+
+def test_a_task_that_waits_for_a_place_and_goes_another_way_has_one_deadline(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeout_s = 1.0
+
+    async def scenario(driver: Driver, mine: InPlace) -> float:
+        begin_s = time.monotonic()
+        await driver.client._places.acquire()
+        task = asyncio.create_task(mine.call.run())
+        await asyncio.sleep(0.7 * timeout_s)
+        driver.client._places.release()
+        with pytest.raises(expertd.TimeoutError, match="no answer within 1 s"):
+            await task
+        return time.monotonic() - begin_s
+
+    async def never(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    with connected("async", server.server.port, max_in_flight=1) as driver:
+        mine = InPlace(driver, 5, timeout_s=timeout_s)
+        monkeypatch.setattr(_AsyncStream, "send_standing", lambda *_: False)
+        monkeypatch.setattr(_AsyncStream, "forward", never)
+        took_s = driver.run(asyncio.wait_for(scenario(driver, mine), PATIENCE_S))
+    assert took_s < 1.5 * timeout_s

@@ -106,6 +106,15 @@ def test_every_request_goes_through_the_ring_and_has_the_bits_of_grpc(server: Ru
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_deadline_that_is_years_away(server: Running, spy: Spy, flavour: str) -> None:
+    """poll counts 24 days."""
+    with connected(flavour, server.server.port) as driver:
+        for _ in range(20):  # of which not all find their answer at once
+            forward(driver, a_request(), timeout_s=1e9)
+    assert spy.taken == 20
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
 def test_front_ends_have_them_too(spy: Spy, flavour: str) -> None:
     with split(2) as servers:
         for port in servers.ports:

@@ -469,6 +469,8 @@ def test_an_index_cannot_point_outside_the_directory(tmp_path: Path) -> None:
 
 
 def test_directories_that_are_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         open_checkpoint(tmp_path)
     (tmp_path / "params.json").write_text("{}")
@@ -641,6 +643,14 @@ def audit_text(path: Path) -> str:
     with io.StringIO() as text:
         print_audit(path, console=Console(width=200, file=text))
         return text.getvalue()
+
+
+def test_the_audit_names_the_layers_where_there_is_little_room(tmp_path: Path) -> None:
+    with io.StringIO() as text:
+        print_audit(draft().write(tmp_path), console=Console(width=80, file=text))
+        shown = text.getvalue()
+    assert "model.layers.0" in shown, shown
+    assert "model.layers.1" in shown, shown
 
 
 def test_the_audit_shows_what_is_there(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import pytest
@@ -10,6 +12,8 @@ import pytest
 from expertd_server.config import Config
 from expertd_server.errors import ConfigError
 from expertd_server.listen import bind
+
+CERTS = Path(__file__).parents[1] / "integration/certs"
 
 
 class Deaf:
@@ -46,3 +50,27 @@ def test_an_address_that_is_not_of_this_machine_is_left_to_grpc(monkeypatch: pyt
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
     assert bind(server, Config(), "two.test", port) == port
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (("server.pem", "client.key", None), "tls_cert_file .*server.pem and tls_key_file .*client.key are no certif"),
+        (("make.sh", "server.key", None), "tls_cert_file .*make.sh and tls_key_file .*server.key are no certificate"),
+        (("server.pem", "server.key", "make.sh"), "tls_client_ca_file .*make.sh holds no certificate in PEM"),
+    ],
+)
+def test_files_that_tls_cannot_use_are_named(files: tuple[str, str, str | None], named: str) -> None:
+    certificate, key, authority = (None if name is None else CERTS / name for name in files)
+    config = Config(tls_cert_file=certificate, tls_key_file=key, tls_client_ca_file=authority)
+    server = grpc.server(ThreadPoolExecutor(1))
+    with pytest.raises(ConfigError, match=named):
+        bind(server, config, "127.0.0.1", 0)
+    server.stop(None)
+
+
+def test_a_host_that_nobody_has_is_not_said_to_be_taken() -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1:0: .*; is it an address of this machine"):
+        bind(server, Config(), "192.0.2.1", 0)
+    server.stop(None)

@@ -318,5 +318,7 @@ def test_the_command_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) 
     assert document["shards_per_token"] == pytest.approx(4 * (1 - 15 / 28))
     assert main(["plan", "--model", "nemotron-3-super", "--network-gbps", "10"]) == 2
     assert "--layers is missing" in capsys.readouterr().err
+    assert main([*command, "--layers", "0"]) == 2
+    assert "num_layers is 0, expected at least 1" in capsys.readouterr().err
     assert main(["plan", "--model", "nowhere", "--network-gbps", "10"]) == 2
     assert "expected a checkpoint or one of tiny" in capsys.readouterr().err

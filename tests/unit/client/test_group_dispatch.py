@@ -167,6 +167,16 @@ def test_all_replicas_are_tried_again_after_a_pause_that_grows() -> None:
     assert rig.dispatch.is_done
 
 
+def test_there_may_be_very_many_rounds() -> None:
+    rig = Rig([["a"]], no_replica_timeout_s=100.0, initial_backoff_s=0.01, max_backoff_s=0.01)
+    for _ in range(1100):
+        rig.fail(rig.poll_one(), UnavailableError("down"))
+        assert rig.poll() == []
+        rig.sleep()
+    rig.answer(rig.poll_one())
+    assert rig.dispatch.is_done
+
+
 def test_an_overloaded_shard_is_given_the_time_it_asks_for() -> None:
     rig = Rig([["a"]], initial_backoff_s=0.1)
     error = OverloadedError("full")

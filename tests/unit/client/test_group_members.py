@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import threading
+import time
 from collections.abc import Iterable, Sequence
 
 import ml_dtypes
@@ -10,9 +13,9 @@ import numpy as np
 import pytest
 from test_group_topology import E, member
 
-from expertd import AsyncExpertGroup, ExpertGroup
+from expertd import AsyncExpertGroup, ClientConfig, ExpertGroup, GroupConfig
 from expertd._group_base import GroupBase, Probe
-from expertd.errors import ConfigError, NoReplicaError
+from expertd.errors import ConfigError, NoReplicaError, UnavailableError
 from expertd.topology import Member
 from expertd.types import ForwardRequest
 
@@ -80,6 +83,83 @@ def test_when_only_servers_that_disagree_are_left_all_experts_are_missing() -> N
     with pytest.raises(NoReplicaError, match="no server holds experts 0-11"):
         group._begin(REQUEST, deadline=1.0, allow_partial=False)
     assert group._begin(REQUEST, deadline=1.0, allow_partial=True).dispatch.is_done
+
+
+def test_of_two_addresses_of_a_server_the_one_that_answers_is_used() -> None:
+    group = GroupBase("unused:1")
+    one = member("a", 0, E)
+    other = Member("b", one.server, one.layers)
+    take(group, [one, other])
+    assert list(group.placement("layer").shards[0].versions) == ["a"]
+    group._take_members(["a", "b"], [Probe("a", None, UnavailableError("no route")), Probe("b", other)])
+    assert list(group.placement("layer").shards[0].versions) == ["b"]
+
+
+BAD_CLIENT = GroupConfig(client=functools.partial(ClientConfig, ca_file="/nowhere/ca.pem"))
+
+
+def test_an_option_of_the_connections_that_cannot_be_used_is_told_at_once() -> None:
+    with ExpertGroup("localhost:1", BAD_CLIENT) as group, pytest.raises(ConfigError, match=r"/nowhere/ca\.pem"):
+        group.wait_ready(timeout_s=TIMEOUT_S)
+
+    async def wait_ready() -> None:
+        async with AsyncExpertGroup("localhost:1", BAD_CLIENT) as group:
+            await group.wait_ready(timeout_s=TIMEOUT_S)
+
+    with pytest.raises(ConfigError, match=r"/nowhere/ca\.pem"):
+        asyncio.run(wait_ready())
+
+
+def test_closing_at_the_moment_of_a_refresh_does_not_wait_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = ExpertGroup("unix:/nowhere/a", GroupConfig(refresh_interval_s=60.0))
+    group.refresh(timeout_s=TIMEOUT_S)
+    closer = threading.Thread(target=group.close)
+    clear = group._wanted.clear
+
+    def close_and_clear() -> None:
+        closer.start()
+        assert group._closed.wait(TIMEOUT_S)
+        while not group._wanted.is_set() or group._clients:
+            time.sleep(0.001)
+        clear()
+
+    monkeypatch.setattr(group._wanted, "clear", close_and_clear)
+    group._wanted.set()
+    assert group._closed.wait(TIMEOUT_S)
+    closer.join(TIMEOUT_S)
+    assert not closer.is_alive()
+
+
+def test_an_asynchronous_group_closes_the_connections_of_those_that_have_just_left() -> None:
+    async def look() -> None:
+        left = asyncio.Event()
+
+        class Leaving(AsyncExpertGroup):
+            async def _ask(self, address: str) -> Probe:
+                if address.endswith("b"):
+                    left.set()
+                    await asyncio.Event().wait()
+                return Probe(address, None, UnavailableError("of no interest"))
+
+        group = Leaving(Moving())
+        await group.refresh(timeout_s=TIMEOUT_S)
+        client = group._clients["unix:/nowhere/a"]
+        group._wanted.set()
+        await asyncio.wait_for(left.wait(), TIMEOUT_S)
+        await group.close()
+        assert client._closed.is_set()
+
+    asyncio.run(look())
+
+
+class Moving:
+    """Stands for one address at first, then for another."""
+
+    def __init__(self) -> None:
+        self._answers = ["unix:/nowhere/a", "unix:/nowhere/b"]
+
+    def resolve(self) -> Sequence[str]:
+        return [self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]]
 
 
 class Failing:

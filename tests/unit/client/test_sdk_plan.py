@@ -61,6 +61,8 @@ def answer(
         ),
         ({"output_dtype": "int32"}, r"output_dtype: is int32, expected bfloat16 or float32 or float16"),
         ({"weights_version": 0}, r"weights_version: is 0, expected 1"),
+        ({"weights_version": 1.5}, r"weights_version: is 1.5, expected 1"),
+        ({"weights_version": "1"}, r"weights_version: is '1', expected 1"),
         ({"weights_version": 2**64}, r"weights_version: is 18446744073709551616"),
     ],
 )

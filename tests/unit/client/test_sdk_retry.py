@@ -30,6 +30,12 @@ def test_backoff_doubles_up_to_its_ceiling_and_ends() -> None:
     assert [retries.delay_s(UNAVAILABLE, now=0.0) for _ in range(5)] == [0.1, 0.2, 0.4, 0.5, None]
 
 
+def test_however_many_attempts_there_are() -> None:
+    policy = expertd.RetryPolicy(max_attempts=10_000, initial_backoff_s=0.1, max_backoff_s=0.5, multiplier=10.0)
+    retries = Retries(policy, deadline=1e9, rng=Always(1.0))
+    assert [retries.delay_s(UNAVAILABLE, now=0.0) for _ in range(9_999)] == [0.1] + [0.5] * 9_998
+
+
 def test_jitter_is_full() -> None:
     rng = random.Random(7)
     drawn = [Retries(POLICY, 1e9, rng).delay_s(UNAVAILABLE, 0.0) or 0.0 for _ in range(1000)]
