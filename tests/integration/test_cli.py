@@ -54,7 +54,9 @@ class TestHealth:
             assert main(["health", "--target", target, "--service", LAYER]) == 0
             assert main(["health", "--target", target, "--service", "nowhere"]) == 1
         assert main(["health", "--target", target]) == 1, "the server is gone"
-        assert capsys.readouterr().out == f"{target}: SERVING\n" * 2
+        said = capsys.readouterr()
+        assert said.out == f"{target}: SERVING\n" * 2
+        assert "NOT_FOUND: the server knows no layer or service 'nowhere'" in said.err
 
     def test_of_the_server_that_the_environment_describes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with running() as live:
