@@ -82,6 +82,8 @@ class DnsName:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except UnicodeError as error:
             raise TopologyError(f"{self.host!r} is no host name: {error}") from error
+        except socket.gaierror as error:
+            raise socket.gaierror(error.errno, f"{self.host!r} cannot be resolved: {error.strerror}") from error
         hosts = {str(address[0]) for *_, address in found}
         addresses = sorted(f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}" for host in hosts)
         if _is_ip_address(self.host):
@@ -103,13 +105,16 @@ class TopologyFile:
 
         {"expertd_topology": 1, "servers": [{"address": "10.0.0.7:50051"}, {"address": "shard-1.experts:50051"}]}
 
-    An address may be a DNS name that stands for many hosts. Further keys are allowed and mean nothing here.
+    An address may be a DNS name that stands for many hosts; one that cannot be resolved at the moment stands for what
+    it stood for before, and takes nothing from the others. Further keys are allowed and mean nothing here.
     """
 
     path: Path
+    last: dict[str, Sequence[str]] = field(default_factory=dict, compare=False)
+    """By address in the file, what each has stood for last."""
 
     def resolve(self) -> Sequence[str]:
-        """See Resolver. Raises TopologyError naming the file and the key."""
+        """See Resolver. Raises TopologyError naming the file and the key, OSError when no address can be resolved."""
         try:
             document = json.loads(self.path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -124,7 +129,8 @@ class TopologyFile:
         servers = document.get("servers")
         if not isinstance(servers, list):
             raise TopologyError(f"topology file {str(self.path)!r}: servers is {servers!r}, expected a list")
-        addresses: list[str] = []
+        found: dict[str, Sequence[str]] = {}
+        unresolved: OSError | None = None
         for index, server in enumerate(servers):
             address = server.get("address") if isinstance(server, dict) else None
             if not isinstance(address, str):
@@ -132,9 +138,17 @@ class TopologyFile:
                     f"topology file {str(self.path)!r}: servers[{index}].address is {address!r}, expected 'host:port'"
                 )
             try:
-                addresses += resolver_for(address).resolve()
+                found[address] = resolver_for(address).resolve()
             except (ConfigError, TopologyError) as error:
                 raise TopologyError(f"topology file {str(self.path)!r}: servers[{index}].address: {error}") from error
+            except OSError as error:
+                unresolved = error
+                found[address] = self.last.get(address, ())
+        self.last.clear()
+        self.last.update(found)
+        addresses = [each for some in found.values() for each in some]
+        if unresolved is not None and not addresses:
+            raise unresolved
         return addresses
 
 

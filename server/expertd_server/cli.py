@@ -136,6 +136,11 @@ def _health(options: argparse.Namespace) -> int:
     pair = (options.key_file, options.cert_file)
     if pair != (None, None) and None in (options.ca_file, *pair):
         raise ConfigError("--cert-file and --key-file go together, and with --ca-file; give all three or none of them")
+    if options.target is None and options.ca_file is None and config_from({}).tls_cert_file is not None:
+        raise ConfigError(
+            "the server of this environment speaks TLS (EXPERTD_TLS_CERT_FILE), expected --ca-file, and where its "
+            "certificate holds another name --target"
+        )
     credentials = None
     if options.ca_file is not None:
         key, certificate = (None if path is None else _read(path) for path in pair)

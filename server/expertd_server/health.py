@@ -21,7 +21,10 @@ def check_health(target: str, service: str, timeout_s: float, credentials: grpc.
         try:
             answer = check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
         except grpc.RpcError as error:
-            print(f"{target}: {error.code().name}: {error.details()}", file=sys.stderr)
+            details = error.details()
+            if error.code() is grpc.StatusCode.NOT_FOUND and not details:
+                details = f"the server knows no layer or service {service!r}"
+            print(f"{target}: {error.code().name}: {details}", file=sys.stderr)
             return 1
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     print(f"{target}: {status}")

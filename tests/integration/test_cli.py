@@ -54,7 +54,9 @@ class TestHealth:
             assert main(["health", "--target", target, "--service", LAYER]) == 0
             assert main(["health", "--target", target, "--service", "nowhere"]) == 1
         assert main(["health", "--target", target]) == 1, "the server is gone"
-        assert capsys.readouterr().out == f"{target}: SERVING\n" * 2
+        said = capsys.readouterr()
+        assert said.out == f"{target}: SERVING\n" * 2
+        assert "NOT_FOUND: the server knows no layer or service 'nowhere'" in said.err
 
     def test_of_the_server_that_the_environment_describes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with running() as live:
@@ -77,6 +79,14 @@ class TestHealth:
     ) -> None:
         assert main(["health", "--target", "localhost:1", f"--timeout-s={timeout_s}"]) == 2
         assert f"--timeout-s is {timeout_s}, expected a positive number" in capsys.readouterr().err
+
+    def test_of_a_server_that_the_environment_gives_tls_asks_for_the_authority(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("EXPERTD_TLS_CERT_FILE", str(CERTS / "server.pem"))
+        monkeypatch.setenv("EXPERTD_TLS_KEY_FILE", str(CERTS / "server.key"))
+        assert main(["health"]) == 2
+        assert "speaks TLS (EXPERTD_TLS_CERT_FILE), expected --ca-file" in capsys.readouterr().err
 
     def test_over_mutual_tls(self, capsys: pytest.CaptureFixture[str]) -> None:
         authority = CERTS / "authority.pem"

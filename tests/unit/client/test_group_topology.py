@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -261,3 +262,32 @@ def test_a_target_that_was_never_resolved_is_left_out() -> None:
     assert resolver_for([gone, Changing("b:1")]).resolve() == ["b:1"]
     with pytest.raises(OSError, match="no such host"):
         resolver_for([gone, gone]).resolve()
+
+
+def test_a_name_in_a_topology_file_takes_nothing_from_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {"a.test": "10.0.0.1", "b.test": "10.0.0.2", "c.test": "10.0.0.3"}
+
+    def look_up(host: str, port: int, **_: object) -> list[Any]:
+        if host not in known:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (known[host], port))]
+
+    def write(*hosts: str) -> None:
+        servers = [{"address": f"{host}:1"} for host in hosts]
+        path.write_text(json.dumps({"expertd_topology": 1, "servers": servers}))
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    path = tmp_path / "tier.json"
+    file = TopologyFile(path)
+    write("a.test", "b.test")
+    assert file.resolve() == ["10.0.0.1:1", "10.0.0.2:1"]
+    del known["a.test"]
+    write("a.test", "b.test", "c.test", "new.test")
+    assert file.resolve() == ["10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1"], "a stands for what it stood for"
+    write("b.test")
+    assert file.resolve() == ["10.0.0.2:1"]
+    write("a.test")
+    with pytest.raises(OSError, match=r"'a\.test' cannot be resolved: Name or service not known"):
+        file.resolve()
