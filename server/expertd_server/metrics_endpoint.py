@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from typing import Any, Final
+from wsgiref.simple_server import WSGIRequestHandler
 
 from prometheus_client import CollectorRegistry, start_http_server
 
@@ -10,6 +13,20 @@ from expertd_server.errors import ConfigError
 from expertd_server.threads import ended
 
 __all__ = ["MetricsEndpoint"]
+
+# Whoever connects and says nothing for so long, or reads nothing, is left: each has a thread and a file here.
+_PATIENCE_S: Final = 10.0
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = _PATIENCE_S
+
+    def handle(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            super().handle()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: a line for each scrape is noise."""
 
 
 class MetricsEndpoint:
@@ -20,6 +37,7 @@ class MetricsEndpoint:
             self._server, self._thread = start_http_server(port, host, registry)
         except OSError as error:
             raise ConfigError(f"metrics_port {port} on {host}: {error}") from error
+        self._server.RequestHandlerClass = _Handler
         self.port: int = self._server.server_port
 
     def close(self) -> None:

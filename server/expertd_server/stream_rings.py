@@ -46,7 +46,8 @@ class StreamRings:
             except RingBrokenError as error:
                 raise InvalidArgumentError.of("register_region.rings", f"make no sense: {error}") from None
             if message is not None:
-                self._check_size(len(message))
+                if len(message) > self._calls.max_message_bytes:
+                    raise self._too_large(len(message))
                 self._count_unread(requests.has_more)
                 return message
             if requests.may_sleep():
@@ -55,13 +56,12 @@ class StreamRings:
                 await self._bell
                 self._left = _MESSAGES_A_ROUND
 
-    def _check_size(self, nbytes: int) -> None:
+    def _too_large(self, nbytes: int) -> InvalidArgumentError:
         most_nbytes = self._calls.max_message_bytes
-        if nbytes > most_nbytes:
-            raise InvalidArgumentError.of(
-                "register_region.rings",
-                f"hold a message of {nbytes} bytes, expected at most {most_nbytes} (max_message_bytes)",
-            )
+        return InvalidArgumentError.of(
+            "register_region.rings",
+            f"hold a message of {nbytes} bytes, expected at most {most_nbytes} (max_message_bytes)",
+        )
 
     def put(self, answer: bytes) -> bool:
         """Have the caller find an answer; False: there is no room for it.

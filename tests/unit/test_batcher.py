@@ -388,6 +388,15 @@ class TestQueueDelay:
         assert bench.batcher.drain(0.0)
 
 
+def test_nobody_joins_in_a_draining_batcher() -> None:
+    bench = Bench()
+    entry = bench.batcher.submit("a", "x", 1)
+    assert bench.batcher.join(entry, lambda _tokens, _requests: (2, 1))
+    bench.batcher.drain(0.0)
+    assert not bench.batcher.join(entry, lambda _tokens, _requests: pytest.fail("it is not asked"))
+    assert (bench.batcher.queue_tokens, bench.batcher.queue_requests) == (3, 2)
+
+
 def test_a_draining_batcher_refuses_and_finishes() -> None:
     bench = Bench()
     admitted = bench.submit("x")

@@ -8,9 +8,24 @@ import pytest
 
 from expertd_server.child import Child
 from expertd_server.config import Config
-from expertd_server.control import Collect, Collected, Control, Start, Stop
+from expertd_server.control import Collect, Collected, Control, Ping, Pong, Start, Stop
 
 PATIENCE_S = 30.0
+
+
+def test_a_child_says_that_it_is_there() -> None:
+    mine, theirs = socket.socketpair()
+    supervisor = Control(mine)
+    child = Child("engine", Control(theirs), mine, -1, Start(Config(synthetic="tiny"), 1, "it", is_draining=False))
+    child.listen(list)
+    for _ in range(2):
+        supervisor.send(Ping())
+        assert supervisor.wait(PATIENCE_S)
+        assert supervisor.receive() == Pong()
+    supervisor.send(Stop())
+    assert child.stop_requested.wait(PATIENCE_S)
+    supervisor.close()
+    theirs.close()
 
 
 def test_metrics_that_fail_leave_a_child_that_listens(caplog: pytest.LogCaptureFixture) -> None:

@@ -146,6 +146,18 @@ def test_no_more_is_pinned_than_may_be_and_room_is_used_again(
     pinner.close()
 
 
+def test_what_is_asked_for_at_once_is_no_more_than_may_be(device: FakeDevice) -> None:
+    pinner = device.pinner(PIECE_BYTES)
+    view = pinner.share(mmap.mmap(-1, 3 * PIECE_BYTES))
+    assert pinned_address(view) == 0
+    pinner.share(last := mmap.mmap(-1, PIECE_BYTES))  # nobody has it, and what was asked for comes first
+    wait_for(lambda: last.closed)
+    assert 0 < pinner.pinned_bytes <= PIECE_BYTES
+    del view
+    wait_for(lambda: not device.pinned)
+    pinner.close()
+
+
 def test_where_pinning_fails_it_is_said_once_and_nothing_is_pinned(
     device: FakeDevice, caplog: pytest.LogCaptureFixture
 ) -> None:

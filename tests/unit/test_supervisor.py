@@ -101,9 +101,11 @@ def test_a_ready_file_that_cannot_be_written_is_tried_again(
 @pytest.mark.parametrize("code", [1, 2, -9])
 def test_an_engine_that_has_served_is_started_again_whatever_it_ended_with(supervisor: Supervisor, code: int) -> None:
     give_engine(supervisor, FakePopen(code)).close()
+    supervisor._engine.is_serving = True
     supervisor._hear(supervisor._engine)
     assert supervisor._exit_code is None
     assert supervisor._engine.start_at_s is not None
+    assert not supervisor._engine.is_serving, "the server is not ready until the next one is"
 
 
 def test_an_engine_that_hangs_is_killed_counted_and_started_again(
