@@ -141,11 +141,15 @@ class StreamRegions:
 
     door: where memory is handed in; None: the server takes none. max_bytes: most of all regions together.
     copies_logits: whether what is checked of them must not change any more. Of hidden states any bits will do; ids and
-    weights, which are small, are copied in any case.
+    weights, which are small, are copied in any case. max_copied_bytes: most that any tensor but hidden states may have:
+    no more is copied, however much a slice says.
     """
 
-    def __init__(self, door: RegionDoor | None, max_bytes: int, *, copies_logits: bool = True) -> None:
+    def __init__(
+        self, door: RegionDoor | None, max_bytes: int, *, copies_logits: bool = True, max_copied_bytes: int = 0
+    ) -> None:
         self._door = door
+        self._max_copied_bytes = max_copied_bytes
         self._first_copied = _LOGITS if copies_logits else _LOGITS + 1
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
@@ -220,6 +224,8 @@ class StreamRegions:
             region, stop = self._regions.get(name), offset + nbytes
             if region is None or region.view is None or stop > region.nbytes:
                 return None
+            if _LOGITS <= number < len(TENSORS) and nbytes > self._max_copied_bytes:
+                return None
             view = region.view[offset:stop]
             if number < len(TENSORS):
                 pieces.append(_Piece(f"{TENSORS[number]}.slice", region, offset, stop))
@@ -244,7 +250,8 @@ class StreamRegions:
             if len(tensor.data):
                 wrong.append(FieldViolation(f"{name}.slice", "is given together with data, expected one of them"))
                 continue
-            view = self._piece(f"{name}.slice", tensor.slice, pieces, wrong)
+            most_nbytes = None if name == "hidden_states" else self._max_copied_bytes
+            view = self._piece(f"{name}.slice", tensor.slice, pieces, wrong, most_nbytes)
             if view is not None:
                 tensor.data = view if name == "hidden_states" else bytes(view)
                 tensor.is_resolved = True
@@ -338,7 +345,14 @@ class StreamRegions:
         assert self._door is not None, "else there were no region"
         self._door.forget(region.ticket, region.let_go)
 
-    def _piece(self, field: str, raw: RawSlice, pieces: list[_Piece], wrong: list[FieldViolation]) -> memoryview | None:
+    def _piece(
+        self,
+        field: str,
+        raw: RawSlice,
+        pieces: list[_Piece],
+        wrong: list[FieldViolation],
+        most_nbytes: int | None = None,
+    ) -> memoryview | None:
         region = self._regions.get(raw.region)
         if region is None or region.view is None:
             what = "does not have" if region is None else "has registered but not handed in"
@@ -352,6 +366,9 @@ class StreamRegions:
                     f"is bytes {raw.offset} to {stop} of region {raw.region}, which has {region.nbytes}",
                 )
             )
+            return None
+        if most_nbytes is not None and raw.nbytes > most_nbytes:
+            wrong.append(FieldViolation(field, f"is {raw.nbytes} bytes, more than {most_nbytes}, which no batch has"))
             return None
         pieces.append(_Piece(field, region, raw.offset, stop))
         return region.view[raw.offset : stop]

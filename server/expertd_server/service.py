@@ -22,6 +22,7 @@ from expertd_server.regions import StreamRegions
 from expertd_server.store import Held
 from expertd_server.stream import Stream
 from expertd_server.timing import ForwardTiming
+from expertd_server.types import MAX_NUM_EXPERTS
 from expertd_server.wire_answer import layer_info
 from expertd_server.wire_check import checked_name
 
@@ -148,6 +149,7 @@ class ExpertService:
                 self._region_door,
                 self._max_region_bytes,
                 copies_logits=not self._calls.codec.CHECKS_LOGITS_AGAIN,
+                max_copied_bytes=self._calls.max_batch_tokens * MAX_NUM_EXPERTS * 4,  # float32 logits
             ),
             max_requests=self._max_stream_requests,
             max_tokens=2 * self._calls.max_batch_tokens,

@@ -158,6 +158,24 @@ class TestRefusals:
             assert violations(stream.ask(request=placed)) == ("answer_slice",)
             assert is_fine(stream)
 
+    def test_more_than_any_batch_has_is_not_copied(self, memory: Memory) -> None:
+        """Which would take all requests' time: a region may be a gigabyte."""
+        most_nbytes = 16 * 1024 * 4
+        chance = np.random.default_rng(SEED)
+        with running(max_batch_tokens=16) as server, RawStream(server.channel) as stream:
+            memory.register(stream)
+            tried: set[str] = set()
+            while len(tried) < 3:
+                asked = any_request(chance, 5)
+                for name in set(each_name(asked)) - {"hidden_states"}:
+                    tried.add(name)
+                    placed, _ = memory.placed(asked, 64)
+                    getattr(placed, name).slice.nbytes = most_nbytes + 1
+                    answer = stream.ask(request=placed)
+                    assert violations(answer) == (f"{name}.slice",)
+                    assert f"is {most_nbytes + 1} bytes, more than {most_nbytes}" in answer.error.message
+            assert is_fine(stream)
+
     def test_beyond_what_was_registered_of_larger_memory(self, channel: grpc.Channel, memory: Memory) -> None:
         with RawStream(channel) as stream:
             memory.register(stream, nbytes=NBYTES // 2)
