@@ -460,7 +460,8 @@ class Batcher(Generic[P, R]):
         with self._lock:
             self._abandoned = True
             left, again = self._empty()
-            running = again + [entry for batch in self._taken.values() for entry in batch.entries]
+            taken = list(self._taken.values())  # at once, as in oldest_work
+            running = again + [entry for batch in taken for entry in batch.entries]
             self._running_tokens = self._running_requests = 0
             self._left.notify_all()
         for entry in running + [entry for entry in left if entry.set_running_or_notify_cancel()]:
