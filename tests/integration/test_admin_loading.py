@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import grpc
 import ml_dtypes
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving import LAYER, OTHER_LAYER, PATIENCE_S, running
 
 import expertd
+from expertd_server import admin as admin_module
 from expertd_server.config import Config
 from expertd_server.server import Server
 from expertd_server.synthetic import synthetic_layers
@@ -128,7 +130,15 @@ def test_a_load_does_not_bring_back_a_layer_that_was_unloaded_meanwhile() -> Non
         assert admin.load_layer(LAYER, 2, synthetic="tiny").layer.weights_version == 2, "asked for again, it comes"
 
 
-def test_a_load_whose_caller_leaves_leaves_nothing() -> None:
+def test_a_load_whose_caller_leaves_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts: list[grpc.ServicerContext] = []
+    check = admin_module._check_caller
+
+    def noted(context: grpc.ServicerContext) -> None:
+        contexts.append(context)
+        check(context)
+
+    monkeypatch.setattr(admin_module, "_check_caller", noted)
     backend = GatedPrepare()
     backend.gate.set()
     with running(backend, **ADMIN) as live, admin_of(live) as admin:
@@ -139,6 +149,7 @@ def test_a_load_whose_caller_leaves_leaves_nothing() -> None:
             assert backend.preparing.acquire(timeout=PATIENCE_S)
             with pytest.raises(expertd.TimeoutError):
                 load.result(PATIENCE_S)
+            poll(lambda: not contexts[-1].is_active(), "the server to hear that its caller has left")
             backend.is_gated = False
             backend.may_prepare.set()
 

@@ -119,7 +119,7 @@ def test_what_the_cluster_sets_is_a_field_of_the_options() -> None:
         (["--shards", "2", "--synthetic", "tiny", "--experts", "0-3"], "--experts is set"),
         (["--shards", "2", "--synthetic", "tiny", "--admin-port", "7"], "--admin-port is set"),
         (["--shards", "2", "--synthetic", "tiny", "--max-streams", "many"], "--max-streams is 'many'"),
-        (["--shards", "2", "--checkpoint", "/no/such/checkpoint"], "/no/such/config.json"),
+        (["--shards", "2", "--checkpoint", "/no/such/checkpoint"], "/no/such/checkpoint does not exist"),
     ],
 )
 def test_bad_options_are_refused_before_ray_is_asked(
