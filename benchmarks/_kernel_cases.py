@@ -74,8 +74,10 @@ def make_call(layer: PreparedLayer, num_tokens: int, zipf: bool, touched: int | 
     spec, device = layer.spec, layer.weights.device
     torch.manual_seed(seed)
     for _ in range(100):
-        even = torch.randn(num_tokens, spec.num_experts, device=device)
-        logits = skewed_logits(spec, num_tokens, device) if zipf else even
+        if zipf:
+            logits = skewed_logits(spec, num_tokens, device)
+        else:
+            logits = torch.randn(num_tokens, spec.num_experts, device=device)
         if touched is None or zipf:
             break
         ids, _ = route(spec, logits, layer.weights.routing_bias)
